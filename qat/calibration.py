@@ -1,0 +1,140 @@
+"""`calibrate`: scales for activations, from data.
+
+Two passes. The first runs the batches with activations left float and lets the observers record. The second runs one
+batch through a *frozen copy*, as the stock loader would run it, and notes which inputs arrive already quantized: the
+output of a layer stays quantized through relu, view, dropout and the like, and the next layer then ignores its own
+input scale and takes the producer's. Those layers are marked, so that training skips their input quantization too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from qat.errors import CalibrationError
+from qat.freezing import frozen_copy
+from qat.layers import QLinear, quantized_layers
+from qat.preparation import prepared_as
+
+__all__ = ["CalibrationReport", "calibrate"]
+
+
+@dataclass(frozen=True)
+class CalibrationReport:
+    """What calibration found."""
+
+    batches: int
+    scales: dict[str, tuple[float, float | None]]
+    """Layer name to its input and output scale."""
+    arriving: tuple[str, ...]
+    """Layers whose input comes quantized from its producer, so that their own input scale is not used."""
+
+    def __str__(self) -> str:
+        """One line."""
+        if not self.scales:
+            return "nothing to calibrate: no layer has quantized activations"
+        return f"calibrated {len(self.scales)} layers on {self.batches} batches; {len(self.arriving)} inputs arrive quantized"
+
+
+def calibrate(model: nn.Module, batches: Iterable[Any]) -> CalibrationReport:
+    """Set the scale of every quantized activation from ``batches``. In place; without gradients; in evaluation mode.
+
+    Args:
+        model: a prepared model.
+        batches: each a tensor, a tuple or list of positional arguments, or a mapping of keyword arguments for
+            ``model(...)``. Under ``torch.distributed`` each rank brings its own share, and the ranges are reduced.
+
+    Raises:
+        StateError: the model was not prepared.
+        CalibrationError: there are no batches, or a layer was never reached by any of them.
+    """
+    prepared_as(model)
+    layers = {name: layer for name, layer in quantized_layers(model) if layer.input_quantizer is not None}
+    if not layers:
+        return CalibrationReport(0, {}, ())
+    training = model.training
+    model.eval()
+    try:
+        count, last = _observe(model, layers, batches)
+        arriving = _mark_arriving(model, layers, last)
+    finally:
+        model.train(training)
+    scales = {name: _scales(layer) for name, layer in layers.items()}
+    return CalibrationReport(count, scales, tuple(arriving))
+
+
+@torch.no_grad()
+def _observe(model: nn.Module, layers: Mapping[str, QLinear], batches: Iterable[Any]) -> tuple[int, Any]:
+    quantizers = [q for layer in layers.values() for q in (layer.input_quantizer, layer.output_quantizer) if q is not None]
+    for quantizer in quantizers:
+        quantizer.observer.reset()
+        quantizer.arrives_quantized = False
+    count, last = 0, None
+    with ExitStack() as stack:
+        for layer in layers.values():
+            stack.callback(setattr, layer, "observing", layer.observing)
+            stack.callback(setattr, layer, "quantizing_activations", layer.quantizing_activations)
+            layer.observing, layer.quantizing_activations = True, False
+        for batch in batches:
+            run(model, batch)
+            count, last = count + 1, batch
+    if count == 0:
+        raise CalibrationError("batches: calibration needs at least one batch, got none: pass some training batches")
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        for quantizer in quantizers:
+            quantizer.observer.reduce()
+    missed = [name for name, layer in layers.items() if not bool(layer.input_quantizer.observer.initialized)]  # type: ignore[union-attr]
+    if missed:
+        raise CalibrationError(
+            f"batches: {len(missed)} layers were never reached in {count} batches (first: {missed[:3]}): pass batches that "
+            "use them, or exclude those layers in the spec"
+        )
+    for quantizer in quantizers:
+        quantizer.refresh()
+    return count, last
+
+
+@torch.no_grad()
+def _mark_arriving(model: nn.Module, layers: Mapping[str, QLinear], batch: Any) -> list[str]:
+    if all(layer.output_quantizer is None for layer in layers.values()):
+        return []  # nothing leaves a layer quantized
+    duplicate = frozen_copy(model)
+    seen: dict[str, list[torch.Tensor | None]] = {name: [] for name in layers}
+
+    def watch(name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            seen[name].append(args[0]._scale if hasattr(args[0], "_scale") else None)
+
+        return hook
+
+    for name in layers:
+        duplicate.get_submodule(name).register_forward_pre_hook(watch(name), prepend=True)
+    run(duplicate, batch)
+    arriving = []
+    for name, scales in seen.items():
+        quantizer = layers[name].input_quantizer
+        if quantizer is not None and scales and all(scale is not None for scale in scales):
+            quantizer.arrives_quantized = True
+            quantizer.scale.copy_(torch.stack([scale.float() for scale in scales if scale is not None]).max())
+            arriving.append(name)
+    return arriving
+
+
+def run(model: nn.Module, batch: Any) -> Any:
+    """Call ``model`` with a batch: a mapping as keyword arguments, a tuple or list as positional ones, else as one."""
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    if isinstance(batch, tuple | list):
+        return model(*batch)
+    return model(batch)
+
+
+def _scales(layer: QLinear) -> tuple[float, float | None]:
+    output = layer.output_quantizer
+    assert layer.input_quantizer is not None
+    return float(layer.input_quantizer.scale), None if output is None else float(output.scale)

@@ -1,0 +1,181 @@
+"""`freeze`: make codes, scales and shifts final, packed as trained.
+
+optimum-quanto's own ``freeze`` derives scales again from the float weight, which loses learned ones and moves codes in
+bfloat16. Here each layer's quantizer is asked for its final codes, scale and shift, and exactly those are packed into
+the tensor class that the target's loader will build. A layer at a time: the float master is dropped before the next one
+is packed, so memory peaks at the model plus one layer.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qat.errors import QatError
+from qat.evidence import FrozenRecord, LayerEvidence, layer_evidence, record_frozen
+from qat.layers import QLinear, quantized_layers
+from qat.preparation import forget_prepared, prepared_as
+from qat.qtypes import QTYPES, group_size
+from qat.quantizers import Final
+from qat.quantizers.activation import ActivationQuantizer
+from qat.targets import Target, get_target
+
+__all__ = ["FreezeReport", "freeze", "frozen_copy"]
+
+
+@dataclass(frozen=True)
+class FreezeReport:
+    """What was frozen."""
+
+    target: str
+    dtype: str
+    layers: dict[str, LayerEvidence]
+
+    def __str__(self) -> str:
+        """One line."""
+        kinds = sorted({layer.weights for layer in self.layers.values()})
+        return f"froze {len(self.layers)} layers ({', '.join(kinds)}) for target {self.target!r}, served in {self.dtype}"
+
+
+def freeze(model: nn.Module, target: str | None = None) -> FreezeReport:
+    """Replace every prepared layer by a frozen ``optimum.quanto.nn.QLinear``, in place, ready to run and to export.
+
+    All other float parameters and persistent buffers get the dtype in which the target's loader holds them (never by
+    ``Module.to``: rotary tables and other non-persistent buffers stay as constructed). The model is put into
+    evaluation mode; nothing in it requires a gradient afterwards in the quantized layers.
+
+    Args:
+        model: a prepared model, the very module that `qat.prepare` was called on.
+        target: who will load the export; default the one named at prepare.
+
+    Raises:
+        StateError: the model was not prepared.
+        CalibrationError: activations are quantized but were never calibrated. Nothing is changed then.
+    """
+    prepared = prepared_as(model)
+    room = get_target(target or prepared.target)
+    layers = list(quantized_layers(model))
+    for _, layer in layers:
+        for quantizer in (layer.input_quantizer, layer.output_quantizer):
+            if quantizer is not None:
+                quantizer.require_scale()
+    evidence: dict[str, LayerEvidence] = {}
+    for name, layer in layers:
+        frozen, evidence[name] = _freeze_layer(name, layer, room, model)
+        _replace(model, layer, frozen)
+    quantized = set(evidence)
+    _cast_the_rest(model, quantized, room)
+    model.eval()
+    forget_prepared(model)
+    record = FrozenRecord(prepared.spec, room.name, prepared.algorithm.kind, evidence)
+    record_frozen(model, record)
+    _set_config_dtype(model, prepared.spec.dtype)
+    return FreezeReport(room.name, prepared.spec.dtype, evidence)
+
+
+def frozen_copy(model: nn.Module, target: str | None = None) -> nn.Module:
+    """A frozen copy of a prepared model; the model itself goes on training."""
+    duplicate = copy.deepcopy(model)
+    freeze(duplicate, target)
+    return duplicate
+
+
+@torch.no_grad()
+def _freeze_layer(name: str, layer: QLinear, target: Target, model: nn.Module) -> tuple[nn.Module, LayerEvidence]:
+    from optimum.quanto.nn import QLinear as QuantoLinear
+
+    quantizer, dtype = layer.weight_quantizer, layer.weight_quantizer.dtype
+    activations = layer.input_quantizer
+    trained = quantizer.fake_quantized(layer.weight)
+    final = quantizer.final(layer.weight)
+    frozen = QuantoLinear(
+        layer.in_features,
+        layer.out_features,
+        bias=layer.bias is not None,
+        dtype=dtype,
+        device="meta",
+        weights=QTYPES[quantizer.qtype].quanto_name,
+        activations=None if activations is None else QTYPES[activations.qtype].quanto_name,
+        quantize_input=True,
+    )
+    frozen.optimizer = None  # would only serve a second quantization, which must never happen
+    frozen.weight = nn.Parameter(_pack(final, quantizer.qtype, frozen.activation_qtype), requires_grad=False)
+    if layer.bias is not None:
+        frozen.bias = nn.Parameter(layer.bias.detach().to(dtype), requires_grad=False)
+    device = layer.weight.device
+    frozen.input_scale = _activation_scale(layer.input_quantizer, dtype, device)
+    frozen.output_scale = _activation_scale(layer.output_quantizer, dtype, device)
+    if activations is not None and layer.output_quantizer is None:
+        frozen.disable_output_quantization()
+    if not torch.equal(frozen.weight.dequantize(), trained):
+        raise QatError(
+            f"freeze: layer {name!r} dequantizes to other values than its fake-quantized forward used; this is a fault of the "
+            f"quantizer {type(quantizer).__name__} (its scale_shift must depend on nothing but its state and the weight)"
+        )
+    frozen.train(layer.training)
+    return frozen, layer_evidence(frozen, trained)
+
+
+def _pack(final: Final, qtype: str, activation_qtype: Any) -> Tensor:
+    """The weight tensor as the loaders build it from a file."""
+    from optimum.quanto import qtypes
+    from optimum.quanto.tensor import WeightQBitsTensor, WeightQBytesTensor
+
+    kind = QTYPES[qtype]
+    codes, scale, shift = final
+    size, stride = codes.size(), codes.stride()
+    if not kind.affine:
+        scale = scale.reshape(()) if codes.shape[0] == 1 else scale  # one row: per-tensor, as quanto has it
+        packed = WeightQBytesTensor(qtypes[kind.quanto_name], 0, size, stride, codes, scale, activation_qtype)
+    else:
+        elements = group_size(qtype, codes.shape[1])
+        rows = codes if elements is None else codes.reshape(-1, elements)
+        packed = WeightQBitsTensor(qtypes[kind.quanto_name], 0, elements, size, stride, rows, scale, shift)
+    return packed.optimize()  # type: ignore[no-any-return]
+
+
+def _activation_scale(quantizer: ActivationQuantizer | None, dtype: torch.dtype, device: torch.device) -> Tensor:
+    if quantizer is None:
+        return torch.ones((), dtype=dtype, device=device)
+    return quantizer.scale.detach().to(device=device, dtype=dtype).clone()
+
+
+def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    for parent in model.modules():
+        for name, child in parent._modules.items():
+            if child is old:
+                parent._modules[name] = new
+
+
+@torch.no_grad()
+def _cast_the_rest(model: nn.Module, quantized: set[str], target: Target) -> None:
+    spec = prepared_as(model).spec
+    for path, module in model.named_modules():
+        if path in quantized:
+            continue
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.is_floating_point():
+                full = f"{path}.{name}" if path else name
+                parameter.data = parameter.data.to(target.tensor_dtype(model, full, spec))
+        for name, buffer in module._buffers.items():
+            persistent = name not in module._non_persistent_buffers_set
+            if buffer is not None and buffer.is_floating_point() and persistent:
+                full = f"{path}.{name}" if path else name
+                module._buffers[name] = buffer.to(target.tensor_dtype(model, full, spec))
+
+
+def _set_config_dtype(model: nn.Module, dtype: str) -> None:
+    """Tell a transformers config (and those within it) which dtype the weights now have."""
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(config, "dtype"):
+        return
+    serving = getattr(torch, dtype)
+    config.dtype = serving
+    for key in getattr(config, "sub_configs", None) or ():
+        inner = getattr(config, key, None)
+        if inner is not None and hasattr(inner, "dtype"):
+            inner.dtype = serving

@@ -1,0 +1,150 @@
+"""The fast form of `qat.numerics`, behind opaque operators and one dispatch.
+
+Fake quantization is an *operator*, not a chain of tensor expressions, for two reasons. A compiler that sees the
+chain drops its narrowing casts and fuses its two roundings, and then trains other weights than are served. And an
+operator can be implemented once per device: in cache-sized blocks on a CPU (`qat.kernels.cpu`), as one Triton
+kernel on CUDA (`qat.kernels.triton`), or plainly as `qat.numerics` says, which is what tests compare both with.
+
+The operators have no gradient of their own; `qat.layers` defines the straight-through gradient around them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qat import numerics
+from qat.qtypes import QTYPES
+
+__all__ = ["affine_scale_shift", "fake_quantize_activation", "fake_quantize_weight", "inside_range", "symmetric_scale"]
+
+
+@torch.library.custom_op("qat::fake_quantize_weight", mutates_args=())
+def _fake_quantize_weight(
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor | None,
+    qtype: str,
+    dtype: torch.dtype,
+    out_dtype: torch.dtype,
+    after: Tensor | None,
+) -> Tensor:
+    if weight.device.type == "cpu":
+        from qat.kernels import cpu
+
+        return cpu.fake_quantize(weight, scale, shift, qtype, dtype, out_dtype)
+    if weight.device.type == "cuda":
+        from qat.kernels import triton
+
+        if triton.available():
+            return triton.fake_quantize(weight, scale, shift, qtype, dtype, out_dtype)
+    return numerics.fake_quantize(weight, scale, shift, qtype, dtype, out_dtype)
+
+
+@_fake_quantize_weight.register_fake
+def _(
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor | None,
+    qtype: str,
+    dtype: torch.dtype,
+    out_dtype: torch.dtype,
+    after: Tensor | None,
+) -> Tensor:
+    return weight.new_empty(weight.shape, dtype=out_dtype)
+
+
+def fake_quantize_weight(
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor | None,
+    qtype: str,
+    dtype: torch.dtype,
+    out_dtype: torch.dtype,
+    *,
+    after: Tensor | None = None,
+) -> Tensor:
+    """The weight that a loader will rebuild: `numerics.fake_quantize`, bit for bit, without a gradient.
+
+    Args:
+        weight: master weight, ``(out, in)``, any float dtype.
+        scale: serving scale, float32, ``(groups, 1)``.
+        shift: serving shift, float32, ``(groups, 1)``, or None for 8-bit types.
+        qtype: the target format's name.
+        dtype: serving dtype, in which ``scale * code - shift`` is rounded.
+        out_dtype: dtype of the result.
+        after: a tensor that must exist first; never read. A backward pass names its incoming gradient here, so
+            that a compiler cannot move this recomputation into the forward pass and keep its result in memory.
+    """
+    return torch.ops.qat.fake_quantize_weight(weight, scale, shift, qtype, dtype, out_dtype, after)  # type: ignore[no-any-return]
+
+
+@torch.library.custom_op("qat::symmetric_scale", mutates_args=())
+def _symmetric_scale(weight: Tensor, qtype: str, dtype: torch.dtype) -> Tensor:
+    return numerics.serving_scale(numerics.absmax_scale(weight, qtype), qtype, dtype).clone()
+
+
+@_symmetric_scale.register_fake
+def _(weight: Tensor, qtype: str, dtype: torch.dtype) -> Tensor:
+    return weight.new_empty((weight.shape[0], 1), dtype=torch.float32)
+
+
+def symmetric_scale(weight: Tensor, qtype: str, dtype: torch.dtype) -> Tensor:
+    """The serving scale of the weight's own range, ``max|w| / scale_max`` a row: float32, ``(out, 1)``."""
+    return torch.ops.qat.symmetric_scale(weight, qtype, dtype)  # type: ignore[no-any-return]
+
+
+@torch.library.custom_op("qat::affine_scale_shift", mutates_args=())
+def _affine_scale_shift(weight: Tensor, qtype: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    scale, shift = numerics.minmax_scale_shift(weight, qtype)
+    scale = numerics.serving_scale(scale, qtype, dtype)
+    tinygemm = numerics.survives_tinygemm(qtype, dtype, weight.shape[1])
+    return scale.clone(), numerics.serving_shift(shift, scale, dtype, tinygemm=tinygemm).clone()
+
+
+@_affine_scale_shift.register_fake
+def _(weight: Tensor, qtype: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    groups = numerics.grouped(weight, qtype).shape[0]
+    return weight.new_empty((groups, 1), dtype=torch.float32), weight.new_empty((groups, 1), dtype=torch.float32)
+
+
+def affine_scale_shift(weight: Tensor, qtype: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Serving scale and shift of the weight's own range, min to max a group: float32, ``(groups, 1)`` each."""
+    return torch.ops.qat.affine_scale_shift(weight, qtype, dtype)  # type: ignore[no-any-return]
+
+
+@torch.library.custom_op("qat::fake_quantize_activation", mutates_args=())
+def _fake_quantize_activation(x: Tensor, scale: Tensor, qtype: str, dtype: torch.dtype) -> Tensor:
+    kind = QTYPES[qtype]
+    scale = scale.to(dtype)
+    codes = x.to(dtype) / scale  # rounded to the serving dtype before it is rounded to a code, as the loader does
+    if not kind.floating:
+        codes.round_()
+    codes.clamp_(kind.code_min, kind.code_max)
+    if kind.floating:
+        codes = codes.to(torch.float8_e4m3fn).to(dtype)
+    return codes.mul_(scale).to(x.dtype)
+
+
+@_fake_quantize_activation.register_fake
+def _(x: Tensor, scale: Tensor, qtype: str, dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(x)
+
+
+def fake_quantize_activation(x: Tensor, scale: Tensor, qtype: str, dtype: torch.dtype) -> Tensor:
+    """``scale * clamp(round(x / scale))`` with one scale a tensor, every step rounded to the serving dtype.
+
+    Args:
+        x: any shape, any float dtype; also the result's.
+        scale: float32 scalar.
+        qtype: ``"int8"`` or ``"float8"``.
+        dtype: the serving dtype.
+    """
+    return torch.ops.qat.fake_quantize_activation(x, scale, qtype, dtype)  # type: ignore[no-any-return]
+
+
+def inside_range(x: Tensor, scale: Tensor, qtype: str) -> Tensor:
+    """Where ``x / scale`` lies within the codes' range: bool, the shape of ``x``."""
+    kind = QTYPES[qtype]
+    scale = scale.to(x.dtype)
+    return (x >= scale * kind.code_min) & (x <= scale * kind.code_max)

@@ -1,0 +1,175 @@
+"""`prepare`: put fake quantization into a model's linear layers, in place."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from qat.errors import StateError
+from qat.inspection import InspectReport, inspect
+from qat.layers import QLinear, quantized_layers
+from qat.observers import ObserverChoice, Percentile
+from qat.quantizers import Algorithm, StraightThrough
+from qat.quantizers.activation import ActivationQuantizer
+from qat.spec import QuantSpec
+
+__all__ = ["PrepareReport", "Prepared", "forget_prepared", "parameter_groups", "prepare", "prepared_as"]
+
+_ATTRIBUTE = "_qat_prepared"
+logger = logging.getLogger("qat")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """How a model was prepared."""
+
+    spec: QuantSpec
+    algorithm: Algorithm
+    target: str
+
+
+@dataclass(frozen=True)
+class PrepareReport:
+    """What was done; prints as the inspection's table."""
+
+    inspection: InspectReport
+    layers: tuple[str, ...]
+    """Names of the layers that are quantized now."""
+    untied: tuple[str, ...] = ()
+    """Layers whose weight was tied and is now a copy of its own."""
+
+    def __str__(self) -> str:
+        """The inspection's table and what was untied."""
+        return "\n".join([str(self.inspection), *(f"untied: {name}" for name in self.untied)])
+
+
+def prepare(
+    model: nn.Module,
+    spec: QuantSpec,
+    algorithm: Algorithm | None = None,
+    target: str = "quanto",
+    *,
+    observer: ObserverChoice | None = None,
+) -> PrepareReport:
+    """Turn the linear layers that `qat.inspect` chooses into `QLinear`, in place.
+
+    Args:
+        model: a float model. Its parameters stay the same objects, under the same names.
+        spec: what to quantize, and the serving dtype.
+        algorithm: how scales are found; default `StraightThrough`.
+        target: who will load the export; decides what can be expressed.
+        observer: what activation scales are taken from; default the 99.99th percentile. Only with activations.
+
+    Raises:
+        SpecError, TargetError, StateError: see `qat.inspect`; nothing is changed then.
+
+    >>> model = nn.Sequential(nn.Linear(256, 64), nn.ReLU(), nn.Linear(64, 10))
+    >>> prepare(model, QuantSpec(weights="int4")).layers
+    ('0', '2')
+    """
+    algorithm = algorithm or StraightThrough()
+    if not isinstance(algorithm, Algorithm):
+        raise StateError(f"algorithm: must be an Algorithm such as StraightThrough(), got {algorithm!r}")
+    report = inspect(model, spec, target)
+    observer = observer or Percentile()
+    untied = []
+    for row in report.layers:
+        if row.weights is None:
+            continue
+        linear = model.get_submodule(row.name)
+        assert isinstance(linear, nn.Linear)
+        if _untie(model, linear):
+            untied.append(row.name)
+        quantizer = algorithm.make(linear.weight, row.weights, spec.torch_dtype).to(linear.weight.device)
+        inputs = outputs = None
+        if row.activations is not None:
+            device = linear.weight.device
+            inputs = ActivationQuantizer(row.activations, spec.torch_dtype, observer.make()).to(device)
+            if spec.quantize_outputs:
+                outputs = ActivationQuantizer(row.activations, spec.torch_dtype, observer.make()).to(device)
+        QLinear.adopt(linear, quantizer, inputs, outputs)
+    setattr(model, _ATTRIBUTE, Prepared(spec, algorithm, target))
+    model.register_load_state_dict_post_hook(_check_fresh_quantizers)
+    return PrepareReport(report, tuple(name for name, _ in quantized_layers(model)), tuple(untied))
+
+
+def prepared_as(model: nn.Module) -> Prepared:
+    """How ``model`` was prepared.
+
+    Raises:
+        StateError: it was not (or only a submodule of it was).
+    """
+    prepared = getattr(model, _ATTRIBUTE, None)
+    if prepared is None:
+        raise StateError("model: was not prepared: call qat.prepare(model, spec) first, on this same module")
+    assert isinstance(prepared, Prepared)
+    return prepared
+
+
+def forget_prepared(model: nn.Module) -> None:
+    """Mark ``model`` as no longer prepared (freezing has replaced its layers)."""
+    delattr(model, _ATTRIBUTE)
+
+
+def _untie(model: nn.Module, linear: nn.Linear) -> bool:
+    """Give ``linear`` a weight of its own if it shares one, and tell the model's config."""
+    holders = {id(m) for m in model.modules() for p in m._parameters.values() if p is linear.weight}
+    if len(holders) < 2:
+        return False
+    linear.weight = nn.Parameter(linear.weight.detach().clone(), requires_grad=linear.weight.requires_grad)
+    config: Any = getattr(model, "config", None)
+    if config is not None and getattr(config, "tie_word_embeddings", False):
+        config.tie_word_embeddings = False
+        if hasattr(model, "all_tied_weights_keys"):
+            model.all_tied_weights_keys = {}
+    return True
+
+
+def _check_fresh_quantizers(model: nn.Module, incompatible: Any) -> None:
+    """After a float checkpoint was loaded into a prepared model: all quantizers start afresh, or none may."""
+    stateful = [(name, layer) for name, layer in quantized_layers(model) if layer.has_quantizer_state]
+    fresh = [name for name, layer in stateful if layer.started_afresh]
+    if fresh and len(fresh) < len(stateful):
+        raise StateError(
+            f"state_dict: quantizer keys may be absent only for all layers together, but {len(fresh)} of {len(stateful)} "
+            f"layers lack theirs (first: {fresh[0]!r}): load a whole float or a whole prepared checkpoint"
+        )
+    if fresh:
+        logger.warning("state_dict holds no quantizer state (a float checkpoint): %d quantizers start afresh", len(fresh))
+
+
+def parameter_groups(
+    module: nn.Module, lr: float, scale_lr: float | None = None, weight_decay: float = 0.0
+) -> list[dict[str, Any]]:
+    """Optimizer groups in which learned scales have their own learning rate and never meet weight decay.
+
+    Args:
+        module: anything that contains prepared layers.
+        lr: learning rate of the weights.
+        scale_lr: learning rate of learned scales; default a tenth of ``lr``.
+        weight_decay: for parameters of two and more dimensions; biases, norms and scales get none.
+
+    Returns:
+        Groups for any ``torch.optim`` optimizer; empty ones are left out, parameters that need no gradient too.
+
+    >>> model = nn.Sequential(nn.Linear(256, 64))
+    >>> [group["weight_decay"] for group in parameter_groups(model, lr=1e-4, weight_decay=0.1)]
+    [0.1, 0.0]
+    """
+    scales = {id(p) for _, layer in quantized_layers(module) for p in layer.quantizer_parameters()}
+    trained = [p for p in module.parameters() if p.requires_grad]
+    others = [p for p in trained if id(p) not in scales]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in others if p.ndim >= 2], "lr": lr, "weight_decay": weight_decay, "name": "weights"},
+        {"params": [p for p in others if p.ndim < 2], "lr": lr, "weight_decay": 0.0, "name": "vectors"},
+        {
+            "params": [p for p in trained if id(p) in scales],
+            "lr": lr / 10 if scale_lr is None else scale_lr,
+            "weight_decay": 0.0,
+            "name": "scales",
+        },
+    ]
+    return [group for group in groups if group["params"]]

@@ -1,0 +1,107 @@
+"""Quantizers for activations: one static scale a tensor, from an observer.
+
+Stock loaders quantize with a stored scalar, so training does too. Where an input arrives already quantized (the
+producer's output went through nothing but a relu or a view), the stock layer ignores its own input scale; `arrives`
+marks those, and training skips their input quantization.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qat import kernels
+from qat.errors import CalibrationError
+from qat.numerics import round_to, smallest_scale
+from qat.observers import Observer
+from qat.qtypes import QTYPES
+from qat.quantizers.base import QuantizerModule
+
+__all__ = ["ActivationQuantizer", "fake_quantize_output"]
+
+
+class ActivationQuantizer(QuantizerModule):
+    """A static scale for one activation, and the observer it comes from.
+
+    Args:
+        qtype: ``"int8"`` or ``"float8"``.
+        dtype: the serving dtype, to which the scale is rounded.
+        observer: records the range.
+    """
+
+    scale: Tensor
+    initialized: Tensor
+    arrives: Tensor
+
+    def __init__(self, qtype: str, dtype: torch.dtype, observer: Observer) -> None:
+        super().__init__()
+        self.qtype = qtype
+        self.dtype = dtype
+        self.observer = observer
+        self.register_buffer("scale", torch.zeros((), dtype=torch.float32))
+        self.register_buffer("initialized", torch.tensor(False))
+        self.register_buffer("arrives", torch.tensor(False))
+        self._arrives = False
+
+    @property
+    def arrives_quantized(self) -> bool:
+        """Whether this activation comes quantized from its producer (a Python bool: the forward branches on it)."""
+        return self._arrives
+
+    @arrives_quantized.setter
+    def arrives_quantized(self, value: bool) -> None:
+        self._arrives = value
+        self.arrives.fill_(value)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)  # type: ignore[no-untyped-call]
+        self._arrives = bool(self.arrives)
+
+    @torch.no_grad()
+    def observe(self, x: Tensor) -> None:
+        """Record ``x`` and take the scale from all that was seen so far."""
+        self.observer.update(x)
+        self.refresh()
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Take the scale from the observer."""
+        scale = round_to(self.observer.magnitude() / QTYPES[self.qtype].scale_max, self.dtype)
+        self.scale.copy_(scale.clamp(min=smallest_scale(self.dtype)))  # a zero scale would divide 0 by 0
+        self.initialized.fill_(True)
+
+    def require_scale(self) -> None:
+        """Raise `CalibrationError` when there is no scale yet."""
+        if not bool(self.initialized):
+            raise CalibrationError(
+                "activations: a scale was never set: run qat.calibrate(model, batches) before training with quantized "
+                "activations, or let the schedule observe first"
+            )
+
+    def extra_repr(self) -> str:
+        """The format, for ``print(model)``."""
+        return self.qtype
+
+
+class _FakeQuantizedOutput(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, scale: Tensor, qtype: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        return kernels.fake_quantize_activation(x, scale, qtype, dtype), kernels.inside_range(x, scale, qtype)
+
+    @staticmethod
+    def setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[object, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(output[1])
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor, _: None) -> tuple[Tensor, None, None, None]:
+        (inside,) = ctx.saved_tensors  # type: ignore[attr-defined]
+        return grad * inside, None, None, None
+
+
+def fake_quantize_output(x: Tensor, quantizer: ActivationQuantizer) -> Tensor:
+    """Fake-quantize a layer's output; saturated elements get no gradient. Keeps one byte an element for backward."""
+    y: Tensor = _FakeQuantizedOutput.apply(x, quantizer.scale, quantizer.qtype, quantizer.dtype)[0]  # type: ignore[no-untyped-call]
+    return y

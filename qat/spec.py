@@ -1,0 +1,144 @@
+"""What is quantized: `QuantSpec`, and how its patterns resolve for one module name.
+
+Patterns are ``fnmatch`` patterns on full module names. Precedence: overrides, then exclude, then include, then
+the default; among overrides the last match wins. Nothing here knows of a model: `qat.inspection` applies the
+resolution to one and adds the reasons of its own (an unsafe kernel, a tied weight).
+"""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from qat.errors import SpecError
+from qat.qtypes import ActivationType, ServingDtype, WeightType
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    import torch
+
+__all__ = ["LayerSpec", "QuantSpec", "Resolution"]
+
+
+class LayerSpec(BaseModel):
+    """The types of one layer, for `QuantSpec.overrides`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    weights: WeightType | Literal["float"]
+    """The weight's type, or ``"float"`` to leave the layer as it is."""
+    activations: ActivationType | None = None
+    """The type of its inputs and outputs; a model has one activation type or none."""
+
+    @model_validator(mode="after")
+    def _float_layers_have_no_activations(self) -> LayerSpec:
+        if self.weights == "float" and self.activations is not None:
+            raise ValueError("a layer with weights='float' cannot have quantized activations: leave activations out")
+        return self
+
+
+class Resolution(NamedTuple):
+    """How a spec's patterns resolve for one module: its types (None: float), why, and whether it was named."""
+
+    layer: LayerSpec | None
+    reason: str
+    explicit: bool
+    """True when an include pattern or an override named the module, which also overrules defaults of ours."""
+
+
+class QuantSpec(BaseModel):
+    """What is quantized, to which types, and in which dtype it will be served.
+
+    >>> spec = QuantSpec(weights="int4", exclude=("lm_head",), overrides={"*.down_proj": "int8"})
+    >>> spec.resolve("model.layers.0.mlp.down_proj").layer.weights
+    'int8'
+    >>> spec.resolve("lm_head").layer is None
+    True
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    weights: WeightType = "int8"
+    """The type of every quantized weight that no override names."""
+    activations: ActivationType | None = None
+    """The type of the inputs and outputs of quantized layers, or none."""
+    dtype: ServingDtype = "bfloat16"
+    """The dtype that the exported model is served in; scales and shifts are rounded to it during training."""
+    include: tuple[str, ...] = ()
+    """Patterns of module names; when any is given, only modules that match one are quantized."""
+    exclude: tuple[str, ...] = ()
+    """Patterns of module names that stay float."""
+    overrides: dict[str, WeightType | Literal["float"] | LayerSpec] = Field(default_factory=dict)
+    """Pattern to type (or `LayerSpec`); beats exclude and include, the last match wins."""
+    quantize_outputs: bool = True
+    """Quantize the outputs of layers that have an activation type, as stock loaders do; off: for our own loader only."""
+
+    @field_validator("include", "exclude", mode="before")
+    @classmethod
+    def _one_pattern_is_a_tuple(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _one_activation_type(self) -> QuantSpec:
+        kinds = {self.activations} | {layer.activations for layer in self.overrides.values() if isinstance(layer, LayerSpec)}
+        kinds.discard(None)
+        if len(kinds) > 1:
+            raise ValueError(f"a model has one activation type, but this spec names {sorted(map(str, kinds))}: choose one")
+        return self
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The serving dtype as torch's object."""
+        import torch
+
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[self.dtype]
+
+    @property
+    def activation_type(self) -> ActivationType | None:
+        """The model's one activation type, wherever in the spec it is named."""
+        named = (layer.activations for layer in self.overrides.values() if isinstance(layer, LayerSpec))
+        return self.activations or next((kind for kind in named if kind), None)
+
+    def resolve(self, name: str) -> Resolution:
+        """Resolve the patterns for the module called ``name``."""
+        chosen: tuple[str, WeightType | Literal["float"] | LayerSpec] | None = None
+        for pattern, value in self.overrides.items():
+            if fnmatchcase(name, pattern):
+                chosen = (pattern, value)
+        if chosen is not None:
+            pattern, value = chosen
+            layer = value if isinstance(value, LayerSpec) else self._layer(value)
+            if layer.weights == "float":
+                return Resolution(None, f"override {pattern!r}: float", True)
+            return Resolution(layer, f"override {pattern!r}", True)
+        for pattern in self.exclude:
+            if fnmatchcase(name, pattern):
+                return Resolution(None, f"excluded by {pattern!r}", True)
+        for pattern in self.include:
+            if fnmatchcase(name, pattern):
+                return Resolution(self._layer(self.weights), f"included by {pattern!r}", True)
+        if self.include:
+            return Resolution(None, "matches no include pattern", False)
+        return Resolution(self._layer(self.weights), "", False)
+
+    def check_patterns(self, names: Iterable[str]) -> None:
+        """Raise `SpecError` for every pattern that matches none of ``names``."""
+        known = list(names)
+        faults = []
+        for argument, patterns in (("include", self.include), ("exclude", self.exclude), ("overrides", self.overrides)):
+            for pattern in patterns:
+                if any(fnmatchcase(name, pattern) for name in known):
+                    continue
+                tails = {name: name for name in known} | {name.rsplit(".", 1)[-1]: name for name in known}
+                close = [tails[near] for near in get_close_matches(pattern.lstrip("*."), tails, n=3, cutoff=0.6)]
+                hint = f"; did you mean one of {close}?" if close else f"; linear layers here: {known[:5]}..."
+                faults.append(f"{argument}: pattern {pattern!r} matches no linear layer of the model{hint}")
+        if faults:
+            raise SpecError("\n".join(faults))
+
+    def _layer(self, weights: WeightType | Literal["float"]) -> LayerSpec:
+        return LayerSpec(weights=weights, activations=None if weights == "float" else self.activations)

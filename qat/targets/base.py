@@ -1,0 +1,65 @@
+"""What a target is: who will load the files, what it can express, and which dtype it gives each tensor.
+
+A target is stated here without importing the loader, so that a spec which cannot be served is refused before any
+training, on a machine that may not even have the loader installed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from qat.qtypes import group_size
+from qat.spec import LayerSpec, QuantSpec
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Target", "kernel_hazard", "matches_path_part"]
+
+
+def matches_path_part(name: str, keys: Iterable[str]) -> bool:
+    """Whether one of ``keys`` is a whole part (or run of parts) of the dotted ``name``."""
+    return any(re.search(rf"(^|\.){re.escape(key)}(\.|$)", name) for key in keys)
+
+
+def kernel_hazard(layer: LayerSpec, dtype: str, in_features: int, out_features: int) -> str | None:
+    """Why the stock CPU kernels cannot run such a layer, or None.
+
+    Both were measured on torch 2.13 with optimum-quanto 0.2.7; a test repeats the measurement in a subprocess, since
+    one of them ends the process.
+    """
+    if dtype != "bfloat16":
+        return None
+    if layer.weights == "int8" and in_features % 4 == 0 and in_features % 16 != 0:
+        return f"kernel: int8 with bfloat16 on a CPU crashes when in_features ({in_features}) is not a multiple of 16"
+    if layer.weights == "int4" and group_size("int4", in_features) == 128 and out_features % 16 != 0:
+        return f"kernel: int4 with bfloat16 in groups of 128 needs out_features ({out_features}) divisible by 16"
+    return None
+
+
+@dataclass(frozen=True)
+class Target:
+    """One loader. Subclasses override what differs; this base says: everything can be expressed."""
+
+    name: str
+    leaf_names_only: bool = False
+    """The loader names float layers by the last part of their module name only."""
+
+    def spec_faults(self, spec: QuantSpec) -> list[str]:
+        """What the spec asks for that the loader cannot express, each with its remedy."""
+        if not spec.quantize_outputs:
+            return [f"quantize_outputs=False: the loader of target {self.name!r} always quantizes outputs: leave it True"]
+        return []
+
+    def kept_in_float32(self, model: Any, name: str, dtype: str) -> bool:
+        """Whether the loader holds the tensor or module called ``name`` in float32 when serving ``dtype``."""
+        return False
+
+    def tensor_dtype(self, model: Any, name: str, spec: QuantSpec) -> torch.dtype:
+        """The dtype in which the loader holds the float tensor called ``name``."""
+        import torch
+
+        return torch.float32 if self.kept_in_float32(model, name, spec.dtype) else spec.torch_dtype
