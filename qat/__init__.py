@@ -1,0 +1,63 @@
+"""Quantization-aware training for transformers: what you train is what you serve, to the bit.
+
+The verbs, in the order in which they are used::
+
+    report = qat.inspect(model, spec)      # what will be quantized, what will not, and why
+    qat.prepare(model, spec)               # fake-quantized layers, in place
+    qat.calibrate(model, batches)          # scales for activations
+    ...                                    # train, with Lightning or a plain loop
+    qat.freeze(model)                      # codes are packed as trained
+    qat.export(model, "out")               # files for diffusers, transformers or optimum-quanto
+    qat.verify("out", reference=model)     # proof that what loads is what was trained
+    qat.load("out")                        # a model ready for inference
+
+Names are imported when they are first used: ``import qat`` loads neither torch nor Lightning nor any model library.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+_HOMES = {
+    "qat.calibration": ("CalibrationReport", "calibrate"),
+    "qat.errors": (
+        "CalibrationError",
+        "DataError",
+        "ExportError",
+        "LoadError",
+        "QatError",
+        "SpecError",
+        "StateError",
+        "TargetError",
+        "TrainingError",
+        "VerifyError",
+    ),
+    "qat.exporting": ("ExportReport", "export"),
+    "qat.freezing": ("FreezeReport", "freeze"),
+    "qat.inspection": ("InspectReport", "inspect"),
+    "qat.layers": ("QLinear",),
+    "qat.loading": ("load",),
+    "qat.observers": ("Absmax", "Percentile"),
+    "qat.preparation": ("PrepareReport", "parameter_groups", "prepare"),
+    "qat.quantizers": ("Algorithm", "AnyAlgorithm", "StraightThrough", "WeightQuantizer"),
+    "qat.spec": ("LayerSpec", "QuantSpec"),
+    "qat.training": ("QuantizationAwareTraining", "QuantizationSchedule", "QuantizedTask"),
+    "qat.verification": ("VerifyReport", "verify"),
+}
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+
+__version__ = "0.1.0"
+__all__ = sorted(_HOME_OF)  # the stub beside this file lists the same names, and a test compares
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'qat' has no attribute {name!r}")
+    value = getattr(import_module(_HOME_OF[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,0 +1,1 @@
+"""Data sets for the recipes, through ``datasets``; nothing here knows of quantization."""
