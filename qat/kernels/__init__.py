@@ -34,10 +34,10 @@ def _fake_quantize_weight(
 
         return cpu.fake_quantize(weight, scale, shift, qtype, dtype, out_dtype)
     if weight.device.type == "cuda":
-        from qat.kernels import triton
+        from qat.kernels import triton as triton_kernels
 
-        if triton.available():
-            return triton.fake_quantize(weight, scale, shift, qtype, dtype, out_dtype)
+        if triton_kernels.available():
+            return triton_kernels.fake_quantize(weight, scale, shift, qtype, dtype, out_dtype)
     return numerics.fake_quantize(weight, scale, shift, qtype, dtype, out_dtype)
 
 

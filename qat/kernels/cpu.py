@@ -46,7 +46,8 @@ def fake_quantize(
             codes.round_()
             if constant:
                 codes.masked_fill_(row_scale == 0, 0)
-            codes.clamp_(kind.code_min, kind.code_max)
+            # Adding 0 turns -0.0, which no integer code can store, into the 0.0 that a loader will rebuild.
+            codes.clamp_(kind.code_min, kind.code_max).add_(0.0)
         if narrow:
             values = codes.to(dtype).mul_(serving_scale[block])
             if serving_shift is not None:
@@ -61,5 +62,15 @@ def fake_quantize(
 
 
 def _round_to_float8(values: Tensor) -> None:
-    """Round float32 values within ±448 to float8_e4m3fn's grid, in place (half to even)."""
-    values.copy_(values.to(torch.float8_e4m3fn))
+    """Round float32 values within ±448 to float8_e4m3fn's grid, in place, half to even, the sign of zero kept.
+
+    torch's conversion back from float8 is six times slower than this on a CPU. Above 2^-6 the grid has three bits after
+    the leading one: rounding is integer arithmetic on the float's own bits. Below, its spacing is 2^-9 throughout:
+    adding and subtracting 1.5 * 2^14, whose last bit is worth 2^-9, rounds to it.
+    """
+    below = (values + 24576.0).sub_(24576.0).copysign_(values)
+    is_below = values.abs().lt_(2.0**-6).bool()
+    bits = values.view(torch.int32)
+    odd = bits.bitwise_right_shift(20).bitwise_and_(1)
+    bits.add_(odd).add_(0x7FFFF).bitwise_and_(~0xFFFFF)
+    torch.where(is_below, below, values, out=values)

@@ -1,0 +1,317 @@
+"""Teach transformers to load packed weights: ``import qat.integrations.transformers``, then ``from_pretrained``.
+
+Stock transformers quantizes float weights on the way in and cannot read packed ones: it would leave them random.
+Importing this module replaces the quantizer and the configuration that are registered under the name "quanto", so
+that a directory written by ``qat.export(..., target="transformers")`` gives frozen optimum-quanto layers, bit for
+bit as exported. A directory is ours when its ``quantization_config`` has the group ``qat``; everything else,
+above all a float model loaded with ``QuantoConfig``, goes to the stock classes untouched.
+
+How it fits into a load, in transformers' order:
+
+1. ``merge_quantization_configs``: the directory's configuration wins; a `QuantoConfig` given by the user must agree.
+2. ``update_dtype``: the serving dtype, or an error, because scales cannot be cast.
+3. ``_process_model_before_weight_loading``: exactly the declared modules become quanto layers, on the meta device.
+4. ``update_weight_conversions``: key names are settled and the headers of all files are checked (`packed`), since
+   an error raised later, while tensors are converted, would be swallowed into a report.
+5. ``PackedLoad``: the tensors of one weight become one quanto tensor.
+
+The trade: replacing registered classes and one class method is global to the process. It is done by an import that
+names the library, and nothing else in qat does it.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming, rename_source_key
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING, AutoHfQuantizer
+from transformers.quantizers.quantizer_quanto import QuantoHfQuantizer
+from transformers.utils.quantization_config import QuantoConfig
+
+from qat.errors import LoadError
+from qat.integrations.packed import (
+    WEIGHT_SLOTS,
+    LayerShape,
+    PackedModule,
+    TensorHeader,
+    layer_faults,
+    one_error,
+    packed_weight,
+    read_headers,
+)
+from qat.integrations.transformers_config import PackedQuantoConfig
+from qat.qtypes import QTYPES
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel
+
+__all__ = ["PackedLoad", "PackedQuantizer", "PackedQuantoConfig"]
+
+
+class PackedQuantizer(QuantoHfQuantizer):
+    """Loads packed weights; made with any other configuration it is the stock quantizer instead."""
+
+    quantization_config: PackedQuantoConfig
+    # One list for all types, since a model may mix them.
+    serialized_names = {"weight": list(WEIGHT_SLOTS)}  # noqa: RUF012 (transformers declares it so)
+
+    def __new__(cls, quantization_config: QuantoConfig, **kwargs: Any) -> Any:
+        """Choose between this class and the stock one."""
+        if isinstance(quantization_config, PackedQuantoConfig):
+            return super().__new__(cls)
+        return QuantoHfQuantizer(quantization_config, **kwargs)
+
+    def __init__(self, quantization_config: PackedQuantoConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        if not self.pre_quantized:
+            raise LoadError(
+                "quantization_config is that of a packed directory, but the model directory is not packed; "
+                "pass QuantoConfig(weights=...) to quantize float weights while loading"
+            )
+        self.group = quantization_config.group()
+        self.layers: dict[str, PackedModule] = {}
+        self.canonical: dict[str, str] = {}
+        self.headers: dict[str, TensorHeader] | None = None
+
+    @property
+    def serving_dtype(self) -> torch.dtype:
+        """The dtype that scales were packed in."""
+        dtype: torch.dtype = getattr(torch, self.group.dtype)
+        return dtype
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """Raise when the device map would offload packed tensors."""
+        device_map = kwargs.get("device_map")
+        devices = {str(device) for device in device_map.values()} if isinstance(device_map, dict) else set()
+        if "disk" in devices or ("cpu" in devices and len(devices) > 1):
+            raise LoadError(
+                f"device_map={device_map!r} offloads parts of the model, which packed weights cannot follow; "
+                'use one device, such as device_map="cpu" or device_map="cuda"'
+            )
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        """Make the serving dtype the one that is used when the user names none.
+
+        This is the one hook that sees the configuration before the dtype is settled. config.json says the same,
+        except after ``save_pretrained`` of a model whose first parameter is kept in another dtype.
+        """
+        config.dtype = self.serving_dtype
+        return config
+
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Refuse any dtype but the serving dtype."""
+        if dtype != self.serving_dtype:
+            raise LoadError(
+                f"dtype={dtype} was asked for, but the scales of this directory are packed in {self.serving_dtype} "
+                f"and cannot be cast; leave dtype out, or export again with QuantSpec(dtype=...)"
+            )
+        return dtype
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
+        """Cast nothing that belongs to a packed layer, whatever a model class keeps in float32."""
+        if any(self._owner(target) for target in converter.target_patterns):
+            return None
+        return super().get_new_dtype(converter, param, dtype)
+
+    def param_element_size(self, model: PreTrainedModel, param_name: str, param: torch.Tensor) -> float:
+        """Bytes of a stored element, from which device maps are computed."""
+        owner = self._owner(param_name)
+        if owner is None or owner[1] != "weight":
+            return param.element_size()
+        return QTYPES[self.layers[owner[0]].weights].bits / 8
+
+    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
+        """Nothing is quantized while loading."""
+        return False
+
+    def is_serializable(self) -> bool:
+        """Say that ``save_pretrained`` writes packed weights again."""
+        return True
+
+    def get_load_operations(self) -> dict[str, type[ConversionOps]]:
+        """The operation that joins the tensors of one weight."""
+        return {"deserialize": PackedLoad}
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        """Replace exactly the declared modules by quanto layers on the meta device."""
+        self.headers = read_headers(checkpoint_files)
+        modules = dict(model.named_modules(remove_duplicate=False))
+        names: dict[int, list[str]] = {}
+        for name, module in modules.items():
+            names.setdefault(id(module), []).append(name)
+        faults = []
+        for declared_name, declared in self.group.modules.items():
+            place = self._name_in_model(declared_name, modules, model)
+            module = modules.get(place)
+            if module is None:
+                # Another class than the exported one may lack a part, such as the head, as in a float load.
+                if type(model).__name__ in (model.config.architectures or [type(model).__name__]):
+                    faults.append(f"{declared_name} is declared, but {type(model).__name__} has no such module")
+            elif type(module) is not torch.nn.Linear:
+                faults.append(f"{declared_name} is declared, but it is a {type(module).__name__}, not an nn.Linear")
+            elif place not in self.canonical:
+                self.layers[place] = declared
+                # A layer registered under several names stays one object.
+                qmodule = self._empty_layer(module, declared)
+                for alias in names[id(module)]:
+                    self.canonical[alias] = place
+                    model.set_submodule(alias, qmodule)
+        faults += [
+            f"{target} is tied to {source}, but one of them is packed; set tie_word_embeddings to false in config.json"
+            for target, source in model.all_tied_weights_keys.items()
+            if self._owner(target) != self._owner(source)
+        ]
+        if faults:
+            raise one_error("the declared modules do not fit the model", faults)
+
+    def _empty_layer(self, module: nn.Linear, declared: PackedModule) -> nn.Module:
+        from optimum.quanto import QLinear, qtypes
+
+        activations = None if declared.activations is None else qtypes[QTYPES[declared.activations].quanto_name]
+        qmodule: Any = QLinear(
+            module.in_features,
+            module.out_features,
+            bias=module.bias is not None,
+            dtype=self.serving_dtype,
+            device=torch.device("meta"),
+            weights=qtypes[QTYPES[declared.weights].quanto_name],
+            activations=activations,
+            quantize_input=True,
+        )
+        if not self.group.quantize_outputs:
+            qmodule.disable_output_quantization()
+        layer: nn.Module = qmodule
+        return layer
+
+    @staticmethod
+    def _name_in_model(name: str, modules: dict[str, nn.Module], model: PreTrainedModel) -> str:
+        """Translate a declared name for a base model (``LlamaModel`` for ``LlamaForCausalLM``), or the reverse."""
+        prefix = f"{model.base_model_prefix}."
+        return next((other for other in (name, name.removeprefix(prefix), prefix + name) if other in modules), name)
+
+    def _owner(self, key: str) -> tuple[str, str] | None:
+        """The packed layer that a key belongs to, and the key's name below it."""
+        name = key
+        while name:
+            if name in self.canonical:
+                return self.canonical[name], key[len(name) + 1 :]
+            name = name.rpartition(".")[0]
+        return None
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
+        """Settle the names of all keys, and check the files against the declaration.
+
+        Exports use the model's own module names. transformers' renamings are for the names of original checkpoints;
+        on own names they are at best idle, so they are applied only when own names do not fit (``key_mapping``).
+        """
+        if self.headers is None:  # a later call, for an adapter
+            return weight_conversions
+        renamings: list[WeightRenaming] = []
+        found, strays = self._placed(renamings, model)
+        if not all(found.values()):
+            renamings = [conversion for conversion in weight_conversions if isinstance(conversion, WeightRenaming)]
+            found, strays = self._placed(renamings, model)
+        faults = [
+            f"{key} is packed, but its module is not declared in the group 'qat' of config.json" for key in strays
+        ]
+        for name, declared in self.layers.items():
+            module: Any = model.get_submodule(name)
+            size = LayerShape(module.out_features, module.in_features, module.bias is not None)
+            faults += layer_faults(name, declared, size, found[name], self.group.dtype)
+        if faults:
+            raise one_error("the files do not hold what config.json declares", faults)
+        self.headers = None
+        return [*renamings, *self._converters()]
+
+    def _converters(self) -> list[WeightConverter]:
+        conversions: list[WeightConverter] = self.get_weight_conversions()  # type: ignore[no-untyped-call]
+        return conversions
+
+    def _placed(
+        self, renamings: list[WeightRenaming], model: PreTrainedModel
+    ) -> tuple[dict[str, dict[str, TensorHeader]], list[str]]:
+        """Headers by layer and name below it, as transformers will place them, and packed keys of other modules."""
+        found: dict[str, dict[str, TensorHeader]] = {name: {} for name in self.layers}
+        strays = []
+        # Renamings remember what they saw, so the rehearsal uses copies.
+        renamings, converters = copy.deepcopy(renamings), self._converters()
+        prefix, state = model.base_model_prefix, model.state_dict()
+        for key, header in (self.headers or {}).items():
+            target, slot = rename_source_key(key, renamings, converters, prefix, state)
+            if target not in state and key in state:
+                target, slot = rename_source_key(key, [], [], prefix, state)
+            owner = self._owner(target)
+            if owner is not None:
+                found[owner[0]][slot or owner[1]] = header
+            elif slot is not None and key.removesuffix(f".{slot}") not in self.group.modules:
+                strays.append(key)
+        return found, strays
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        """Check that every layer is whole, and let ``save_pretrained`` write own names without converters."""
+        setattr(model, "_weight_conversions", [])  # noqa: B010 (mypy takes the plain form for a parameter)
+        faults = []
+        for name in self.layers:
+            qmodule: Any = model.get_submodule(name)
+            tensors = [qmodule.weight, qmodule.bias, qmodule.input_scale, qmodule.output_scale]
+            if not qmodule.frozen or any(tensor is not None and tensor.is_meta for tensor in tensors):
+                faults.append(f"{name} did not receive its packed tensors")
+        if faults:
+            raise one_error("the load is incomplete", faults)
+
+
+class PackedLoad(ConversionOps):
+    """Joins codes, scale and shift of one weight into one quanto tensor."""
+
+    def __init__(self, hf_quantizer: PackedQuantizer) -> None:
+        self.hf_quantizer = hf_quantizer
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PackedLoad:
+        """Stay one object: transformers copies the operation for every key, and it has no state of its own."""
+        return self
+
+    def convert(  # type: ignore[override]
+        self,
+        input_dict: dict[str, list[torch.Tensor]],
+        model: Any = None,
+        full_layer_name: str = "",
+        missing_keys: set[str] | None = None,
+        **kwargs: Any,
+    ) -> dict[str, torch.Tensor]:
+        """Return the weight of one layer, frozen."""
+        name = full_layer_name.removesuffix(".weight")
+        qmodule = model.get_submodule(name)
+        weight = packed_weight(qmodule, {slot: tensors[0] for slot, tensors in input_dict.items()})
+        # The other names of a shared layer have no tensors of their own; transformers would fill them anew.
+        for alias, canonical in self.hf_quantizer.canonical.items():
+            if missing_keys is not None and canonical == self.hf_quantizer.canonical[name] and alias != name:
+                missing_keys -= {f"{alias}.{slot}" for slot in ("weight", "bias", "input_scale", "output_scale")}
+        return {full_layer_name: torch.nn.Parameter(weight, requires_grad=False)}
+
+
+def _register() -> None:
+    """Put the plug-in in the place of the stock classes, once."""
+    if AUTO_QUANTIZER_MAPPING["quanto"] is PackedQuantizer:
+        return
+    stock_merge = AutoHfQuantizer.merge_quantization_configs
+
+    def merge(cls: type, quantization_config: Any, quantization_config_from_args: Any) -> Any:
+        if not (isinstance(quantization_config, dict) and "qat" in quantization_config):
+            return stock_merge(quantization_config, quantization_config_from_args)
+        packed = PackedQuantoConfig.from_dict(quantization_config)
+        if quantization_config_from_args is not None:
+            packed.require_agreement(quantization_config_from_args)
+        return packed
+
+    AUTO_QUANTIZER_MAPPING["quanto"] = PackedQuantizer
+    AUTO_QUANTIZATION_CONFIG_MAPPING["quanto"] = PackedQuantoConfig
+    # Only this method sees both configurations; the stock one drops the user's with a warning and never compares.
+    setattr(AutoHfQuantizer, "merge_quantization_configs", classmethod(merge))  # noqa: B010 (mypy refuses the plain form)
+
+
+_register()

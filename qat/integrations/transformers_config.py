@@ -1,0 +1,110 @@
+"""The ``quantization_config`` that transformers sees for a packed directory.
+
+It stays apart from the quantizer because it is plain data: transformers makes it from config.json, copies it, and
+writes it back in ``save_pretrained``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers.quantizers.quantizers_utils import should_convert_module
+from transformers.utils.quantization_config import QuantizationMethod, QuantoConfig
+
+from qat.errors import LoadError
+from qat.integrations.packed import PackedGroup, parse_group
+from qat.qtypes import QTYPES
+
+__all__ = ["PackedQuantoConfig"]
+
+_REMEDY = "Leave the argument out: the directory knows how it is packed."
+
+
+class PackedQuantoConfig(QuantoConfig):
+    """The ``quantization_config`` of an exported directory; it writes itself back as it was read.
+
+    Args:
+        weights: the default weight type, followed by a colon and the hint that a stock load shows.
+        activations: the activation type, or None.
+        modules_to_not_convert: modules left float, for readers; the group ``qat`` decides.
+        qat: the group `PackedGroup`, as plain data.
+
+    Raises:
+        LoadError: when the configuration is not one that qat writes.
+    """
+
+    def __init__(
+        self,
+        weights: str,
+        activations: str | None = None,
+        modules_to_not_convert: list[str] | None = None,
+        qat: object = None,
+        **_: Any,
+    ) -> None:
+        self.quant_method = QuantizationMethod.QUANTO
+        self.weights = weights
+        self.activations = activations
+        self.modules_to_not_convert = modules_to_not_convert
+        self.qat = qat
+        self.post_init()
+
+    def post_init(self) -> None:
+        """Validate what the directory declares."""
+        self.group()
+        if self.default_weights not in QTYPES:
+            raise LoadError(
+                f"quantization_config's weights in config.json must begin with one of {', '.join(QTYPES)}; "
+                f"got {self.weights!r}. Export the model again with qat.export."
+            )
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """Make ours from a dictionary with the group ``qat``, the stock configuration from any other."""
+        if "qat" not in config_dict:
+            return QuantoConfig.from_dict(config_dict, return_unused_kwargs, **kwargs)  # type: ignore[no-untyped-call]
+        return super().from_dict(config_dict, return_unused_kwargs, **kwargs)  # type: ignore[no-untyped-call]
+
+    @property
+    def default_weights(self) -> str:
+        """The weight type of modules that no override names."""
+        return _weight_type(self.weights)
+
+    def group(self) -> PackedGroup:
+        """The group ``qat``, validated. It is kept as plain data, since transformers copies and serializes it."""
+        return parse_group(self.qat)
+
+    def require_agreement(self, given: object) -> None:
+        """Compare with the configuration that the user passed to ``from_pretrained``.
+
+        Raises:
+            LoadError: when it asks for what the packed files are not.
+        """
+        if not isinstance(given, QuantoConfig):
+            raise LoadError(
+                f"quantization_config must be a QuantoConfig for a directory of packed quanto weights; "
+                f"got {type(given).__name__}. {_REMEDY}"
+            )
+        if _weight_type(given.weights) != self.default_weights:
+            raise LoadError(
+                f"quantization_config asks for weights={given.weights!r}, but the directory holds packed "
+                f"{self.default_weights} weights, which cannot be converted. {_REMEDY}"
+            )
+        if given.activations not in (None, self.activations):
+            raise LoadError(
+                f"quantization_config asks for activations={given.activations!r}, but the directory was calibrated "
+                f"for activations={self.activations!r}. {_REMEDY}"
+            )
+        refused = [
+            name
+            for name in self.group().modules
+            if given.modules_to_not_convert and not should_convert_module(name, given.modules_to_not_convert)
+        ]
+        if refused:
+            raise LoadError(
+                f"quantization_config's modules_to_not_convert={given.modules_to_not_convert!r} names modules that "
+                f"the directory holds packed, such as {refused[0]!r}. {_REMEDY}"
+            )
+
+
+def _weight_type(weights: str) -> str:
+    return str(weights).partition(":")[0].strip()
