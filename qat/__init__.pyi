@@ -1,18 +1,41 @@
 """Types of the lazily imported names; see `__init__.py`."""
 
-from qat.calibration import CalibrationReport as CalibrationReport, calibrate as calibrate
-from qat.errors import CalibrationError as CalibrationError, DataError as DataError, ExportError as ExportError, LoadError as LoadError, QatError as QatError, SpecError as SpecError, StateError as StateError, TargetError as TargetError, TrainingError as TrainingError, VerifyError as VerifyError
-from qat.exporting import ExportReport as ExportReport, export as export
-from qat.freezing import FreezeReport as FreezeReport, freeze as freeze
-from qat.inspection import InspectReport as InspectReport, inspect as inspect
+from qat.calibration import CalibrationReport as CalibrationReport
+from qat.calibration import calibrate as calibrate
+from qat.errors import CalibrationError as CalibrationError
+from qat.errors import DataError as DataError
+from qat.errors import ExportError as ExportError
+from qat.errors import LoadError as LoadError
+from qat.errors import QatError as QatError
+from qat.errors import SpecError as SpecError
+from qat.errors import StateError as StateError
+from qat.errors import TargetError as TargetError
+from qat.errors import TrainingError as TrainingError
+from qat.errors import VerifyError as VerifyError
+from qat.exporting import ExportReport as ExportReport
+from qat.exporting import export as export
+from qat.freezing import FreezeReport as FreezeReport
+from qat.freezing import freeze as freeze
+from qat.inspection import InspectReport as InspectReport
+from qat.inspection import inspect as inspect
 from qat.layers import QLinear as QLinear
 from qat.loading import load as load
-from qat.observers import Absmax as Absmax, Percentile as Percentile
-from qat.preparation import PrepareReport as PrepareReport, parameter_groups as parameter_groups, prepare as prepare
-from qat.quantizers import Algorithm as Algorithm, AnyAlgorithm as AnyAlgorithm, StraightThrough as StraightThrough, WeightQuantizer as WeightQuantizer
-from qat.spec import LayerSpec as LayerSpec, QuantSpec as QuantSpec
-from qat.training import QuantizationAwareTraining as QuantizationAwareTraining, QuantizationSchedule as QuantizationSchedule, QuantizedTask as QuantizedTask
-from qat.verification import VerifyReport as VerifyReport, verify as verify
+from qat.observers import Absmax as Absmax
+from qat.observers import Percentile as Percentile
+from qat.preparation import PrepareReport as PrepareReport
+from qat.preparation import parameter_groups as parameter_groups
+from qat.preparation import prepare as prepare
+from qat.quantizers import Algorithm as Algorithm
+from qat.quantizers import AnyAlgorithm as AnyAlgorithm
+from qat.quantizers import StraightThrough as StraightThrough
+from qat.quantizers import WeightQuantizer as WeightQuantizer
+from qat.spec import LayerSpec as LayerSpec
+from qat.spec import QuantSpec as QuantSpec
+from qat.training import QuantizationAwareTraining as QuantizationAwareTraining
+from qat.training import QuantizationSchedule as QuantizationSchedule
+from qat.training import QuantizedTask as QuantizedTask
+from qat.verification import VerifyReport as VerifyReport
+from qat.verification import verify as verify
 
 __version__: str
 __all__ = [

@@ -18,6 +18,7 @@ from torch import nn
 
 from qat.errors import CalibrationError
 from qat.freezing import frozen_copy
+from qat.inspection import run
 from qat.layers import QLinear, quantized_layers
 from qat.preparation import prepared_as
 
@@ -57,20 +58,23 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> CalibrationReport:
     layers = {name: layer for name, layer in quantized_layers(model) if layer.input_quantizer is not None}
     if not layers:
         return CalibrationReport(0, {}, ())
-    training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         count, last = _observe(model, layers, batches)
         arriving = _mark_arriving(model, layers, last)
     finally:
-        model.train(training)
+        for module, training in modes:  # one by one: a part that the user keeps in evaluation mode stays there
+            module.training = training
     scales = {name: _scales(layer) for name, layer in layers.items()}
     return CalibrationReport(count, scales, tuple(arriving))
 
 
 @torch.no_grad()
 def _observe(model: nn.Module, layers: Mapping[str, QLinear], batches: Iterable[Any]) -> tuple[int, Any]:
-    quantizers = [q for layer in layers.values() for q in (layer.input_quantizer, layer.output_quantizer) if q is not None]
+    quantizers = [
+        q for layer in layers.values() for q in (layer.input_quantizer, layer.output_quantizer) if q is not None
+    ]
     for quantizer in quantizers:
         quantizer.observer.reset()
         quantizer.arrives_quantized = False
@@ -114,7 +118,7 @@ def _mark_arriving(model: nn.Module, layers: Mapping[str, QLinear], batch: Any) 
 
     for name in layers:
         duplicate.get_submodule(name).register_forward_pre_hook(watch(name), prepend=True)
-    run(duplicate, batch)
+    run(duplicate, _cast(batch, prepared_as(model).spec.torch_dtype))
     arriving = []
     for name, scales in seen.items():
         quantizer = layers[name].input_quantizer
@@ -123,15 +127,6 @@ def _mark_arriving(model: nn.Module, layers: Mapping[str, QLinear], batch: Any) 
             quantizer.scale.copy_(torch.stack([scale.float() for scale in scales if scale is not None]).max())
             arriving.append(name)
     return arriving
-
-
-def run(model: nn.Module, batch: Any) -> Any:
-    """Call ``model`` with a batch: a mapping as keyword arguments, a tuple or list as positional ones, else as one."""
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    if isinstance(batch, tuple | list):
-        return model(*batch)
-    return model(batch)
 
 
 def _scales(layer: QLinear) -> tuple[float, float | None]:

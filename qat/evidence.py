@@ -18,7 +18,15 @@ from torch import Tensor, nn
 from qat.errors import StateError
 from qat.spec import QuantSpec
 
-__all__ = ["FrozenRecord", "LayerEvidence", "digest", "frozen_record", "layer_evidence", "record_frozen", "unpack_weight"]
+__all__ = [
+    "FrozenRecord",
+    "LayerEvidence",
+    "digest",
+    "frozen_record",
+    "layer_evidence",
+    "record_frozen",
+    "unpack_weight",
+]
 
 _ATTRIBUTE = "_qat_frozen"
 
@@ -89,7 +97,7 @@ def digest(tensor: Tensor) -> str:
 
 def unpack_weight(weight: Any) -> tuple[Tensor, Tensor, Tensor | None]:
     """Codes ``(out, in)``, scale and shift of any of optimum-quanto's weight tensors, kernel-specific ones included."""
-    if hasattr(weight, "weight_qbits_tensor") and hasattr(weight, "_scale_shift"):
+    if hasattr(weight, "weight_qbits_tensor") and type(weight).__name__ != "WeightQBitsTensor":
         weight = weight.weight_qbits_tensor()
     elif hasattr(weight, "weight_qbytes_tensor") and type(weight).__name__ != "WeightQBytesTensor":
         weight = weight.weight_qbytes_tensor()

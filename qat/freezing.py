@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qat.errors import QatError
+from qat.errors import QatError, TargetError
 from qat.evidence import FrozenRecord, LayerEvidence, layer_evidence, record_frozen
 from qat.layers import QLinear, quantized_layers
-from qat.preparation import forget_prepared, prepared_as
+from qat.preparation import Prepared, forget_prepared, prepared_as
 from qat.qtypes import QTYPES, group_size
 from qat.quantizers import Final
 from qat.quantizers.activation import ActivationQuantizer
@@ -38,7 +38,9 @@ class FreezeReport:
     def __str__(self) -> str:
         """One line."""
         kinds = sorted({layer.weights for layer in self.layers.values()})
-        return f"froze {len(self.layers)} layers ({', '.join(kinds)}) for target {self.target!r}, served in {self.dtype}"
+        return (
+            f"froze {len(self.layers)} layers ({', '.join(kinds)}) for target {self.target!r}, served in {self.dtype}"
+        )
 
 
 def freeze(model: nn.Module, target: str | None = None) -> FreezeReport:
@@ -54,11 +56,14 @@ def freeze(model: nn.Module, target: str | None = None) -> FreezeReport:
 
     Raises:
         StateError: the model was not prepared.
+        TargetError: it was prepared for another target, and this one cannot serve it.
         CalibrationError: activations are quantized but were never calibrated. Nothing is changed then.
     """
     prepared = prepared_as(model)
     room = get_target(target or prepared.target)
     layers = list(quantized_layers(model))
+    if room.name != prepared.target:
+        _check_other_target(model, room, prepared, [name for name, _ in layers])
     for _, layer in layers:
         for quantizer in (layer.input_quantizer, layer.output_quantizer):
             if quantizer is not None:
@@ -75,6 +80,19 @@ def freeze(model: nn.Module, target: str | None = None) -> FreezeReport:
     record_frozen(model, record)
     _set_config_dtype(model, prepared.spec.dtype)
     return FreezeReport(room.name, prepared.spec.dtype, evidence)
+
+
+def _check_other_target(model: nn.Module, target: Target, prepared: Prepared, quantized: list[str]) -> None:
+    """Raise `TargetError` when ``target`` cannot serve what was prepared for another one."""
+    faults = target.spec_faults(prepared.spec)
+    kept = [name for name in quantized if target.kept_in_float32(model, name, prepared.spec.dtype)]
+    if kept:
+        faults.append(f"target {target.name!r} keeps {kept[:4]} in float32, but they are quantized")
+    if faults:
+        raise TargetError(
+            f"target: the model was prepared for {prepared.target!r} and cannot be served by {target.name!r}: "
+            f"{'; '.join(faults)}: prepare for the target that will load it"
+        )
 
 
 def frozen_copy(model: nn.Module, target: str | None = None) -> nn.Module:

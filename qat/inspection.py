@@ -9,18 +9,19 @@ target cannot name it apart from a float one.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from qat.errors import SpecError, StateError, TargetError
 from qat.qtypes import QTYPES, group_size
 from qat.spec import LayerSpec, QuantSpec
-from qat.targets import Target, get_target, kernel_hazard
+from qat.targets import Target, get_target, input_hazard, kernel_hazard
 
-__all__ = ["InspectReport", "LayerInspection", "inspect"]
+__all__ = ["InspectReport", "LayerInspection", "inspect", "run"]
 
 _ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -101,7 +102,9 @@ class InspectReport:
             kind = (layer.weights or "float") + (f"+{layer.activations}" if layer.activations else "")
             group = str(layer.group_size or "row") if layer.weights else "-"
             shape = f"{layer.shape[0]}x{layer.shape[1]}"
-            lines.append(f"{layer.name:{width}}  {shape:>13}  {kind:8}  {group:>5}  {sizes:>15}  {layer.reason}".rstrip())
+            lines.append(
+                f"{layer.name:{width}}  {shape:>13}  {kind:8}  {group:>5}  {sizes:>15}  {layer.reason}".rstrip()
+            )
         lines.append(
             f"{self.quantized_share:.1%} of {self.parameters:,} parameters quantized for target {self.target!r}; linear "
             f"weights {self.bytes_before / 2**20:.1f} MiB in {self.spec.dtype} -> {self.bytes_after / 2**20:.1f} MiB"
@@ -112,12 +115,15 @@ class InspectReport:
 class _Facts:
     """What several decisions need to know of the whole model, gathered once."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, inputs: Mapping[str, list[torch.Tensor]]) -> None:
         self.model = model
+        self.inputs = inputs
         self.names: dict[int, list[str]] = defaultdict(list)
         for name, module in model.named_modules(remove_duplicate=False):
             self.names[id(module)].append(name)
-        self.holders = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
+        self.holders = Counter(
+            id(p) for module in model.modules() for p in module._parameters.values() if p is not None
+        )
         tied = getattr(model, "all_tied_weights_keys", None) or {}  # on the meta device objects may not be shared yet
         self.tied_keys = set(tied) | set(tied.values())
         self.head = getattr(model, "get_output_embeddings", lambda: None)()
@@ -139,13 +145,15 @@ class _Decision:
     """For a layer left out only by a default of ours: the types it would run with."""
 
 
-def inspect(model: nn.Module, spec: QuantSpec, target: str = "quanto") -> InspectReport:
+def inspect(model: nn.Module, spec: QuantSpec, target: str = "quanto", *, example_inputs: Any = None) -> InspectReport:
     """Decide for every linear layer of ``model`` what ``spec`` means for it. Changes nothing; works on the meta device.
 
     Args:
         model: any module.
         spec: what to quantize.
         target: who will load the export: ``"quanto"``, ``"transformers"`` or ``"diffusers"``.
+        example_inputs: one batch (tensor, tuple or mapping), run through the float model to find the layers whose
+            input the stock kernels cannot read; these stay float too.
 
     Raises:
         SpecError: a pattern matches nothing, or nothing at all would be quantized.
@@ -163,16 +171,20 @@ def inspect(model: nn.Module, spec: QuantSpec, target: str = "quanto") -> Inspec
         raise TargetError("\n".join(faults))
     linears = dict(_linear_layers(model))
     spec.check_patterns(linears)
-    facts = _Facts(model)
+    facts = _Facts(model, {} if example_inputs is None else _inputs_seen(model, linears, example_inputs))
     decisions = {name: _decide(facts, name, module, spec, room) for name, module in linears.items()}
     notes = _resolve_collisions(decisions, room) if room.leaf_names_only else []
     rows = tuple(_row(name, decision, spec) for name, decision in decisions.items())
     if not any(row.weights for row in rows):
         why = sorted({row.reason for row in rows}) or ["the model has no nn.Linear"]
-        raise SpecError(f"spec: no layer of the model would be quantized; reasons: {why[:5]}: change the spec's patterns")
+        raise SpecError(
+            f"spec: no layer of the model would be quantized; reasons: {why[:5]}: change the spec's patterns"
+        )
     for name, decision in decisions.items():
         if decision.layer is not None and facts.tied(name, decision.module):
-            notes.append(f"{name}: its weight is tied; quantizing it breaks the tie (config.tie_word_embeddings becomes False)")
+            notes.append(
+                f"{name}: its weight is tied; quantizing it breaks the tie (config.tie_word_embeddings becomes False)"
+            )
     return InspectReport(
         target=target,
         spec=spec,
@@ -200,7 +212,9 @@ def _decide(facts: _Facts, name: str, module: nn.Linear, spec: QuantSpec, target
         return _Decision(module, None, impossible, False)
     if not explicit:
         if facts.tied(name, module):
-            return _Decision(module, None, "tied to another weight (include it by name to untie and quantize it)", False)
+            return _Decision(
+                module, None, "tied to another weight (include it by name to untie and quantize it)", False
+            )
         if module is facts.head:
             reason = "output head, float by default (include it by name to quantize it)"
             return _Decision(module, None, reason, False, could_run=layer)
@@ -212,6 +226,8 @@ def _impossible(
 ) -> str | None:
     if type(module) is not nn.Linear:
         return f"{type(module).__name__} is not exactly nn.Linear: its own forward would be lost"
+    if module is facts.model:
+        return "it is the model itself, which cannot be replaced in place: put it into a module"
     parent = facts.model.get_submodule(name.rpartition(".")[0])
     if isinstance(parent, nn.TransformerEncoderLayer | nn.MultiheadAttention):
         return f"{type(parent).__name__} reads the weight without calling the layer"
@@ -219,7 +235,45 @@ def _impossible(
         return f"registered under several names {facts.names[id(module)]}: loaders replace only one of them"
     if target.kept_in_float32(facts.model, name, spec.dtype):
         return "kept in float32 by the loader"
-    return kernel_hazard(layer, spec.dtype, module.in_features, module.out_features)
+    hazards = [kernel_hazard(layer, spec.dtype, module.in_features, module.out_features)]
+    hazards += [input_hazard(layer, spec.dtype, x) for x in facts.inputs.get(name, ())]
+    return next((hazard for hazard in hazards if hazard is not None), None)
+
+
+@torch.no_grad()
+def _inputs_seen(model: nn.Module, linears: Mapping[str, nn.Linear], batch: Any) -> dict[str, list[torch.Tensor]]:
+    """What each linear layer reads in one forward, without its numbers: shapes and strides on the meta device."""
+    seen: dict[str, list[torch.Tensor]] = {name: [] for name in linears}
+    handles = [
+        module.register_forward_pre_hook(
+            lambda _, args, name=name: seen[name].append(_layout(args[0])) if args else None  # type: ignore[misc]
+        )
+        for name, module in linears.items()
+    ]
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            run(model, batch)
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+def _layout(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+
+
+def run(model: nn.Module, batch: Any) -> Any:
+    """Call ``model`` with a batch: a mapping as keyword arguments, a tuple or list as positional ones, else as one."""
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    if isinstance(batch, tuple | list):
+        return model(*batch)
+    return model(batch)
 
 
 def _resolve_collisions(decisions: dict[str, _Decision], target: Target) -> list[str]:
@@ -243,13 +297,17 @@ def _resolve_collisions(decisions: dict[str, _Decision], target: Target) -> list
         if all(d.could_run for d in floats.values()):
             for name, d in floats.items():
                 d.layer, d.reason = d.could_run, f"quantized, since other layers called {leaf!r} are"
-                notes.append(f"{name}: quantized although float by default: target {target.name!r} cannot tell it from other {leaf!r}")
+                notes.append(
+                    f"{name}: quantized although float by default: target {target.name!r} cannot tell it from other {leaf!r}"
+                )
             continue
         moved = {name: d for name, d in family.items() if d.layer is not None}
         for d in moved.values():
             d.layer, d.reason = None, f"shares its last name {leaf!r} with {next(iter(floats))}, which must stay float"
         share = sum(d.module.weight.numel() for d in moved.values()) / max(1, total)
-        notes.append(f"{len(moved)} layers called {leaf!r} ({share:.1%} of linear weights) stay float with {sorted(floats)}")
+        notes.append(
+            f"{len(moved)} layers called {leaf!r} ({share:.1%} of linear weights) stay float with {sorted(floats)}"
+        )
     return notes
 
 
@@ -263,7 +321,7 @@ def _row(name: str, decision: _Decision, spec: QuantSpec) -> LayerInspection:
     if weights is not None:
         kind = QTYPES[weights]
         groups = out_features * (in_features // size if size else 1)
-        codes = -(-out_features * kind.bits // 8) * in_features  # packing fills whole bytes along dim 0
+        codes = -(-groups * kind.bits // 8) * (size or in_features)  # packing fills whole bytes along dim 0, the groups
         after = codes + groups * _ITEM_BYTES[spec.dtype] * (2 if kind.affine else 1)
     return LayerInspection(
         name=name,

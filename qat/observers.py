@@ -52,6 +52,11 @@ class Observer(nn.Module):
             raise CalibrationError("observer: the range was asked for before any batch was seen: calibrate first")
 
 
+def _require_finite(largest: Tensor) -> None:
+    if not bool(largest.isfinite()):
+        raise CalibrationError("observer: a batch holds inf or NaN activations: check the model and the data")
+
+
 def _all_reduce(tensor: Tensor, operation: torch.distributed.ReduceOp.RedOpType) -> None:
     torch.distributed.all_reduce(tensor, op=operation)
 
@@ -68,9 +73,12 @@ class AbsmaxObserver(Observer):
     @torch.no_grad()
     def update(self, x: Tensor) -> None:
         """Record ``x``."""
-        if x.numel():
-            torch.maximum(self.largest, x.detach().abs().amax().float(), out=self.largest)
-            self.initialized.fill_(True)
+        if not x.numel():
+            return
+        largest = x.detach().abs().amax().float()
+        _require_finite(largest)
+        torch.maximum(self.largest, largest, out=self.largest)
+        self.initialized.fill_(True)
 
     def magnitude(self) -> Tensor:
         """The largest magnitude seen."""
@@ -110,9 +118,8 @@ class PercentileObserver(Observer):
         if not x.numel():
             return
         values = x.detach().abs().float().flatten()
+        _require_finite(values.amax())
         largest = float(values.amax())
-        if not math.isfinite(largest):
-            raise CalibrationError("observer: a batch holds inf or NaN activations: check the model and the data")
         self.largest.clamp_(min=largest)
         self._grow(max(-100, math.ceil(math.log2(largest))) if largest > 0 else -100)
         self.counts += self._histogram(values)
@@ -120,7 +127,9 @@ class PercentileObserver(Observer):
 
     def _histogram(self, values: Tensor) -> Tensor:
         bins = self.counts.numel()
-        index = (values * (bins * 2.0 ** -int(self.exponent))).long().clamp_(max=bins - 1)
+        # A bin holds its upper edge and not its lower one, so that the very largest value, a power of two, lies where
+        # it would lie after any number of doublings: the last of 2n bins becomes the last of n, and so on.
+        index = (values * (bins * 2.0 ** -int(self.exponent))).ceil_().long().sub_(1).clamp_(0, bins - 1)
         return torch.bincount(index, minlength=bins)
 
     def _grow(self, exponent: int) -> None:

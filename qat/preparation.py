@@ -53,6 +53,7 @@ def prepare(
     target: str = "quanto",
     *,
     observer: ObserverChoice | None = None,
+    example_inputs: Any = None,
 ) -> PrepareReport:
     """Turn the linear layers that `qat.inspect` chooses into `QLinear`, in place.
 
@@ -62,6 +63,7 @@ def prepare(
         algorithm: how scales are found; default `StraightThrough`.
         target: who will load the export; decides what can be expressed.
         observer: what activation scales are taken from; default the 99.99th percentile. Only with activations.
+        example_inputs: one batch, to find layers whose input the stock kernels cannot read; see `qat.inspect`.
 
     Raises:
         SpecError, TargetError, StateError: see `qat.inspect`; nothing is changed then.
@@ -73,7 +75,7 @@ def prepare(
     algorithm = algorithm or StraightThrough()
     if not isinstance(algorithm, Algorithm):
         raise StateError(f"algorithm: must be an Algorithm such as StraightThrough(), got {algorithm!r}")
-    report = inspect(model, spec, target)
+    report = inspect(model, spec, target, example_inputs=example_inputs)
     observer = observer or Percentile()
     untied = []
     for row in report.layers:
@@ -92,7 +94,7 @@ def prepare(
                 outputs = ActivationQuantizer(row.activations, spec.torch_dtype, observer.make()).to(device)
         QLinear.adopt(linear, quantizer, inputs, outputs)
     setattr(model, _ATTRIBUTE, Prepared(spec, algorithm, target))
-    model.register_load_state_dict_post_hook(_check_fresh_quantizers)
+    model.register_load_state_dict_post_hook(_check_fresh_quantizers)  # type: ignore[no-untyped-call]
     return PrepareReport(report, tuple(name for name, _ in quantized_layers(model)), tuple(untied))
 
 
@@ -124,7 +126,7 @@ def _untie(model: nn.Module, linear: nn.Linear) -> bool:
     if config is not None and getattr(config, "tie_word_embeddings", False):
         config.tie_word_embeddings = False
         if hasattr(model, "all_tied_weights_keys"):
-            model.all_tied_weights_keys = {}
+            model.all_tied_weights_keys = {}  # type: ignore[assignment]
     return True
 
 
@@ -138,7 +140,9 @@ def _check_fresh_quantizers(model: nn.Module, incompatible: Any) -> None:
             f"layers lack theirs (first: {fresh[0]!r}): load a whole float or a whole prepared checkpoint"
         )
     if fresh:
-        logger.warning("state_dict holds no quantizer state (a float checkpoint): %d quantizers start afresh", len(fresh))
+        logger.warning(
+            "state_dict holds no quantizer state (a float checkpoint): %d quantizers start afresh", len(fresh)
+        )
 
 
 def parameter_groups(

@@ -84,10 +84,14 @@ class QuantSpec(BaseModel):
 
     @model_validator(mode="after")
     def _one_activation_type(self) -> QuantSpec:
-        kinds = {self.activations} | {layer.activations for layer in self.overrides.values() if isinstance(layer, LayerSpec)}
+        kinds = {self.activations} | {
+            layer.activations for layer in self.overrides.values() if isinstance(layer, LayerSpec)
+        }
         kinds.discard(None)
         if len(kinds) > 1:
-            raise ValueError(f"a model has one activation type, but this spec names {sorted(map(str, kinds))}: choose one")
+            raise ValueError(
+                f"a model has one activation type, but this spec names {sorted(map(str, kinds))}: choose one"
+            )
         return self
 
     @property

@@ -36,7 +36,7 @@ def train_tokenizer(texts: list[str], vocabulary: int) -> PreTrainedTokenizerFas
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, model_max_length=1024
     )
 
@@ -59,7 +59,7 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int = 200) -> floa
 def evaluate(model: torch.nn.Module, blocks: torch.Tensor, batch: int = 64) -> float:
     model.eval()
     total = 0.0
-    for chunk in blocks.split(batch):
+    for chunk in torch.split(blocks, batch):
         with torch.autocast(chunk.device.type, torch.bfloat16):
             total += model(input_ids=chunk, labels=chunk).loss.float().item() * len(chunk)
     model.train()
@@ -102,7 +102,7 @@ def main() -> None:
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
-    model = LlamaForCausalLM(config).to(device)
+    model = LlamaForCausalLM(config).to(device)  # type: ignore[arg-type]
     decayed = [p for p in model.parameters() if p.ndim == 2]
     rest = [p for p in model.parameters() if p.ndim != 2]
     optimizer = torch.optim.AdamW(
@@ -134,7 +134,7 @@ def main() -> None:
                 best_state = {k: v.detach().to(torch.bfloat16).cpu().clone() for k, v in model.state_dict().items()}
 
     assert best_state is not None
-    final = LlamaForCausalLM(config).to(torch.bfloat16)
+    final = LlamaForCausalLM(config).to(torch.bfloat16)  # type: ignore[arg-type]
     final.load_state_dict(best_state)
     final.save_pretrained(arguments.output)
     tokenizer.save_pretrained(arguments.output)

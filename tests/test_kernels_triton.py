@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from qat import kernels, numerics
 from qat.kernels import triton as kernel
 from qat.quantizers import StraightThrough

@@ -34,7 +34,7 @@ def available() -> bool:
 if triton is not None:
 
     @triton.jit  # type: ignore[untyped-decorator]
-    def _fake_quantize_kernel(  # type: ignore[no-untyped-def]
+    def _fake_quantize_kernel(  # type: ignore[no-untyped-def]  # noqa: N803 (constants)
         weight, scale, shift, out, count, SIZE: tl.constexpr, AFFINE: tl.constexpr, FLOATING: tl.constexpr,
         CODE_MIN: tl.constexpr, CODE_MAX: tl.constexpr, SERVING: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip

@@ -49,7 +49,7 @@ class _QuantizedLinear(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: FunctionCtx, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, scale, shift, bias, input_scale, *options = inputs
+        x, weight, scale, shift, _, input_scale, *options = inputs
         ctx.save_for_backward(x, weight, scale, shift, input_scale)
         ctx.options = options  # type: ignore[attr-defined]
 

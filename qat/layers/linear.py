@@ -58,7 +58,9 @@ class QLinear(nn.Linear):
             StateError: it is not exactly an `nn.Linear` (a subclass has a forward of its own, which would be lost).
         """
         if type(linear) is not nn.Linear:
-            raise StateError(f"linear: only an exact nn.Linear can be prepared, got {type(linear).__name__}: leave it float")
+            raise StateError(
+                f"linear: only an exact nn.Linear can be prepared, got {type(linear).__name__}: leave it float"
+            )
         linear.__class__ = cls
         assert isinstance(linear, QLinear)
         linear.weight_quantizer = weight_quantizer

@@ -91,7 +91,9 @@ class _FakeQuantizedOutput(torch.autograd.Function):
         return kernels.fake_quantize_activation(x, scale, qtype, dtype), kernels.inside_range(x, scale, qtype)
 
     @staticmethod
-    def setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[object, ...], output: tuple[Tensor, Tensor]) -> None:
+    def setup_context(
+        ctx: torch.autograd.function.FunctionCtx, inputs: tuple[object, ...], output: tuple[Tensor, Tensor]
+    ) -> None:
         ctx.mark_non_differentiable(output[1])
         ctx.save_for_backward(output[1])
 

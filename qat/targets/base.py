@@ -17,7 +17,7 @@ from qat.spec import LayerSpec, QuantSpec
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Target", "kernel_hazard", "matches_path_part"]
+__all__ = ["Target", "input_hazard", "kernel_hazard", "matches_path_part"]
 
 
 def matches_path_part(name: str, keys: Iterable[str]) -> bool:
@@ -40,6 +40,22 @@ def kernel_hazard(layer: LayerSpec, dtype: str, in_features: int, out_features: 
     return None
 
 
+def input_hazard(layer: LayerSpec, dtype: str, x: torch.Tensor) -> str | None:
+    """Why the stock CPU kernels cannot read ``x`` as the input of such a layer, or None.
+
+    They flatten it to rows without a copy where its strides allow that, and then want it contiguous: int4 wholly (a
+    pooler that reads ``hidden[:, 0]`` fails), int8 within a row.
+    """
+    if dtype != "bfloat16" or x.numel() == 0:
+        return None
+    rows = x.detach().reshape(-1, x.shape[-1])
+    if layer.weights == "int4" and group_size("int4", x.shape[-1]) == 128 and not rows.is_contiguous():
+        return "kernel: int4 with bfloat16 in groups of 128 raises on a CPU when the input is not contiguous, as here"
+    if layer.weights == "int8" and x.shape[-1] % 4 == 0 and len(rows) > 1 and rows.stride(-1) != 1:
+        return "kernel: int8 with bfloat16 raises on a CPU when the input is not contiguous within a row, as here"
+    return None
+
+
 @dataclass(frozen=True)
 class Target:
     """One loader. Subclasses override what differs; this base says: everything can be expressed."""
@@ -51,7 +67,9 @@ class Target:
     def spec_faults(self, spec: QuantSpec) -> list[str]:
         """What the spec asks for that the loader cannot express, each with its remedy."""
         if not spec.quantize_outputs:
-            return [f"quantize_outputs=False: the loader of target {self.name!r} always quantizes outputs: leave it True"]
+            return [
+                f"quantize_outputs=False: the loader of target {self.name!r} always quantizes outputs: leave it True"
+            ]
         return []
 
     def kept_in_float32(self, model: Any, name: str, dtype: str) -> bool:

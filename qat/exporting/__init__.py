@@ -1,0 +1,228 @@
+"""`export`: write a frozen model so that the target's loader rebuilds exactly the same numbers.
+
+One file a target (`quanto`, `transformers`), one line each in `EXPORTERS`. The quanto layout is shared: which tensors
+there are and under which keys is in `quanto`, where each lies in a file in `layout`, the all-or-nothing directory in
+`directory`, what the export says about itself in `manifest`, the example and its frozen outputs in `examples`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from qat.errors import ExportError, TargetError
+from qat.evidence import frozen_record, layer_evidence
+from qat.exporting import quanto, transformers
+from qat.exporting.directory import atomic_directory, check_destination
+from qat.exporting.examples import compute_outputs, flatten_inputs
+from qat.exporting.layout import TensorEntry, parse_size, plan_shards, write_shard
+from qat.exporting.manifest import (
+    EVIDENCE_NAME,
+    Environment,
+    ExampleRecord,
+    FileRecord,
+    Manifest,
+    file_record,
+)
+from qat.exporting.quanto import Content, Job, stored_tensors
+from qat.targets import get_target
+
+if TYPE_CHECKING:
+    from qat.evidence import FrozenRecord
+
+__all__ = ["EXPORTERS", "ExportReport", "export"]
+
+EXPORTERS: dict[str, Callable[[Job], Content]] = {
+    "quanto": quanto.write,
+    "transformers": transformers.write,
+}
+CONFIG_NAME = "qat_config.yaml"
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What `export` wrote; prints as a table."""
+
+    directory: Path
+    target: str
+    files: Mapping[str, FileRecord]
+    """Every file with its size and hash, the manifest included."""
+    notes: tuple[str, ...] = ()
+    """What a reader of the directory should know."""
+
+    @property
+    def total_bytes(self) -> int:
+        """Size of all files together."""
+        return sum(record.bytes for record in self.files.values())
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, for ``--json``."""
+        files = {name: record.model_dump() for name, record in self.files.items()}
+        return {
+            "directory": str(self.directory),
+            "target": self.target,
+            "files": files,
+            "total_bytes": self.total_bytes,
+            "notes": list(self.notes),
+        }
+
+    def __str__(self) -> str:
+        width = max(len(name) for name in self.files)
+        lines = [f"exported to {self.directory} for target {self.target!r}"]
+        lines += [f"  {name:{width}}  {record.bytes:>14,}  {record.sha256[:16]}" for name, record in self.files.items()]
+        lines.append(f"  {'total':{width}}  {self.total_bytes:>14,} bytes")
+        return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
+
+
+def export(
+    model: nn.Module,
+    directory: str | PathLike[str],
+    *,
+    target: str | None = None,
+    processor: Any = None,
+    example_inputs: Any = None,
+    config: Mapping[str, Any] | None = None,
+    max_shard_size: int | str = "5GB",
+    overwrite: bool = False,
+    float_grid: bool = False,
+) -> ExportReport:
+    """Write a frozen model into a directory, all or nothing.
+
+    Args:
+        model: a model that `qat.freeze` froze.
+        directory: where to; it must not exist, or be empty, unless ``overwrite``.
+        target: who will load it; default the one it was frozen for.
+        processor: a tokenizer, feature extractor or the like, or several: anything with ``save_pretrained``.
+        example_inputs: keyword arguments (mapping) or positional ones (tuple); they are run through the frozen model
+            now, and the outputs are stored as evidence for `qat.verify`.
+        config: the resolved configuration of the recipe, plain data; kept in the manifest and as ``qat_config.yaml``.
+        max_shard_size: bytes a weight file, or a text such as ``"5GB"``. Alignment may cut files below it.
+        overwrite: replace a directory that is not empty; the old one stays whole until the new one is.
+        float_grid: target transformers only: on-grid float32 weights for a stock ``QuantoConfig`` load.
+
+    Raises:
+        StateError: when the model was never frozen.
+        TargetError: when the target would serve other numbers than the one it was frozen for.
+        ExportError: when anything cannot be written; nothing is left behind then.
+    """
+    record = frozen_record(model)
+    name = record.target if target is None else target
+    if name not in EXPORTERS:
+        get_target(name)
+        raise TargetError(f"target: must be one of {sorted(EXPORTERS)}, which export can write; got {name!r}")
+    destination = Path(directory).absolute()
+    check_destination(destination, overwrite)
+    limit = parse_size(max_shard_size)
+    _check_target(model, record, name)
+    _check_unchanged(model, record)
+    with torch.no_grad(), atomic_directory(destination, overwrite) as temporary:
+        content = EXPORTERS[name](Job(model, record, temporary, limit, float_grid))
+        _save_processors(processor, temporary)
+        if config is not None:
+            _write_config(config, temporary)
+        example = None if example_inputs is None else _write_example(model, example_inputs, temporary)
+        files = {
+            path.relative_to(temporary).as_posix(): content.files.get(path.name) or file_record(path)
+            for path in sorted(temporary.rglob("*"))
+            if path.is_file()
+        }
+        manifest = Manifest(
+            target=name,
+            dtype=record.spec.dtype,
+            model_class=f"{type(model).__module__}.{type(model).__qualname__}",
+            attn_implementation=getattr(getattr(model, "config", None), "_attn_implementation", None),
+            float_grid=float_grid,
+            stock_arguments=content.stock_arguments,
+            frozen=record.to_json(),
+            environment=Environment.current(_device(model)),
+            tensors=content.tensors,
+            tied=content.tied,
+            files=files,
+            example=example,
+            config=None if config is None else dict(config),
+            notes=(*record.notes, *content.notes),
+        )
+        path = manifest.write(temporary)
+        files = files | {path.name: file_record(path)}
+    return ExportReport(destination, name, files, manifest.notes)
+
+
+def _check_target(model: nn.Module, record: FrozenRecord, name: str) -> None:
+    """Raise when the target's loader would hold something else than what the model was frozen with."""
+    if name == record.target:
+        return
+    wanted, frozen = get_target(name), get_target(record.target)
+    remedy = f"call qat.freeze(model, target={name!r}) instead and export that model"
+    faults = wanted.spec_faults(record.spec)
+    if faults:
+        raise TargetError(f"target {name!r} cannot express what was trained: {'; '.join(faults)}")
+    moved = [
+        key
+        for key, tensor in stored_tensors(model)
+        if tensor.is_floating_point()
+        and wanted.tensor_dtype(model, key, record.spec) != frozen.tensor_dtype(model, key, record.spec)
+    ]
+    if moved:
+        raise TargetError(
+            f"target {name!r} would hold {len(moved)} tensors in another dtype than target {record.target!r}, which "
+            f"the model was frozen for (first: {moved[0]!r}), so that outputs would differ: {remedy}"
+        )
+
+
+def _check_unchanged(model: nn.Module, record: FrozenRecord) -> None:
+    """Raise when a frozen layer is no longer what freezing left."""
+    layers = dict(model.named_modules())
+    gone = [name for name in record.layers if name not in layers]
+    changed = [
+        name
+        for name, kept in record.layers.items()
+        if name in layers and not (hasattr(layers[name], "weight_qtype") and layer_evidence(layers[name]) == kept)
+    ]
+    if gone or changed:
+        raise ExportError(
+            f"the model changed after qat.freeze: {len(gone)} layers are gone and {len(changed)} hold other numbers "
+            f"(first: {(gone + changed)[0]!r}); export the model as freezing left it, without casting or editing it"
+        )
+
+
+def _save_processors(processor: Any, directory: Path) -> None:
+    if processor is None:
+        return
+    for one in processor if isinstance(processor, list | tuple) else (processor,):
+        save: Callable[[str], Any] | None = getattr(one, "save_pretrained", None)
+        if save is None:
+            raise ExportError(
+                f"processor must have save_pretrained (a tokenizer, feature extractor or processor), or be a sequence "
+                f"of such; got {type(one).__name__}"
+            )
+        save(str(directory))
+
+
+def _write_config(config: Mapping[str, Any], directory: Path) -> None:
+    import yaml
+
+    text = yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
+    (directory / CONFIG_NAME).write_text(text, encoding="utf-8")
+
+
+def _write_example(model: nn.Module, example_inputs: Any, directory: Path) -> ExampleRecord:
+    structure, tensors = flatten_inputs(example_inputs)
+    outputs = compute_outputs(model, example_inputs)
+    if not outputs:
+        raise ExportError("example_inputs: the model returns no tensor for them, so there is no evidence to keep")
+    tensors |= {f"output.{name}": tensor for name, tensor in outputs.items()}
+    entries = (TensorEntry(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items())
+    (shard,) = plan_shards(entries, max_shard_size=1 << 62)
+    write_shard(directory / EVIDENCE_NAME, shard, tensors.__getitem__)
+    return ExampleRecord(inputs=structure, outputs=tuple(outputs))
+
+
+def _device(model: nn.Module) -> str:
+    tensors: Sequence[torch.Tensor] = [*model.parameters(), *model.buffers()]
+    return tensors[0].device.type if tensors else "cpu"

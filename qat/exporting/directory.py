@@ -1,0 +1,99 @@
+"""A directory that appears whole or not at all.
+
+Everything is written into a temporary directory beside the destination (the same file system, so that a rename is
+atomic) and renamed at the end. An old directory is moved aside first and removed last; whatever fails in between
+puts it back.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from qat.errors import ExportError, QatError
+
+__all__ = ["atomic_directory", "check_destination"]
+
+
+def check_destination(destination: Path, overwrite: bool) -> None:
+    """Raise when a destination cannot be written, before any work is done.
+
+    Raises:
+        ExportError: when it is a file, or a non-empty directory and ``overwrite`` is off.
+    """
+    if destination.is_symlink() or (destination.exists() and not destination.is_dir()):
+        raise ExportError(
+            f"directory must name a directory to create; {str(destination)!r} is a file or a link: choose another name"
+        )
+    if destination.is_dir() and any(destination.iterdir()) and not overwrite:
+        raise ExportError(
+            f"directory {str(destination)!r} exists and is not empty: choose another one, or pass overwrite=True to "
+            f"replace it"
+        )
+
+
+@contextmanager
+def atomic_directory(destination: Path, overwrite: bool) -> Iterator[Path]:
+    """Give a temporary directory that becomes ``destination`` when the block ends well.
+
+    Raises:
+        ExportError: for everything that fails inside, with nothing left behind and an old directory untouched.
+    """
+    check_destination(destination, overwrite)
+    temporary: Path | None = None
+    try:
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", suffix=".tmp", dir=destination.parent))
+        temporary.chmod(0o777 & ~_umask())  # mkdtemp makes it private; an export is an ordinary directory
+        yield temporary
+        _sync(temporary)
+        _replace(temporary, destination)
+        _sync(destination.parent)
+    except QatError:
+        raise
+    except OSError as error:
+        reason = error.strerror or str(error)
+        remedy = "free space or choose another disk" if error.errno == errno.ENOSPC else "check the path and its rights"
+        raise ExportError(
+            f"export to {str(destination)!r} failed and left nothing behind: {reason}; {remedy}, then export again"
+        ) from error
+    except Exception as error:
+        raise ExportError(
+            f"export to {str(destination)!r} failed and left nothing behind: {type(error).__name__}: {error}"
+        ) from error
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _replace(temporary: Path, destination: Path) -> None:
+    if not destination.exists():
+        temporary.rename(destination)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", suffix=".old", dir=destination.parent))
+    destination.rename(old)  # onto an empty directory, which rename allows
+    try:
+        temporary.rename(destination)
+    except BaseException:
+        old.rename(destination)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync(directory: Path) -> None:
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

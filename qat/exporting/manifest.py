@@ -1,0 +1,203 @@
+"""`qat_manifest.json`: what an export contains, and the evidence that freezing left.
+
+The manifest is what makes a directory checkable on its own: hashes of the files, a digest of every tensor, the
+digests of every layer's codes, scale, shift and dequantized weight, the example that was run through the frozen model,
+and the environment in which all that was computed. `qat.loading` and `qat.verification` read it; nothing else in the
+directory depends on it, so stock loaders never notice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from qat.errors import LoadError
+from qat.qtypes import ServingDtype
+
+__all__ = [
+    "EVIDENCE_NAME",
+    "MANIFEST_NAME",
+    "QMAP_NAME",
+    "Environment",
+    "ExampleRecord",
+    "FileRecord",
+    "Manifest",
+    "TensorRecord",
+    "file_record",
+    "read_manifest",
+]
+
+MANIFEST_NAME = "qat_manifest.json"
+EVIDENCE_NAME = "qat_evidence.safetensors"
+QMAP_NAME = "quanto_qmap.json"
+_DECIDES_ROUNDING = ("torch", "quanto", "transformers", "cpu_capability", "threads", "device")
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class FileRecord(_Frozen):
+    """A file of the export."""
+
+    bytes: int
+    """Size."""
+    sha256: str
+    """Hash of the whole file."""
+
+
+class TensorRecord(_Frozen):
+    """A tensor of the weight files."""
+
+    file: str
+    """The shard that holds it."""
+    dtype: str
+    """safetensors' name of its dtype."""
+    shape: tuple[int, ...]
+    """Its shape as stored (packed codes: the packed shape)."""
+    sha256: str
+    """Digest of its bytes."""
+
+
+class ExampleRecord(_Frozen):
+    """The example that was run through the frozen model; its tensors are in `EVIDENCE_NAME`."""
+
+    inputs: dict[str, Any]
+    """Structure of the inputs, with names in place of tensors."""
+    outputs: tuple[str, ...]
+    """Names of the output tensors, in order."""
+
+
+class Environment(_Frozen):
+    """The versions and the machine that an export was made with."""
+
+    qat: str
+    """Version of this library."""
+    torch: str
+    """Version of torch."""
+    quanto: str | None
+    """Version of optimum-quanto."""
+    transformers: str | None
+    """Version of transformers, if installed."""
+    python: str
+    """Version of Python."""
+    platform: str
+    """Operating system and processor architecture."""
+    cpu_capability: str
+    """The vector instructions that torch's CPU kernels chose, which decide how sums round."""
+    threads: int
+    """torch's number of threads, which decides how sums are split."""
+    device: str
+    """Where the frozen outputs were computed."""
+
+    @classmethod
+    def current(cls, device: str = "cpu") -> Environment:
+        """Describe this process."""
+        flags: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+        extra = [name for name in ("avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8") if flags.get(name)]
+        return cls(
+            qat=getattr(sys.modules["qat"], "__version__", None) or _version("qat") or "unknown",
+            torch=str(torch.__version__),
+            quanto=_version("optimum-quanto"),
+            transformers=_version("transformers"),
+            python=platform.python_version(),
+            platform=f"{platform.system()} {platform.machine()}",
+            cpu_capability="+".join([torch.backends.cpu.get_cpu_capability(), *extra]),
+            threads=torch.get_num_threads(),
+            device=device,
+        )
+
+    def differences(self, other: Environment) -> tuple[str, ...]:
+        """What differs between two environments in a way that may round sums differently."""
+        return tuple(
+            f"{name} {getattr(self, name)} -> {getattr(other, name)}"
+            for name in _DECIDES_ROUNDING
+            if getattr(self, name) != getattr(other, name)
+        )
+
+
+class Manifest(_Frozen):
+    """Everything that an export says about itself."""
+
+    format: Literal[1] = 1
+    """Version of this layout."""
+    target: str
+    """Who is meant to load the directory."""
+    dtype: ServingDtype
+    """The serving dtype."""
+    model_class: str
+    """Module path and name of the model's class."""
+    attn_implementation: str | None = None
+    """The attention implementation that the frozen model ran with, where it has one: it decides how outputs round."""
+    float_grid: bool = False
+    """Whether the weights are on-grid floats for a stock load instead of packed codes."""
+    stock_arguments: dict[str, Any] | None = None
+    """With ``float_grid``: the arguments of the stock ``QuantoConfig`` that gives the codes back."""
+    frozen: dict[str, Any]
+    """The `FrozenRecord`: spec, target it was frozen for, algorithm, per-layer evidence, notes."""
+    environment: Environment
+    """Where it was made."""
+    tensors: dict[str, TensorRecord]
+    """Every tensor of the weight files."""
+    tied: dict[str, str] = Field(default_factory=dict)
+    """Names that share another tensor and are therefore not written, with the name that is."""
+    files: dict[str, FileRecord]
+    """Every file except this one."""
+    example: ExampleRecord | None = None
+    """The example and its frozen outputs, when one was given."""
+    config: dict[str, Any] | None = None
+    """The resolved recipe configuration, when one was given."""
+    notes: tuple[str, ...] = ()
+    """What a reader should know."""
+
+    def write(self, directory: Path) -> Path:
+        """Write the manifest and return its path."""
+        path = directory / MANIFEST_NAME
+        path.write_text(json.dumps(self.model_dump(mode="json"), indent=1) + "\n", encoding="utf-8")
+        return path
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """Read the manifest of an exported directory.
+
+    Raises:
+        LoadError: when the directory or the manifest is missing or unreadable.
+    """
+    if not directory.is_dir():
+        raise LoadError(f"directory must be an exported model; {str(directory)!r} is not a directory")
+    path = directory / MANIFEST_NAME
+    if not path.is_file():
+        raise LoadError(
+            f"{str(directory)!r} has no {MANIFEST_NAME}: it was not written by qat.export, or the copy is incomplete; "
+            f"export the model again, or load it with the library that wrote it"
+        )
+    try:
+        return Manifest.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "file"
+        raise LoadError(
+            f"{MANIFEST_NAME} in {str(directory)!r} is corrupt: {where}: {first['msg']} ({error.error_count()} faults "
+            f"in all); copy or export the directory again"
+        ) from error
+
+
+def file_record(path: Path) -> FileRecord:
+    """Size and hash of a file."""
+    with path.open("rb") as file:
+        return FileRecord(bytes=path.stat().st_size, sha256=hashlib.file_digest(file, "sha256").hexdigest())
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None

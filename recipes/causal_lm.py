@@ -1,0 +1,138 @@
+"""A causal language model, from float to a verified quantized checkpoint.
+
+    python -m recipes.causal_lm [config.yaml] [--spec.weights int2 --optimization.steps 200 ...]
+
+Trains the same float model twice on the same batches in the same order: as it is, and with fake quantization. Then
+compares four models on held-out text: the float one, the fine-tuned one, that one quantized after training, and the
+quantization-aware one, which is frozen, exported, verified in a fresh process and judged *as reloaded*.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from lightning.pytorch.callbacks import ModelCheckpoint
+from pydantic import BaseModel, ConfigDict, field_validator
+from torch import nn
+from torch.utils.data import DataLoader
+
+import qat
+from qat.config import OptimizationSettings, TrainerSettings, load_config
+from qat.data.text import TextData, load_blocks
+from qat.exporting.directory import check_destination
+from qat.quantizers import AnyAlgorithm
+from qat.report import ResultRow, print_table, quiet_libraries, results_table, run_command, track
+from qat.tasks import CausalLanguageModelling, evaluate
+from recipes.common import device_of, fit, load_language_model
+
+REFERENCE = Path(__file__).parent / "reference"
+
+
+class Config(BaseModel):
+    """A causal language model, from float to a verified quantized checkpoint."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str | None = None
+    """A local directory or a hub name, for AutoModelForCausalLM; none: the reference model beside this recipe."""
+    data: TextData = TextData(evaluation_blocks=128)
+    """The text to train and to evaluate on."""
+    spec: qat.QuantSpec = qat.QuantSpec(weights="int4")
+    """What is quantized."""
+    algorithm: AnyAlgorithm = qat.StraightThrough()
+    """How scales are found."""
+    schedule: qat.QuantizationSchedule = qat.QuantizationSchedule()
+    """When quantization happens."""
+    optimization: OptimizationSettings = OptimizationSettings(steps=80, learning_rate=2e-4, float_learning_rate=5e-5)
+    """Steps, learning rates, distillation (from the fine-tuned float model, where there is one)."""
+    trainer: TrainerSettings = TrainerSettings()
+    """Devices, precision and the like."""
+    float_baseline: bool = True
+    """Also fine-tune the float model and quantize it after training, for comparison."""
+    target: Literal["quanto", "transformers"] = "transformers"
+    """Who will load the export."""
+    output: Path | None = None
+    """Where the export goes; none: a folder named by the types under outputs/causal_lm, replaced if it exists."""
+    overwrite: bool = False
+    """Replace an output directory that is not empty."""
+    seed: int = 0
+    """Decides the order of the data."""
+
+    @field_validator("schedule")
+    @classmethod
+    def _freezes_itself(cls, schedule: qat.QuantizationSchedule) -> qat.QuantizationSchedule:
+        if schedule.finish is not None:
+            raise ValueError("finish: this recipe calibrates and freezes by itself, leave it out")
+        return schedule
+
+
+def main(argv: Sequence[str]) -> None:
+    config = load_config(Config, argv, str(Config.__doc__), prog="python -m recipes.causal_lm [config.yaml]")
+    quiet_libraries()
+    spec, settings = config.spec, config.optimization
+    kinds = "_".join(filter(None, (spec.weights, spec.activations)))
+    output, overwrite = config.output or Path("outputs/causal_lm", kinds), config.overwrite or config.output is None
+    check_destination(output.absolute(), overwrite)
+
+    model, tokenizer = load_language_model(config.model or str(REFERENCE))
+    qat.inspect(model, spec, config.target)  # a spec that does not fit is an error now, not after training
+    train, evaluation = load_blocks(config.data, tokenizer)
+    batches = DataLoader(train, settings.batch_size, shuffle=True, drop_last=True)
+    plain, device = CausalLanguageModelling(), device_of(config.trainer)
+    scores: dict[str, dict[str, float]] = {}
+
+    def judge(name: str, judged: nn.Module) -> None:
+        blocks = DataLoader(evaluation, settings.batch_size)
+        scores[name] = evaluate(plain, judged.to(device), track(blocks, f"evaluating: {name}", len(blocks)))
+
+    def calibrate_and_freeze(prepared: nn.Module) -> None:
+        qat.calibrate(prepared, itertools.islice(batches, config.schedule.calibration_batches))
+        qat.freeze(prepared)
+
+    judge("float", model)
+    float_size = sum(parameter.numel() for parameter in model.parameters()) * spec.torch_dtype.itemsize
+    tuned = copy.deepcopy(model)
+    if config.float_baseline:
+        fit("fine-tuning", tuned, plain, batches, settings.float_learning_rate, settings, config.trainer, config.seed)
+        judge("float, fine-tuned", tuned)
+        quantized = copy.deepcopy(tuned).cpu()
+        qat.prepare(quantized, spec, target=config.target)
+        calibrate_and_freeze(quantized)
+        judge("fine-tuned, then quantized", quantized)
+
+    task = CausalLanguageModelling(settings.distillation_weight, settings.temperature)
+    checkpoints = output.with_name(f"{output.name}-checkpoints")
+    callbacks = [
+        qat.QuantizationAwareTraining(spec, config.algorithm, config.schedule, target=config.target),
+        ModelCheckpoint(checkpoints, every_n_train_steps=config.trainer.checkpoint_every),
+    ]
+    rate = settings.learning_rate
+    trainer = fit("training", model, task, batches, rate, settings, config.trainer, config.seed, callbacks, tuned)
+    calibrate_and_freeze(model)
+    if not trainer.is_global_zero:
+        return  # of several processes, one goes on
+
+    example = {"input_ids": evaluation[:2]["input_ids"]}
+    resolved = config.model_dump(mode="json")
+    qat.export(model, output, processor=tokenizer, example_inputs=example, config=resolved, overwrite=overwrite)
+    verified = qat.verify(output, fresh_process=True)
+    judge("quantization-aware training", qat.load(output, device=device))
+
+    size = sum(file.stat().st_size for file in output.glob("model*.safetensors"))
+    facts = {
+        "float": (float_size, 0, None),
+        "float, fine-tuned": (float_size, settings.steps, settings.float_learning_rate),
+        "fine-tuned, then quantized": (size, settings.steps, settings.float_learning_rate),  # the same layout
+        "quantization-aware training": (size, settings.steps, settings.learning_rate),
+    }
+    print_table(results_table([ResultRow(name, scores[name], *facts[name]) for name in scores]))
+    print(f"{output}: reloaded in a fresh process, compared and found equal ({len(verified.checks)} checks).")
+
+
+if __name__ == "__main__":
+    run_command(lambda: main(sys.argv[1:]))

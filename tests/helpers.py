@@ -1,0 +1,134 @@
+"""What several test files share: tiny models, independent reference implementations, file tampering.
+
+Import it as `from tests.helpers import ...`. A reference implementation here never calls the code it judges.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from qat.quantizers import Algorithm, WeightQuantizer
+
+WEIGHT_TYPES = ("int8", "float8", "int4", "int2")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+Array = NDArray[np.float64]
+
+# Bits of the significand (the leading one included) and the exponent of the smallest subnormal.
+_FLOATS = {"float32": (24, -149), "bfloat16": (8, -133), "float16": (11, -24), "float8": (4, -9)}
+# Smallest code, largest code, and the largest code that a range is divided by.
+_CODES = {"int8": (-128, 127), "float8": (-448, 448), "int4": (0, 15), "int2": (0, 3)}
+
+
+def same_bits(left: Tensor, right: Tensor) -> bool:
+    """Equal in dtype, shape and every bit, the sign of zero included."""
+    if left.dtype != right.dtype or left.shape != right.shape:
+        return False
+    return torch.equal(left.contiguous().view(torch.uint8), right.contiguous().view(torch.uint8))
+
+
+def round_float(values: Array, kind: str) -> Array:
+    """Round float64 numbers to a narrower float format, half to even; no overflow."""
+    precision, smallest = _FLOATS[kind]
+    step = np.ldexp(1.0, np.maximum(np.frexp(values)[1] - precision, smallest))
+    return np.rint(values / step) * step
+
+
+def reference_quantize(
+    weight: Tensor, scale: Tensor, shift: Tensor | None, qtype: str, dtype: str, group: int | None
+) -> tuple[Array, Array]:
+    """Codes and values of a weight in numpy's float64, each step rounded on purpose; both ``(out, in)``.
+
+    ``group`` is the number of elements that share a scale, None for a whole row.
+    """
+    rows = weight.detach().double().numpy().reshape(scale.shape[0], group or weight.shape[1])
+    steps = scale.detach().double().numpy()
+    offsets = np.zeros_like(steps) if shift is None else shift.detach().double().numpy()
+    low, high = _CODES[qtype]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        codes = round_float(round_float(rows + offsets, "float32") / steps, "float32")
+    codes = np.where(steps == 0, 0, codes)
+    codes = round_float(np.clip(codes, low, high), "float8") if qtype == "float8" else np.clip(np.rint(codes), low, high)
+    values = round_float(steps * codes, dtype)
+    if shift is not None:
+        values = round_float(values - offsets, dtype)
+    return codes.reshape(weight.shape), values.reshape(weight.shape)
+
+
+def awkward_weight(out_features: int, in_features: int, seed: int = 0) -> Tensor:
+    """A float32 weight with a zero row, a constant row, an outlier, and rows of very different magnitudes."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(out_features, in_features, generator=generator) * 0.02
+    weight *= torch.logspace(-2, 1, out_features).unsqueeze(1)
+    if out_features > 2:
+        weight[seed % out_features] = 0.0
+        weight[(seed + 1) % out_features] = 0.03
+        weight[(seed + 2) % out_features, seed % in_features] = 5.0
+    return weight
+
+
+class LearnedStepQuantizer(WeightQuantizer):
+    """The logarithm of the scale is a parameter, and so is the shift of an affine type."""
+
+    def __init__(self, weight: Tensor, qtype: str, dtype: torch.dtype, start: float) -> None:
+        super().__init__(qtype, dtype, masked=True)
+        affine = qtype in ("int4", "int2")
+        size = next((n for n in (128, 96, 64, 32) if weight.shape[1] % n == 0), None) if weight.shape[1] > 128 else None
+        rows = weight.detach().float().reshape(-1, size) if affine and size else weight.detach().float()
+        low, high = rows.amin(1, keepdim=True) * start, rows.amax(1, keepdim=True) * start
+        scale = (high - low) / _CODES[qtype][1] if affine else torch.maximum(-low, high) / _CODES[qtype][1]
+        self.log_scale = nn.Parameter(scale.clamp(min=1e-5).log())
+        self.shift = nn.Parameter(-low) if affine else None
+
+    def scale_shift(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
+        return self.log_scale.exp(), self.shift
+
+
+class LearnedStep(Algorithm):
+    """An algorithm that the library does not know: what one has to write for a new one is exactly this."""
+
+    kind: Literal["learned_step"] = "learned_step"
+    start: float = 0.8
+    """Part of the weight's range that the first scale covers; below 1, so that weights saturate."""
+    learns_scales = True
+
+    def make(self, weight: Tensor, qtype: str, dtype: torch.dtype) -> LearnedStepQuantizer:
+        return LearnedStepQuantizer(weight, qtype, dtype, self.start)
+
+
+def tiny_model(name: str, **sizes: Any) -> nn.Module:
+    """A random transformers model of two layers, without dropout, in evaluation mode: opt, bert, llama, vit or t5."""
+    import transformers
+
+    common: dict[str, Any] = {"vocab_size": 64, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    classes: dict[str, tuple[str, dict[str, Any]]] = {
+        "opt": (
+            "OPTForCausalLM",
+            common | {"ffn_dim": 96, "max_position_embeddings": 32, "word_embed_proj_dim": 64, "dropout": 0.0},
+        ),
+        "bert": (
+            "BertModel",
+            common | {"intermediate_size": 96, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
+        ),
+        "llama": ("LlamaForCausalLM", common | {"intermediate_size": 96, "num_key_value_heads": 2}),
+        "vit": ("ViTModel", {k: v for k, v in common.items() if k != "vocab_size"} | {"intermediate_size": 96, "image_size": 16, "patch_size": 8}),
+        "t5": (
+            "T5ForConditionalGeneration",
+            {"vocab_size": 64, "d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 1, "num_heads": 4},
+        ),
+    }
+    kind, defaults = classes[name]
+    model_class = getattr(transformers, kind)
+    torch.manual_seed(0)
+    model: nn.Module = model_class(model_class.config_class(**(defaults | sizes)))
+    return model.eval()
+
+
+def tokens(batch: int = 2, length: int = 8, seed: int = 0) -> Tensor:
+    """Token numbers for `tiny_model`."""
+    return torch.randint(3, 60, (batch, length), generator=torch.Generator().manual_seed(seed))

@@ -1,0 +1,365 @@
+"""The map of docs/architecture.md, kept: who may import whom, what may be loaded when, how long a file may be.
+
+Imports are read from the source, those inside functions included, so that a forbidden one is found even where no
+test runs it. What only a type checker sees (`if TYPE_CHECKING`) loads nothing and is judged by milder rules.
+"""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+import qat
+
+ROOT = Path(__file__).parent.parent
+LIBRARY = ROOT / "qat"
+
+# A room may import every room above it, and its neighbours in the same line; the rooms in SIDE_ROOMS only what
+# is named there. A new module needs a place in one of the two.
+ORDER: tuple[frozenset[str], ...] = tuple(
+    frozenset(line.split())
+    for line in (
+        "errors",
+        "qtypes",
+        "spec",
+        "targets",
+        "numerics",
+        "kernels",
+        "observers",
+        "quantizers",
+        "layers",
+        "evidence",
+        "inspection preparation calibration freezing",
+        "exporting",
+        "verification loading integrations",
+        "training",
+        "cli __main__",
+    )
+)
+# Each with the rooms of qat that it may import, at run time.
+SIDE_ROOMS: dict[str, frozenset[str]] = {
+    "tasks": frozenset({"errors"}),
+    "data": frozenset({"errors"}),
+    "config": frozenset({"errors", "spec"}),
+    "report": frozenset({"errors", "spec"}),
+}
+# And the foreign packages, for those that must know little; report and config choose their own.
+SIDE_ROOM_PACKAGES: dict[str, frozenset[str]] = {
+    "tasks": frozenset({"torch", "torchmetrics"}),
+    "data": frozenset({"torch", "datasets", "pydantic"}),
+}
+# Side rooms serve the last two lines and the recipes.
+USERS_OF_SIDE_ROOMS = frozenset({"training", "cli", "__main__", *SIDE_ROOMS})
+
+QUANTO_ROOMS = frozenset({"freezing", "exporting", "loading", "verification", "integrations"})
+KERNEL_ROOMS = frozenset({"kernels", "quantizers", "layers"})
+MODEL_LIBRARIES = frozenset({"transformers", "diffusers"})
+
+MOST_LINES = 400
+MOST_RECIPE_LINES = 150
+
+When = Literal["module", "function", "type checking"]
+
+
+@dataclass(frozen=True)
+class Import:
+    """One imported module, as the file `source` names it at `line`."""
+
+    source: str
+    target: str
+    when: When
+    line: int
+
+    @property
+    def package(self) -> str:
+        return self.target.partition(".")[0]
+
+    def __str__(self) -> str:
+        return f"{self.source}, line {self.line} ({self.when}): imports {self.target}"
+
+
+def room_of(module: str) -> str:
+    """`qat.layers.linear` lies in `layers`; the facade `qat` itself in the room ''."""
+    return module.removeprefix("qat").lstrip(".").partition(".")[0]
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+@cache
+def library_modules() -> dict[str, Path]:
+    return {module_name(path): path for path in sorted(LIBRARY.rglob("*.py"))}
+
+
+def is_type_checking(test: ast.expr) -> bool:
+    return getattr(test, "attr", getattr(test, "id", None)) == "TYPE_CHECKING"
+
+
+def targets_of(node: ast.Import | ast.ImportFrom, module: str, is_package: bool) -> Iterator[str]:
+    if isinstance(node, ast.Import):
+        yield from (alias.name for alias in node.names)
+        return
+    origin = node.module or ""
+    if node.level:
+        above = module.split(".")
+        above = above[: len(above) - node.level + is_package]
+        origin = ".".join([*above, *filter(None, [origin])])
+    for alias in node.names:
+        submodule = f"{origin}.{alias.name}"
+        yield submodule if submodule in library_modules() else origin
+
+
+def imports_below(node: ast.AST, module: str, is_package: bool, when: When = "module") -> Iterator[Import]:
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.Import | ast.ImportFrom):
+            for target in targets_of(child, module, is_package):
+                yield Import(module, target, when, child.lineno)
+        elif isinstance(child, ast.If) and is_type_checking(child.test):
+            for statement in child.body:
+                wrapped = ast.Module(body=[statement], type_ignores=[])
+                yield from imports_below(wrapped, module, is_package, "type checking")
+            for statement in child.orelse:
+                yield from imports_below(ast.Module(body=[statement], type_ignores=[]), module, is_package, when)
+        else:
+            inside = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) and when == "module"
+            yield from imports_below(child, module, is_package, "function" if inside else when)
+
+
+@cache
+def library_imports() -> tuple[Import, ...]:
+    return tuple(
+        found
+        for module, path in library_modules().items()
+        for found in imports_below(ast.parse(path.read_text()), module, path.name == "__init__.py")
+    )
+
+
+def internal_imports() -> Iterator[Import]:
+    """Imports from one module of qat to another; the facade may name them all."""
+    return (found for found in library_imports() if found.package == "qat" and found.source != "qat")
+
+
+def may_import(source: str, target: str) -> bool:
+    rank = {room: place for place, rooms in enumerate(ORDER) for room in rooms}
+    if source == target:
+        return True
+    if source in SIDE_ROOMS:
+        return target in SIDE_ROOMS[source]
+    if target in SIDE_ROOMS:
+        return source in USERS_OF_SIDE_ROOMS
+    return rank.get(target, len(ORDER)) <= rank.get(source, -1)
+
+
+def run_python(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def listing(violations: list[str] | list[Import]) -> str:
+    return "\n" + "\n".join(map(str, violations))
+
+
+def test_the_reader_finds_every_kind_of_import() -> None:
+    source = (
+        "import torch.nn as nn\nfrom . import errors\nfrom ..layers import linear\n"
+        "if TYPE_CHECKING:\n    import transformers\nelse:\n    import diffusers\n"
+        "class A:\n    def f(self):\n        try:\n            from optimum import quanto\n"
+        "        finally:\n            pass\n"
+    )
+    found = [(i.target, i.when) for i in imports_below(ast.parse(source), "qat.exporting.quanto", False)]
+    assert found == [
+        ("torch.nn", "module"),
+        ("qat.exporting", "module"),
+        ("qat.layers.linear" if "qat.layers.linear" in library_modules() else "qat.layers", "module"),
+        ("transformers", "type checking"),
+        ("diffusers", "module"),
+        ("optimum", "function"),
+    ]
+
+
+def test_every_module_has_a_place() -> None:
+    known = {"", *SIDE_ROOMS}.union(*ORDER)
+    homeless = [module for module in library_modules() if room_of(module) not in known]
+    assert not homeless, f"give these rooms a place in ORDER or SIDE_ROOMS: {homeless}"
+
+
+def test_no_module_imports_through_the_facade() -> None:
+    violations = [found for found in internal_imports() if found.target == "qat"]
+    assert not violations, listing(violations)
+
+
+def test_imports_run_in_one_direction() -> None:
+    violations = [
+        found
+        for found in internal_imports()
+        if found.when != "type checking" and not may_import(room_of(found.source), room_of(found.target))
+    ]
+    assert not violations, listing(violations)
+
+
+def test_type_imports_run_in_one_direction_too() -> None:
+    """Except in the report and config rooms, which name the results that they show."""
+    violations = [
+        found
+        for found in internal_imports()
+        if found.when == "type checking"
+        and room_of(found.source) not in {"report", "config"}
+        and not may_import(room_of(found.source), room_of(found.target))
+    ]
+    assert not violations, listing(violations)
+
+
+def test_there_is_no_import_circle() -> None:
+    graph: dict[str, set[str]] = {}
+    for found in internal_imports():
+        if found.when != "type checking" and found.target != found.source:
+            graph.setdefault(found.source, set()).add(found.target)
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail("import circle: " + " <- ".join(error.args[1]))
+
+
+@pytest.mark.parametrize("room", sorted(SIDE_ROOM_PACKAGES))
+def test_side_rooms_know_few_packages(room: str) -> None:
+    allowed = {"qat", *SIDE_ROOM_PACKAGES[room], *sys.stdlib_module_names}
+    violations = [
+        found
+        for found in library_imports()
+        if room_of(found.source) == room and found.when != "type checking" and found.package not in allowed
+    ]
+    assert not violations, listing(violations)
+
+
+def test_quanto_is_imported_late_and_in_few_rooms() -> None:
+    violations = [
+        found
+        for found in library_imports()
+        if found.package == "optimum" and (found.when == "module" or room_of(found.source) not in QUANTO_ROOMS)
+    ]
+    assert not violations, listing(violations)
+
+
+def test_model_libraries_are_imported_late() -> None:
+    violations = [
+        found
+        for found in library_imports()
+        if found.package in MODEL_LIBRARIES and found.when == "module" and room_of(found.source) != "integrations"
+    ]
+    assert not violations, listing(violations)
+
+
+def test_targets_state_what_loaders_do_without_importing_them() -> None:
+    foreign = {"optimum", "lightning", *MODEL_LIBRARIES}
+    violations = [
+        found for found in library_imports() if room_of(found.source) == "targets" and found.package in foreign
+    ]
+    assert not violations, listing(violations)
+
+
+def test_only_training_imports_lightning_at_its_top() -> None:
+    violations = [
+        found
+        for found in library_imports()
+        if found.package in {"lightning", "pytorch_lightning"}
+        and found.when == "module"
+        and room_of(found.source) != "training"
+    ]
+    assert not violations, listing(violations)
+
+
+def test_kernels_are_called_by_quantizers_and_layers_alone() -> None:
+    violations = [
+        found
+        for found in internal_imports()
+        if room_of(found.target) == "kernels" and room_of(found.source) not in KERNEL_ROOMS
+    ]
+    assert not violations, listing(violations)
+
+
+def test_no_star_imports() -> None:
+    violations = [
+        f"{module}, line {node.lineno}"
+        for module, path in library_modules().items()
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ImportFrom) and any(alias.name == "*" for alias in node.names)
+    ]
+    assert not violations, listing(violations)
+
+
+def test_files_are_short() -> None:
+    limits = {"qat": MOST_LINES, "tests": MOST_LINES, "scripts": MOST_LINES, "recipes": MOST_RECIPE_LINES}
+    violations = [
+        f"{path.relative_to(ROOT)}: {lines} lines, at most {limit}"
+        for folder, limit in limits.items()
+        for path in sorted((ROOT / folder).rglob("*.py"))
+        if (lines := len(path.read_text().splitlines())) > limit
+    ]
+    assert not violations, listing(violations)
+
+
+def test_every_module_has_a_test_file() -> None:
+    """`qat/a.py` is tested by `test_a.py`; `qat/a/b.py` by `test_a_b.py`, by its room's `test_a.py`, or by `test_b.py`
+    where no other room has a `b`. A package's `__init__.py` that only collects names needs none.
+    """
+    present = {path.stem for path in (ROOT / "tests").rglob("test_*.py")}
+    leaves = Counter(module.rpartition(".")[2] for module in library_modules())
+    missing = []
+    for module, path in library_modules().items():
+        names = [name.lstrip("_") for name in module.split(".")[1:]]
+        defines = any(isinstance(node, ast.FunctionDef | ast.ClassDef) for node in ast.parse(path.read_text()).body)
+        if not names or (path.name == "__init__.py" and not defines):
+            continue
+        accepted = {f"test_{'_'.join(names)}", f"test_{names[0]}"}
+        if leaves[module.rpartition(".")[2]] == 1:
+            accepted.add(f"test_{names[-1]}")
+        if not accepted & present:
+            missing.append(f"{module}: none of {sorted(accepted)}")
+    assert not missing, listing(missing)
+
+
+def test_import_loads_no_large_package() -> None:
+    large = {"lightning", "pytorch_lightning", "transformers", "diffusers", "optimum", "datasets", "torchmetrics"}
+    loaded = run_python("import sys, qat; print(*sorted({name.partition('.')[0] for name in sys.modules}))").split()
+    assert not large.intersection(loaded)
+
+
+def test_import_costs_little_more_than_torch() -> None:
+    code = "import time, torch; start = time.perf_counter(); import qat; print(time.perf_counter() - start)"
+    # The least of three runs: noise only ever adds.
+    assert min(float(run_python(code)) for _ in range(3)) < 0.3
+
+
+def test_every_public_name_resolves() -> None:
+    missing = [name for name in qat.__all__ if not hasattr(qat, name)]
+    assert not missing
+    assert set(qat.__all__) <= set(dir(qat))
+
+
+def test_an_unknown_public_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="no_such_name"):
+        _ = qat.no_such_name  # type: ignore[attr-defined]
+
+
+def test_the_stub_lists_the_public_names() -> None:
+    stub = ast.parse((LIBRARY / "__init__.pyi").read_text())
+    names: set[str] = set()
+    for node in stub.body:
+        if isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").startswith("qat")):
+            names.update(alias.asname or alias.name for alias in node.names)
+        elif isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+    assert names == {name for name in qat.__all__ if not name.startswith("__")}

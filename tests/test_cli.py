@@ -1,0 +1,150 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from transformers import LlamaConfig
+
+from qat import cli
+from qat.cli import build_on_meta, main
+from qat.errors import LoadError, VerifyError
+
+
+@pytest.fixture
+def model_dir(tmp_path: Path) -> Path:
+    """A directory with a configuration and nothing else: weights are not read."""
+    LlamaConfig(
+        vocab_size=64,
+        hidden_size=256,
+        intermediate_size=128,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        architectures=["LlamaForCausalLM"],
+    ).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def run(capsys: pytest.CaptureFixture[str], *argv: str | Path) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as caught:
+        main([str(word) for word in argv])
+    captured = capsys.readouterr()
+    return int(caught.value.code or 0), captured.out, captured.err
+
+
+def test_inspect_prints_a_table(capsys: pytest.CaptureFixture[str], model_dir: Path) -> None:
+    code, out, err = run(capsys, "inspect", model_dir, "--weights", "int4", "--exclude", "*.q_proj")
+    assert (code, err) == (0, "")
+    rows = {line.split("│")[1].strip(): line for line in out.splitlines() if line.startswith("│")}
+    assert "int4" in rows["model.layers.0.mlp.up_proj"]
+    assert "excluded by '*.q_proj'" in rows["model.layers.0.self_attn.q_proj"]
+    assert "parameters are quantized" in out
+
+
+def test_inspect_prints_json(capsys: pytest.CaptureFixture[str], model_dir: Path) -> None:
+    argv = ["--weights", "int2", "--overrides", "*.down_proj=int8", "--target", "transformers", "--json"]
+    code, out, _ = run(capsys, "inspect", model_dir, *argv)
+    report = json.loads(out)
+    assert code == 0
+    assert report["target"] == "transformers"
+    assert report["spec"]["weights"] == "int2"
+    types = {layer["name"].rpartition(".")[2]: layer["weights"] for layer in report["layers"]}
+    assert types == dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"), "int2") | {
+        "down_proj": "int8",
+        "lm_head": None,
+    }
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["inspect", "nowhere"], "MODEL_DIR: 'nowhere' is not a directory"),
+        (["inspect", "{model}", "--weights", "int3"], "invalid choice 'int3' for argument '--weights'"),
+        (["inspect", "{model}", "--exclude", "*.nothing"], "exclude: pattern '*.nothing' matches no linear layer"),
+        (["inspect", "{model}", "--overrides", "*=int5"], "command line: spec.overrides.*: input should be"),
+        (["inspect"], "Missing"),
+        (["inspect", "{model}", "--wieghts", "int4"], "--wieghts"),
+        (["verify", "nowhere"], "'nowhere'"),
+        (["export", "x"], "export"),
+    ],
+    ids=["no directory", "type", "pattern", "override", "no argument", "option", "no export", "verb"],
+)
+def test_a_users_mistake_is_one_line_and_code_2(
+    argv: list[str], expected: str, capsys: pytest.CaptureFixture[str], model_dir: Path
+) -> None:
+    code, out, err = run(capsys, *(word.format(model=model_dir) for word in argv))
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ")
+    assert expected in err
+    assert err.count("\n") == 1
+
+
+def test_a_failed_verification_is_code_1(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: Path, **__: object) -> None:
+        raise VerifyError("layer 'a': 1 code differs")
+
+    monkeypatch.setitem(sys.modules, "qat.verification", SimpleNamespace(verify=fail))
+    assert run(capsys, "verify", "somewhere") == (1, "", "error: layer 'a': 1 code differs\n")
+
+
+def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, model_dir: Path) -> None:
+    monkeypatch.setattr(cli, "build_on_meta", lambda _: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main(["inspect", str(model_dir)])
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (None, "has no config.json"),
+        ("{", "is not a model's configuration"),
+        ("[]", "is not a model's configuration"),
+        ('{"model_type": "no_such_model"}', "transformers cannot build the model"),
+        ('{"model_type": "llama", "hidden_size": "wide"}', "transformers cannot build the model"),
+    ],
+    ids=["missing", "corrupt", "a list", "unknown model", "wrong value"],
+)
+def test_a_bad_model_directory_is_an_error(text: str | None, expected: str, tmp_path: Path) -> None:
+    if text is not None:
+        (tmp_path / "config.json").write_text(text)
+    with pytest.raises(LoadError, match=expected):
+        build_on_meta(tmp_path)
+
+
+def test_the_model_is_built_without_memory(model_dir: Path) -> None:
+    model = build_on_meta(model_dir)
+    assert type(model).__name__ == "LlamaForCausalLM"
+    assert all(parameter.is_meta for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("argv", "code"),
+    [
+        (["--help"], 0),
+        (["inspect", "--help"], 0),
+        (["verify", "--help"], 0),
+        ([], 0),
+        (["verify", "--x"], 2),
+        (["x"], 2),
+    ],
+    ids=["help", "inspect help", "verify help", "nothing", "unknown option", "unknown verb"],
+)
+def test_help_and_wrong_usage_import_no_torch(argv: list[str], code: int) -> None:
+    program = (
+        "import atexit, sys; atexit.register(lambda: print('torch' in sys.modules)); from qat.cli import main; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", program, *argv], capture_output=True, text=True, check=False)
+    assert done.returncode == code
+    assert done.stdout.splitlines()[-1] == "False"
+
+
+def test_the_module_can_be_run() -> None:
+    done = subprocess.run([sys.executable, "-m", "qat.cli", "--help"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert "inspect" in done.stdout
+    assert done.stderr == ""

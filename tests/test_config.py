@@ -1,0 +1,254 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pytest
+from pydantic import BaseModel, ConfigDict, Field
+
+from qat.config import ConfigError, config_to_yaml, load_config, parse_arguments, read_yaml
+from qat.errors import QatError
+from qat.spec import LayerSpec, QuantSpec
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Absmax(Strict):
+    kind: Literal["absmax"] = "absmax"
+
+
+class Learned(Strict):
+    """Scales are learned."""
+
+    kind: Literal["learned"] = "learned"
+    scale_lr: float = Field(default=0.1, gt=0)
+    """Learning rate of the scales."""
+
+
+class Config(Strict):
+    """A configuration with every kind of field that recipes have."""
+
+    spec: QuantSpec = QuantSpec()
+    """What is quantized."""
+    algorithm: Annotated[Absmax | Learned, Field(discriminator="kind")] = Absmax()
+    """How scales are found."""
+    steps: int = Field(default=10, ge=1)
+    """Optimizer steps."""
+    rate: float = Field(default=1e-3, gt=0)
+    """Learning rate."""
+    compile: bool = False
+    """Compile the model."""
+    output: Path = Path("outputs")
+    """Where to."""
+    devices: int | str = "auto"
+    """How many devices."""
+    cache: Path | None = None
+    """Where to keep what was made."""
+
+
+def load(*argv: str | Path) -> Config:
+    return load_config(Config, [str(word) for word in argv], "A test.", prog="python -m test [config.yaml]")
+
+
+def faults(*argv: str | Path) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        load(*argv)
+    return [line.strip() for line in str(caught.value).splitlines()]
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Any:
+    def write(text: str) -> Path:
+        path = tmp_path / "config.yaml"
+        path.write_text(text)
+        return path
+
+    return write
+
+
+def test_defaults() -> None:
+    assert load() == Config()
+
+
+def test_a_file_beats_the_defaults_and_the_command_line_beats_the_file(file: Any) -> None:
+    path = file("steps: 20\nrate: 1e-2\nspec: {weights: int4, exclude: [a, b]}\n")
+    config = load(path, "--rate", "0.5", "--spec.activations", "int8", "--compile")
+    spec = QuantSpec(weights="int4", activations="int8", exclude=("a", "b"))
+    assert config == Config(spec=spec, steps=20, rate=0.5, compile=True)
+
+
+@pytest.mark.parametrize("text", ["", "{}", "# nothing\n"], ids=["empty", "empty mapping", "comment"])
+def test_an_empty_file_changes_nothing(text: str, file: Any) -> None:
+    assert load(file(text)) == Config()
+
+
+def test_flags_can_be_turned_off(file: Any) -> None:
+    assert load(file("compile: true"), "--no-compile").compile is False
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["*.down_proj=int8"], {"*.down_proj": "int8"}),
+        (["a=float", "b=int2"], {"a": "float", "b": "int2"}),
+        (["*={weights: int8, activations: int8}"], {"*": LayerSpec(weights="int8", activations="int8")}),
+        ([], {}),
+    ],
+    ids=["pattern", "two", "layer spec", "none"],
+)
+def test_mappings_on_the_command_line(words: list[str], expected: dict[str, Any], file: Any) -> None:
+    path = file("spec: {overrides: {'*.x': {weights: int4}}}")
+    assert load(path).spec.overrides == {"*.x": LayerSpec(weights="int4")}
+    assert load(path, "--spec.overrides", *words).spec.overrides == expected
+
+
+@pytest.mark.parametrize("word", ["a", "a={weights:"])
+def test_a_malformed_mapping_is_an_error(word: str) -> None:
+    (fault,) = faults("--spec.overrides", word)
+    assert "--spec.overrides: expected KEY=VALUE" in fault
+    assert word in fault
+
+
+@pytest.mark.parametrize(
+    ("yaml", "argv", "expected"),
+    [
+        ("algorithm: {kind: learned, scale_lr: 0.5}", [], Learned(scale_lr=0.5)),
+        ("algorithm: {kind: learned, scale_lr: 0.5}", ["--algorithm.scale-lr", "2"], Learned(scale_lr=2)),
+        ("algorithm: {kind: learned, scale_lr: 0.5}", ["algorithm:absmax"], Absmax()),
+        ("steps: 3", ["algorithm:learned", "--algorithm.scale-lr", "3"], Learned(scale_lr=3)),
+    ],
+    ids=["from the file", "one field changed", "another kind", "kind and field"],
+)
+def test_unions_are_told_apart_by_kind(yaml: str, argv: list[str], expected: BaseModel, file: Any) -> None:
+    assert load(file(yaml), *argv).algorithm == expected
+
+
+def test_all_faults_of_a_file_are_listed_at_once(file: Any) -> None:
+    path = file(
+        """
+        spec:
+          weights: int3
+          wieghts: int8
+          overrides: {"*.a": int9, "*.b": {weights: int8, bias: 1}}
+        algorithm: {kind: learned, scale_lr: -1, momentum: 0.9}
+        steps: many
+        devices: [1]
+        """
+    )
+    first, *rest = faults(path)
+    assert first == f"{path}: 8 faults"
+    assert rest == [
+        "spec.weights: input should be 'int8', 'float8', 'int4' or 'int2', got 'int3'",
+        "spec.overrides.*.a: input should be 'int8', 'float8', 'int4' or 'int2'; or input should be 'float'; "
+        "or input should be a valid dictionary or instance of LayerSpec, got 'int9'",
+        "spec.overrides.*.b.bias: unknown key; known keys: weights, activations",
+        "spec.wieghts: unknown key; did you mean 'weights'?",
+        "algorithm.scale_lr: input should be greater than 0, got -1",
+        "algorithm.momentum: unknown key; known keys: kind, scale_lr",
+        "steps: input should be a valid integer, unable to parse string as an integer, got 'many'",
+        "devices: input should be a valid integer; or input should be a valid string, got [1]",
+    ]
+
+
+def test_all_broken_rules_of_a_command_line_are_listed_at_once() -> None:
+    first, *rest = faults("--steps", "0", "algorithm:learned", "--algorithm.scale-lr", "-1", "--spec.overrides", "a=b")
+    assert first == "command line: 3 faults"
+    assert [line.partition(":")[0] for line in rest] == ["spec.overrides.a", "algorithm.scale_lr", "steps"]
+
+
+def test_one_fault_is_one_line(file: Any) -> None:
+    path = file("steps: 0")
+    assert faults(path) == [f"{path}: steps: input should be greater than or equal to 1, got 0"]
+
+
+def test_an_unknown_kind_names_those_known(file: Any) -> None:
+    (fault,) = faults(file("algorithm: {kind: magic}"))
+    assert "algorithm: " in fault
+    assert "'absmax', 'learned'" in fault
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["--stepz", "3"], "Unrecognized options: --stepz"),
+        (["--steps", "x"], "--steps"),
+        (["--spec.weights", "int3"], "invalid choice 'int3' for argument '--spec.weights'. Expected one of ('int8',"),
+        (["other.json"], "Unrecognized options: other.json"),
+    ],
+    ids=["unknown option", "wrong type", "wrong choice", "not a configuration file"],
+)
+def test_wrong_usage_is_one_line_without_a_frame(argv: list[str], expected: str) -> None:
+    (fault,) = faults(*argv)
+    assert expected in fault
+    assert "│" not in fault
+    assert "python -m test [config.yaml] --help" in fault
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("steps: 1\nsteps: 2\n", "key 'steps' is given twice"),
+        ("spec: {weights: int4, weights: int8}", "key 'weights' is given twice"),
+        ("- steps", "expected a mapping of keys to values at the top, got a list"),
+        ("steps: [1", "not valid YAML"),
+        ("rate: !!python/object/apply:os.getcwd []", "not valid YAML"),
+    ],
+    ids=["repeated key", "repeated inner key", "a list", "syntax", "python object"],
+)
+def test_a_file_that_is_no_strict_yaml_is_an_error(text: str, expected: str, file: Any) -> None:
+    (fault,) = faults(file(text))
+    assert expected in fault
+    assert "config.yaml" in fault
+
+
+def test_a_file_that_is_not_there_is_an_error(tmp_path: Path) -> None:
+    assert faults(tmp_path / "none.yml") == [
+        f"{tmp_path / 'none.yml'}: the configuration file cannot be read: No such file or directory"
+    ]
+
+
+def test_a_file_that_is_not_text_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_bytes(b"\xff\xfe\xff")
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        read_yaml(tmp_path / "a.yaml")
+
+
+def test_a_written_configuration_reads_back_equal(tmp_path: Path) -> None:
+    spec = QuantSpec(weights="int2", overrides={"*.x": LayerSpec(weights="int8", activations="int8"), "y": "float"})
+    config = Config(spec=spec, algorithm=Learned(scale_lr=3e-5), cache=tmp_path, devices=2)
+    path = tmp_path / "written.yaml"
+    path.write_text(config_to_yaml(config))
+    assert load(path) == config
+
+
+def test_help_shows_docstrings_and_the_values_of_the_file(file: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        load(file("algorithm: {kind: learned, scale_lr: 0.625}"), "--help")
+    assert caught.value.code == 0
+    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "Learning rate of the scales. (default: 0.625)" in shown
+    assert "--algorithm.kind" not in shown
+
+
+def test_values_are_not_validated_while_they_are_parsed() -> None:
+    values = parse_arguments(Config, ["--steps", "-5"], "A test.")
+    assert values["steps"] == -5
+    assert values["algorithm"] == {"kind": "absmax"}
+
+
+def test_a_configuration_error_is_a_value_error_of_ours() -> None:
+    assert issubclass(ConfigError, QatError)
+    assert issubclass(ConfigError, ValueError)
+
+
+def test_reading_a_configuration_needs_no_torch() -> None:
+    code = (
+        "import sys; from qat.config import load_config; from qat.spec import QuantSpec; "
+        "load_config(QuantSpec, ['--weights', 'int4'], 'x'); print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

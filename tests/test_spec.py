@@ -1,0 +1,156 @@
+"""Precedence of patterns, and that every mistake in a spec is found where it is made."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from qat.errors import QatError, SpecError
+from qat.spec import LayerSpec, QuantSpec
+
+NAMES = ["encoder.0.to_q", "encoder.0.to_out", "encoder.1.to_q", "encoder.1.to_out", "lm_head"]
+
+
+def types(spec: QuantSpec) -> dict[str, str]:
+    resolved = {name: spec.resolve(name).layer for name in NAMES}
+    return {name: "float" if layer is None else layer.weights for name, layer in resolved.items()}
+
+
+def test_the_default_quantizes_everything() -> None:
+    assert types(QuantSpec()) == dict.fromkeys(NAMES, "int8")
+    assert QuantSpec().resolve("lm_head").explicit is False
+
+
+def test_overrides_beat_exclude_beats_include() -> None:
+    spec = QuantSpec(weights="int4", include="encoder.*", exclude="*.to_q", overrides={"encoder.1.*": "int2"})
+    assert types(spec) == {
+        "encoder.0.to_q": "float",
+        "encoder.0.to_out": "int4",
+        "encoder.1.to_q": "int2",
+        "encoder.1.to_out": "int2",
+        "lm_head": "float",
+    }
+
+
+def test_the_last_matching_override_wins() -> None:
+    one = QuantSpec(overrides={"*": "int4", "lm_head": "float8"})
+    other = QuantSpec(overrides={"lm_head": "float8", "*": "int4"})
+    assert types(one)["lm_head"] == "float8"
+    assert types(other)["lm_head"] == "int4"
+
+
+@pytest.mark.parametrize(
+    ("spec", "name", "reason", "explicit"),
+    [
+        (QuantSpec(), "lm_head", "", False),
+        (QuantSpec(exclude="lm_*"), "lm_head", "excluded by 'lm_*'", True),
+        (QuantSpec(include="lm_*"), "lm_head", "included by 'lm_*'", True),
+        (QuantSpec(include="encoder.*"), "lm_head", "matches no include pattern", False),
+        (QuantSpec(overrides={"lm_head": "int4"}), "lm_head", "override 'lm_head'", True),
+        (QuantSpec(overrides={"lm_head": "float"}), "lm_head", "override 'lm_head': float", True),
+    ],
+    ids=["default", "exclude", "include", "not included", "override", "override to float"],
+)
+def test_a_resolution_says_why(spec: QuantSpec, name: str, reason: str, explicit: bool) -> None:
+    resolution = spec.resolve(name)
+    assert (resolution.reason, resolution.explicit) == (reason, explicit)
+
+
+def test_patterns_are_case_sensitive_and_match_the_whole_name() -> None:
+    spec = QuantSpec(exclude=("LM_HEAD", "to_q"))
+    assert "float" not in types(spec).values()
+
+
+def test_a_type_name_takes_the_models_activations_and_a_layer_spec_its_own() -> None:
+    spec = QuantSpec(activations="int8", overrides={"lm_head": "int4", "*.to_q": LayerSpec(weights="int4")})
+    head, query = spec.resolve("lm_head").layer, spec.resolve("encoder.0.to_q").layer
+    assert head is not None
+    assert query is not None
+    assert (head.activations, query.activations) == ("int8", None)
+
+
+@pytest.mark.parametrize(
+    ("spec", "kind"),
+    [
+        (QuantSpec(), None),
+        (QuantSpec(activations="float8"), "float8"),
+        (QuantSpec(overrides={"a": LayerSpec(weights="int8", activations="int8")}), "int8"),
+    ],
+    ids=["none", "default", "in an override only"],
+)
+def test_the_activation_type_is_found_wherever_it_is_named(spec: QuantSpec, kind: str | None) -> None:
+    assert spec.activation_type == kind
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"weights": "int3"}, "weights\n.*'int8', 'float8', 'int4' or 'int2'.*'int3'"),
+        ({"activations": "int4"}, "activations\n.*'int8' or 'float8'.*'int4'"),
+        ({"dtype": "float64"}, "dtype\n.*'float32', 'bfloat16' or 'float16'.*'float64'"),
+        ({"overrides": {"lm_head": "int5"}}, "lm_head.*\n.*'int5'"),
+        ({"weight": "int8"}, "weight\n.*Extra inputs are not permitted"),
+        (
+            {"activations": "int8", "overrides": {"a": LayerSpec(weights="int8", activations="float8")}},
+            r"one activation type, but this spec names \['float8', 'int8'\]: choose one",
+        ),
+    ],
+    ids=["weights", "activations", "dtype", "override", "unknown field", "two activation types"],
+)
+def test_a_wrong_spec_is_refused_where_it_is_made(arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(ValidationError, match=f"(?s){message}"):
+        QuantSpec.model_validate(arguments)
+
+
+def test_a_float_layer_cannot_have_activations() -> None:
+    with pytest.raises(ValidationError, match="leave activations out"):
+        LayerSpec(weights="float", activations="int8")
+
+
+def test_a_spec_cannot_be_changed() -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        QuantSpec().weights = "int4"  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_torch_dtype(dtype: str) -> None:
+    assert QuantSpec.model_validate({"dtype": dtype}).torch_dtype is getattr(torch, dtype)
+
+
+def test_a_spec_survives_json() -> None:
+    spec = QuantSpec(
+        weights="int4",
+        activations="int8",
+        include=("a.*",),
+        exclude="b",
+        overrides={"c": "float", "d": LayerSpec(weights="int2"), "a": "int8"},
+    )
+    again = QuantSpec.model_validate_json(spec.model_dump_json())
+    assert again == spec
+    assert list(again.overrides) == ["c", "d", "a"]  # their order decides
+
+
+def test_patterns_that_match_are_fine() -> None:
+    QuantSpec(include="encoder.*", exclude="*to_q", overrides={"lm_head": "int4"}).check_patterns(NAMES)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (QuantSpec(exclude="lm_haed"), "exclude: pattern 'lm_haed' .* did you mean one of \\['lm_head'\\]"),
+        (QuantSpec(include="*.to_k"), "include: pattern '\\*.to_k' .* did you mean one of .*to_q"),
+        (QuantSpec(overrides={"xyzzy": "int4"}), "overrides: pattern 'xyzzy' .*; linear layers here: .*'encoder.0.to_q'"),
+    ],
+    ids=["misspelt", "by its last part", "nothing near"],
+)
+def test_a_pattern_that_matches_nothing_is_refused_with_a_suggestion(spec: QuantSpec, message: str) -> None:
+    with pytest.raises(SpecError, match=message) as raised:
+        spec.check_patterns(NAMES)
+    assert isinstance(raised.value, QatError)
+    assert isinstance(raised.value, ValueError)
+
+
+def test_one_error_lists_all_patterns_at_fault() -> None:
+    with pytest.raises(SpecError, match="(?s)'nope'.*'neither'"):
+        QuantSpec(include="nope", exclude="neither").check_patterns(NAMES)

@@ -1,0 +1,146 @@
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from qat.tasks import TASKS, CausalLanguageModelling, Task, evaluate
+from qat.tasks.causal_lm import causal_lm_loss, distillation_loss
+
+
+def by_hand(logits: Tensor, labels: Tensor) -> float:
+    """The definition, position by position, in double precision."""
+    terms = []
+    for row, target in zip(logits.double(), labels, strict=True):
+        for position in range(len(target) - 1):
+            if target[position + 1] != -100:
+                scores = row[position]
+                terms.append(float(scores.exp().sum().log() - scores[target[position + 1]]))
+    return sum(terms) / len(terms)
+
+
+@pytest.fixture
+def logits() -> Tensor:
+    return torch.randn(3, 7, 11) * 3
+
+
+@pytest.fixture
+def labels() -> Tensor:
+    labels = torch.randint(0, 11, (3, 7))
+    labels[1, 3:] = -100
+    return labels
+
+
+class Lookup(nn.Module):
+    """Next-token scores from a table."""
+
+    def __init__(self, vocabulary: int = 11) -> None:
+        super().__init__()
+        self.table = nn.Embedding(vocabulary, vocabulary)
+        self.dropout = nn.Dropout(0.9)
+
+    def forward(self, input_ids: Tensor) -> Any:
+        return SimpleNamespace(logits=self.dropout(self.table(input_ids)))
+
+
+def test_the_loss_is_the_definition(logits: Tensor, labels: Tensor) -> None:
+    assert float(causal_lm_loss(logits, labels)) == pytest.approx(by_hand(logits, labels), rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_loss_is_float32_for_narrow_logits(dtype: torch.dtype, logits: Tensor, labels: Tensor) -> None:
+    loss = causal_lm_loss(logits.to(dtype), labels)
+    assert loss.dtype is torch.float32
+    assert float(loss) == pytest.approx(by_hand(logits.to(dtype), labels), rel=1e-6)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_the_divergence_is_the_definition(temperature: float, logits: Tensor, labels: Tensor) -> None:
+    teacher = torch.randn_like(logits)
+    p = (teacher.double() / temperature).softmax(-1)
+    q = (logits.double() / temperature).softmax(-1)
+    each = (p * (p / q).log()).sum(-1)[:, :-1]
+    expected = each[labels[:, 1:] != -100].mean() * temperature**2
+    assert float(distillation_loss(logits, teacher, labels, temperature)) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_no_gradient_reaches_the_teacher(logits: Tensor, labels: Tensor) -> None:
+    teacher = torch.randn_like(logits).requires_grad_()
+    student = logits.requires_grad_()
+    distillation_loss(student, teacher, labels).backward()
+    assert teacher.grad is None
+    assert student.grad is not None
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.25, 1.0])
+def test_the_distillation_weight_mixes(weight: float, logits: Tensor, labels: Tensor) -> None:
+    teacher = torch.randn_like(logits)
+    batch = {"input_ids": labels.clamp(min=0), "labels": labels}
+    loss = CausalLanguageModelling(distillation_weight=weight, temperature=2.0).loss(logits, batch, teacher)
+    divergence = distillation_loss(logits, teacher, labels, 2.0)
+    torch.testing.assert_close(loss, (1 - weight) * causal_lm_loss(logits, labels) + weight * divergence)
+
+
+def test_distillation_without_a_teacher_is_an_error(logits: Tensor, labels: Tensor) -> None:
+    with pytest.raises(ValueError, match=r"distillation_weight=0\.5 needs a teacher's outputs"):
+        CausalLanguageModelling(distillation_weight=0.5).loss(logits, {"input_ids": labels})
+
+
+@pytest.mark.parametrize(
+    "field", [{"distillation_weight": 1.5}, {"distillation_weight": -0.1}, {"temperature": 0.0}], ids=str
+)
+def test_impossible_values_are_refused(field: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=next(iter(field))):
+        CausalLanguageModelling(**field)
+
+
+def test_labels_default_to_the_inputs_and_stay_out_of_the_forward(logits: Tensor) -> None:
+    task, tokens = CausalLanguageModelling(), torch.randint(0, 11, (3, 7))
+    assert set(task.inputs({"input_ids": tokens, "labels": tokens, "attention_mask": tokens})) == {
+        "input_ids",
+        "attention_mask",
+    }
+    assert float(task.loss(logits, {"input_ids": tokens})) == float(causal_lm_loss(logits, tokens))
+
+
+def test_outputs_without_logits_are_an_error() -> None:
+    with pytest.raises(TypeError, match="object with logits, got SimpleNamespace"):
+        CausalLanguageModelling().loss(SimpleNamespace(logits=None), {"input_ids": torch.zeros(1, 2)})
+
+
+def test_metrics_weigh_every_token_equally(labels: Tensor) -> None:
+    task, model = CausalLanguageModelling(), Lookup()
+    batches = [{"input_ids": labels[i : i + 1].clamp(min=0), "labels": labels[i : i + 1]} for i in range(3)]
+    found = evaluate(task, model, batches)
+    expected = by_hand(model.table(labels.clamp(min=0)).detach(), labels)
+    assert found["loss"] == pytest.approx(expected, rel=1e-5)
+    assert found["perplexity"] == pytest.approx(math.exp(expected), rel=1e-5)
+
+
+def test_a_loss_that_is_not_finite_is_shown(labels: Tensor) -> None:
+    model = Lookup()
+    nn.init.constant_(model.table.weight, float("nan"))
+    assert math.isnan(evaluate(CausalLanguageModelling(), model, [{"input_ids": labels.clamp(min=0)}])["loss"])
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+def test_evaluation_restores_the_mode(training: bool) -> None:
+    model = Lookup().train(training)
+    evaluate(CausalLanguageModelling(), model, [{"input_ids": torch.zeros(1, 4, dtype=torch.long)}])
+    assert model.training is training
+
+
+def test_evaluation_without_batches_is_an_error() -> None:
+    with pytest.raises(ValueError, match="at least one batch"):
+        evaluate(CausalLanguageModelling(), Lookup(), [])
+
+
+@pytest.mark.parametrize("name", sorted(TASKS))
+def test_every_registered_task_can_be_made_and_has_a_loss_metric(name: str) -> None:
+    task = TASKS[name]()
+    assert isinstance(task, Task)
+    assert "loss" in task.metrics()
