@@ -129,6 +129,17 @@ def _mark_arriving(model: nn.Module, layers: Mapping[str, QLinear], batch: Any) 
     return arriving
 
 
+def _cast(batch: Any, dtype: torch.dtype) -> Any:
+    """``batch`` with its floating tensors in ``dtype``, as whoever serves the frozen model brings them."""
+    if isinstance(batch, torch.Tensor):
+        return batch.to(dtype) if batch.is_floating_point() else batch
+    if isinstance(batch, Mapping):
+        return {key: _cast(value, dtype) for key, value in batch.items()}
+    if isinstance(batch, tuple | list):
+        return type(batch)(_cast(value, dtype) for value in batch)
+    return batch
+
+
 def _scales(layer: QLinear) -> tuple[float, float | None]:
     output = layer.output_quantizer
     assert layer.input_quantizer is not None

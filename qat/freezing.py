@@ -47,8 +47,9 @@ def freeze(model: nn.Module, target: str | None = None) -> FreezeReport:
     """Replace every prepared layer by a frozen ``optimum.quanto.nn.QLinear``, in place, ready to run and to export.
 
     All other float parameters and persistent buffers get the dtype in which the target's loader holds them (never by
-    ``Module.to``: rotary tables and other non-persistent buffers stay as constructed). The model is put into
-    evaluation mode; nothing in it requires a gradient afterwards in the quantized layers.
+    ``Module.to``: rotary tables and other buffers that no file holds become what the loader constructs under the
+    serving dtype). The model is put into evaluation mode; nothing in it requires a gradient afterwards in the
+    quantized layers.
 
     Args:
         model: a prepared model, the very module that `qat.prepare` was called on.
@@ -68,12 +69,13 @@ def freeze(model: nn.Module, target: str | None = None) -> FreezeReport:
         for quantizer in (layer.input_quantizer, layer.output_quantizer):
             if quantizer is not None:
                 quantizer.require_scale()
+    constructed = _constructed_buffers(model, prepared.spec.torch_dtype)
     evidence: dict[str, LayerEvidence] = {}
     for name, layer in layers:
         frozen, evidence[name] = _freeze_layer(name, layer, room, model)
         _replace(model, layer, frozen)
     quantized = set(evidence)
-    _cast_the_rest(model, quantized, room)
+    _cast_the_rest(model, quantized, room, constructed)
     model.eval()
     forget_prepared(model)
     record = FrozenRecord(prepared.spec, room.name, prepared.algorithm.kind, evidence)
@@ -170,7 +172,7 @@ def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
 
 
 @torch.no_grad()
-def _cast_the_rest(model: nn.Module, quantized: set[str], target: Target) -> None:
+def _cast_the_rest(model: nn.Module, quantized: set[str], target: Target, constructed: dict[str, Tensor]) -> None:
     spec = prepared_as(model).spec
     for path, module in model.named_modules():
         if path in quantized:
@@ -180,10 +182,37 @@ def _cast_the_rest(model: nn.Module, quantized: set[str], target: Target) -> Non
                 full = f"{path}.{name}" if path else name
                 parameter.data = parameter.data.to(target.tensor_dtype(model, full, spec))
         for name, buffer in module._buffers.items():
-            persistent = name not in module._non_persistent_buffers_set
-            if buffer is not None and buffer.is_floating_point() and persistent:
-                full = f"{path}.{name}" if path else name
+            if buffer is None or not buffer.is_floating_point():
+                continue
+            full = f"{path}.{name}" if path else name
+            if name not in module._non_persistent_buffers_set:
                 module._buffers[name] = buffer.to(target.tensor_dtype(model, full, spec))
+            elif full in constructed and constructed[full].dtype != buffer.dtype:
+                module._buffers[name] = constructed[full].to(buffer.device)
+
+
+def _constructed_buffers(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The buffers that no file holds, as a transformers loader constructs them when it serves ``dtype``.
+
+    Gemma's embedding scale takes the serving dtype, rotary tables stay float32; a model that was built in, or cast to,
+    another dtype (Lightning's ``bf16-true``) has others. Parameters of the twin live on the meta device.
+    """
+    build, config = getattr(type(model), "_from_config", None), getattr(model, "config", None)
+    names = {
+        f"{path}.{name}" if path else name
+        for path, module in model.named_modules()
+        for name in module._non_persistent_buffers_set
+    }
+    if build is None or config is None or not names:
+        return {}
+    from accelerate import init_empty_weights
+
+    try:
+        with torch.random.fork_rng(devices=[]), init_empty_weights(include_buffers=False):
+            twin: nn.Module = build(copy.deepcopy(config), dtype=dtype)
+    except TypeError:  # a class that its config alone does not build has no such loader
+        return {}
+    return {name: buffer for name, buffer in twin.named_buffers() if name in names}
 
 
 def _set_config_dtype(model: nn.Module, dtype: str) -> None:

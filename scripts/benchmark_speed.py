@@ -80,8 +80,8 @@ def arm_torchao(model: nn.Module, qtype: str, serving: str) -> None:
     configs: dict[str, Callable[[], Any]] = {
         "int8": lambda: IntxFakeQuantizeConfig(torch.int8, "per_channel", is_symmetric=True),
         "float8": lambda: Float8FakeQuantizeConfig(granularity=PerRow()),
-        "int4": lambda: IntxFakeQuantizeConfig(getattr(torch, "int4"), group_size=128, is_symmetric=False),
-        "int2": lambda: IntxFakeQuantizeConfig(getattr(torch, "int2"), group_size=128, is_symmetric=False),
+        "int4": lambda: IntxFakeQuantizeConfig(torch.int4, group_size=128, is_symmetric=False),  # type: ignore[attr-defined]
+        "int2": lambda: IntxFakeQuantizeConfig(torch.int2, group_size=128, is_symmetric=False),  # type: ignore[attr-defined]
     }
     body = model.get_submodule("model")
     quantize_(body, QATConfig(weight_config=configs[qtype](), step="prepare"))

@@ -1,8 +1,7 @@
 """Tiny random models of many transformers architectures, built in code: no downloads, a second each at most.
 
-Widths of 128, 192 and 256 keep every kind of group of the format in the set (one row a group, 96 and 128); depth and
-vocabulary are as small as an architecture allows. `scripts.architecture_matrix` runs them all, `test_architectures` the first
-ones.
+Widths of 128, 192, 256 and 384 keep whole rows and groups of 96 and 128 in the set; depth and vocabulary are as small as
+an architecture allows. `scripts.architecture_matrix` runs them all, `test_architectures` the first eighteen.
 """
 
 from __future__ import annotations
@@ -145,7 +144,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             _BART | {"num_mel_bins": 16, "max_source_positions": 16, "max_target_positions": 32},
             {"input_features": (2, 16, 32), "decoder_input_ids": (2, 5)},
         ),
-        # What follows is run by the script alone.
+        # The script alone runs what follows.
         Architecture("Qwen2ForCausalLM", _GROUPED),
         Architecture("GemmaForCausalLM", _GROUPED | {"head_dim": 64}),
         Architecture("Gemma2ForCausalLM", _GROUPED | {"head_dim": 32, "sliding_window": 8}),
@@ -212,7 +211,9 @@ ARCHITECTURES: dict[str, Architecture] = {
         Architecture("DeiTForImageClassification", _VISION | {"num_labels": 4}, _IMAGE),
         Architecture("BeitForImageClassification", _VISION | {"num_labels": 4}, _IMAGE),
         Architecture("Dinov2ForImageClassification", _VISION | {"num_labels": 4, "mlp_ratio": 2}, _IMAGE),
-        Architecture("ViTMAEForPreTraining", _VISION | {"decoder_hidden_size": 128, "decoder_num_hidden_layers": 1}, _IMAGE),
+        Architecture(
+            "ViTMAEForPreTraining", _VISION | {"decoder_hidden_size": 128, "decoder_num_hidden_layers": 1}, _IMAGE
+        ),
         Architecture(
             "SwinForImageClassification",
             {

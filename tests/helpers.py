@@ -29,7 +29,7 @@ def same_bits(left: Tensor, right: Tensor) -> bool:
     """Equal in dtype, shape and every bit, the sign of zero included."""
     if left.dtype != right.dtype or left.shape != right.shape:
         return False
-    return torch.equal(left.contiguous().view(torch.uint8), right.contiguous().view(torch.uint8))
+    return torch.equal(left.reshape(-1).view(torch.uint8), right.reshape(-1).view(torch.uint8))
 
 
 def round_float(values: Array, kind: str) -> Array:

@@ -2,176 +2,39 @@ from __future__ import annotations
 
 import errno
 import json
-import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from safetensors import safe_open
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import qat.exporting
 import qat.exporting.layout as layout
 import qat.exporting.quanto as quanto_layout
-from qat.calibration import calibrate
 from qat.errors import ExportError, StateError, TargetError
 from qat.exporting import ExportReport, export
 from qat.exporting.examples import flatten_inputs, flatten_outputs, unflatten_inputs
-from qat.exporting.layout import TensorEntry, parse_size, plan_shards, shard_names
 from qat.exporting.manifest import MANIFEST_NAME, read_manifest
 from qat.freezing import freeze
 from qat.preparation import prepare
 from qat.spec import QuantSpec
-
-TYPES = ("int8", "float8", "int4", "int2")
-DTYPES = ("float32", "bfloat16")
-IDS = torch.arange(24).reshape(2, 12)
-
-
-def tiny_llama(tie: bool = True, hidden: int = 64) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=96,
-        hidden_size=hidden,
-        intermediate_size=48,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=32,
-        tie_word_embeddings=tie,
-    )
-    return LlamaForCausalLM(config)
-
-
-def frozen_llama(target: str = "quanto", tie: bool = True, hidden: int = 64, **spec: Any) -> LlamaForCausalLM:
-    model = tiny_llama(tie, hidden)
-    prepare(model, QuantSpec(**spec), target=target)
-    if spec.get("activations"):
-        calibrate(model, [{"input_ids": IDS}])
-    freeze(model)
-    return model
-
-
-def frozen_layers(*sizes: tuple[int, int], bias: bool = True, **spec: Any) -> nn.Module:
-    torch.manual_seed(0)
-    model = nn.Sequential(*(nn.Linear(wide, high, bias=bias) for high, wide in sizes))
-    prepare(model, QuantSpec(**spec))
-    freeze(model)
-    return model
-
-
-def code_offsets(directory: Path) -> dict[str, int]:
-    """File offsets of the code tensors, read without the code under test."""
-    found = {}
-    for path in directory.glob("model*.safetensors"):
-        data = path.read_bytes()
-        (length,) = struct.unpack("<Q", data[:8])
-        fields = json.loads(data[8 : 8 + length])
-        for name, field in fields.items():
-            if name.endswith("_data") and name != "__metadata__":
-                found[f"{path.name}:{name}"] = 8 + length + field["data_offsets"][0]
-    return found
-
-
-def stored_tensors(directory: Path) -> dict[str, torch.Tensor]:
-    tensors = {}
-    for path in directory.glob("model*.safetensors"):
-        with safe_open(path, framework="pt") as file:
-            tensors |= {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-    return tensors
-
-
-class TestLayout:
-    floats = st.sampled_from([torch.float32, torch.bfloat16])
-    sizes = st.sampled_from([1, 3, 5, 8, 12, 16, 37, 48, 64, 90])
-
-    @settings(max_examples=150)
-    @given(st.data())
-    def test_every_code_starts_on_a_boundary_and_every_element_is_aligned(self, data: st.DataObject) -> None:
-        entries = []
-        for i in range(data.draw(st.integers(1, 6))):
-            dtype, rows, columns = data.draw(self.floats), data.draw(self.sizes), data.draw(self.sizes)
-            packed = data.draw(st.booleans())
-            code = "weight._data._data" if packed else "weight._data"
-            entries.append(TensorEntry(f"{i}.{code}", torch.uint8 if packed else torch.int8, (rows, columns)))
-            entries.append(TensorEntry(f"{i}.weight._scale", dtype, (rows, 1)))
-            entries += [TensorEntry(f"{i}.{name}", dtype, ()) for name in ("input_scale", "output_scale")]
-            if data.draw(st.booleans()):
-                entries.append(TensorEntry(f"{i}.bias", data.draw(self.floats), (rows,)))
-            if data.draw(st.booleans()):
-                entries.append(TensorEntry(f"{i}.count", torch.int64, ()))
-        limit = data.draw(st.sampled_from([500, 5_000, 10**9]))
-        shards = plan_shards(entries, limit)
-        assert sorted(e.name for shard in shards for e in shard.entries) == sorted(e.name for e in entries)
-        for shard in shards:
-            assert len(shard.header()) % 64 == 0
-            for entry, start in zip(shard.entries, shard.offsets().values(), strict=True):
-                assert start % (64 if entry.is_code else entry.dtype.itemsize) == 0, entry
-            large = [e for e in shard.entries if e.is_code or e.nbytes % 64 == 0]
-            assert shard.nbytes <= limit or len(large) == 1
-
-    def test_small_tensors_fill_a_gap_so_that_one_file_is_enough(self) -> None:
-        entries = [TensorEntry(f"{i}.weight._data", torch.int8, (12, 5)) for i in range(2)]  # 60 bytes each
-        entries += [TensorEntry(f"{i}.input_scale", torch.float32, ()) for i in range(2)]
-        (shard,) = plan_shards(entries, 10**9)
-        assert [entry.is_code for entry in shard.entries] == [True, False, True, False]
-
-    def test_odd_code_sizes_cost_a_shard_each(self) -> None:
-        entries = [TensorEntry(f"{i}.weight._data", torch.int8, (37, 37)) for i in range(3)]
-        entries += [TensorEntry(f"{i}.weight._scale", torch.float32, (37, 1)) for i in range(3)]
-        shards = plan_shards(entries, 10**9)
-        assert sum(sum(entry.is_code for entry in shard.entries) for shard in shards) == 3
-        assert max(sum(entry.is_code for entry in shard.entries) for shard in shards) == 1
-
-    def test_a_model_of_even_sizes_keeps_its_order_in_one_file(self) -> None:
-        entries = [TensorEntry(f"{i}.weight._data", torch.int8, (64, 64)) for i in range(4)]
-        (shard,) = plan_shards(entries, 10**9)
-        assert shard.entries == tuple(entries)
-
-    @pytest.mark.parametrize("size", ["5 parsecs", "0GB", "-3", "", "GB"])
-    def test_a_size_that_is_none_is_refused(self, size: str) -> None:
-        with pytest.raises(ExportError, match="max_shard_size"):
-            parse_size(size)
-
-    def test_names_are_those_of_transformers(self) -> None:
-        assert shard_names(1) == ["model.safetensors"]
-        assert shard_names(12)[1] == "model-00002-of-00012.safetensors"
-
-    def test_a_dtype_without_a_place_in_the_format_is_named(self) -> None:
-        with pytest.raises(ExportError, match="complex64"):
-            plan_shards([TensorEntry("a", torch.complex64, (2,))], 100)
-
-
-class TestAlignmentInFiles:
-    @pytest.mark.parametrize("dtype", DTYPES)
-    @pytest.mark.parametrize("weights", TYPES)
-    @pytest.mark.parametrize("max_shard_size", [2_000, "5GB"], ids=["small-shards", "one-shard"])
-    def test_odd_shapes(self, tmp_path: Path, weights: str, dtype: str, max_shard_size: int | str) -> None:
-        sizes = ((37, 19), (5, 37), (1, 5), (33, 1), (30, 33), (48, 30), (7, 48), (160, 7), (3, 160), (192, 3))
-        model = frozen_layers(*sizes, weights=weights, dtype=dtype)
-        export(model, tmp_path / "out", max_shard_size=max_shard_size)
-        offsets = code_offsets(tmp_path / "out")
-        quantized = len(read_manifest(tmp_path / "out").frozen["layers"])
-        assert len(offsets) == quantized >= 8
-        assert not {name: offset for name, offset in offsets.items() if offset % 64}
-
-    def test_what_a_stock_reader_maps_is_aligned_in_memory(self, tmp_path: Path) -> None:
-        export(frozen_layers((37, 20), (20, 37), weights="int8", dtype="bfloat16"), tmp_path / "out")
-        for path in (tmp_path / "out").glob("model*.safetensors"):
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118
-                    assert not name.endswith("_data") or file.get_tensor(name).data_ptr() % 64 == 0
+from tests.exports import (
+    IDS,
+    TYPES,
+    frozen_layers,
+    frozen_llama,
+    small_llama,
+    stored_tensors,
+)
 
 
 class TestQuantoFiles:
     @pytest.mark.parametrize("weights", TYPES)
     def test_the_files_hold_what_quanto_would_save(self, tmp_path: Path, weights: str) -> None:
-        model = frozen_llama(weights=weights, dtype="bfloat16", hidden=256)
+        model = frozen_llama(weights=weights, dtype="bfloat16")
         export(model, tmp_path / "out")
         expected = {name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
         found = stored_tensors(tmp_path / "out")
@@ -235,7 +98,7 @@ class TestQuantoFiles:
             return states[-1]
 
         monkeypatch.setattr(quanto_layout, "PackedState", remember)
-        export(frozen_llama(weights="int4", dtype="bfloat16", hidden=256), tmp_path / "out")
+        export(frozen_llama(weights="int4", dtype="bfloat16"), tmp_path / "out")
         assert len(states[0]._held[1]) == 3
 
     def test_a_tensor_class_without_keys_is_refused(self, tmp_path: Path) -> None:
@@ -249,7 +112,7 @@ class TestQuantoFiles:
 
 class TestTransformersFiles:
     def test_the_quantization_config_names_the_plug_in(self, tmp_path: Path) -> None:
-        model = frozen_llama("transformers", weights="int4", activations="int8", hidden=256, dtype="bfloat16")
+        model = frozen_llama("transformers", weights="int4", activations="int8", dtype="bfloat16")
         export(model, tmp_path / "out")
         config = json.loads((tmp_path / "out" / "config.json").read_text())
         group = config["quantization_config"]
@@ -280,74 +143,6 @@ class TestTransformersFiles:
             export(model, tmp_path / target, target=target)
         first, second = (tmp_path / name / "model.safetensors" for name in ("quanto", "transformers"))
         assert first.read_bytes() == second.read_bytes()
-
-
-class TestFloatGrid:
-    @pytest.mark.parametrize("weights", TYPES)
-    def test_a_stock_load_gives_the_codes_back(self, tmp_path: Path, weights: str) -> None:
-        from qat.evidence import unpack_weight
-
-        model = frozen_llama("transformers", weights=weights, dtype="float32", hidden=256)
-        report = export(model, tmp_path / "out", float_grid=True)
-        assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
-        assert any("QuantoConfig(" in note for note in report.notes)
-        loaded = stock_load(tmp_path / "out")
-        for name in read_manifest(tmp_path / "out").frozen["layers"]:
-            old, new = (unpack_weight(m.get_submodule(name).weight)[0] for m in (model, loaded))
-            assert torch.equal(old.float(), new.float()), name
-
-    def test_a_range_that_is_not_used_whole_is_refused_and_the_layer_named(self, tmp_path: Path) -> None:
-        model = tiny_llama()
-        prepare(model, QuantSpec(weights="int8", dtype="float32"), target="transformers")
-        freeze(model)
-        narrow_codes(model.model.layers[0].mlp.up_proj, model, "model.layers.0.mlp.up_proj")
-        with pytest.raises(ExportError, match=r"1 of 7 layers: model\.layers\.0\.mlp\.up_proj \(\d+ codes\)"):
-            export(model, tmp_path / "out", float_grid=True)
-        assert not list(tmp_path.iterdir())
-
-    @pytest.mark.parametrize(
-        ("spec", "message"),
-        [
-            ({"weights": "int8", "dtype": "bfloat16"}, "dtype='float32'"),
-            ({"weights": "int8", "dtype": "float32", "activations": "int8"}, "cannot quantize activations"),
-            ({"weights": "int8", "dtype": "float32", "overrides": {"*.q_proj": "int4"}}, "one weight type"),
-        ],
-        ids=["bfloat16", "activations", "two-types"],
-    )
-    def test_what_stock_cannot_express_is_refused(self, tmp_path: Path, spec: dict[str, Any], message: str) -> None:
-        with pytest.raises(ExportError, match=message):
-            export(frozen_llama("transformers", **spec), tmp_path / "out", float_grid=True)
-
-    def test_layers_left_float_become_modules_to_not_convert(self, tmp_path: Path) -> None:
-        model = frozen_llama("transformers", weights="int8", dtype="float32", exclude=("*.down_proj",))
-        export(model, tmp_path / "out", float_grid=True)
-        arguments = read_manifest(tmp_path / "out").stock_arguments
-        assert arguments is not None
-        assert sorted(arguments["modules_to_not_convert"]) == ["lm_head", "model.layers.0.mlp.down_proj"]
-
-    def test_target_quanto_has_none(self, tmp_path: Path) -> None:
-        with pytest.raises(ExportError, match="use target='transformers'"):
-            export(frozen_llama(weights="int8", dtype="float32"), tmp_path / "out", float_grid=True)
-
-
-def stock_load(directory: Path) -> nn.Module:
-    from transformers import QuantoConfig
-
-    arguments = read_manifest(directory).stock_arguments
-    assert arguments is not None
-    model: nn.Module = LlamaForCausalLM.from_pretrained(directory, quantization_config=QuantoConfig(**arguments))
-    return model
-
-
-def narrow_codes(layer: Any, model: nn.Module, name: str) -> None:
-    """Make a frozen layer use half of its range, as a learned scale may, and mend its evidence."""
-    from dataclasses import replace
-
-    from qat.evidence import frozen_record, layer_evidence, record_frozen
-
-    layer.weight._data.copy_(layer.weight._data // 2)
-    record = frozen_record(model)
-    record_frozen(model, replace(record, layers={**record.layers, name: layer_evidence(layer)}))
 
 
 class TestManifest:
@@ -430,7 +225,7 @@ class TestExamples:
 class TestErrors:
     def test_export_before_freeze(self, tmp_path: Path) -> None:
         with pytest.raises(StateError, match=r"qat\.freeze"):
-            export(tiny_llama(), tmp_path / "out")
+            export(small_llama(), tmp_path / "out")
 
     def test_unknown_target(self, tmp_path: Path) -> None:
         with pytest.raises(TargetError, match="tensorrt"):
@@ -459,7 +254,7 @@ class TestErrors:
             export(model, tmp_path / "out")
 
     def test_a_target_that_would_serve_other_numbers(self, tmp_path: Path) -> None:
-        model = tiny_llama()
+        model = small_llama()
         model._keep_in_fp32_modules_strict = {"norm"}
         prepare(model, QuantSpec(weights="int8", dtype="bfloat16"))
         freeze(model)

@@ -8,37 +8,21 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
+from transformers import LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 import qat.loading
-from qat.calibration import calibrate
 from qat.errors import LoadError
 from qat.evidence import frozen_record, unpack_weight
 from qat.exporting import export
 from qat.exporting.manifest import MANIFEST_NAME, file_record
-from qat.freezing import freeze
 from qat.loading import load
-from qat.preparation import prepare
-from qat.spec import QuantSpec
-
-TYPES = ("int8", "float8", "int4", "int2")
-DTYPES = ("float32", "bfloat16")
-IDS = torch.arange(24).reshape(2, 12)
-
-
-def tiny_llama(**changes: Any) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = {
-        "vocab_size": 96,
-        "hidden_size": 256,
-        "intermediate_size": 48,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 32,
-        "tie_word_embeddings": True,
-    }
-    return LlamaForCausalLM(LlamaConfig(**{**config, **changes}))
+from tests.exports import (
+    DTYPES,
+    IDS,
+    TYPES,
+    frozen,
+    small_llama,
+)
 
 
 def tiny_opt() -> OPTForCausalLM:
@@ -62,17 +46,9 @@ def plain(bias: bool = True) -> nn.Module:
     return nn.Sequential(nn.Linear(37, 21, bias=bias), shared, nn.Linear(21, 21), shared, nn.Linear(21, 1))
 
 
-def frozen(model: nn.Module, target: str = "quanto", **spec: Any) -> Any:
-    prepare(model, QuantSpec(**spec), target=target)
-    if spec.get("activations"):
-        calibrate(model, [{"input_ids": IDS}])
-    freeze(model)
-    return model
-
-
 @pytest.fixture
 def exported(tmp_path: Path) -> Path:
-    export(frozen(tiny_llama(), weights="int8", dtype="bfloat16"), tmp_path / "out")
+    export(frozen(small_llama(), weights="int8", dtype="bfloat16"), tmp_path / "out")
     return tmp_path / "out"
 
 
@@ -105,7 +81,7 @@ def assert_same(live: nn.Module, loaded: nn.Module) -> None:
 def test_a_loaded_model_is_the_frozen_one(
     tmp_path: Path, weights: str, dtype: str, activations: str | None, target: str
 ) -> None:
-    model = frozen(tiny_llama(), target, weights=weights, dtype=dtype, activations=activations)
+    model = frozen(small_llama(), target, weights=weights, dtype=dtype, activations=activations)
     export(model, tmp_path / "out")
     loaded = load(tmp_path / "out", verify_hashes=True)
     assert isinstance(loaded, LlamaForCausalLM)
@@ -121,13 +97,13 @@ def test_activations_that_stay_quantized_between_layers(tmp_path: Path, activati
 
 
 def test_shards(tmp_path: Path) -> None:
-    model = frozen(tiny_llama(), weights="int8")
+    model = frozen(small_llama(), weights="int8")
     export(model, tmp_path / "out", max_shard_size="40KB")
     assert_same(model, load(tmp_path / "out"))
 
 
 def test_a_float_grid(tmp_path: Path) -> None:
-    model = frozen(tiny_llama(), "transformers", weights="int8", dtype="float32")
+    model = frozen(small_llama(), "transformers", weights="int8", dtype="float32")
     export(model, tmp_path / "out", float_grid=True)
     loaded = load(tmp_path / "out")
     for name in frozen_record(model).layers:
@@ -150,9 +126,9 @@ def test_a_plain_module_is_filled_in_place(tmp_path: Path, weights: str, dtype: 
 
 
 def test_a_transformers_model_of_the_caller_is_filled_too(tmp_path: Path) -> None:
-    model = frozen(tiny_llama(), "transformers", weights="int4", dtype="bfloat16")
+    model = frozen(small_llama(), "transformers", weights="int4", dtype="bfloat16")
     export(model, tmp_path / "out")
-    assert_same(model, load(tmp_path / "out", model=tiny_llama()))
+    assert_same(model, load(tmp_path / "out", model=small_llama()))
 
 
 def test_the_record_comes_along(exported: Path, tmp_path: Path) -> None:
@@ -164,7 +140,7 @@ def test_the_record_comes_along(exported: Path, tmp_path: Path) -> None:
 
 
 def test_attention_and_generation_are_configured_as_exported(tmp_path: Path) -> None:
-    model = tiny_llama(attn_implementation="eager")
+    model = small_llama(attn_implementation="eager")
     model.generation_config.max_new_tokens = 7
     export(frozen(model, weights="int8"), tmp_path / "out")
     loaded: Any = load(tmp_path / "out")
@@ -184,7 +160,7 @@ class TestErrors:
             load(tmp_path / "nowhere")
 
     def test_a_directory_that_another_library_wrote(self, tmp_path: Path) -> None:
-        tiny_llama().save_pretrained(tmp_path / "out")
+        small_llama().save_pretrained(tmp_path / "out")
         with pytest.raises(LoadError, match=f"has no {MANIFEST_NAME}"):
             load(tmp_path / "out")
 
@@ -231,11 +207,11 @@ class TestErrors:
 
     def test_a_model_of_another_size(self, exported: Path) -> None:
         with pytest.raises(LoadError, match=r"layer model\.layers\.0\.mlp\.\w+ is .* in the model, .* in the files"):
-            load(exported, model=tiny_llama(intermediate_size=64))
+            load(exported, model=small_llama(intermediate_size=64))
 
     def test_a_model_with_other_parts(self, exported: Path) -> None:
         with pytest.raises(LoadError, match="which the files have not"):
-            load(exported, model=tiny_llama(num_hidden_layers=2))
+            load(exported, model=small_llama(num_hidden_layers=2))
 
     def test_a_bias_that_the_files_lack(self, tmp_path: Path) -> None:
         export(frozen(plain(bias=False), weights="int8"), tmp_path / "out")

@@ -3,46 +3,31 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
 from torch import nn
-from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
+from transformers import BertConfig, BertForSequenceClassification
 
 import qat.verification
-from qat.calibration import calibrate
 from qat.errors import LoadError, StateError, VerifyError
 from qat.exporting import export
-from qat.exporting.layout import DTYPE_NAMES, Shard, TensorEntry, write_shard
 from qat.exporting.manifest import MANIFEST_NAME, file_record
-from qat.freezing import freeze
-from qat.preparation import prepare
-from qat.spec import QuantSpec
 from qat.verification import Check, VerifyReport, verify
+from tests.exports import (
+    DTYPES,
+    IDS,
+    TYPES,
+    altered,
+    forge_hashes,
+    frozen,
+    rewrite,
+    small_llama,
+)
 
-TYPES = ("int8", "float8", "int4", "int2")
-DTYPES = ("float32", "bfloat16")
-IDS = torch.arange(24).reshape(2, 12)
 LAYER = "model.layers.0.mlp.up_proj"
-
-
-def tiny_llama() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=96,
-        hidden_size=256,
-        intermediate_size=48,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=32,
-        tie_word_embeddings=True,
-    )
-    return LlamaForCausalLM(config)
 
 
 def tiny_bert() -> BertForSequenceClassification:
@@ -58,18 +43,10 @@ def tiny_bert() -> BertForSequenceClassification:
     return BertForSequenceClassification(config)
 
 
-def frozen(model: nn.Module, target: str = "quanto", **spec: Any) -> Any:
-    prepare(model, QuantSpec(**spec), target=target)
-    if spec.get("activations"):
-        calibrate(model, [{"input_ids": IDS}])
-    freeze(model)
-    return model
-
-
 @pytest.fixture
 def exported(tmp_path: Path) -> Path:
     """An int4 export whose layers are not converted by a kernel, with an example."""
-    export(frozen(tiny_llama(), weights="int4", dtype="float32"), tmp_path / "out", example_inputs={"input_ids": IDS})
+    export(frozen(small_llama(), weights="int4", dtype="float32"), tmp_path / "out", example_inputs={"input_ids": IDS})
     return tmp_path / "out"
 
 
@@ -83,54 +60,11 @@ def failed(directory: Path, **arguments: Any) -> dict[str, str]:
     return {check.name: check.detail for check in report.checks if not check.passed}
 
 
-def rewrite(path: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> None:
-    """Change the tensors of a weight file, in the order they lie in."""
-    with safe_open(path, framework="pt") as file:
-        tensors = {name: file.get_tensor(name).clone() for name in file.offset_keys()}
-    tensors = change(tensors)
-    entries = tuple(TensorEntry(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items())
-    write_shard(path, Shard(entries), tensors.__getitem__)
-
-
-def forge_hashes(directory: Path, *, tensors: bool = True) -> None:
-    """Recompute the manifest's hashes of files (and of tensors), so that only deeper checks can notice."""
-    from qat.evidence import digest
-
-    path = directory / MANIFEST_NAME
-    manifest = json.loads(path.read_text())
-    for name in manifest["files"]:
-        manifest["files"][name] = file_record(directory / name).model_dump()
-    if tensors:
-        manifest["tensors"] = {}
-        for file in sorted(directory.glob("model*.safetensors")):
-            with safe_open(file, framework="pt") as opened:
-                for name in opened.keys():  # noqa: SIM118
-                    tensor = opened.get_tensor(name)
-                    manifest["tensors"][name] = {
-                        "file": file.name,
-                        "dtype": DTYPE_NAMES[tensor.dtype],
-                        "shape": list(tensor.shape),
-                        "sha256": digest(tensor),
-                    }
-    path.write_text(json.dumps(manifest))
-
-
-def altered(name: str, step: float) -> Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
-    """Change one number of one tensor."""
-
-    def change(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        flat = tensors[name].reshape(-1)
-        flat[3 if flat.numel() > 3 else 0] += step
-        return tensors
-
-    return change
-
-
 class TestStockLoadersGiveWhatWasFrozen:
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("weights", TYPES)
     def test_causal_language_model(self, tmp_path: Path, weights: str, dtype: str) -> None:
-        model = frozen(tiny_llama(), weights=weights, dtype=dtype)
+        model = frozen(small_llama(), weights=weights, dtype=dtype)
         export(model, tmp_path / "out", example_inputs={"input_ids": IDS})
         report = verify(tmp_path / "out", model)
         details = {check.name: check.detail for check in report.checks}
@@ -149,19 +83,19 @@ class TestStockLoadersGiveWhatWasFrozen:
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("weights", TYPES)
     def test_transformers_with_the_plug_in(self, tmp_path: Path, weights: str, dtype: str) -> None:
-        model = frozen(tiny_llama(), "transformers", weights=weights, dtype=dtype, activations="int8")
+        model = frozen(small_llama(), "transformers", weights=weights, dtype=dtype, activations="int8")
         export(model, tmp_path / "out", example_inputs={"input_ids": IDS})
         assert verify(tmp_path / "out", model).ok
 
     def test_shards(self, tmp_path: Path) -> None:
-        model = frozen(tiny_llama(), weights="int8")
+        model = frozen(small_llama(), weights="int8")
         export(model, tmp_path / "out", max_shard_size="40KB", example_inputs={"input_ids": IDS})
         assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 1
         assert verify(tmp_path / "out", model).ok
 
     @pytest.mark.parametrize("weights", TYPES)
     def test_a_float_grid(self, tmp_path: Path, weights: str) -> None:
-        model = frozen(tiny_llama(), "transformers", weights=weights, dtype="float32")
+        model = frozen(small_llama(), "transformers", weights=weights, dtype="float32")
         export(model, tmp_path / "out", float_grid=True, example_inputs={"input_ids": IDS})
         report = verify(tmp_path / "out", model)
         assert "scales derived afresh" in {check.name: check.detail for check in report.checks}["outputs"]
@@ -181,7 +115,7 @@ class TestStockLoadersGiveWhatWasFrozen:
 
 
 class TestTampering:
-    """Each once with the file's hash as evidence, and once with all hashes recomputed, which leaves the deeper checks."""
+    """Each with the files' hashes as evidence, and with all hashes recomputed, which leaves the deeper checks."""
 
     @pytest.mark.parametrize("key", ["weight._data._data", "weight._scale", "weight._shift"])
     def test_one_altered_number_of_a_weight(self, exported: Path, key: str) -> None:
@@ -202,7 +136,7 @@ class TestTampering:
 
     @pytest.mark.parametrize("key", ["input_scale", "output_scale"])
     def test_one_altered_activation_scale(self, tmp_path: Path, key: str) -> None:
-        export(frozen(tiny_llama(), weights="int8", activations="int8"), tmp_path / "out")
+        export(frozen(small_llama(), weights="int8", activations="int8"), tmp_path / "out")
         rewrite(tmp_path / "out" / "model.safetensors", altered(f"{LAYER}.{key}", 0.25))
         forge_hashes(tmp_path / "out")
         assert f"{LAYER}: {key} differ" in failed(tmp_path / "out")["layers"]
@@ -223,7 +157,7 @@ class TestTampering:
         assert (f"{key} is missing" in faults["keys"]) if "keys" in faults else ("model.norm" in faults["tensors"])
 
     def test_two_shards_with_exchanged_contents(self, tmp_path: Path) -> None:
-        export(frozen(tiny_llama(), weights="int8"), tmp_path / "out", max_shard_size="40KB")
+        export(frozen(small_llama(), weights="int8"), tmp_path / "out", max_shard_size="40KB")
         first, second = sorted((tmp_path / "out").glob("model-*.safetensors"))[:2]
         one, two = first.read_bytes(), second.read_bytes()
         first.write_bytes(two)
@@ -271,7 +205,7 @@ class TestTampering:
         assert "need U8" in faults["keys"]
 
     def test_a_misaligned_file_is_not_even_loaded(self, tmp_path: Path) -> None:
-        export(frozen(tiny_llama(), weights="int8", dtype="bfloat16"), tmp_path / "out")
+        export(frozen(small_llama(), weights="int8", dtype="bfloat16"), tmp_path / "out")
 
         def change(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             scale = f"{LAYER}.input_scale"
@@ -295,7 +229,7 @@ class TestTampering:
 
 class TestReference:
     def test_it_says_by_how_much_a_layer_differs(self, tmp_path: Path) -> None:
-        model = frozen(tiny_llama(), weights="int8", dtype="float32")
+        model = frozen(small_llama(), weights="int8", dtype="float32")
         export(model, tmp_path / "out")
         weight = model.get_submodule(LAYER).weight
         weight._data[0, 5] = weight._data[0, 5] // 2 + 30
@@ -307,7 +241,7 @@ class TestReference:
         assert "logits" in faults["reference outputs"]
 
     def test_it_compares_what_is_not_quantized_too(self, tmp_path: Path) -> None:
-        model = frozen(tiny_llama(), weights="int8", dtype="float32")
+        model = frozen(small_llama(), weights="int8", dtype="float32")
         export(model, tmp_path / "out")
         with torch.no_grad():
             model.model.norm.weight[0] = 3
@@ -319,7 +253,7 @@ class TestReference:
 
     def test_a_reference_must_be_frozen(self, exported: Path) -> None:
         with pytest.raises(StateError, match=r"qat\.freeze"):
-            verify(exported, tiny_llama())
+            verify(exported, small_llama())
 
 
 class TestEnvironment:
@@ -358,7 +292,7 @@ class TestEnvironment:
 
 class TestMeta:
     def test_an_inner_tensor_without_data_is_found(self) -> None:
-        model = frozen(tiny_llama(), weights="int8")
+        model = frozen(small_llama(), weights="int8")
         weight = model.get_submodule(LAYER).weight
         weight._data = weight._data.to("meta")
         assert qat.verification._meta_faults(model) == [
@@ -416,7 +350,7 @@ class TestFreshProcess:
             verify(exported, fresh_process=True)
 
     def test_the_live_model_is_compared_in_this_process(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        model = frozen(tiny_llama(), weights="int8", dtype="float32")
+        model = frozen(small_llama(), weights="int8", dtype="float32")
         export(model, tmp_path / "out", example_inputs={"input_ids": IDS})
         there = VerifyReport("out", "quanto", (Check("files", True, "read there"),))
         self.answer(monkeypatch, 0, json.dumps(there.to_json()))

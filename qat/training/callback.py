@@ -1,10 +1,9 @@
-"""Training with Lightning: the callback for a module that a user already has, and a generic module for the recipes.
+"""The Lightning callback: a float LightningModule trains quantization-aware without knowing of it.
 
-Lightning trains, shards and resumes; this file only decides *when* quantization happens. Layers are prepared in the
-callback's ``setup`` (for modules built in ``configure_model``, right after it): before weights are restored, and before
-the optimizer and the strategy see the model; also for validate, test and predict. Checkpoints always hold float master
-weights with the quantizers' state beside them; freezing, if asked for, comes after the last of them. Whatever cannot
-work is refused before the first step.
+Layers are prepared in ``setup`` (for modules built in ``configure_model``, right after it): before weights are
+restored, and before the optimizer and the strategy see the model; also for validate, test and predict. Checkpoints
+always hold float master weights with the quantizers' state beside them; freezing, if asked for, comes after the last
+of them. Whatever cannot work is refused before the first step.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import functools
 import itertools
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal, Self
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -25,7 +24,6 @@ from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
 from lightning_utilities.core.apply_func import apply_to_collection
-from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
@@ -36,57 +34,19 @@ from qat.evidence import frozen_record
 from qat.freezing import freeze
 from qat.layers import quantized_layers
 from qat.observers import ObserverChoice
-from qat.preparation import parameter_groups, prepare, prepared_as
+from qat.preparation import prepare, prepared_as
 from qat.quantizers import Algorithm, StraightThrough
 from qat.quantizers.activation import ActivationQuantizer
 from qat.spec import QuantSpec
-from qat.tasks import Batch, Task
+from qat.training.schedule import QuantizationSchedule
 
-__all__ = ["QuantizationAwareTraining", "QuantizationSchedule", "QuantizedTask"]
+__all__ = ["QuantizationAwareTraining"]
 
 logger = logging.getLogger("qat")
 
 
-class QuantizationSchedule(BaseModel):
-    """When quantization happens during a fit; steps are optimizer steps (``trainer.global_step``).
-
-    Validation is never observed and always fake-quantized: it judges what would be served, also during a float start.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    start_step: int = Field(default=0, ge=0)
-    """Fake quantization begins at this step; before it the model trains in float."""
-    observe_from: int | None = Field(default=None, ge=0)
-    """Activation observers record from this step on; none: never during training."""
-    observe_until: int | None = Field(default=None, ge=0)
-    """Activation observers stop at this step; none: they go on to the end."""
-    calibration_batches: int = Field(default=16, ge=0)
-    """Training batches for the calibration before the first step and before freezing; only with activations."""
-    finish: Literal["last", "best"] | None = None
-    """After training: calibrate again and freeze, from the last weights or the best checkpoint; none: leave it to the user."""
-
-    @model_validator(mode="after")
-    def _window_is_ordered(self) -> Self:
-        if self.observe_until is not None and (self.observe_from is None or self.observe_until <= self.observe_from):
-            raise ValueError(
-                f"observe_until ({self.observe_until}) must come after observe_from ({self.observe_from}): set both, in order"
-            )
-        return self
-
-    def observes(self, step: int) -> bool:
-        """Whether observers record at this step."""
-        return self.observe_from is not None and self.observe_from <= step < (self.observe_until or step + 1)
-
-    def sets_scales(self, step: int) -> bool:
-        """Whether a run that begins at this step without activation scales will have them once it quantizes."""
-        if self.calibration_batches > 0 or self.observe_from is None:
-            return self.calibration_batches > 0
-        return self.observe_from <= max(step, self.start_step) and (self.observe_until is None or step < self.observe_until)
-
-
 def default_model_inputs(batch: Any) -> Any:
-    """What of a dataloader's batch the model is called with: a mapping or tensor as it is, of a tuple the first element."""
+    """What of a dataloader's batch the model is called with: of a tuple or list its first element, else all of it."""
     return batch[0] if isinstance(batch, tuple | list) else batch
 
 
@@ -141,16 +101,14 @@ class QuantizationAwareTraining(Callback):
 
     def model_of(self, module: LightningModule) -> nn.Module:
         """The model that is prepared, without a ``torch.compile`` wrapper."""
-        model: Any = module
-        if self.attribute is not None:
-            model = getattr(module, self.attribute, None)
+        model = module if self.attribute is None else getattr(module, self.attribute, None)
         if not isinstance(model, nn.Module):
             raise StateError(
-                f"attribute: {type(module).__name__}.{self.attribute} must be the module to prepare, got {type(model).__name__}: "
-                "name the attribute that holds it, or None for the LightningModule itself"
+                f"attribute: {type(module).__name__}.{self.attribute} must be the module to prepare, got "
+                f"{type(model).__name__}: name the attribute that holds it, or None for the LightningModule itself"
             )
-        while hasattr(model, "_orig_mod"):
-            model = model._orig_mod
+        while isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
         return model
 
     # -- preparing ---------------------------------------------------------------------------------------------------
@@ -181,12 +139,8 @@ class QuantizationAwareTraining(Callback):
 
     def _prepare(self, trainer: Trainer, pl_module: LightningModule) -> None:
         model = self.model_of(pl_module)
-        if _is_frozen(model):  # it can still be validated, tested and predicted with
-            if trainer.state.fn == TrainerFn.FITTING or trainer.ckpt_path is not None:
-                raise StateError(
-                    "model: is frozen, so it can neither be trained further nor take the master weights of a checkpoint: "
-                    "build the float model again and pass ckpt_path"
-                )
+        if _is_frozen(model):
+            self._accept_frozen(trainer, model)
             return
         if not any(quantized_layers(model)):
             report = prepare(model, self.spec, self.algorithm, self.target, observer=self.observer)
@@ -195,19 +149,30 @@ class QuantizationAwareTraining(Callback):
         prepared = prepared_as(model)
         if (prepared.spec, prepared.algorithm, prepared.target) != (self.spec, self.algorithm, self.target):
             raise StateError(
-                f"spec: the model is already prepared with {prepared}, but the callback has {self.spec!r}, {self.algorithm!r} "
-                f"and target {self.target!r}: use the same, or a fresh float model"
+                f"spec: the model is already prepared with {prepared}, but the callback has {self.spec!r}, "
+                f"{self.algorithm!r} and target {self.target!r}: use the same, or a fresh float model"
             )
         # DistributedDataParallel would overwrite every rank's statistics with rank 0's before each forward.
         own = {id(b) for q in _activations(model) for b in q.buffers()}
         ignored = {*getattr(pl_module, "_ddp_params_and_buffers_to_ignore", ())}
         ignored |= {name for name, buffer in pl_module.named_buffers() if id(buffer) in own}
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(pl_module, sorted(ignored))
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(  # type: ignore[no-untyped-call]
+            pl_module, sorted(ignored)
+        )
+
+    @staticmethod
+    def _accept_frozen(trainer: Trainer, model: nn.Module) -> None:
+        """A frozen model can still be validated, tested and predicted with."""
+        if trainer.state.fn == TrainerFn.FITTING:
+            raise StateError("model: is frozen and cannot be trained further: build the float model again")
+        for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
+            loop.inference_mode = False  # in which quanto's packed weights raise
+        model.register_load_state_dict_pre_hook(_refuse_masters)
 
     @staticmethod
     def _refuse_worker_processes(trainer: Trainer, model: nn.Module) -> None:
         stateful = any(layer.has_quantizer_state for _, layer in quantized_layers(model))
-        if stateful and trainer.state.fn == TrainerFn.FITTING and isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+        if stateful and trainer.state.fn == TrainerFn.FITTING and _ends_elsewhere(trainer):
             raise TrainingError(
                 "strategy: the quantizers would be lost in the worker processes that this strategy starts: call "
                 "qat.prepare(module.model, spec, ...) before the fit, or use strategy='ddp'"
@@ -220,31 +185,33 @@ class QuantizationAwareTraining(Callback):
         self._check_optimizers(trainer, self.model_of(pl_module))
         if self.schedule.finish is None:
             return
-        if trainer.strategy.restore_checkpoint_after_setup or isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+        if trainer.strategy.restore_checkpoint_after_setup or _ends_elsewhere(trainer):
             raise TrainingError(
-                f"schedule: finish={self.schedule.finish!r} needs the whole model in the process that called fit, which "
-                f"{type(trainer.strategy).__name__} does not leave there: use finish=None, then load the checkpoint and freeze"
+                f"schedule: finish={self.schedule.finish!r} needs the whole model in the process that called fit, "
+                f"which {type(trainer.strategy).__name__} does not leave there: use finish=None, then load the "
+                "checkpoint and freeze"
             )
-        if self.schedule.finish == "best" and not any(c.monitor for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)):
+        if self.schedule.finish == "best" and not _monitoring(trainer):
             raise TrainingError(
-                "schedule: finish='best' needs a ModelCheckpoint that monitors a metric: add one to the trainer, or use "
-                "finish='last'"
+                "schedule: finish='best' needs a ModelCheckpoint that monitors a metric: add one to the trainer, or "
+                "use finish='last'"
             )
 
     @staticmethod
     def _check_optimizers(trainer: Trainer, model: nn.Module) -> None:
         groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
-        scales = {id(p) for _, layer in quantized_layers(model) for p in layer.quantizer_parameters() if p.requires_grad}
-        remedy = "build the optimizer in configure_optimizers, from qat.parameter_groups(module, lr, scale_lr, weight_decay)"
+        learned = (p for _, layer in quantized_layers(model) for p in layer.quantizer_parameters() if p.requires_grad)
+        scales = {id(p) for p in learned}
+        remedy = "build it in configure_optimizers from qat.parameter_groups(module, lr, scale_lr, weight_decay)"
         for group in groups:
             if group.get("weight_decay") and any(id(p) in scales for p in group["params"]):
                 raise TrainingError(
-                    f"optimizer: learned scales sit in a group with weight_decay={group['weight_decay']}, which would shrink "
-                    f"every range: {remedy}"
+                    f"optimizer: learned scales sit in a group with weight_decay={group['weight_decay']}, which would "
+                    f"shrink every range: {remedy}"
                 )
         missing = scales - {id(p) for group in groups for p in group["params"]}
-        if groups and missing and not trainer.strategy.restore_checkpoint_after_setup:  # which shard parameters
-            raise TrainingError(f"optimizer: {len(missing)} of {len(scales)} learned scales are in no optimizer: {remedy}")
+        if groups and missing and not trainer.strategy.restore_checkpoint_after_setup:  # those shard parameters
+            raise TrainingError(f"optimizer: holds {len(missing)} of {len(scales)} learned scales not at all: {remedy}")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give uncalibrated activations their first scales; a resumed run already has them."""
@@ -252,8 +219,9 @@ class QuantizationAwareTraining(Callback):
             return
         if not self.schedule.sets_scales(trainer.global_step):
             raise CalibrationError(
-                "schedule: activations are quantized but nothing sets their scales: set calibration_batches above 0, or let "
-                "observers record before fake quantization begins (observe_from=0), or call qat.calibrate before the fit"
+                "schedule: activations are quantized but nothing sets their scales: set calibration_batches above 0, "
+                "or let observers record before fake quantization begins (observe_from=0), or call qat.calibrate "
+                "before the fit"
             )
         if self.schedule.calibration_batches > 0:
             self._calibrate(trainer, pl_module)
@@ -277,8 +245,8 @@ class QuantizationAwareTraining(Callback):
         """Fake-quantize, whatever the step, and observe nothing."""
         if trainer.state.fn != TrainerFn.FITTING and _uncalibrated(self.model_of(pl_module)):
             raise CalibrationError(
-                "activations: no scales were ever set, so there is nothing to judge: pass the ckpt_path of a training run, or "
-                "call qat.calibrate(model, batches) first"
+                "activations: no scales were ever set, so there is nothing to judge: pass the ckpt_path of a training "
+                "run, or call qat.calibrate(model, batches) first"
             )
         self._switch(pl_module, True, False)
 
@@ -289,8 +257,8 @@ class QuantizationAwareTraining(Callback):
         """Stop before a non-finite loss can reach the weights or a checkpoint."""
         if not bool(torch.isfinite(loss.detach()).all()):
             raise TrainingError(
-                f"loss: became {float(loss.detach().float().mean())} at step {trainer.global_step}; the weights and the last "
-                "checkpoint are untouched: lower the learning rate, or clip gradients"
+                f"loss: became {float(loss.detach().float().mean())} at step {trainer.global_step}; the weights and "
+                "the last checkpoint are untouched: lower the learning rate, or clip gradients"
             )
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -298,8 +266,8 @@ class QuantizationAwareTraining(Callback):
         for name, parameter in pl_module.named_parameters():
             if parameter.requires_grad and not bool(torch.isfinite(parameter.detach()).all()):
                 raise TrainingError(
-                    f"gradient: made {name} non-finite by step {trainer.global_step}; the last checkpoint is untouched: lower "
-                    "the learning rate, or clip gradients"
+                    f"gradient: made {name} non-finite by step {trainer.global_step}; the last checkpoint is "
+                    "untouched: lower the learning rate, or clip gradients"
                 )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -310,7 +278,9 @@ class QuantizationAwareTraining(Callback):
         """Calibrate and freeze, if the schedule says so; after the last checkpoint was written."""
         if self.schedule.finish is None:
             return
-        if self.schedule.finish == "best" and not trainer.fast_dev_run:  # which writes no checkpoints
+        if self.schedule.finish == "best" and not getattr(
+            trainer, "fast_dev_run", False
+        ):  # which writes no checkpoints
             self._load_best(trainer, pl_module)
         if self.spec.activation_type is not None and self.schedule.calibration_batches > 0:
             pl_module.to(trainer.strategy.root_device)  # the strategy has already moved it to the CPU
@@ -339,7 +309,8 @@ class QuantizationAwareTraining(Callback):
         sources = [source for loader in loaders.flattened for source in (loader, getattr(loader, "sampler", None))]
         generators = [g for source in sources if (g := getattr(source, "generator", None)) is not None]
         states = [generator.get_state() for generator in generators]
-        convert = self.model_inputs or getattr(pl_module, "model_inputs", default_model_inputs)
+        own: Callable[[Any], Any] = getattr(pl_module, "model_inputs", default_model_inputs)
+        convert = own if self.model_inputs is None else self.model_inputs
         for batch, _, _ in itertools.islice(iter(loaders), self.schedule.calibration_batches):
             batch = pl_module._on_before_batch_transfer(trainer.precision_plugin.convert_input(batch))
             yield convert(trainer.strategy.batch_to_device(batch, pl_module.device, 0))
@@ -348,10 +319,9 @@ class QuantizationAwareTraining(Callback):
 
     @staticmethod
     def _load_best(trainer: Trainer, pl_module: LightningModule) -> None:
-        checkpoints = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.monitor]
-        best = next((c.best_model_path for c in checkpoints if c.best_model_path), "")
+        best = next((c.best_model_path for c in _monitoring(trainer) if c.best_model_path), "")
         if not best:
-            raise TrainingError("schedule: finish='best', but no checkpoint was saved: let ModelCheckpoint save (save_top_k)")
+            raise TrainingError("schedule: finish='best', but ModelCheckpoint saved nothing: let it save (save_top_k)")
         checkpoint = torch.load(best, map_location=pl_module.device, weights_only=True)
         pl_module.load_state_dict(checkpoint["state_dict"], strict=pl_module.strict_loading)
 
@@ -364,6 +334,15 @@ def _uncalibrated(module: nn.Module) -> bool:
     return any(not bool(quantizer.initialized) for quantizer in _activations(module))
 
 
+def _monitoring(trainer: Trainer) -> list[ModelCheckpoint]:
+    return [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.monitor]
+
+
+def _ends_elsewhere(trainer: Trainer) -> bool:
+    """Whether workers train copies of the module, of which only the state returns to the process that called fit."""
+    return isinstance(trainer.strategy.launcher, _MultiProcessingLauncher)
+
+
 def _is_frozen(model: nn.Module) -> bool:
     try:
         frozen_record(model)
@@ -372,82 +351,17 @@ def _is_frozen(model: nn.Module) -> bool:
     return True
 
 
+def _refuse_masters(model: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
+    """Quanto would take master weights into a frozen layer without a word, and quantize them in its own way."""
+    if _is_frozen(model) and any(f"{prefix}{name}.weight" in state_dict for name in frozen_record(model).layers):
+        raise StateError(
+            "ckpt_path: the model is frozen, but the checkpoint holds float master weights: build the float model "
+            "again, and load the checkpoint into that"
+        )
+
+
 def _apart(loader: DataLoader[Any]) -> DataLoader[Any]:
     """A copy of ``loader`` with an iterator of its own: persistent workers would hand out training's."""
     twin = copy.copy(loader)
     twin._iterator = None
     return twin
-
-
-class QuantizedTask(LightningModule):
-    """A model and a task as a LightningModule: AdamW, linear warm-up, then constant; distillation if there is a teacher.
-
-    Args:
-        model: float or prepared; `QuantizationAwareTraining` prepares it.
-        task: loss and metrics.
-        learning_rate: of the weights.
-        scale_learning_rate: of learned scales; default a tenth of it.
-        weight_decay: of weights with two and more dimensions.
-        warmup_steps: optimizer steps from 0 to the full rate.
-        teacher: a float model, kept out of checkpoints and training.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        task: Task,
-        *,
-        learning_rate: float,
-        scale_learning_rate: float | None = None,
-        weight_decay: float = 0.0,
-        warmup_steps: int = 0,
-        teacher: nn.Module | None = None,
-    ) -> None:
-        super().__init__()
-        self.model = model
-        self.task = task
-        self.learning_rate = learning_rate
-        self.scale_learning_rate = scale_learning_rate
-        self.weight_decay = weight_decay
-        self.warmup_steps = warmup_steps
-        # In a list, so that it is no submodule: neither trained nor saved nor wrapped by a strategy.
-        self._teacher = [] if teacher is None else [teacher.eval().requires_grad_(False)]
-        self.evaluation_metrics = task.metrics()
-
-    def model_inputs(self, batch: Batch) -> dict[str, Tensor]:
-        """What of a batch the model is called with; the callback calibrates with it too."""
-        return self.task.inputs(batch)
-
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """The task's loss."""
-        inputs = self.model_inputs(batch)
-        guidance = None
-        if self._teacher:
-            teacher = self._teacher[0].to(self.device)
-            with torch.no_grad():
-                guidance = teacher(**inputs)
-        loss = self.task.loss(self.model(**inputs), batch, guidance)
-        self.log("train_loss", loss, prog_bar=True)
-        return loss
-
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Add the batch to the task's metrics."""
-        self.task.update(self.evaluation_metrics, self.model(**self.model_inputs(batch)), batch)
-
-    def on_validation_epoch_end(self) -> None:
-        """Log the task's metrics."""
-        metrics: Mapping[str, Tensor] = self.evaluation_metrics.compute()
-        self.log_dict({f"val_{name}": value for name, value in metrics.items()}, prog_bar=True)
-        self.evaluation_metrics.reset()
-
-    def configure_optimizers(self) -> Any:
-        """AdamW over `qat.parameter_groups`, with linear warm-up."""
-        groups = parameter_groups(self.model, self.learning_rate, self.scale_learning_rate, self.weight_decay)
-        optimizer = torch.optim.AdamW(groups)
-        if self.warmup_steps == 0:
-            return optimizer
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._warmup)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-    def _warmup(self, step: int) -> float:
-        return min(1.0, (step + 1) / self.warmup_steps)

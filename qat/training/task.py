@@ -1,0 +1,90 @@
+"""`QuantizedTask`: the generic LightningModule that the recipes train."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+
+from qat.preparation import parameter_groups
+from qat.tasks import Batch, Task
+
+__all__ = ["QuantizedTask"]
+
+
+class QuantizedTask(LightningModule):
+    """A model and a task as a LightningModule: AdamW, linear warm-up, then constant; distilled if there is a teacher.
+
+    Args:
+        model: float or prepared; `QuantizationAwareTraining` prepares it.
+        task: loss and metrics.
+        learning_rate: of the weights.
+        scale_learning_rate: of learned scales; default a tenth of it.
+        weight_decay: of weights with two and more dimensions.
+        warmup_steps: optimizer steps from 0 to the full rate.
+        teacher: a float model, kept out of checkpoints and training.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Task,
+        *,
+        learning_rate: float,
+        scale_learning_rate: float | None = None,
+        weight_decay: float = 0.0,
+        warmup_steps: int = 0,
+        teacher: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.task = task
+        self.learning_rate = learning_rate
+        self.scale_learning_rate = scale_learning_rate
+        self.weight_decay = weight_decay
+        self.warmup_steps = warmup_steps
+        # In a list, so that it is no submodule: neither trained nor saved nor wrapped by a strategy.
+        self._teacher = [] if teacher is None else [teacher.eval().requires_grad_(False)]
+        self.evaluation_metrics = task.metrics()
+
+    def model_inputs(self, batch: Batch) -> dict[str, Tensor]:
+        """What of a batch the model is called with; the callback calibrates with it too."""
+        return self.task.inputs(batch)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The task's loss."""
+        inputs = self.model_inputs(batch)
+        guidance = None
+        if self._teacher:
+            teacher = self._teacher[0].to(self.device)
+            with torch.no_grad():
+                guidance = teacher(**inputs)
+        loss = self.task.loss(self.model(**inputs), batch, guidance)
+        self.log("train_loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Add the batch to the task's metrics."""
+        self.task.update(self.evaluation_metrics, self.model(**self.model_inputs(batch)), batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the task's metrics."""
+        metrics: Mapping[str, Tensor] = self.evaluation_metrics.compute()
+        # Already reduced over ranks, which sync_dist=True repeats without effect; without it Lightning warns.
+        self.log_dict({f"val_{name}": value for name, value in metrics.items()}, prog_bar=True, sync_dist=True)
+        self.evaluation_metrics.reset()
+
+    def configure_optimizers(self) -> Any:
+        """AdamW over `qat.parameter_groups`, with linear warm-up."""
+        groups = parameter_groups(self.model, self.learning_rate, self.scale_learning_rate, self.weight_decay)
+        optimizer = torch.optim.AdamW(groups)
+        if self.warmup_steps == 0:
+            return optimizer
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._warmup)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _warmup(self, step: int) -> float:
+        return min(1.0, (step + 1) / self.warmup_steps)

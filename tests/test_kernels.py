@@ -1,0 +1,142 @@
+"""The fast forms give the bits of `qat.numerics`, and the operators are what they promise to a compiler."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from optimum.quanto import qtypes
+from optimum.quanto.tensor import quantize_activation
+from torch import Tensor
+
+from qat import kernels, numerics
+from qat.qtypes import QTYPES
+from tests.helpers import DTYPES, WEIGHT_TYPES, awkward_weight, same_bits
+
+# Blocks of the CPU form hold 2^17 elements: several blocks, a part of one at the end, one row longer than a block.
+BLOCK = 2**17
+SHAPES = [(1, 8), (3, 5), (7, 200), (64, 320), (1030, 256), (700, 192), (3, BLOCK // 2 + 32), (2, BLOCK + 64)]
+
+
+def serving(weight: Tensor, qtype: str, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    if QTYPES[qtype].affine:
+        return kernels.affine_scale_shift(weight, qtype, dtype)
+    return kernels.symmetric_scale(weight, qtype, dtype), None
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("qtype", WEIGHT_TYPES)
+def test_weights_are_those_of_the_specification(qtype: str, dtype: torch.dtype) -> None:
+    for seed, shape in enumerate(SHAPES):
+        weight = awkward_weight(*shape, seed)
+        scale, shift = serving(weight, qtype, dtype)
+        scale = scale * (1.0 if seed % 2 else 0.5)
+        for out_dtype in {dtype, torch.float32}:
+            ours = kernels.fake_quantize_weight(weight, scale, shift, qtype, dtype, out_dtype)
+            assert same_bits(ours, numerics.fake_quantize(weight, scale, shift, qtype, dtype, out_dtype)), shape
+
+
+@pytest.mark.parametrize("master", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("qtype", WEIGHT_TYPES)
+def test_a_narrow_or_strided_master_gives_the_same_bits(qtype: str, master: torch.dtype) -> None:
+    weight = awkward_weight(130, 256).to(master)
+    strided = weight.t().contiguous().t()
+    assert not strided.is_contiguous()
+    for dtype in DTYPES.values():
+        scale, shift = serving(weight, qtype, dtype)
+        expected = numerics.fake_quantize(weight, scale, shift, qtype, dtype, master)
+        for tensor in (weight, strided):
+            assert same_bits(kernels.fake_quantize_weight(tensor, scale, shift, qtype, dtype, master), expected)
+
+
+def test_every_float8_number_and_every_midpoint_rounds_as_torch_does() -> None:
+    grid = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    grid = grid[grid.isfinite()].sort().values
+    midpoints = (grid[1:] + grid[:-1]) / 2
+    values = torch.cat([grid, midpoints, midpoints.nextafter(grid[1:]), midpoints.nextafter(grid[:-1])])
+    values = torch.cat([values, -values, torch.tensor([0.0, -0.0, 1e-30, -1e-30, 447.9, 480.0, 1e9, -1e9])]).unsqueeze(0)
+    ones = torch.ones(1, 1)
+    ours = kernels.fake_quantize_weight(values, ones, None, "float8", torch.float32, torch.float32)
+    assert same_bits(ours, values.clamp(-448, 448).to(torch.float8_e4m3fn).float())
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("qtype", WEIGHT_TYPES)
+def test_ranges_are_those_of_the_specification(qtype: str, dtype: torch.dtype) -> None:
+    for shape in ((1, 8), (5, 256), (6, 320)):
+        weight = awkward_weight(*shape)
+        scale, shift = serving(weight, qtype, dtype)
+        if shift is None:
+            expected = numerics.serving_scale(numerics.absmax_scale(weight, qtype), qtype, dtype)
+        else:
+            expected, wanted = numerics.minmax_scale_shift(weight, qtype)
+            expected = numerics.serving_scale(expected, qtype, dtype)
+            tinygemm = numerics.survives_tinygemm(qtype, dtype, shape[1])
+            assert same_bits(shift, numerics.serving_shift(wanted, expected, dtype, tinygemm=tinygemm))
+        assert same_bits(scale, expected)
+        assert torch.equal(scale.to(dtype).float(), scale)
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("qtype", ["int8", "float8"])
+def test_activations_are_quantized_as_quanto_does(qtype: str, dtype: torch.dtype) -> None:
+    kind = qtypes[QTYPES[qtype].quanto_name]
+    for seed in range(50):
+        x = (torch.randn(3, 7, 33) * 10.0 ** (seed % 5 - 2)).to(dtype)
+        # Every other scale is too small for the largest magnitudes, so that codes saturate.
+        scale = (x.abs().amax() / QTYPES[qtype].scale_max * (1.0 if seed % 2 else 0.6)).float().to(dtype)
+        theirs = quantize_activation(x, qtype=kind, scale=scale).dequantize()
+        ours = kernels.fake_quantize_activation(x, scale.float(), qtype, dtype)
+        assert torch.equal(ours, theirs), seed
+
+
+def test_activations_keep_the_dtype_in_which_they_came() -> None:
+    x = torch.randn(4, 8)
+    ours = kernels.fake_quantize_activation(x, torch.tensor(0.03125), "int8", torch.bfloat16)
+    assert ours.dtype is torch.float32
+    assert torch.equal(ours, kernels.fake_quantize_activation(x.bfloat16(), torch.tensor(0.03125), "int8", torch.bfloat16).float())
+
+
+def test_inside_range_marks_what_does_not_saturate() -> None:
+    x = torch.tensor([-300.0, -128.0, 0.0, 127.0, 127.5, 300.0])
+    assert kernels.inside_range(x, torch.tensor(1.0), "int8").tolist() == [False, True, True, True, False, False]
+    assert kernels.inside_range(x, torch.tensor(1.0), "float8").all()
+
+
+@pytest.mark.parametrize("qtype", WEIGHT_TYPES)
+def test_operators_leave_their_inputs_alone_and_record_nothing(qtype: str) -> None:
+    weight = awkward_weight(5, 256).requires_grad_()
+    before = weight.detach().clone()
+    scale, shift = serving(weight.detach(), qtype, torch.bfloat16)
+    copies = scale.clone(), None if shift is None else shift.clone()
+    with torch.no_grad():
+        value = kernels.fake_quantize_weight(weight, scale, shift, qtype, torch.bfloat16, torch.float32)
+    assert not value.requires_grad
+    assert same_bits(weight.detach(), before)
+    assert same_bits(scale, copies[0])
+    assert shift is None or (copies[1] is not None and same_bits(shift, copies[1]))
+
+
+def operator_arguments() -> dict[str, tuple[object, ...]]:
+    weight, scale = awkward_weight(6, 256), torch.full((6, 1), 0.01)
+    groups = torch.full((12, 1), 0.01)
+    return {
+        "fake_quantize_weight": (weight, scale, None, "int8", torch.bfloat16, torch.float32, None),
+        "fake_quantize_weight affine": (weight, groups, groups, "int4", torch.bfloat16, torch.bfloat16, weight),
+        "symmetric_scale": (weight, "float8", torch.float16),
+        "affine_scale_shift": (weight, "int4", torch.bfloat16),
+        "fake_quantize_activation": (weight, torch.tensor(0.01), "int8", torch.bfloat16),
+        "round_to": (weight, torch.bfloat16),
+    }
+
+
+@pytest.mark.parametrize("case", operator_arguments())
+def test_operators_are_what_a_compiler_is_told(case: str) -> None:
+    operator = getattr(torch.ops.qat, case.partition(" ")[0])
+    torch.library.opcheck(operator, operator_arguments()[case])
+
+
+def test_the_tensor_that_must_exist_first_is_not_read() -> None:
+    weight, scale = awkward_weight(4, 64), torch.full((4, 1), 0.01)
+    arguments = (weight, scale, None, "int8", torch.float32, torch.float32)
+    after = torch.full((3,), float("nan"))
+    assert same_bits(kernels.fake_quantize_weight(*arguments), kernels.fake_quantize_weight(*arguments, after=after))
