@@ -10,11 +10,14 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from qat.errors import SpecError, StateError, TargetError
 from qat.qtypes import QTYPES, group_size
@@ -115,9 +118,9 @@ class InspectReport:
 class _Facts:
     """What several decisions need to know of the whole model, gathered once."""
 
-    def __init__(self, model: nn.Module, inputs: Mapping[str, list[torch.Tensor]]) -> None:
+    def __init__(self, model: nn.Module, probe: _Probe) -> None:
         self.model = model
-        self.inputs = inputs
+        self.probe = probe
         self.names: dict[int, list[str]] = defaultdict(list)
         for name, module in model.named_modules(remove_duplicate=False):
             self.names[id(module)].append(name)
@@ -153,7 +156,7 @@ def inspect(model: nn.Module, spec: QuantSpec, target: str = "quanto", *, exampl
         spec: what to quantize.
         target: who will load the export: ``"quanto"``, ``"transformers"`` or ``"diffusers"``.
         example_inputs: one batch (tensor, tuple or mapping), run through the float model to find the layers whose
-            input the stock kernels cannot read; these stay float too.
+            input the stock kernels cannot read, or whose weight is used without calling them; these stay float.
 
     Raises:
         SpecError: a pattern matches nothing, or nothing at all would be quantized.
@@ -171,7 +174,10 @@ def inspect(model: nn.Module, spec: QuantSpec, target: str = "quanto", *, exampl
         raise TargetError("\n".join(faults))
     linears = dict(_linear_layers(model))
     spec.check_patterns(linears)
-    facts = _Facts(model, {} if example_inputs is None else _inputs_seen(model, linears, example_inputs))
+    probe = _Probe(linears)
+    if example_inputs is not None:
+        probe.watch(model, linears, example_inputs)
+    facts = _Facts(model, probe)
     decisions = {name: _decide(facts, name, module, spec, room) for name, module in linears.items()}
     notes = _resolve_collisions(decisions, room) if room.leaf_names_only else []
     rows = tuple(_row(name, decision, spec) for name, decision in decisions.items())
@@ -231,36 +237,67 @@ def _impossible(
     parent = facts.model.get_submodule(name.rpartition(".")[0])
     if isinstance(parent, nn.TransformerEncoderLayer | nn.MultiheadAttention):
         return f"{type(parent).__name__} reads the weight without calling the layer"
+    if name in facts.probe.read:
+        return f"{facts.probe.read[name]} reads the weight without calling the layer"
     if len(facts.names[id(module)]) > 1:
         return f"registered under several names {facts.names[id(module)]}: loaders replace only one of them"
     if target.kept_in_float32(facts.model, name, spec.dtype):
         return "kept in float32 by the loader"
     hazards = [kernel_hazard(layer, spec.dtype, module.in_features, module.out_features)]
-    hazards += [input_hazard(layer, spec.dtype, x) for x in facts.inputs.get(name, ())]
+    hazards += [input_hazard(layer, spec.dtype, x) for x in facts.probe.inputs[name]]
     return next((hazard for hazard in hazards if hazard is not None), None)
 
 
-@torch.no_grad()
-def _inputs_seen(model: nn.Module, linears: Mapping[str, nn.Linear], batch: Any) -> dict[str, list[torch.Tensor]]:
-    """What each linear layer reads in one forward, without its numbers: shapes and strides on the meta device."""
-    seen: dict[str, list[torch.Tensor]] = {name: [] for name in linears}
-    handles = [
-        module.register_forward_pre_hook(
-            lambda _, args, name=name: seen[name].append(_layout(args[0])) if args else None  # type: ignore[misc]
-        )
-        for name, module in linears.items()
-    ]
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.random.fork_rng(devices=[]):
-            run(model, batch)
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-        for handle in handles:
-            handle.remove()
-    return seen
+class _Probe(TorchFunctionMode):
+    """What one batch shows: the layouts in which linear layers are read, and weights that are read without a call."""
+
+    def __init__(self, linears: Mapping[str, nn.Linear]) -> None:
+        super().__init__()
+        self.inputs: dict[str, list[torch.Tensor]] = {name: [] for name in linears}
+        self.read: dict[str, str] = {}
+        """Layer to the class of the module that reads its weight."""
+        self._names = {id(linear.weight): name for name, linear in linears.items()}
+        self._running: list[nn.Module] = []
+
+    @torch.no_grad()
+    def watch(self, model: nn.Module, linears: Mapping[str, nn.Linear], batch: Any) -> _Probe:
+        """Run ``batch`` as for evaluation and as for training (some models have two ways), and leave no trace."""
+        handles = [m.register_forward_pre_hook(lambda m, _: self._running.append(m)) for m in model.modules()]
+        handles += [m.register_forward_hook(lambda *_: self._running.pop() and None) for m in model.modules()]
+        for name, linear in linears.items():
+            handles.append(
+                linear.register_forward_pre_hook(
+                    lambda _, args, layouts=self.inputs[name]: layouts.extend(map(_layout, args[:1]))
+                )
+            )
+        modes = {module: module.training for module in model.modules()}
+        buffers = [(m, key, b, b.clone()) for m in model.modules() for key, b in m._buffers.items() if b is not None]
+        try:
+            with torch.random.fork_rng(devices=[]), self:
+                run(model.eval(), batch)
+                with suppress(ValueError):  # batch norm: one row is enough for evaluation only
+                    run(model.train(), batch)
+        finally:
+            for handle in handles:
+                handle.remove()
+            for module, mode in modes.items():
+                module.training = mode
+            for module, key, buffer, kept in buffers:
+                module._buffers[key] = buffer.copy_(kept)
+        return self
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Note every function that makes a tensor from a weight outside the module that holds it."""
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        for value in tree_leaves((args, kwargs)):
+            name = self._names.get(id(value)) if isinstance(value, torch.Tensor) else None
+            if name is None or not any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(result)):
+                continue  # its dtype or shape is no reading
+            reader = self._running[-1] if self._running else None
+            if reader is None or not any(value is parameter for parameter in reader._parameters.values()):
+                self.read[name] = type(reader).__name__
+        return result
 
 
 def _layout(x: torch.Tensor) -> torch.Tensor:

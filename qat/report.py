@@ -7,12 +7,14 @@ other libraries that say nothing about the user's run. A library must never do t
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 from rich.console import Console
@@ -37,6 +39,7 @@ __all__ = [
     "show_size",
     "track",
     "verify_table",
+    "write_results",
 ]
 
 Item = TypeVar("Item")
@@ -78,6 +81,11 @@ def results_table(rows: Sequence[ResultRow], title: str | None = None) -> Table:
         rate = "-" if row.learning_rate is None else f"{row.learning_rate:.3g}"
         table.add_row(row.name, *values, show_size(row.bytes_on_disk), str(row.steps), rate)
     return table
+
+
+def write_results(path: Path, rows: Sequence[ResultRow]) -> None:
+    """Write the rows of a result table as JSON, for scripts that compare runs."""
+    path.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
 
 
 def inspect_table(report: InspectReport) -> Table:

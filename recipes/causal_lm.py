@@ -26,7 +26,7 @@ from qat.config import OptimizationSettings, TrainerSettings, load_config
 from qat.data.text import TextData, load_blocks
 from qat.exporting.directory import check_destination
 from qat.quantizers import AnyAlgorithm
-from qat.report import ResultRow, print_table, quiet_libraries, results_table, run_command, track
+from qat.report import ResultRow, print_table, quiet_libraries, results_table, run_command, track, write_results
 from qat.tasks import CausalLanguageModelling, evaluate
 from recipes.common import device_of, fit, load_language_model
 
@@ -130,7 +130,9 @@ def main(argv: Sequence[str]) -> None:
         "fine-tuned, then quantized": (size, settings.steps, settings.float_learning_rate),  # the same layout
         "quantization-aware training": (size, settings.steps, settings.learning_rate),
     }
-    print_table(results_table([ResultRow(name, scores[name], *facts[name]) for name in scores]))
+    rows = [ResultRow(name, scores[name], *facts[name]) for name in scores]
+    print_table(results_table(rows))
+    write_results(output.with_name(f"{output.name}-results.json"), rows)
     print(f"{output}: reloaded in a fresh process, compared and found equal ({len(verified.checks)} checks).")
 
 

@@ -80,7 +80,9 @@ def fit(
     lightning.seed_everything(seed, verbose=False)
     model.train()
     if trainer_settings.gradient_checkpointing:
-        enable: Any = model.gradient_checkpointing_enable
+        # Renamed within transformers 5; the old name warns in the releases that have the new one.
+        names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
+        enable: Any = next(getattr(model, name) for name in names if hasattr(model, name))
         enable({"use_reentrant": False})
     trained: Any = torch.compile(model) if trainer_settings.compile else model
     module = qat.QuantizedTask(

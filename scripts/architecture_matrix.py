@@ -2,8 +2,9 @@
 
 For each of the tiny random models of `tests.architectures`, and each weight type and serving dtype: prepare, two
 optimizer steps, freeze, export, load with the target's own loader (`from_pretrained` with the plug-in; for causal
-language models also optimum-quanto's), and compare every tensor and every output bit for bit. One process an architecture,
-so that a crash of a kernel is a result like any other. Writes ``architectures.md`` and ``architectures.json``::
+language models also optimum-quanto's), and compare every tensor and every output bit for bit. One process an
+architecture, so that a crash of a kernel is a result like any other. Writes ``architectures.md`` and
+``architectures.json``::
 
     python -m scripts.architecture_matrix [--only Llama Bert] [--output docs/results]
 """
@@ -27,10 +28,11 @@ import torch
 from torch import nn
 
 import qat
-from qat.errors import SpecError
+from qat.errors import SpecError, TargetError
 from qat.evidence import unpack_weight
 from tests.architectures import ARCHITECTURES, Architecture
 
+COMMAND = "python -m scripts.architecture_matrix"
 WEIGHTS = ("int8", "float8", "int4", "int2")
 DTYPES = ("float32", "bfloat16")
 
@@ -74,31 +76,31 @@ def run_case(architecture: Architecture, case: Case, directory: Path) -> Outcome
 
     Raises whatever the library or the model raises; differences and models without a layer to quantize are outcomes.
     """
-    model: Any = architecture.build()
     spec = qat.QuantSpec(weights=case.weights, activations=case.activations, dtype=case.dtype)
     example = architecture.example(spec.torch_dtype)
     try:
-        report = qat.prepare(model, spec, target="transformers", example_inputs=architecture.example()).inspection
+        model, report = train(architecture, spec, "transformers")
     except SpecError as error:
         if "no layer of the model would be quantized" not in str(error):
             raise
         return Outcome(str(case), "float", str(error))
     floats = {layer.name: layer.reason for layer in report.layers if layer.weights is None}
     outcome = Outcome(str(case), "equal", "", report.quantized_share, floats)
-    if case.activations:
-        qat.calibrate(model, [architecture.example()])
-    take_two_steps(model, architecture)
-    if case.activations:
-        qat.calibrate(model, [architecture.example()])
-    fake_quantized = outputs_of(model.eval(), architecture.example())
+    fake_quantized = outputs_of(model, architecture.example())
     qat.freeze(model)
     frozen = outputs_of(model, example)
     if case.dtype == "float32":
         outcome.fake_gap = largest_gap(fake_quantized, frozen)
     for target in ("transformers", "quanto") if architecture.model.endswith("CausalLM") else ("transformers",):
-        qat.export(model, directory / target, target=target, example_inputs=example)
+        try:
+            qat.export(model, directory / target, target=target, example_inputs=example)
+        except TargetError:  # this loader holds some tensor in another dtype, so the model must be frozen for it
+            model, _ = train(architecture, spec, target)
+            qat.freeze(model)
+            frozen = outputs_of(model, example)
+            qat.export(model, directory / target, example_inputs=example)
         loaded = load(type(model), directory / target, target, spec.torch_dtype)
-        faults = [*state_faults(model, loaded), *output_faults(frozen, outputs_of(loaded, example))]
+        faults = [*output_faults(frozen, outputs_of(loaded, example)), *state_faults(model, loaded)]
         if faults:
             outcome.result, outcome.detail = "difference", f"{target}: {faults[0]} ({len(faults)} in all)"
             break
@@ -106,6 +108,17 @@ def run_case(architecture: Architecture, case: Case, directory: Path) -> Outcome
         dequantize(model)
         outcome.kernel_gap = largest_gap(outputs_of(model, example), frozen)
     return outcome
+
+
+def train(architecture: Architecture, spec: qat.QuantSpec, target: str) -> tuple[Any, qat.InspectReport]:
+    """A prepared model after two optimizer steps, calibrated before and after them, in evaluation mode."""
+    model: Any = architecture.build()
+    example = architecture.example()
+    report = qat.prepare(model, spec, target=target, example_inputs=example).inspection
+    qat.calibrate(model, [example])
+    take_two_steps(model, architecture)
+    qat.calibrate(model, [example])
+    return model.eval(), report
 
 
 def take_two_steps(model: nn.Module, architecture: Architecture) -> None:
@@ -258,13 +271,13 @@ def table(results: Mapping[str, list[Outcome]]) -> str:
     lines = [
         "# Architectures",
         "",
-        "`python -m scripts.architecture_matrix`",
+        f"`{COMMAND}`",
         "",
-        f"Tiny random models of {len(results)} architectures of transformers {transformers.__version__}, with optimum-quanto "
-        f"{optimum.quanto.__version__} and torch {torch.__version__.split('+')[0]}, on a CPU. Each is prepared, trained for two "
-        "steps, frozen, exported for transformers (causal language models for quanto too) and loaded by the target's own "
-        "loader. *equal*: every code, scale, shift, other parameter and buffer, and every output, bit for bit. *float*: "
-        "nothing in the model can be quantized.",
+        f"Tiny random models of {len(results)} architectures of transformers {transformers.__version__}, with "
+        f"optimum-quanto {optimum.quanto.__version__} and torch {torch.__version__.split('+')[0]}, on a CPU. Each is "
+        "prepared, trained for two steps, frozen, exported for transformers (causal language models for quanto too) "
+        "and loaded by the target's own loader. *equal*: every code, scale, shift, other parameter and buffer, and "
+        "every output, bit for bit. *float*: nothing in the model can be quantized.",
         "",
         ", ".join(f"{count} {result}" for result, count in counts.most_common()) + f", of {counts.total()} cases.",
         "",
@@ -280,8 +293,8 @@ def table(results: Mapping[str, list[Outcome]]) -> str:
     }
     lines += [
         "",
-        "`quantized` is the share of all parameters, the largest over the cases. Against plain layers with the dequantized "
-        "weights, the frozen models' outputs differ by rounding in the stock kernels: by at most "
+        "`quantized` is the share of all parameters, the largest over the cases. Against plain layers with the "
+        "dequantized weights, the frozen models' outputs differ by rounding in the stock kernels: by at most "
         + ", ".join(f"{gap:.1e} ({dtype})" for dtype, gap in gaps.items())
         + " of the largest output.",
         "",
@@ -330,10 +343,15 @@ def main() -> None:
         if any(part.lower() in name.lower() for part in arguments.only):
             results[name] = run_architecture(name)
             print(f"{name:40} " + " ".join(outcome.result for outcome in results[name]), flush=True)
-    arguments.output.mkdir(parents=True, exist_ok=True)
+    write(results, arguments.output)
+
+
+def write(results: Mapping[str, list[Outcome]], output: Path) -> None:
+    output.mkdir(parents=True, exist_ok=True)
     plain = {name: [asdict(outcome) for outcome in outcomes] for name, outcomes in results.items()}
-    (arguments.output / "architectures.json").write_text(json.dumps(plain, indent=1) + "\n", encoding="utf-8")
-    (arguments.output / "architectures.md").write_text(table(results), encoding="utf-8")
+    text = json.dumps({"command": COMMAND, "results": plain}, indent=1)
+    (output / "architectures.json").write_text(text + "\n", encoding="utf-8")
+    (output / "architectures.md").write_text(table(results), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ Import it as `from tests.helpers import ...`. A reference implementation here ne
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import numpy as np
@@ -53,7 +54,9 @@ def reference_quantize(
     with np.errstate(divide="ignore", invalid="ignore"):
         codes = round_float(round_float(rows + offsets, "float32") / steps, "float32")
     codes = np.where(steps == 0, 0, codes)
-    codes = round_float(np.clip(codes, low, high), "float8") if qtype == "float8" else np.clip(np.rint(codes), low, high)
+    codes = (
+        round_float(np.clip(codes, low, high), "float8") if qtype == "float8" else np.clip(np.rint(codes), low, high)
+    )
     values = round_float(steps * codes, dtype)
     if shift is not None:
         values = round_float(values - offsets, dtype)
@@ -116,7 +119,11 @@ def tiny_model(name: str, **sizes: Any) -> nn.Module:
             common | {"intermediate_size": 96, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
         ),
         "llama": ("LlamaForCausalLM", common | {"intermediate_size": 96, "num_key_value_heads": 2}),
-        "vit": ("ViTModel", {k: v for k, v in common.items() if k != "vocab_size"} | {"intermediate_size": 96, "image_size": 16, "patch_size": 8}),
+        "vit": (
+            "ViTModel",
+            {k: v for k, v in common.items() if k != "vocab_size"}
+            | {"intermediate_size": 96, "image_size": 16, "patch_size": 8},
+        ),
         "t5": (
             "T5ForConditionalGeneration",
             {"vocab_size": 64, "d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 1, "num_heads": 4},
@@ -132,3 +139,29 @@ def tiny_model(name: str, **sizes: Any) -> nn.Module:
 def tokens(batch: int = 2, length: int = 8, seed: int = 0) -> Tensor:
     """Token numbers for `tiny_model`."""
     return torch.randint(3, 60, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+class Kept:
+    """Counts what autograd keeps for backward, by storage."""
+
+    def __init__(self) -> None:
+        self.storages: dict[int, int] = {}
+        self.dtypes: list[torch.dtype] = []
+
+    def pack(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        self.storages[storage.data_ptr()] = storage.nbytes()
+        self.dtypes.append(tensor.dtype)
+        return tensor
+
+    def beyond(self, *known: Tensor | None) -> int:
+        """Bytes in storages that are none of ``known``'s."""
+        ours = {tensor.untyped_storage().data_ptr() for tensor in known if tensor is not None}
+        return sum(size for pointer, size in self.storages.items() if pointer not in ours)
+
+
+def kept_by(forward: Callable[[], Tensor]) -> tuple[Kept, Tensor]:
+    kept = Kept()
+    with torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda tensor: tensor):
+        y = forward()
+    return kept, y  # the output is held, so that no storage is reused before it is counted

@@ -53,7 +53,9 @@ def test_every_float8_number_and_every_midpoint_rounds_as_torch_does() -> None:
     grid = grid[grid.isfinite()].sort().values
     midpoints = (grid[1:] + grid[:-1]) / 2
     values = torch.cat([grid, midpoints, midpoints.nextafter(grid[1:]), midpoints.nextafter(grid[:-1])])
-    values = torch.cat([values, -values, torch.tensor([0.0, -0.0, 1e-30, -1e-30, 447.9, 480.0, 1e9, -1e9])]).unsqueeze(0)
+    values = torch.cat([values, -values, torch.tensor([0.0, -0.0, 1e-30, -1e-30, 447.9, 480.0, 1e9, -1e9])]).unsqueeze(
+        0
+    )
     ones = torch.ones(1, 1)
     ours = kernels.fake_quantize_weight(values, ones, None, "float8", torch.float32, torch.float32)
     assert same_bits(ours, values.clamp(-448, 448).to(torch.float8_e4m3fn).float())
@@ -93,7 +95,9 @@ def test_activations_keep_the_dtype_in_which_they_came() -> None:
     x = torch.randn(4, 8)
     ours = kernels.fake_quantize_activation(x, torch.tensor(0.03125), "int8", torch.bfloat16)
     assert ours.dtype is torch.float32
-    assert torch.equal(ours, kernels.fake_quantize_activation(x.bfloat16(), torch.tensor(0.03125), "int8", torch.bfloat16).float())
+    assert torch.equal(
+        ours, kernels.fake_quantize_activation(x.bfloat16(), torch.tensor(0.03125), "int8", torch.bfloat16).float()
+    )
 
 
 def test_inside_range_marks_what_does_not_saturate() -> None:

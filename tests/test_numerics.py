@@ -23,7 +23,21 @@ from tests.helpers import DTYPES, WEIGHT_TYPES, awkward_weight, reference_quanti
 
 # (out, in): one row, odd sizes, and groups of 128, 96, 64, 32 and a whole row; the last two are longer than 128 with
 # no group that divides.
-SHAPES = [(1, 8), (3, 5), (7, 33), (4, 96), (5, 128), (2, 256), (16, 256), (3, 192), (3, 320), (2, 160), (1, 256), (3, 200), (2, 131)]
+SHAPES = [
+    (1, 8),
+    (3, 5),
+    (7, 33),
+    (4, 96),
+    (5, 128),
+    (2, 256),
+    (16, 256),
+    (3, 192),
+    (3, 320),
+    (2, 160),
+    (1, 256),
+    (3, 200),
+    (2, 131),
+]
 SEEDS = range(24)
 
 
@@ -208,7 +222,9 @@ def test_the_shift_passes_its_gradient() -> None:
     scale, shift = random_scale_shift(10)
     for tinygemm in (False, True):
         leaf = shift.clone().requires_grad_()
-        numerics.serving_shift(leaf, scale, torch.bfloat16, tinygemm=tinygemm).backward(torch.arange(10.0).reshape(10, 1))
+        numerics.serving_shift(leaf, scale, torch.bfloat16, tinygemm=tinygemm).backward(
+            torch.arange(10.0).reshape(10, 1)
+        )
         assert leaf.grad is not None
         assert torch.equal(leaf.grad, torch.arange(10.0).reshape(10, 1))
 
@@ -247,6 +263,8 @@ def test_scale_gradients_are_those_of_autograd(qtype: str, shape: tuple[int, int
 
 def test_a_constant_group_gives_finite_gradients() -> None:
     weight = torch.zeros(2, 64)
-    grad_scale, grad_shift, inside = numerics.scale_gradients(weight, torch.zeros(2, 1), torch.zeros(2, 1), "int4", weight + 1)
+    grad_scale, grad_shift, inside = numerics.scale_gradients(
+        weight, torch.zeros(2, 1), torch.zeros(2, 1), "int4", weight + 1
+    )
     assert grad_shift is not None
     assert bool(grad_scale.isfinite().all() and grad_shift.isfinite().all() and inside.all())

@@ -21,7 +21,9 @@ SHAPES = [(1, 8), (3, 5), (4, 96), (16, 256), (3, 320), (3, 200)]
 
 def decoded(quantizer: WeightQuantizer, weight: Tensor) -> Tensor:
     codes, scale, shift = quantizer.final(weight)
-    return numerics.decode(codes, scale.float(), None if shift is None else shift.float(), quantizer.qtype, quantizer.dtype)
+    return numerics.decode(
+        codes, scale.float(), None if shift is None else shift.float(), quantizer.qtype, quantizer.dtype
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
@@ -67,7 +69,9 @@ def test_the_faster_way_to_the_dynamic_range_gives_the_bits_of_the_plain_one(qty
     quantizer = StraightThrough().make(weight, qtype, dtype)
     fast, plain = quantizer.serving(weight), WeightQuantizer.serving(quantizer, weight)
     assert same_bits(fast[0], plain[0])
-    assert fast[1] is plain[1] is None or (fast[1] is not None and plain[1] is not None and same_bits(fast[1], plain[1]))
+    assert fast[1] is plain[1] is None or (
+        fast[1] is not None and plain[1] is not None and same_bits(fast[1], plain[1])
+    )
 
 
 def test_every_algorithm_is_registered_and_can_be_configured() -> None:

@@ -1,4 +1,4 @@
-"""Every shipped recipe and configuration file is found by walking the folders; the default line runs for real, small."""
+"""Every shipped recipe and configuration file is found by walking the folders; the whole line runs, small."""
 
 from __future__ import annotations
 

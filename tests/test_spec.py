@@ -140,7 +140,10 @@ def test_patterns_that_match_are_fine() -> None:
     [
         (QuantSpec(exclude="lm_haed"), "exclude: pattern 'lm_haed' .* did you mean one of \\['lm_head'\\]"),
         (QuantSpec(include="*.to_k"), "include: pattern '\\*.to_k' .* did you mean one of .*to_q"),
-        (QuantSpec(overrides={"xyzzy": "int4"}), "overrides: pattern 'xyzzy' .*; linear layers here: .*'encoder.0.to_q'"),
+        (
+            QuantSpec(overrides={"xyzzy": "int4"}),
+            "overrides: pattern 'xyzzy' .*; linear layers here: .*'encoder.0.to_q'",
+        ),
     ],
     ids=["misspelt", "by its last part", "nothing near"],
 )
@@ -152,5 +155,5 @@ def test_a_pattern_that_matches_nothing_is_refused_with_a_suggestion(spec: Quant
 
 
 def test_one_error_lists_all_patterns_at_fault() -> None:
-    with pytest.raises(SpecError, match="(?s)'nope'.*'neither'"):
+    with pytest.raises(SpecError, match=r"(?s)'nope'.*'neither'"):
         QuantSpec(include="nope", exclude="neither").check_patterns(NAMES)

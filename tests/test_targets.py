@@ -7,20 +7,21 @@ import sys
 
 import pytest
 import torch
-from optimum.quanto import qtypes
+from optimum.quanto import freeze, qtypes, quantize
 from optimum.quanto.tensor import WeightQBitsTensor
 from torch import nn
 
 from qat.errors import TargetError
+from qat.qtypes import QTYPES
 from qat.spec import LayerSpec, QuantSpec
-from qat.targets import TARGETS, get_target, kernel_hazard
+from qat.targets import TARGETS, get_target, input_hazard, kernel_hazard
 from qat.targets.base import matches_path_part
 
 ACTIVATIONS_IN_ONE_LAYER = {"a": LayerSpec(weights="int8", activations="int8")}
 
 
 def test_an_unknown_target_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(TargetError, match="target: must be one of .*'diffusers', 'quanto', 'transformers'.*'onnx'"):
+    with pytest.raises(TargetError, match=r"target: must be one of .*'diffusers', 'quanto', 'transformers'.*'onnx'"):
         get_target("onnx")
 
 
@@ -136,6 +137,36 @@ def test_kernel_hazards(weights: str, dtype: str, shape: tuple[int, int], hazard
         assert reason.startswith("kernel: ")
 
 
+@pytest.mark.parametrize(
+    ("weights", "dtype", "view", "hazard"),
+    [
+        ("int4", "bfloat16", "pooled", True),
+        ("int4", "bfloat16", "whole", False),
+        ("int4", "float32", "pooled", False),
+        ("int8", "bfloat16", "pooled", False),
+        ("int8", "bfloat16", "turned", True),
+        ("int8", "float32", "turned", False),
+        ("int8", "bfloat16", "whole", False),
+        ("float8", "bfloat16", "turned", False),
+    ],
+    ids=str,
+)
+def test_input_hazards_are_what_stock_kernels_refuse(weights: str, dtype: str, view: str, hazard: bool) -> None:
+    hidden = torch.randn(4, 3, 256).to(getattr(torch, dtype))
+    x = {"pooled": hidden[:, 0], "whole": hidden, "turned": torch.randn(256, 8).to(hidden.dtype).t()}[view]
+    model = nn.Sequential(nn.Linear(256, 32)).to(hidden.dtype)
+    quantize(model, weights=QTYPES[weights].quanto_name)
+    freeze(model)
+    reason = input_hazard(LayerSpec.model_validate({"weights": weights}), dtype, x)
+    assert (reason is not None) is hazard
+    with torch.no_grad():
+        if hazard:
+            with pytest.raises(RuntimeError, match="contiguous"):
+                model(x)
+        else:
+            assert model(x).isfinite().all()
+
+
 _INT8_PROBE = """
 import torch
 from optimum.quanto import freeze, qint8, quantize
@@ -154,6 +185,7 @@ for in_features in (48, 30, 20):
 """
 
 
+@pytest.mark.slow
 def test_stock_int8_still_fails_in_bfloat16_on_some_row_lengths() -> None:
     # 48 (divisible by 16) and 30 (not by 4) work; 20 crashes, or gives NaN or garbage. When this test fails, torch is
     # mended, and `kernel_hazard` can let such layers pass.

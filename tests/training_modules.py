@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -82,7 +83,7 @@ class UserModule(LightningModule):
         return loss
 
     def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
-        self.log("val_loss", self.loss(batch))
+        self.log("val_loss", self.loss(batch), sync_dist=True)
 
     def test_step(self, batch: list[Tensor], batch_idx: int) -> None:
         self.log("test_loss", self.loss(batch))
@@ -116,6 +117,28 @@ def loader(batches: int = 8, *, seed: int = 0, **options: Any) -> DataLoader[Any
     inputs = torch.randn(4 * batches, 32, generator=generator)
     classes = torch.randint(4, (4 * batches,), generator=generator)
     return DataLoader(TensorDataset(inputs, classes), batch_size=4, **options)
+
+
+class ResumableLoader:
+    """A loader that goes on in the middle of an epoch, as torchdata's does."""
+
+    def __init__(self, batches: int = 8) -> None:
+        self.batches = list(loader(batches))
+        self.position = 0
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Any]:
+        for index in range(self.position, len(self.batches)):
+            self.position = (index + 1) % len(self.batches)
+            yield self.batches[index]
+
+    def state_dict(self) -> dict[str, int]:
+        return {"position": self.position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.position = state["position"]
 
 
 def inputs_of(batches: DataLoader[Any]) -> list[Tensor]:

@@ -23,7 +23,6 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
@@ -167,7 +166,7 @@ class QuantizationAwareTraining(Callback):
             raise StateError("model: is frozen and cannot be trained further: build the float model again")
         for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
             loop.inference_mode = False  # in which quanto's packed weights raise
-        model.register_load_state_dict_pre_hook(_refuse_masters)
+        model.register_load_state_dict_pre_hook(_refuse_masters)  # type: ignore[no-untyped-call]
 
     @staticmethod
     def _refuse_worker_processes(trainer: Trainer, model: nn.Module) -> None:
@@ -305,7 +304,8 @@ class QuantizationAwareTraining(Callback):
 
     def _batches(self, trainer: Trainer, pl_module: LightningModule) -> Iterator[Any]:
         """Training batches; the iterators and generators of the training loaders stay where they are."""
-        loaders = CombinedLoader(apply_to_collection(trainer.train_dataloader, DataLoader, _apart), "max_size_cycle")
+        loaders = CombinedLoader(trainer.train_dataloader, "max_size_cycle")
+        loaders.flattened = [_apart(loader) for loader in loaders.flattened]
         sources = [source for loader in loaders.flattened for source in (loader, getattr(loader, "sampler", None))]
         generators = [g for source in sources if (g := getattr(source, "generator", None)) is not None]
         states = [generator.get_state() for generator in generators]
@@ -360,8 +360,11 @@ def _refuse_masters(model: nn.Module, state_dict: Mapping[str, Any], prefix: str
         )
 
 
-def _apart(loader: DataLoader[Any]) -> DataLoader[Any]:
-    """A copy of ``loader`` with an iterator of its own: persistent workers would hand out training's."""
+def _apart(loader: Any) -> Any:
+    """A copy of ``loader`` with a position of its own; persistent workers would even hand out training's iterator."""
+    if isinstance(loader, Iterator):
+        return loader
     twin = copy.copy(loader)
-    twin._iterator = None
+    if isinstance(twin, DataLoader):
+        twin._iterator = None
     return twin

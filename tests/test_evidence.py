@@ -1,0 +1,141 @@
+"""What freezing records: digests that are plain sha256, and that notice one altered bit."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+import numpy as np
+import pytest
+import torch
+from optimum.quanto import quantization_map, requantize
+from torch import Tensor, nn
+
+import qat
+from qat.errors import StateError
+from qat.evidence import FrozenRecord, digest, frozen_record, layer_evidence, unpack_weight
+from qat.layers import quantized_layers
+from qat.quantizers import Final
+from qat.spec import LayerSpec, QuantSpec
+from tests.helpers import DTYPES, WEIGHT_TYPES, LearnedStep, same_bits
+
+SHAPES = [(1, 8), (3, 5), (16, 256), (32, 256), (5, 192), (3, 200)]
+
+
+def model() -> nn.ModuleDict:
+    torch.manual_seed(0)
+    return nn.ModuleDict({f"{out}x{n}": nn.Linear(n, out) for out, n in SHAPES})
+
+
+def prepared(weights: str, dtype: str) -> tuple[nn.ModuleDict, dict[str, Final]]:
+    made = model()
+    qat.prepare(made, QuantSpec.model_validate({"weights": weights, "dtype": dtype}), LearnedStep())
+    return made, {name: layer.weight_quantizer.final(layer.weight) for name, layer in quantized_layers(made)}
+
+
+def test_a_digest_is_the_sha256_of_the_bytes() -> None:
+    values = torch.tensor([[1.5, -2.0], [0.0, 7.0]])
+    expected = hashlib.sha256(np.array([1.5, -2.0, 0.0, 7.0], dtype="<f4").tobytes()).hexdigest()
+    assert digest(values) == digest(values.t().contiguous().t()) == digest(nn.Parameter(values)) == expected
+    assert digest(torch.tensor(3, dtype=torch.int8)) == hashlib.sha256(b"\x03").hexdigest()
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn, torch.bfloat16, torch.float16], ids=str
+)
+def test_a_digest_reads_every_stored_dtype_and_notices_one_bit(dtype: torch.dtype) -> None:
+    values = torch.arange(12.0).reshape(3, 4).to(dtype)
+    altered = values.clone()
+    altered.view(torch.uint8)[2, -1] ^= 1
+    assert digest(values) != digest(altered)
+    assert digest(values) == digest(values.reshape(4, 3))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("weights", WEIGHT_TYPES)
+def test_what_was_packed_is_unpacked_bit_for_bit(weights: str, dtype: str) -> None:
+    made, finals = prepared(weights, dtype)
+    qat.freeze(made)
+    classes = set()
+    for name, final in finals.items():
+        weight = made[name].weight
+        classes.add(type(weight).__name__)
+        codes, scale, shift = unpack_weight(weight)
+        assert same_bits(codes, final.codes), name
+        assert same_bits(scale.reshape(-1), final.scale.reshape(-1)), name
+        assert (shift is None) is (final.shift is None)
+        assert shift is None or (final.shift is not None and same_bits(shift, final.shift)), name
+    assert ("TinyGemmWeightQBitsTensor" in classes) is ((weights, dtype) == ("int4", "bfloat16"))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("weights", WEIGHT_TYPES)
+def test_a_reloaded_layer_gives_the_same_evidence(weights: str, dtype: str) -> None:
+    made, _ = prepared(weights, dtype)
+    qat.freeze(made)
+    record = frozen_record(made)
+    again = model().to(DTYPES[dtype])
+    requantize(again, {key: t.clone() for key, t in made.state_dict().items()}, quantization_map(made))
+    for name, evidence in record.layers.items():
+        assert layer_evidence(again[name]) == evidence, name
+        assert layer_evidence(made[name]) == evidence
+
+
+def frozen_mlp() -> nn.Sequential:
+    torch.manual_seed(0)
+    made = nn.Sequential(nn.Linear(256, 16), nn.ReLU(), nn.Linear(16, 8))
+    overrides = {"2": LayerSpec(weights="int8", activations="int8")}
+    qat.prepare(made, QuantSpec(weights="int4", dtype="float32", overrides=overrides), target="transformers")
+    qat.calibrate(made, [torch.randn(4, 256)])
+    qat.freeze(made)
+    return made
+
+
+def test_a_record_tells_the_facts() -> None:
+    record = frozen_record(frozen_mlp())
+    assert (record.target, record.algorithm, record.spec.weights) == ("transformers", "straight_through", "int4")
+    first, last = record.layers["0"], record.layers["2"]
+    assert (first.weights, first.activations, first.shape, first.group_size) == ("int4", None, (16, 256), 128)
+    assert (last.weights, last.activations, last.shape, last.group_size) == ("int8", "int8", (8, 16), None)
+    assert first.shift is not None
+    assert first.input_scale is first.output_scale is last.shift is None
+    assert last.input_scale is not None
+    assert last.input_scale > 0
+
+
+def alter(weight: Tensor, part: str) -> None:
+    """Change one bit of a frozen 8-bit weight."""
+    inner: Tensor = weight.__dict__[part]
+    inner.view(torch.uint8).view(-1)[0] ^= 1
+
+
+@pytest.mark.parametrize(
+    ("part", "digests"), [("_data", {"codes", "weight"}), ("_scale", {"scale", "weight"})], ids=str
+)
+def test_one_altered_bit_is_noticed(part: str, digests: set[str]) -> None:
+    made = frozen_mlp()
+    before = frozen_record(made).layers["2"]
+    with torch.no_grad():
+        alter(made[2].weight, part)
+    after = layer_evidence(made[2])
+    assert {name for name in ("codes", "scale", "weight") if getattr(after, name) != getattr(before, name)} == digests
+
+
+def test_an_altered_activation_scale_is_noticed() -> None:
+    made = frozen_mlp()
+    made[2].input_scale *= 1.5
+    assert layer_evidence(made[2]).input_scale != frozen_record(made).layers["2"].input_scale
+
+
+def test_a_record_survives_json() -> None:
+    record = frozen_record(frozen_mlp())
+    assert FrozenRecord.from_json(json.loads(json.dumps(record.to_json()))) == record
+
+
+def test_a_model_that_was_never_frozen_has_no_record() -> None:
+    made = nn.Sequential(nn.Linear(8, 8))
+    with pytest.raises(StateError, match=r"was not frozen: call qat.freeze\(model\) first, on this same module"):
+        frozen_record(made)
+    qat.prepare(made, QuantSpec(dtype="float32"))
+    with pytest.raises(StateError, match="was not frozen"):
+        frozen_record(made)

@@ -1,0 +1,341 @@
+"""What is trained is what is stored: exactly, for every type, serving dtype and shape, over 2,000 seeded layers."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import pytest
+import torch
+from optimum.quanto import freeze as quanto_freeze
+from optimum.quanto import quantization_map, quantize, requantize
+from torch import Tensor, nn
+
+import qat
+from qat.errors import CalibrationError, QatError, StateError, TargetError
+from qat.evidence import digest, frozen_record, unpack_weight
+from qat.freezing import freeze, frozen_copy
+from qat.layers import QLinear, quantized_layers
+from qat.preparation import prepared_as
+from qat.qtypes import QTYPES, group_size
+from qat.quantizers import Algorithm, StraightThrough, WeightQuantizer
+from qat.spec import LayerSpec, QuantSpec
+from tests.helpers import DTYPES, WEIGHT_TYPES, LearnedStep, awkward_weight, same_bits, tiny_model, tokens
+
+# One output row, odd sizes, and groups of 128, 96, 64, 32 and a whole row.
+SHAPES = [
+    (1, 8),
+    (3, 5),
+    (7, 33),
+    (4, 96),
+    (5, 128),
+    (16, 256),
+    (32, 384),
+    (3, 192),
+    (3, 320),
+    (2, 160),
+    (1, 256),
+    (3, 200),
+]
+SEEDS = range(8)
+
+
+def zoo(seed: int = 0) -> nn.ModuleDict:
+    """A layer of every shape."""
+    layers = {f"{out}x{n}": nn.Linear(n, out, bias=False) for out, n in SHAPES}
+    for layer in layers.values():
+        layer.weight = nn.Parameter(awkward_weight(layer.out_features, layer.in_features, seed))
+    return nn.ModuleDict(layers)
+
+
+def spec_of(weights: str = "int8", dtype: str = "float32", activations: str | None = None) -> QuantSpec:
+    return QuantSpec.model_validate({"weights": weights, "dtype": dtype, "activations": activations})
+
+
+def forwards_weight(layer: nn.Module, in_features: int) -> Tensor:
+    """The weight with which a layer multiplies: what it makes of the unit matrix, exactly."""
+    with torch.no_grad():
+        weight: Tensor = layer(torch.eye(in_features)).t()
+    return weight
+
+
+@pytest.mark.parametrize("algorithm", [StraightThrough(), LearnedStep()], ids=lambda a: str(a.kind))
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("weights", WEIGHT_TYPES)
+def test_the_frozen_weight_is_the_one_that_the_forward_used(weights: str, dtype: str, algorithm: Algorithm) -> None:
+    for seed in SEEDS:
+        model = zoo(seed)
+        hazards = qat.prepare(model, spec_of(weights, dtype), algorithm).inspection.layers
+        used = {name: forwards_weight(layer, layer.in_features) for name, layer in quantized_layers(model)}
+        assert len(used) == sum(row.weights is not None for row in hazards) >= len(SHAPES) - 2
+        freeze(model)
+        for name, weight in used.items():
+            served = model[name].weight.dequantize()
+            assert served.dtype is DTYPES[dtype]
+            assert torch.equal(served.float(), weight), (name, seed)
+            assert frozen_record(model).layers[name].weight == digest(served), (name, seed)
+
+
+@pytest.mark.parametrize("weights", WEIGHT_TYPES)
+def test_frozen_codes_are_quantos_own_at_the_same_scale_and_shift(weights: str) -> None:
+    kind = QTYPES[weights]
+    for seed in SEEDS:
+        model = zoo(seed)
+        masters = {name: layer.weight.detach().clone() for name, layer in model.items()}
+        qat.prepare(model, spec_of(weights))
+        freeze(model)
+        for name, master in masters.items():
+            codes, scale, shift = unpack_weight(model[name].weight)
+            if shift is not None:
+                size = group_size(weights, master.shape[1])
+                theirs = torch.ops.quanto.quantize_affine(master, kind.bits, 0, size, scale, shift)
+            else:
+                axis = None if scale.ndim == 0 else 0
+                theirs = torch.ops.quanto.quantize_symmetric(master, codes.dtype, axis, scale)
+            # At scale 0 quanto's codes are NaN cast to an integer, and only values can be compared: all are equal.
+            defined = (scale != 0).reshape(-1, 1).expand_as(theirs)
+            ours = codes.reshape(theirs.shape).float()
+            assert torch.equal(ours[defined], theirs.float()[defined]), (name, seed)
+
+
+@pytest.mark.parametrize("weights", WEIGHT_TYPES)
+def test_stock_freezing_gives_the_same_weights_in_float32_only(weights: str) -> None:
+    # Why we pack: quanto computes its codes in the serving dtype, from scales that it finds there again.
+    changed = {}
+    for dtype in ("float32", "bfloat16"):
+        torch.manual_seed(0)
+        stock = nn.Sequential(nn.Linear(256, 64, bias=False))
+        ours = nn.Sequential(nn.Linear(256, 64, bias=False))
+        ours[0].load_state_dict(stock[0].state_dict())
+        qat.prepare(ours, spec_of(weights, dtype))
+        freeze(ours)
+        quantize(stock.to(DTYPES[dtype]), weights=QTYPES[weights].quanto_name)
+        quanto_freeze(stock)
+        pairs = zip(unpack_weight(stock[0].weight), unpack_weight(ours[0].weight), strict=True)
+        theirs, mine = next(pairs)
+        changed[dtype] = float((theirs.float() != mine.float()).float().mean())
+    assert changed["float32"] == 0
+    assert 0 < changed["bfloat16"] < 0.3
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("weights", WEIGHT_TYPES)
+def test_the_state_has_quantos_keys(weights: str, dtype: str) -> None:
+    model = nn.Sequential(nn.Linear(256, 16), nn.Linear(16, 1))
+    qat.prepare(model, spec_of(weights, dtype))
+    freeze(model)
+    inner = (
+        ["weight._data._data", "weight._scale", "weight._shift"]
+        if QTYPES[weights].affine
+        else ["weight._data", "weight._scale"]
+    )
+    expected = {f"{layer}.{key}" for layer in (0, 1) for key in [*inner, "bias", "input_scale", "output_scale"]}
+    state = model.state_dict()
+    assert set(state) == expected
+    for key, tensor in state.items():
+        if "_data" not in key:
+            assert tensor.dtype is DTYPES[dtype], key
+        assert not tensor.requires_grad
+    assert state["0.input_scale"] == state["0.output_scale"] == 1
+    if not QTYPES[weights].affine:
+        assert state["0.weight._scale"].shape == (16, 1)
+        assert state["1.weight._scale"].shape == ()  # one output row: quanto has it per tensor
+
+
+@pytest.mark.parametrize("algorithm", [StraightThrough(), LearnedStep()], ids=lambda a: str(a.kind))
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("weights", WEIGHT_TYPES)
+def test_quantos_loader_serves_the_same_outputs(weights: str, dtype: str, algorithm: Algorithm) -> None:
+    def model() -> nn.Sequential:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(256, 64), nn.GELU(), nn.LayerNorm(64), nn.Linear(64, 32))
+
+    trained = model()
+    qat.prepare(trained, spec_of(weights, dtype), algorithm)
+    freeze(trained)
+    loaded = model().to(DTYPES[dtype])
+    requantize(loaded, {key: t.clone() for key, t in trained.state_dict().items()}, quantization_map(trained))
+    x = torch.randn(5, 256).to(DTYPES[dtype])
+    with torch.no_grad():
+        assert same_bits(loaded(x), trained(x))
+    assert [type(layer.weight) for layer in (loaded[0], loaded[3])] == [
+        type(layer.weight) for layer in (trained[0], trained[3])
+    ]
+
+
+def test_a_trained_scale_is_frozen_and_a_checkpoint_of_it_too() -> None:
+    def model() -> nn.Sequential:
+        torch.manual_seed(0)
+        made = nn.Sequential(nn.Linear(256, 32), nn.ReLU(), nn.Linear(32, 16))
+        qat.prepare(made, spec_of("int4", "bfloat16"), LearnedStep())
+        return made
+
+    trained, resumed = model(), model()
+    optimizer = torch.optim.Adam(qat.parameter_groups(trained, lr=1e-3, scale_lr=1e-2))
+    x, target = torch.randn(32, 256), torch.randn(32, 16)
+    losses = []
+    for _ in range(30):
+        optimizer.zero_grad()
+        loss = (trained(x) - target).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0] / 2
+    resumed.load_state_dict(trained.state_dict(), strict=True)
+    used = {
+        name: forwards_weight(layer, layer.in_features) - layer.bias.detach().unsqueeze(1)
+        for name, layer in quantized_layers(trained)
+    }
+    served = {name: layer.weight_quantizer.fake_quantized(layer.weight) for name, layer in quantized_layers(trained)}
+    learned = {name: layer.weight_quantizer.final(layer.weight).scale for name, layer in quantized_layers(trained)}
+    freeze(trained)
+    freeze(resumed)
+    assert frozen_record(trained) == frozen_record(resumed)
+    for name, weight in served.items():
+        assert same_bits(trained.get_submodule(name).weight.dequantize(), weight)  # type: ignore[operator, union-attr]
+        torch.testing.assert_close(used[name], weight.float(), rtol=1e-5, atol=1e-6)
+        assert same_bits(unpack_weight(trained.get_submodule(name).weight)[1].reshape(-1), learned[name].reshape(-1))
+
+
+def test_freezing_is_reported_and_recorded() -> None:
+    model = zoo()
+    qat.prepare(model, QuantSpec(weights="int4", dtype="float32", overrides={"3x5": "int8"}))
+    report = freeze(model)
+    assert set(report.layers) == set(model)
+    assert (report.target, report.dtype) == ("quanto", "float32")
+    assert str(report) == f"froze {len(SHAPES)} layers (int4, int8) for target 'quanto', served in float32"
+    assert frozen_record(model).layers == report.layers
+
+
+def test_a_frozen_model_is_ready_to_run() -> None:
+    model = tiny_model("llama").train()
+    qat.prepare(model, QuantSpec(), target="transformers")
+    freeze(model)
+    assert not model.training
+    assert not any(isinstance(module, QLinear) for module in model.modules())
+    for name, module in model.named_modules():
+        if hasattr(module, "weight_qtype"):
+            assert not module.weight.requires_grad, name  # type: ignore[union-attr]
+    with torch.no_grad():
+        assert model(input_ids=tokens()).logits.dtype is torch.bfloat16
+
+
+def test_only_what_the_loader_casts_is_cast() -> None:
+    model = tiny_model("llama")
+    rotary = model.get_submodule("model.rotary_emb").inv_freq.clone()  # type: ignore[operator, union-attr]
+    qat.prepare(model, QuantSpec(exclude="*.mlp.*"), target="transformers")
+    freeze(model)
+    assert {p.dtype for name, p in model.named_parameters() if "weight" in name} == {torch.bfloat16}
+    assert same_bits(model.get_submodule("model.rotary_emb").inv_freq, rotary)  # type: ignore[arg-type]
+    assert model.config.dtype is torch.bfloat16  # type: ignore[union-attr]
+
+
+class Keeping(nn.Module):
+    _keep_in_fp32_modules = ("gate",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(64, 64)
+        self.body = nn.Linear(64, 64)
+        self.register_buffer("table", torch.randn(3), persistent=False)
+        self.register_buffer("count", torch.tensor(3))
+        self.register_buffer("mean", torch.zeros(3))
+
+
+@pytest.mark.parametrize(("target", "kept"), [("quanto", False), ("transformers", False), ("diffusers", True)], ids=str)
+def test_every_tensor_has_the_dtype_that_the_targets_loader_gives_it(target: str, kept: bool) -> None:
+    model = Keeping()
+    qat.prepare(model, QuantSpec(exclude="gate"), target=target)
+    freeze(model)
+    assert model.gate.weight.dtype is (torch.float32 if kept else torch.bfloat16)
+    assert model.mean.dtype is torch.bfloat16  # type: ignore[union-attr]
+    assert model.table.dtype is torch.float32  # type: ignore[union-attr]
+    assert model.count.dtype is torch.int64  # type: ignore[union-attr]
+
+
+def test_freezing_for_another_target() -> None:
+    model = Keeping()
+    qat.prepare(model, QuantSpec())
+    with pytest.raises(TargetError, match=r"'diffusers' keeps \['gate'\] in float32, .*: prepare for the target"):
+        freeze(model, target="diffusers")
+    assert isinstance(model.gate, QLinear)
+    assert freeze(model, target="transformers").target == "transformers"
+    other = nn.Sequential(nn.Linear(8, 8))
+    qat.prepare(other, spec_of(activations="int8"))
+    qat.calibrate(other, [torch.ones(2, 8)])
+    with pytest.raises(
+        TargetError, match="prepared for 'quanto' and cannot be served by 'diffusers': activations='int8'"
+    ):
+        freeze(other, target="diffusers")
+    with pytest.raises(TargetError, match="target: must be one of"):
+        freeze(other, target="onnx")
+    assert freeze(other).target == "quanto"
+
+
+def test_only_a_prepared_model_is_frozen() -> None:
+    model = nn.Sequential(nn.Linear(8, 8))
+    with pytest.raises(
+        StateError, match=r"was not prepared: call qat.prepare\(model, spec\) first, on this same module"
+    ):
+        freeze(model)
+    qat.prepare(model, spec_of())
+    freeze(model)
+    with pytest.raises(StateError, match="was not prepared"):
+        freeze(model)
+
+
+def test_activations_that_were_never_calibrated_are_refused_and_nothing_changes() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)).train()
+    spec = QuantSpec(dtype="bfloat16", weights="int4", overrides={"1": LayerSpec(weights="int4", activations="int8")})
+    qat.prepare(model, spec)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(CalibrationError, match=r"run qat.calibrate\(model, batches\)"):
+        freeze(model)
+    assert all(isinstance(layer, QLinear) for layer in model)
+    assert model.training
+    assert prepared_as(model).spec == spec
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    qat.calibrate(model, [torch.ones(2, 8)])
+    freeze(model)
+
+
+def test_a_frozen_copy_leaves_the_model_training() -> None:
+    model = nn.Sequential(nn.Linear(64, 8)).train()
+    qat.prepare(model, spec_of())
+    copied = frozen_copy(model)
+    assert isinstance(model[0], QLinear)
+    assert model.training
+    assert model[0].weight.requires_grad
+    x = torch.randn(3, 64)
+    torch.testing.assert_close(copied(x), model(x).detach(), rtol=1e-5, atol=1e-6)
+
+
+class Restless(Algorithm):
+    """Its scale is another one at every call."""
+
+    kind: Literal["restless"] = "restless"
+
+    def make(self, weight: Tensor, qtype: str, dtype: torch.dtype) -> WeightQuantizer:
+        class Quantizer(WeightQuantizer):
+            calls = 0
+
+            def scale_shift(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
+                self.calls += 1
+                return torch.full((weight.shape[0], 1), 0.01 * self.calls), None
+
+        return Quantizer(qtype, dtype)
+
+
+def test_a_quantizer_that_freezes_to_another_weight_than_it_trained_is_found() -> None:
+    model = nn.Sequential(nn.Linear(64, 8))
+    qat.prepare(model, spec_of(), Restless())
+    with pytest.raises(QatError, match=r"layer '0' dequantizes to other values .* a fault of the quantizer Quantizer"):
+        freeze(model)
+
+
+def test_a_layer_within_layers_and_a_tied_embedding_stay_what_they_are() -> None:
+    model = tiny_model("opt", tie_word_embeddings=True)
+    qat.prepare(model, QuantSpec(weights="int8"), target="transformers")
+    freeze(model)
+    head, embedding = model.get_submodule("lm_head"), model.get_submodule("model.decoder.embed_tokens")
+    assert head.weight is embedding.weight
+    assert head.weight.dtype is torch.bfloat16

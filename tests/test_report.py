@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import pytest
+from rich.table import Table
+
+from qat.errors import SpecError, VerifyError
+from qat.report import (
+    ResultRow,
+    print_table,
+    quiet_libraries,
+    results_table,
+    run_command,
+    show_size,
+    track,
+    verify_table,
+)
+
+
+def shown(table: Table, capsys: pytest.CaptureFixture[str]) -> list[list[str]]:
+    print_table(table)
+    lines = capsys.readouterr().out.splitlines()
+    return [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines if line.startswith("│")]
+
+
+@pytest.mark.parametrize(
+    ("count", "expected"),
+    [(0, "0 B"), (1023, "1023 B"), (1024, "1.00 KiB"), (3 * 2**19, "1.50 MiB"), (2**31, "2.00 GiB")],
+    ids=str,
+)
+def test_sizes(count: int, expected: str) -> None:
+    assert show_size(count) == expected
+
+
+def test_the_result_table_has_a_line_for_each_row(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [ResultRow("float", {"loss": 2.0}, 2**20, 0), ResultRow("trained", {"loss": 1.98769}, 2**19, 80, 2e-4)]
+    assert shown(results_table(rows), capsys) == [
+        ["float", "2.0000", "1.00 MiB", "0", "-"],
+        ["trained", "1.9877", "512.00 KiB", "80", "0.0002"],
+    ]
+
+
+def test_the_verification_table_says_what_failed(capsys: pytest.CaptureFixture[str]) -> None:
+    checks = (
+        SimpleNamespace(name="files", passed=True, detail="9 files"),
+        SimpleNamespace(name="layers", passed=False, detail="[a]: codes differ"),  # not rich's markup
+    )
+    report = SimpleNamespace(directory="out", target="quanto", ok=False, checks=checks)
+    assert shown(verify_table(report), capsys) == [  # type: ignore[arg-type]
+        ["files", "ok", "9 files"],
+        ["layers", "FAILED", "[a]: codes differ"],
+    ]
+
+
+def fails(error: BaseException) -> Callable[[], None]:
+    def program() -> None:
+        raise error
+
+    return program
+
+
+@pytest.mark.parametrize(
+    ("program", "code", "said"),
+    [
+        (lambda: None, 0, ""),
+        (fails(VerifyError("differs")), 1, "error: differs\n"),
+        (fails(SpecError("wrong")), 2, "error: wrong\n"),
+        (fails(KeyboardInterrupt()), 130, "interrupted\n"),
+    ],
+    ids=["success", "failed verification", "mistake", "interrupt"],
+)
+def test_exit_codes(program: Callable[[], None], code: int, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        run_command(program)
+    assert caught.value.code == code
+    assert capsys.readouterr().err == said
+
+
+def test_other_exceptions_pass() -> None:
+    with pytest.raises(ZeroDivisionError):
+        run_command(fails(ZeroDivisionError()))
+
+
+def test_tracking_changes_nothing() -> None:
+    assert list(track([3, 1, 2], "counting", 3)) == [3, 1, 2]
+
+
+def test_only_named_warnings_are_silenced() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        quiet_libraries()
+        warnings.warn("Checkpoint directory x exists and is not empty.", stacklevel=1)
+        with pytest.raises(UserWarning, match="something else"):
+            warnings.warn("something else", stacklevel=1)
+    assert logging.getLogger("qat").level == logging.NOTSET

@@ -1,0 +1,126 @@
+"""`QuantizedTask`: the generic module that the recipes train."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+import qat
+from qat.tasks import CausalLanguageModelling, evaluate
+from tests.training_modules import INT8, INT8_INT8, LearnedStep, layers_of, quantization, quiet_trainer
+
+
+class TinyLanguageModel(nn.Module):
+    """Takes exactly what the task gives it: labels would be an error."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(16, 32)
+        self.middle = nn.Linear(32, 32)
+        self.head = nn.Linear(32, 16, bias=False)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.head(torch.relu(self.middle(self.embedding(input_ids))))
+
+
+def text(blocks: int = 16) -> DataLoader[Any]:
+    tokens = torch.arange(9).repeat(blocks, 1) + torch.arange(blocks)[:, None]
+    rows = [{"input_ids": row, "labels": row} for row in tokens % 16]
+    return DataLoader(rows, batch_size=4)
+
+
+def module(**options: Any) -> qat.QuantizedTask:
+    torch.manual_seed(1)
+    options = {"task": CausalLanguageModelling(), "learning_rate": 1e-2, **options}
+    return qat.QuantizedTask(TinyLanguageModel(), **options)
+
+
+def test_it_learns_and_logs_the_task_metrics(tmp_path: Path) -> None:
+    quantized = module(weight_decay=0.1)
+    before = evaluate(quantized.task, quantized.model, text())
+    trainer = quiet_trainer(tmp_path, quantization(INT8_INT8), max_epochs=8)
+    trainer.fit(quantized, text(), text())
+    logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    assert logged.keys() == {"train_loss", "val_loss", "val_perplexity"}
+    assert logged["val_loss"] < before["loss"] - 0.5
+    assert evaluate(quantized.task, quantized.model, text())["loss"] == pytest.approx(logged["val_loss"], abs=1e-5)
+
+
+def test_metrics_start_afresh_each_time(tmp_path: Path) -> None:
+    quantized = module()
+    trainer = quiet_trainer(tmp_path, quantization(INT8))
+    (first,) = trainer.validate(quantized, text(), verbose=False)
+    (second,) = trainer.validate(quantized, text(), verbose=False)
+    assert first == second
+
+
+def test_the_teacher_is_neither_saved_nor_trained(tmp_path: Path) -> None:
+    teacher = TinyLanguageModel()
+    kept = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
+    task = CausalLanguageModelling(distillation_weight=1.0)
+    distilled = module(task=task, teacher=teacher)
+    saver = ModelCheckpoint(tmp_path / "ckpt", save_last=True)
+    trainer = quiet_trainer(tmp_path, quantization(INT8), saver, max_epochs=30, check_val_every_n_epoch=30)
+    trainer.fit(distilled, text(), text())
+    assert set(distilled.state_dict()) == {f"model.{name}" for name in kept}
+    assert set(torch.load(saver.last_model_path, weights_only=True)["state_dict"]) == set(distilled.state_dict())
+    assert not teacher.training
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in teacher.state_dict().items())
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+    tokens = next(iter(text()))["input_ids"]
+    divergence = task.loss(distilled.model(tokens), {"input_ids": tokens}, teacher(tokens))
+    assert float(divergence.detach()) < 0.05
+
+
+def test_the_learning_rate_warms_up_by_steps_and_scales_have_their_own(tmp_path: Path) -> None:
+    rates: list[list[float]] = []
+
+    class Recorder(LearningRateMonitor):
+        def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+            rates.append([group["lr"] for group in trainer.optimizers[0].param_groups])
+
+    quantized = module(scale_learning_rate=4e-3, warmup_steps=4, weight_decay=0.1)
+    recorder = Recorder()
+    logger = CSVLogger(tmp_path)
+    callback = quantization(INT8, LearnedStep())
+    quiet_trainer(tmp_path, callback, recorder, max_epochs=2, logger=logger, log_every_n_steps=1).fit(
+        quantized, text(), text()
+    )
+    groups = quantized.optimizers().param_groups
+    assert [(group["name"], group["weight_decay"]) for group in groups] == [
+        ("weights", 0.1),
+        ("vectors", 0.0),
+        ("scales", 0.0),
+    ]
+    assert [rate[0] for rate in rates] == pytest.approx([0.0025, 0.005, 0.0075, 0.01, 0.01, 0.01, 0.01, 0.01])
+    assert [rate[2] for rate in rates[:4]] == pytest.approx([0.001, 0.002, 0.003, 0.004])
+
+
+def test_a_warm_up_is_resumed(tmp_path: Path) -> None:
+    saver = ModelCheckpoint(tmp_path / "ckpt", every_n_train_steps=4)
+    whole, cut, resumed = (module(warmup_steps=6) for _ in range(3))
+    quiet_trainer(tmp_path, quantization(INT8), max_epochs=2).fit(whole, text(), text())
+    quiet_trainer(tmp_path, quantization(INT8), saver, max_epochs=1).fit(cut, text(), text())
+    again = ModelCheckpoint(tmp_path / "ckpt", every_n_train_steps=4)
+    trainer = quiet_trainer(tmp_path, quantization(INT8), again, max_epochs=2)
+    trainer.fit(resumed, text(), text(), ckpt_path=saver.best_model_path, weights_only=True)
+    assert all(
+        torch.equal(one.weight, other.weight) for one, other in zip(layers_of(whole), layers_of(resumed), strict=True)
+    )
+
+
+def test_preparing_is_reported_to_the_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="qat"):
+        quiet_trainer(tmp_path, quantization(INT8_INT8, finish="last"), max_steps=1).fit(module(), text(), text())
+    messages = [record.getMessage() for record in caplog.records if record.name == "qat"]
+    assert messages[0] == "prepared 2 layers"
+    assert messages[1].startswith("calibrated 2 layers on 4 batches")
+    assert messages[-1].startswith("froze 2 layers (int8)")
