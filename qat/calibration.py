@@ -39,7 +39,8 @@ class CalibrationReport:
         """One line."""
         if not self.scales:
             return "nothing to calibrate: no layer has quantized activations"
-        return f"calibrated {len(self.scales)} layers on {self.batches} batches; {len(self.arriving)} inputs arrive quantized"
+        arriving = f"{len(self.arriving)} inputs arrive quantized"
+        return f"calibrated {len(self.scales)} layers on {self.batches} batches; {arriving}"
 
 
 def calibrate(model: nn.Module, batches: Iterable[Any]) -> CalibrationReport:
@@ -95,7 +96,8 @@ def _observe(model: nn.Module, layers: Mapping[str, QLinear], batches: Iterable[
     missed = [name for name, layer in layers.items() if not bool(layer.input_quantizer.observer.initialized)]  # type: ignore[union-attr]
     if missed:
         raise CalibrationError(
-            f"batches: {len(missed)} layers were never reached in {count} batches (first: {missed[:3]}): pass batches that "
+            f"batches: {len(missed)} layers were never reached in {count} batches (first: {missed[:3]}): pass batches "
+            "that "
             "use them, or exclude those layers in the spec"
         )
     for quantizer in quantizers:

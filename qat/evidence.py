@@ -110,7 +110,8 @@ def layer_evidence(module: nn.Module, fake_quantized: Tensor | None = None) -> L
 
     Args:
         module: the frozen layer.
-        fake_quantized: the weight that training used, in the serving dtype; None: what the frozen tensor dequantizes to.
+        fake_quantized: the weight that training used, in the serving dtype; None: what the frozen tensor
+            dequantizes to.
     """
     layer: Any = module
     codes, scale, shift = unpack_weight(layer.weight)

@@ -24,7 +24,7 @@ from qat.quantizers import Final
 from qat.quantizers.activation import ActivationQuantizer
 from qat.targets import Target, get_target
 
-__all__ = ["FreezeReport", "freeze", "frozen_copy"]
+__all__ = ["FreezeReport", "constructed_buffers", "differs", "freeze", "frozen_copy"]
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,8 @@ def freeze(model: nn.Module, target: str | None = None) -> FreezeReport:
     """Replace every prepared layer by a frozen ``optimum.quanto.nn.QLinear``, in place, ready to run and to export.
 
     All other float parameters and persistent buffers get the dtype in which the target's loader holds them (never by
-    ``Module.to``: rotary tables and other buffers that no file holds become what the loader constructs under the
-    serving dtype). The model is put into evaluation mode; nothing in it requires a gradient afterwards in the
-    quantized layers.
+    ``Module.to``); rotary tables and other buffers that no file holds become what that loader makes them. The model is
+    put into evaluation mode; nothing in it requires a gradient afterwards in the quantized layers.
 
     Args:
         model: a prepared model, the very module that `qat.prepare` was called on.
@@ -69,7 +68,7 @@ def freeze(model: nn.Module, target: str | None = None) -> FreezeReport:
         for quantizer in (layer.input_quantizer, layer.output_quantizer):
             if quantizer is not None:
                 quantizer.require_scale()
-    constructed = _constructed_buffers(model, prepared.spec.torch_dtype)
+    constructed = constructed_buffers(model, room.name, prepared.spec.torch_dtype)
     evidence: dict[str, LayerEvidence] = {}
     for name, layer in layers:
         frozen, evidence[name] = _freeze_layer(name, layer, room, model)
@@ -133,8 +132,8 @@ def _freeze_layer(name: str, layer: QLinear, target: Target, model: nn.Module) -
         frozen.disable_output_quantization()
     if not torch.equal(frozen.weight.dequantize(), trained):
         raise QatError(
-            f"freeze: layer {name!r} dequantizes to other values than its fake-quantized forward used; this is a fault of the "
-            f"quantizer {type(quantizer).__name__} (its scale_shift must depend on nothing but its state and the weight)"
+            f"freeze: layer {name!r} dequantizes to other values than its fake-quantized forward used; this is a fault "
+            f"of {type(quantizer).__name__}: its scale_shift must depend on nothing but its state and the weight"
         )
     frozen.train(layer.training)
     return frozen, layer_evidence(frozen, trained)
@@ -187,15 +186,21 @@ def _cast_the_rest(model: nn.Module, quantized: set[str], target: Target, constr
             full = f"{path}.{name}" if path else name
             if name not in module._non_persistent_buffers_set:
                 module._buffers[name] = buffer.to(target.tensor_dtype(model, full, spec))
-            elif full in constructed and constructed[full].dtype != buffer.dtype:
+            elif full in constructed and differs(buffer, constructed[full]):
                 module._buffers[name] = constructed[full].to(buffer.device)
 
 
-def _constructed_buffers(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The buffers that no file holds, as a transformers loader constructs them when it serves ``dtype``.
+def differs(buffer: Tensor, constructed: Tensor) -> bool:
+    """Whether a buffer is not what its loader makes."""
+    return buffer.dtype != constructed.dtype or not torch.equal(buffer, constructed.to(buffer.device))
 
-    Gemma's embedding scale takes the serving dtype, rotary tables stay float32; a model that was built in, or cast to,
-    another dtype (Lightning's ``bf16-true``) has others. Parameters of the twin live on the meta device.
+
+def constructed_buffers(model: nn.Module, target: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The floating buffers that no file holds, as a transformers model's loader makes them when it serves ``dtype``.
+
+    Gemma's embedding scale takes the serving dtype, rotary tables stay float32, GPT-J's are float32 but computed in
+    the serving dtype by quanto's loader. A model that was built in, or cast to, another dtype (Lightning's
+    ``bf16-true``) has others. Empty for models that no config builds.
     """
     build, config = getattr(type(model), "_from_config", None), getattr(model, "config", None)
     names = {
@@ -207,12 +212,18 @@ def _constructed_buffers(model: nn.Module, dtype: torch.dtype) -> dict[str, Tens
         return {}
     from accelerate import init_empty_weights
 
-    try:
+    def built(kind: torch.dtype) -> dict[str, Tensor]:
         with torch.random.fork_rng(devices=[]), init_empty_weights(include_buffers=False):
-            twin: nn.Module = build(copy.deepcopy(config), dtype=dtype)
+            twin: nn.Module = build(copy.deepcopy(config), dtype=kind)
+        return {name: b for name, b in twin.named_buffers() if name in names and b.is_floating_point()}
+
+    try:
+        served = built(dtype)
+        if dtype is torch.float32 or not get_target(target).initialises_buffers:
+            return served
+        return {name: buffer.to(served[name].dtype) for name, buffer in built(torch.float32).items()}
     except TypeError:  # a class that its config alone does not build has no such loader
         return {}
-    return {name: buffer for name, buffer in twin.named_buffers() if name in names}
 
 
 def _set_config_dtype(model: nn.Module, dtype: str) -> None:

@@ -109,8 +109,9 @@ class InspectReport:
                 f"{layer.name:{width}}  {shape:>13}  {kind:8}  {group:>5}  {sizes:>15}  {layer.reason}".rstrip()
             )
         lines.append(
-            f"{self.quantized_share:.1%} of {self.parameters:,} parameters quantized for target {self.target!r}; linear "
-            f"weights {self.bytes_before / 2**20:.1f} MiB in {self.spec.dtype} -> {self.bytes_after / 2**20:.1f} MiB"
+            f"{self.quantized_share:.1%} of {self.parameters:,} parameters quantized for target {self.target!r}; "
+            f"linear weights {self.bytes_before / 2**20:.1f} MiB in {self.spec.dtype} -> "
+            f"{self.bytes_after / 2**20:.1f} MiB"
         )
         return "\n".join([*lines, *self.notes])
 
@@ -328,14 +329,16 @@ def _resolve_collisions(decisions: dict[str, _Decision], target: Target) -> list
         if chosen:
             others = sorted(set(family) - set(floats))
             raise SpecError(
-                f"exclude: target {target.name!r} names float layers by the last part of their name, so excluding {chosen} "
-                f"would also exclude {others[:4]}{'...' if len(others) > 4 else ''}: exclude all of '*{leaf}', or none"
+                f"exclude: target {target.name!r} names float layers by the last part of their name, so excluding "
+                f"{chosen} would also exclude {others[:4]}{'...' if len(others) > 4 else ''}: "
+                f"exclude all of '*{leaf}', or none"
             )
         if all(d.could_run for d in floats.values()):
             for name, d in floats.items():
                 d.layer, d.reason = d.could_run, f"quantized, since other layers called {leaf!r} are"
                 notes.append(
-                    f"{name}: quantized although float by default: target {target.name!r} cannot tell it from other {leaf!r}"
+                    f"{name}: quantized although float by default: target {target.name!r} cannot tell it from other "
+                    f"{leaf!r}"
                 )
             continue
         moved = {name: d for name, d in family.items() if d.layer is not None}

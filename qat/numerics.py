@@ -183,7 +183,10 @@ def decode(codes: Tensor, scale: Tensor, shift: Tensor | None, qtype: str, dtype
 def fake_quantize(
     weight: Tensor, scale: Tensor, shift: Tensor | None, qtype: str, dtype: torch.dtype, out_dtype: torch.dtype
 ) -> Tensor:
-    """The weight that a loader will rebuild, in ``out_dtype``: ``decode(encode(weight))``. No gradient; see `qat.layers`."""
+    """The weight that a loader will rebuild, in ``out_dtype``: ``decode(encode(weight))``.
+
+    It has no gradient; `qat.layers` defines that.
+    """
     return decode(encode(weight, scale, shift, qtype), scale, shift, qtype, dtype).to(out_dtype)
 
 
@@ -196,7 +199,8 @@ def scale_gradients(
     Bhalgat et al. 2020, eq. 5-6): ``dv/ds = q - x in``, ``dv/dz = in - 1``, ``dv/dw = in``.
 
     Returns:
-        ``grad_scale`` and ``grad_shift`` (float32, ``(groups, 1)``; None without a shift) and ``in`` (bool, ``(out, in)``).
+        ``grad_scale`` and ``grad_shift`` (float32, ``(groups, 1)``; None without a shift), and ``in`` (bool,
+        ``(out, in)``).
     """
     kind = QTYPES[qtype]
     rows = grouped(weight.detach(), qtype).float()

@@ -136,8 +136,9 @@ def _check_fresh_quantizers(model: nn.Module, incompatible: Any) -> None:
     fresh = [name for name, layer in stateful if layer.started_afresh]
     if fresh and len(fresh) < len(stateful):
         raise StateError(
-            f"state_dict: quantizer keys may be absent only for all layers together, but {len(fresh)} of {len(stateful)} "
-            f"layers lack theirs (first: {fresh[0]!r}): load a whole float or a whole prepared checkpoint"
+            f"state_dict: quantizer keys may be absent only for all layers together, but {len(fresh)} of "
+            f"{len(stateful)} layers lack theirs (first: {fresh[0]!r}): load a whole float or a whole "
+            "prepared checkpoint"
         )
     if fresh:
         logger.warning(

@@ -106,7 +106,7 @@ def main() -> None:
         execute_all([Run(k, s, float_rate, best[k]) for k in arguments.types for s in range(1, arguments.seeds)])
 
     lines = [
-        "| type | learning rate | float | fine-tuned | then quantized | QAT, reloaded | quantized - QAT | QAT - fine-tuned |",
+        "| type | QAT rate | float | fine-tuned | then quantized | QAT, reloaded | quantized - QAT | QAT - tuned |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for kind in arguments.types:

@@ -84,17 +84,34 @@ def test_inspection_with_an_example_changes_nothing() -> None:
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
-# Gemma's embedding scale takes the serving dtype, its and Llama's rotary tables are float32 whatever is served.
-@pytest.mark.parametrize("name", ["LlamaForCausalLM", "Gemma3ForCausalLM"])
+def test_a_layer_whose_weight_is_read_without_a_call_stays_float_and_is_named() -> None:
+    architecture = ARCHITECTURES["MambaForCausalLM"]
+    report = qat.inspect(architecture.build(), qat.QuantSpec(), example_inputs=architecture.example())
+    reasons = {row.name.rpartition(".")[2]: row.reason for row in report.layers if row.weights is None}
+    assert reasons["dt_proj"] == "MambaMixer reads the weight without calling the layer"
+    assert reasons.keys() == {"dt_proj", "lm_head"}
+
+
+# Gemma's embedding scale takes the serving dtype; Llama's rotary tables are float32 whatever is served; GPT-J's are
+# too, but quanto's loader computes them in the serving dtype.
+@pytest.mark.parametrize("target", ["transformers", "quanto"])
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", "Gemma3ForCausalLM", "GPTJForCausalLM"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_buffers_that_no_file_holds_are_the_loaders(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_buffers_that_no_file_holds_are_the_loaders(name: str, dtype: torch.dtype, target: str, tmp_path: Path) -> None:
     architecture = ARCHITECTURES[name]
     model: Any = architecture.build().to(torch.bfloat16)  # as Lightning's bf16-true does, rotary tables included
-    qat.prepare(model, qat.QuantSpec(weights="int8", dtype=str(dtype).removeprefix("torch.")), target="transformers")
+    qat.prepare(model, qat.QuantSpec(dtype=str(dtype).removeprefix("torch.")), target=target)
     qat.freeze(model)
     frozen = outputs_of(model, architecture.example())
-    for target in ("transformers", "quanto"):
-        qat.export(model, tmp_path / target, target=target)
-        loaded = load(type(model), tmp_path / target, target, dtype)
-        assert state_faults(model, loaded) == []
-        assert output_faults(frozen, outputs_of(loaded, architecture.example())) == []
+    qat.export(model, tmp_path / target)
+    loaded = load(type(model), tmp_path / target, target, dtype)
+    assert state_faults(model, loaded) == []
+    assert output_faults(frozen, outputs_of(loaded, architecture.example())) == []
+
+
+def test_an_export_for_a_loader_that_computes_other_buffers_is_refused(tmp_path: Path) -> None:
+    model: Any = ARCHITECTURES["GPTJForCausalLM"].build()
+    qat.prepare(model, qat.QuantSpec(), target="transformers")
+    qat.freeze(model)
+    with pytest.raises(qat.TargetError, match="embed_positions"):
+        qat.export(model, tmp_path / "out", target="quanto")

@@ -110,7 +110,7 @@ def alter(weight: Tensor, part: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("part", "digests"), [("_data", {"codes", "weight"}), ("_scale", {"scale", "weight"})], ids=str
+    ("part", "digests"), [("_data", {"codes", "weight"}), ("_scale", {"scale", "weight"})], ids=["codes", "scale"]
 )
 def test_one_altered_bit_is_noticed(part: str, digests: set[str]) -> None:
     made = frozen_mlp()

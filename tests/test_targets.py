@@ -78,7 +78,7 @@ class _Keeper(nn.Module):
         ("diffusers", "bfloat16", {"wo", "time_embedder"}),
         ("diffusers", "float16", {"wo", "time_embedder"}),
     ],
-    ids=str,
+    ids=lambda value: " ".join(sorted(value)) or "none" if isinstance(value, set) else value,
 )
 def test_what_a_loader_keeps_in_float32(target: str, dtype: str, kept: set[str]) -> None:
     room, model = get_target(target), _Keeper()

@@ -31,6 +31,7 @@ from qat.exporting.manifest import (
     file_record,
 )
 from qat.exporting.quanto import Content, Job, stored_tensors
+from qat.freezing import constructed_buffers, differs
 from qat.targets import get_target
 
 if TYPE_CHECKING:
@@ -168,10 +169,13 @@ def _check_target(model: nn.Module, record: FrozenRecord, name: str) -> None:
         if tensor.is_floating_point()
         and wanted.tensor_dtype(model, key, record.spec) != frozen.tensor_dtype(model, key, record.spec)
     ]
+    made = constructed_buffers(model, name, record.spec.torch_dtype)
+    moved += [key for key, buffer in model.named_buffers() if key in made and differs(buffer, made[key])]
     if moved:
         raise TargetError(
-            f"target {name!r} would hold {len(moved)} tensors in another dtype than target {record.target!r}, which "
-            f"the model was frozen for (first: {moved[0]!r}), so that outputs would differ: {remedy}"
+            f"target {name!r} would hold {len(moved)} tensors in another dtype, or computed in another one, than "
+            f"target {record.target!r}, which the model was frozen for (first: {moved[0]!r}), so that outputs would "
+            f"differ: {remedy}"
         )
 
 

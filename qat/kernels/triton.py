@@ -34,31 +34,31 @@ def available() -> bool:
 if triton is not None:
 
     @triton.jit  # type: ignore[untyped-decorator]
-    def _fake_quantize_kernel(  # type: ignore[no-untyped-def]  # noqa: N803 (constants)
-        weight, scale, shift, out, count, SIZE: tl.constexpr, AFFINE: tl.constexpr, FLOATING: tl.constexpr,
-        CODE_MIN: tl.constexpr, CODE_MAX: tl.constexpr, SERVING: tl.constexpr, BLOCK: tl.constexpr,
+    def _fake_quantize_kernel(  # type: ignore[no-untyped-def]
+        weight, scale, shift, out, count, size: tl.constexpr, affine: tl.constexpr, floating: tl.constexpr,
+        code_min: tl.constexpr, code_max: tl.constexpr, serving: tl.constexpr, block: tl.constexpr,
     ):  # fmt: skip
-        """Elementwise over the flattened weight; element i belongs to row ``i // SIZE``."""
-        index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        """Elementwise over the flattened weight; element i belongs to row ``i // size``."""
+        index = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
         inside = index < count
-        row = index // SIZE
+        row = index // size
         value = tl.load(weight + index, mask=inside, other=0.0).to(tl.float32)
         s = tl.load(scale + row, mask=inside, other=1.0)
-        if AFFINE:
+        if affine:
             z = tl.load(shift + row, mask=inside, other=0.0)
             code = tl.div_rn(value + z, s)
         else:
             z = s
             code = tl.div_rn(value, s)
-        if FLOATING:
-            code = tl.minimum(tl.maximum(code, CODE_MIN), CODE_MAX)
+        if floating:
+            code = tl.minimum(tl.maximum(code, code_min), code_max)
             code = code.to(tl.float8e4nv).to(tl.float32)
         else:
             code = tl.where(s == 0.0, 0.0, libdevice.rint(code))
-            code = tl.minimum(tl.maximum(code, CODE_MIN), CODE_MAX) + 0.0  # no -0.0: integer codes have none
-        rebuilt = (code * s).to(SERVING)
-        if AFFINE:
-            rebuilt = (rebuilt.to(tl.float32) - z).to(SERVING)
+            code = tl.minimum(tl.maximum(code, code_min), code_max) + 0.0  # no -0.0: integer codes have none
+        rebuilt = (code * s).to(serving)
+        if affine:
+            rebuilt = (rebuilt.to(tl.float32) - z).to(serving)
         tl.store(out + index, rebuilt.to(out.dtype.element_ty), mask=inside)
 
 
@@ -83,13 +83,13 @@ def fake_quantize(
             scale if shift is None else shift,
             out,
             count,
-            SIZE=grouped(weight, qtype).shape[1],
-            AFFINE=kind.affine,
-            FLOATING=kind.floating,
-            CODE_MIN=float(kind.code_min),
-            CODE_MAX=float(kind.code_max),
-            SERVING=_TRITON_DTYPES[dtype],
-            BLOCK=_BLOCK,
+            size=grouped(weight, qtype).shape[1],
+            affine=kind.affine,
+            floating=kind.floating,
+            code_min=float(kind.code_min),
+            code_max=float(kind.code_max),
+            serving=_TRITON_DTYPES[dtype],
+            block=_BLOCK,
             enable_fp_fusion=False,
         )
     return out

@@ -54,7 +54,7 @@ class _QuantizedLinear(torch.autograd.Function):
         ctx.options = options  # type: ignore[attr-defined]
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, scale, shift, input_scale = ctx.saved_tensors
         qtype, input_qtype, dtype, masked = ctx.options

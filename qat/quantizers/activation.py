@@ -56,7 +56,7 @@ class ActivationQuantizer(QuantizerModule):
         self.arrives.fill_(value)
 
     def _load_from_state_dict(self, *args: Any) -> None:
-        super()._load_from_state_dict(*args)  # type: ignore[no-untyped-call]
+        super()._load_from_state_dict(*args)
         self._arrives = bool(self.arrives)
 
     @torch.no_grad()

@@ -63,6 +63,9 @@ class Target:
     name: str
     leaf_names_only: bool = False
     """The loader names float layers by the last part of their module name only."""
+    initialises_buffers: bool = False
+    """Buffers that no file holds get their values after the model is built, in float32 and cast; otherwise while it is
+    built, in the serving dtype."""
 
     def spec_faults(self, spec: QuantSpec) -> list[str]:
         """What the spec asks for that the loader cannot express, each with its remedy."""

@@ -21,14 +21,15 @@ class _Diffusers(Target):
         faults = super().spec_faults(spec)
         if spec.activation_type is not None:
             faults.append(
-                f"activations={spec.activation_type!r}: diffusers' QuantoConfig has no activations: use None, or target 'quanto'"
+                f"activations={spec.activation_type!r}: diffusers' QuantoConfig has no activations: use None, or "
+                "target 'quanto'"
             )
         others = {value.weights if isinstance(value, LayerSpec) else value for value in spec.overrides.values()}
         mixed = sorted(others - {"float", spec.weights})
         if mixed:
             faults.append(
-                f"overrides: diffusers loads one weight type a model ({spec.weights!r} here), got also {mixed}: use 'float' "
-                "for those layers, or target 'quanto'"
+                f"overrides: diffusers loads one weight type a model ({spec.weights!r} here), got also {mixed}: "
+                "use 'float' for those layers, or target 'quanto'"
             )
         return faults
 

@@ -3,6 +3,7 @@
 The plug-in reads each module's type from the directory, so mixed types and activations are expressible. What the
 loader adds is its own rule for dtypes: modules in ``_keep_in_fp32_modules`` stay float32 when float16 is asked for,
 those in ``_keep_in_fp32_modules_strict`` also with bfloat16 (``PreTrainedModel._get_dtype_plan``, transformers 5).
+Models are built on the meta device, so that buffers which no file holds are computed afterwards, by ``_init_weights``.
 """
 
 from __future__ import annotations
@@ -25,4 +26,4 @@ class _Transformers(Target):
         return matches_path_part(name, kept)
 
 
-TRANSFORMERS = _Transformers("transformers")
+TRANSFORMERS = _Transformers("transformers", initialises_buffers=True)
