@@ -140,6 +140,8 @@ def _check_fresh_quantizers(model: nn.Module, incompatible: Any) -> None:
             f"{len(stateful)} layers lack theirs (first: {fresh[0]!r}): load a whole float or a whole "
             "prepared checkpoint"
         )
+    for _, layer in stateful if fresh else ():
+        layer.start_afresh(prepared_as(model).algorithm)
     if fresh:
         logger.warning(
             "state_dict holds no quantizer state (a float checkpoint): %d quantizers start afresh", len(fresh)

@@ -75,7 +75,7 @@ class QuantSpec(BaseModel):
     overrides: dict[str, WeightType | Literal["float"] | LayerSpec] = Field(default_factory=dict)
     """Pattern to type (or `LayerSpec`); beats exclude and include, the last match wins."""
     quantize_outputs: bool = True
-    """Quantize the outputs of layers that have an activation type, as stock loaders do; every target so far does."""
+    """Quantize the outputs of layers that have an activation type, as stock loaders do; off: target transformers."""
 
     @field_validator("include", "exclude", mode="before")
     @classmethod

@@ -48,7 +48,7 @@ class Config(BaseModel):
     """How scales are found."""
     schedule: qat.QuantizationSchedule = qat.QuantizationSchedule()
     """When quantization happens."""
-    optimization: OptimizationSettings = OptimizationSettings(steps=80, learning_rate=2e-4, float_learning_rate=5e-5)
+    optimization: OptimizationSettings = OptimizationSettings(steps=80, learning_rate=5e-5, float_learning_rate=3e-5)
     """Steps, learning rates, distillation (from the fine-tuned float model, where there is one)."""
     trainer: TrainerSettings = TrainerSettings()
     """Devices, precision and the like."""

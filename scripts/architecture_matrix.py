@@ -303,6 +303,8 @@ def table(results: Mapping[str, list[Outcome]]) -> str:
     lines += ["Output heads and tied weights, which stay float by default, are not listed.", ""]
     for name, outcomes in results.items():
         lines += [f"- {name}: {reason}" for reason in sorted(set(reasons(outcomes)))]
+        nothing = {outcome.detail.splitlines()[0] for outcome in outcomes if outcome.result == "float"}
+        lines += [f"- {name}: all: {detail}" for detail in sorted(nothing)]
     faults = [
         f"- {name}, {outcome.case}: {outcome.result}: {' '.join(outcome.detail.split())[:400]}"
         for name, outcomes in results.items()

@@ -26,8 +26,8 @@ FLOAT_RATES = (3e-6, 1e-5, 3e-5, 1e-4)
 QAT_RATES = {
     "int8": FLOAT_RATES,
     "float8": FLOAT_RATES,
-    "int4": (5e-5, 1e-4, 2e-4, 4e-4),
-    "int2": (5e-4, 1e-3, 2e-3, 4e-3),
+    "int4": (1e-5, 2e-5, 5e-5, 1e-4),
+    "int2": (2e-4, 5e-4, 1e-3, 2e-3),
     "int8_int8": FLOAT_RATES,
 }
 FLOAT, TUNED, QUANTIZED, QAT = "float", "float, fine-tuned", "fine-tuned, then quantized", "quantization-aware training"
@@ -43,7 +43,7 @@ class Run:
     qat_rate: float
 
 
-def execute(run: Run, folder: Path, blocks: int, extra: list[str]) -> dict[str, float]:
+def execute(run: Run, folder: Path, blocks: int, jobs: int, extra: list[str]) -> dict[str, float]:
     """Losses by arm."""
     output = folder / f"{run.kind}_{run.seed}_{run.float_rate}_{run.qat_rate}"
     command = [
@@ -57,7 +57,10 @@ def execute(run: Run, folder: Path, blocks: int, extra: list[str]) -> dict[str, 
         run.kind == "float8"
     ):  # served on CUDA by a kernel that optimum-quanto compiles on the spot: minutes, per process
         command += ["--trainer.accelerator", "cpu"]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "4"})
+    environment = dict(os.environ)
+    if jobs > 1:
+        environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // jobs))
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode != 0:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
     rows = json.loads(output.with_name(f"{output.name}-results.json").read_text())
@@ -79,6 +82,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--blocks", type=int, default=512, help="evaluation blocks of 256 tokens")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument(
+        "--rates", type=float, nargs="+", help="no sweep: fine-tuning's learning rate, then one for each of --types"
+    )
     parser.add_argument("extra", nargs="*", help="further arguments for the recipe, after --")
     arguments = parser.parse_args()
 
@@ -88,22 +94,31 @@ def main() -> None:
         def execute_all(runs: list[Run]) -> None:
             folder = Path(name)
             results.update(
-                zip(runs, pool.map(lambda r: execute(r, folder, arguments.blocks, arguments.extra), runs), strict=True)
+                zip(
+                    runs,
+                    pool.map(lambda r: execute(r, folder, arguments.blocks, arguments.jobs, arguments.extra), runs),
+                    strict=True,
+                )
             )
 
-        sweep = [
-            Run(kind, 0, float_rate, qat_rate)
-            for kind in arguments.types
-            for float_rate, qat_rate in zip(FLOAT_RATES, QAT_RATES[kind], strict=True)
-        ]
-        execute_all(sweep[:1])  # fills the data cache before runs go in parallel
-        execute_all(sweep[1:])
-        float_rate = min(sweep, key=lambda run: results[run][TUNED]).float_rate
-        best = {
-            kind: min((r for r in sweep if r.kind == kind), key=lambda r: results[r][QAT]).qat_rate
-            for kind in arguments.types
-        }
-        execute_all([Run(k, s, float_rate, best[k]) for k in arguments.types for s in range(1, arguments.seeds)])
+        if arguments.rates:
+            float_rate, best = arguments.rates[0], dict(zip(arguments.types, arguments.rates[1:], strict=True))
+        else:
+            sweep = [
+                Run(kind, 0, float_rate, qat_rate)
+                for kind in arguments.types
+                for float_rate, qat_rate in zip(FLOAT_RATES, QAT_RATES[kind], strict=True)
+            ]
+            execute_all(sweep[:1])  # fills the data cache before runs go in parallel
+            execute_all(sweep[1:])
+            float_rate = min(sweep, key=lambda run: results[run][TUNED]).float_rate
+            best = {
+                kind: min((r for r in sweep if r.kind == kind), key=lambda r: results[r][QAT]).qat_rate
+                for kind in arguments.types
+            }
+        chosen = [Run(k, s, float_rate, best[k]) for s in range(arguments.seeds) for k in arguments.types]
+        done = {(r.kind, r.seed) for r in results}
+        execute_all([run for run in chosen if (run.kind, run.seed) not in done])
 
     lines = [
         "| type | QAT rate | float | fine-tuned | then quantized | QAT, reloaded | quantized - QAT | QAT - tuned |",

@@ -44,7 +44,8 @@ def write(job: Job) -> Content:
     state = PackedState(job.model)
     settings = quantization_config(job.model, job.record)
     write_config(job.model, job.directory, job.record.spec.torch_dtype, settings)
-    write_qmap(job.record, job.directory)
+    if job.record.spec.quantize_outputs:  # a stock quanto load would quantize outputs whatever the map says
+        write_qmap(job.record, job.directory)
     files, tensors = write_weights(state.entries, state.fetch, job.directory, job.max_shard_size)
     return Content(files, tensors, state.tied)
 
@@ -60,6 +61,7 @@ def quantization_config(model: nn.Module, record: FrozenRecord) -> dict[str, Any
         "qat": {
             "format": 1,
             "dtype": record.spec.dtype,
+            "quantize_outputs": record.spec.quantize_outputs,
             "modules": {
                 name: {"weights": layer.weights, "activations": layer.activations, "group_size": layer.group_size}
                 for name, layer in record.layers.items()

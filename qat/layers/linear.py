@@ -11,12 +11,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from qat.errors import StateError
 from qat.layers.functional import quantized_linear
 from qat.quantizers.activation import ActivationQuantizer, fake_quantize_output
-from qat.quantizers.base import WeightQuantizer
+from qat.quantizers.base import Algorithm, WeightQuantizer
 
 __all__ = ["QLinear", "quantized_layers"]
 
@@ -81,6 +82,7 @@ class QLinear(nn.Linear):
             if self.observing:
                 self.output_quantizer.observe(y)
             if self.fake_quantizing and self.quantizing_activations:
+                self.output_quantizer.require_scale()
                 y = fake_quantize_output(y, self.output_quantizer)
         return y
 
@@ -90,6 +92,8 @@ class QLinear(nn.Linear):
         quantizer, activation = self.weight_quantizer, self.input_quantizer
         scale, shift = quantizer.serving(self.weight)
         quantizes_input = activation is not None and self.quantizing_activations and not self.input_arrives_quantized
+        if quantizes_input and activation is not None:
+            activation.require_scale()
         return quantized_linear(
             x,
             self.weight,
@@ -136,6 +140,18 @@ class QLinear(nn.Linear):
     def has_quantizer_state(self) -> bool:
         """Whether a checkpoint of this layer holds more than weight and bias."""
         return bool(self._quantizer_state())
+
+    @torch.no_grad()
+    def start_afresh(self, algorithm: Algorithm) -> None:
+        """Give the quantizers the state of newly made ones, for the weight as it is now.
+
+        Parameters stay the same objects, so an optimizer that holds them goes on.
+        """
+        new = algorithm.make(self.weight, self.weight_quantizer.qtype, self.weight_quantizer.dtype)
+        self.weight_quantizer.load_state_dict(new.state_dict())
+        for quantizer in (self.input_quantizer, self.output_quantizer):
+            if quantizer is not None:
+                quantizer.reset()
 
     def quantizer_parameters(self) -> Iterator[nn.Parameter]:
         """Everything the quantizers learn."""

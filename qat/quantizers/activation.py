@@ -43,7 +43,9 @@ class ActivationQuantizer(QuantizerModule):
         self.register_buffer("scale", torch.zeros((), dtype=torch.float32))
         self.register_buffer("initialized", torch.tensor(False))
         self.register_buffer("arrives", torch.tensor(False))
+        # Python twins of the two flags: a forward that read a tensor would wait for the device at every layer.
         self._arrives = False
+        self._ready = False
 
     @property
     def arrives_quantized(self) -> bool:
@@ -57,7 +59,7 @@ class ActivationQuantizer(QuantizerModule):
 
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
-        self._arrives = bool(self.arrives)
+        self._arrives, self._ready = bool(self.arrives), bool(self.initialized)
 
     @torch.no_grad()
     def observe(self, x: Tensor) -> None:
@@ -70,11 +72,20 @@ class ActivationQuantizer(QuantizerModule):
         """Take the scale from the observer."""
         scale = round_to(self.observer.magnitude() / QTYPES[self.qtype].scale_max, self.dtype)
         self.scale.copy_(scale.clamp(min=smallest_scale(self.dtype)))  # a zero scale would divide 0 by 0
+        self._ready = True
         self.initialized.fill_(True)
+
+    def reset(self) -> None:
+        """Forget the scale and all that was observed."""
+        self.observer.reset()
+        self.scale.zero_()
+        self._ready = False
+        self.initialized.fill_(False)
+        self.arrives_quantized = False
 
     def require_scale(self) -> None:
         """Raise `CalibrationError` when there is no scale yet."""
-        if not bool(self.initialized):
+        if not self._ready:
             raise CalibrationError(
                 "activations: a scale was never set: run qat.calibrate(model, batches) before training with quantized "
                 "activations, or let the schedule observe first"

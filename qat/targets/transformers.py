@@ -10,12 +10,17 @@ from __future__ import annotations
 
 from typing import Any
 
+from qat.spec import QuantSpec
 from qat.targets.base import Target, matches_path_part
 
 __all__ = ["TRANSFORMERS"]
 
 
 class _Transformers(Target):
+    def spec_faults(self, spec: QuantSpec) -> list[str]:
+        """None: the plug-in is ours, and can leave outputs unquantized too."""
+        return []
+
     def kept_in_float32(self, model: Any, name: str, dtype: str) -> bool:
         """As the loader's dtype plan has it."""
         kept: set[str] = set()
