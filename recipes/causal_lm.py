@@ -82,6 +82,7 @@ def main(argv: Sequence[str]) -> None:
     model, tokenizer = load_language_model(config.model or str(REFERENCE))
     qat.inspect(model, spec, config.target)  # a spec that does not fit is an error now, not after training
     train, evaluation = load_blocks(config.data, tokenizer)
+    example = {"input_ids": evaluation[:2]["input_ids"]}
     batches = DataLoader(train, settings.batch_size, shuffle=True, drop_last=True)
     plain, device = CausalLanguageModelling(), device_of(config.trainer)
     scores: dict[str, dict[str, float]] = {}
@@ -101,14 +102,16 @@ def main(argv: Sequence[str]) -> None:
         fit("fine-tuning", tuned, plain, batches, settings.float_learning_rate, settings, config.trainer, config.seed)
         judge("float, fine-tuned", tuned)
         quantized = copy.deepcopy(tuned).cpu()
-        qat.prepare(quantized, spec, target=config.target)
+        qat.prepare(quantized, spec, target=config.target, example_inputs=example)
         calibrate_and_freeze(quantized)
         judge("fine-tuned, then quantized", quantized)
 
     task = CausalLanguageModelling(settings.distillation_weight, settings.temperature)
     checkpoints = output.with_name(f"{output.name}-checkpoints")
     callbacks = [
-        qat.QuantizationAwareTraining(spec, config.algorithm, config.schedule, target=config.target),
+        qat.QuantizationAwareTraining(
+            spec, config.algorithm, config.schedule, target=config.target, example_inputs=example
+        ),
         ModelCheckpoint(checkpoints, every_n_train_steps=config.trainer.checkpoint_every),
     ]
     rate = settings.learning_rate
@@ -117,7 +120,6 @@ def main(argv: Sequence[str]) -> None:
     if not trainer.is_global_zero:
         return  # of several processes, one goes on
 
-    example = {"input_ids": evaluation[:2]["input_ids"]}
     resolved = config.model_dump(mode="json")
     qat.export(model, output, processor=tokenizer, example_inputs=example, config=resolved, overwrite=overwrite)
     verified = qat.verify(output, fresh_process=True)

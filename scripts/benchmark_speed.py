@@ -183,7 +183,7 @@ def main() -> None:
     device = f"{platform.machine()}, {torch.get_num_threads()} threads"
     if arguments.device == "cuda":
         device = torch.cuda.get_device_name()
-    options = {key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()}
+    options = {key: value for key, value in vars(arguments).items() if key != "output"}
     print(f"{device}; torch {torch.__version__}; shape {arguments.shape}: {SHAPES[arguments.shape]}")
     print(f"{'arm':8} {'type':7} {'ms':>9} {'time':>7} {'GiB':>8} {'memory':>7}")
     for row in rows:

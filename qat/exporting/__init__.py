@@ -217,7 +217,13 @@ def _write_config(config: Mapping[str, Any], directory: Path) -> None:
 
 def _write_example(model: nn.Module, example_inputs: Any, directory: Path) -> ExampleRecord:
     structure, tensors = flatten_inputs(example_inputs)
-    outputs = compute_outputs(model, example_inputs)
+    try:
+        outputs = compute_outputs(model, example_inputs)
+    except RuntimeError as error:
+        raise ExportError(
+            f"example_inputs: the frozen model cannot run them: {error}: if a stock kernel refuses a layer's input, "
+            "pass example_inputs to qat.prepare too, which then leaves such layers float, or exclude the layer"
+        ) from error
     if not outputs:
         raise ExportError("example_inputs: the model returns no tensor for them, so there is no evidence to keep")
     tensors |= {f"output.{name}": tensor for name, tensor in outputs.items()}

@@ -38,6 +38,7 @@ from qat.quantizers import Algorithm, StraightThrough
 from qat.quantizers.activation import ActivationQuantizer
 from qat.spec import QuantSpec
 from qat.training.schedule import QuantizationSchedule
+from qat.training.task import require_finite
 
 __all__ = ["QuantizationAwareTraining"]
 
@@ -62,6 +63,7 @@ class QuantizationAwareTraining(Callback):
         observer: what activation scales are taken from.
         model_inputs: turns a dataloader's batch into what the model is called with, for calibration; default the
             LightningModule's own ``model_inputs`` if it has one, else `default_model_inputs`.
+        example_inputs: one batch for the model, to find layers whose input stock kernels cannot read.
 
     Raises (during ``trainer.fit``, before the first step):
         SpecError, TargetError: the spec does not fit the model or the target.
@@ -88,6 +90,7 @@ class QuantizationAwareTraining(Callback):
         attribute: str | None = "model",
         observer: ObserverChoice | None = None,
         model_inputs: Callable[[Any], Any] | None = None,
+        example_inputs: Any = None,
     ) -> None:
         self.spec = spec
         self.algorithm = algorithm or StraightThrough()
@@ -96,6 +99,7 @@ class QuantizationAwareTraining(Callback):
         self.attribute = attribute
         self.observer = observer
         self.model_inputs = model_inputs
+        self.example_inputs = example_inputs
         self._phase: tuple[bool, bool] | None = None  # what the layers were last switched to
 
     def model_of(self, module: LightningModule) -> nn.Module:
@@ -142,7 +146,8 @@ class QuantizationAwareTraining(Callback):
             self._accept_frozen(trainer, model)
             return
         if not any(quantized_layers(model)):
-            report = prepare(model, self.spec, self.algorithm, self.target, observer=self.observer)
+            extras = {"observer": self.observer, "example_inputs": self.example_inputs}
+            report = prepare(model, self.spec, self.algorithm, self.target, **extras)
             logger.info("prepared %d layers", len(report.layers))
             self._refuse_worker_processes(trainer, model)
         prepared = prepared_as(model)
@@ -254,11 +259,7 @@ class QuantizationAwareTraining(Callback):
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Stop before a non-finite loss can reach the weights or a checkpoint."""
-        if not bool(torch.isfinite(loss.detach()).all()):
-            raise TrainingError(
-                f"loss: became {float(loss.detach().float().mean())} at step {trainer.global_step}; the weights and "
-                "the last checkpoint are untouched: lower the learning rate, or clip gradients"
-            )
+        require_finite(loss, trainer.global_step)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Never let weights that a non-finite gradient has spoilt replace a good checkpoint."""

@@ -9,10 +9,20 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
+from qat.errors import TrainingError
 from qat.preparation import parameter_groups
 from qat.tasks import Batch, Task
 
-__all__ = ["QuantizedTask"]
+__all__ = ["QuantizedTask", "require_finite"]
+
+
+def require_finite(loss: Tensor, step: int) -> None:
+    """Raise `TrainingError` when ``loss`` (any shape) holds inf or NaN."""
+    if not bool(torch.isfinite(loss.detach()).all()):
+        raise TrainingError(
+            f"loss: became {float(loss.detach().float().mean())} at step {step}; the weights and the last checkpoint "
+            "are untouched: lower the learning rate, or clip gradients"
+        )
 
 
 class QuantizedTask(LightningModule):
@@ -65,6 +75,10 @@ class QuantizedTask(LightningModule):
         loss = self.task.loss(self.model(**inputs), batch, guidance)
         self.log("train_loss", loss, prog_bar=True)
         return loss
+
+    def on_before_backward(self, loss: Tensor) -> None:
+        """Stop before a non-finite loss can reach the weights, with or without the callback."""
+        require_finite(loss, self.global_step)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Add the batch to the task's metrics."""
