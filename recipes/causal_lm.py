@@ -14,8 +14,10 @@ import itertools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
 
+import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from pydantic import BaseModel, ConfigDict, field_validator
 from torch import nn
@@ -25,6 +27,7 @@ import qat
 from qat.config import OptimizationSettings, TrainerSettings, load_config
 from qat.data.text import TextData, load_blocks
 from qat.exporting.directory import check_destination
+from qat.observers import ObserverChoice
 from qat.quantizers import AnyAlgorithm
 from qat.report import ResultRow, print_table, quiet_libraries, results_table, run_command, track, write_results
 from qat.tasks import CausalLanguageModelling, evaluate
@@ -46,6 +49,8 @@ class Config(BaseModel):
     """What is quantized."""
     algorithm: AnyAlgorithm = qat.StraightThrough()
     """How scales are found."""
+    observer: ObserverChoice = qat.Percentile()
+    """What activation scales are taken from."""
     schedule: qat.QuantizationSchedule = qat.QuantizationSchedule()
     """When quantization happens."""
     optimization: OptimizationSettings = OptimizationSettings(steps=80, learning_rate=5e-5, float_learning_rate=3e-5)
@@ -83,11 +88,14 @@ def main(argv: Sequence[str]) -> None:
     qat.inspect(model, spec, config.target)  # a spec that does not fit is an error now, not after training
     train, evaluation = load_blocks(config.data, tokenizer)
     example = {"input_ids": evaluation[:2]["input_ids"]}
+    prepared_for: dict[str, Any] = {"target": config.target, "observer": config.observer, "example_inputs": example}
     batches = DataLoader(train, settings.batch_size, shuffle=True, drop_last=True)
     plain, device = CausalLanguageModelling(), device_of(config.trainer)
+    # On CUDA optimum-quanto compiles its float8 kernel when it is first used, for minutes: not for an evaluation.
+    served_on = torch.device("cpu") if spec.weights == "float8" else device
     scores: dict[str, dict[str, float]] = {}
 
-    def judge(name: str, judged: nn.Module) -> None:
+    def judge(name: str, judged: nn.Module, device: torch.device = device) -> None:
         blocks = DataLoader(evaluation, settings.batch_size)
         scores[name] = evaluate(plain, judged.to(device), track(blocks, f"evaluating: {name}", len(blocks)))
 
@@ -102,16 +110,16 @@ def main(argv: Sequence[str]) -> None:
         fit("fine-tuning", tuned, plain, batches, settings.float_learning_rate, settings, config.trainer, config.seed)
         judge("float, fine-tuned", tuned)
         quantized = copy.deepcopy(tuned).cpu()
-        qat.prepare(quantized, spec, target=config.target, example_inputs=example)
+        qat.prepare(quantized, spec, **prepared_for)
         calibrate_and_freeze(quantized)
-        judge("fine-tuned, then quantized", quantized)
+        with TemporaryDirectory() as folder:
+            qat.export(quantized, folder)
+            judge("fine-tuned, then quantized", qat.load(folder), served_on)
 
     task = CausalLanguageModelling(settings.distillation_weight, settings.temperature)
     checkpoints = output.with_name(f"{output.name}-checkpoints")
     callbacks = [
-        qat.QuantizationAwareTraining(
-            spec, config.algorithm, config.schedule, target=config.target, example_inputs=example
-        ),
+        qat.QuantizationAwareTraining(spec, config.algorithm, config.schedule, **prepared_for),
         ModelCheckpoint(checkpoints, every_n_train_steps=config.trainer.checkpoint_every),
     ]
     rate = settings.learning_rate
@@ -123,7 +131,7 @@ def main(argv: Sequence[str]) -> None:
     resolved = config.model_dump(mode="json")
     qat.export(model, output, processor=tokenizer, example_inputs=example, config=resolved, overwrite=overwrite)
     verified = qat.verify(output, fresh_process=True)
-    judge("quantization-aware training", qat.load(output, device=device))
+    judge("quantization-aware training", qat.load(output), served_on)
 
     size = sum(file.stat().st_size for file in output.glob("model*.safetensors"))
     facts = {

@@ -53,10 +53,6 @@ def execute(run: Run, folder: Path, blocks: int, jobs: int, extra: list[str]) ->
         *("--optimization.learning-rate", str(run.qat_rate)),
         *extra,
     ]
-    if (
-        run.kind == "float8"
-    ):  # served on CUDA by a kernel that optimum-quanto compiles on the spot: minutes, per process
-        command += ["--trainer.accelerator", "cpu"]
     environment = dict(os.environ)
     if jobs > 1:
         environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // jobs))
