@@ -15,12 +15,13 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map
 
 from qat.errors import CalibrationError
 from qat.freezing import frozen_copy
-from qat.inspection import run
 from qat.layers import QLinear, quantized_layers
 from qat.preparation import prepared_as
+from qat.probing import run
 
 __all__ = ["CalibrationReport", "calibrate"]
 
@@ -54,6 +55,12 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> CalibrationReport:
     Raises:
         StateError: the model was not prepared.
         CalibrationError: there are no batches, or a layer was never reached by any of them.
+
+    >>> from qat import QuantSpec, prepare
+    >>> model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
+    >>> report = prepare(model, QuantSpec(activations="int8"))
+    >>> print(calibrate(model, [torch.ones(2, 16)]))
+    calibrated 2 layers on 1 batches; 1 inputs arrive quantized
     """
     prepared_as(model)
     layers = {name: layer for name, layer in quantized_layers(model) if layer.input_quantizer is not None}
@@ -97,8 +104,7 @@ def _observe(model: nn.Module, layers: Mapping[str, QLinear], batches: Iterable[
     if missed:
         raise CalibrationError(
             f"batches: {len(missed)} layers were never reached in {count} batches (first: {missed[:3]}): pass batches "
-            "that "
-            "use them, or exclude those layers in the spec"
+            "that use them, or exclude those layers in the spec"
         )
     for quantizer in quantizers:
         quantizer.refresh()
@@ -133,13 +139,14 @@ def _mark_arriving(model: nn.Module, layers: Mapping[str, QLinear], batch: Any) 
 
 def _cast(batch: Any, dtype: torch.dtype) -> Any:
     """``batch`` with its floating tensors in ``dtype``, as whoever serves the frozen model brings them."""
-    if isinstance(batch, torch.Tensor):
-        return batch.to(dtype) if batch.is_floating_point() else batch
-    if isinstance(batch, Mapping):
-        return {key: _cast(value, dtype) for key, value in batch.items()}
-    if isinstance(batch, tuple | list):
-        return type(batch)(_cast(value, dtype) for value in batch)
-    return batch
+
+    def cast(leaf: Any) -> Any:
+        if isinstance(leaf, torch.Tensor):
+            return leaf.to(dtype) if leaf.is_floating_point() else leaf
+        # A tokenizer's mapping is none that torch knows, and so a leaf.
+        return _cast(dict(leaf), dtype) if isinstance(leaf, Mapping) else leaf
+
+    return tree_map(cast, batch)
 
 
 def _scales(layer: QLinear) -> tuple[float, float | None]:

@@ -44,7 +44,6 @@ __all__ = [
     "ConfigError",
     "OptimizationSettings",
     "TrainerSettings",
-    "config_to_yaml",
     "load_config",
     "parse_arguments",
     "read_yaml",
@@ -185,11 +184,6 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected a mapping of keys to values at the top, got a {type(values).__name__}")
     return values
-
-
-def config_to_yaml(config: BaseModel) -> str:
-    """Write a configuration, defaults included, as the YAML that `load_config` reads back to an equal one."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
 class _StrictLoader(yaml.SafeLoader):

@@ -9,13 +9,14 @@ is packed, so memory peaks at the model plus one layer.
 from __future__ import annotations
 
 import copy
+import logging
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qat.errors import QatError, TargetError
+from qat.errors import QatError, StateError, TargetError
 from qat.evidence import FrozenRecord, LayerEvidence, layer_evidence, record_frozen
 from qat.layers import QLinear, quantized_layers
 from qat.preparation import Prepared, forget_prepared, prepared_as
@@ -25,6 +26,8 @@ from qat.quantizers.activation import ActivationQuantizer
 from qat.targets import Target, get_target
 
 __all__ = ["FreezeReport", "constructed_buffers", "differs", "freeze", "frozen_copy"]
+
+logger = logging.getLogger("qat")
 
 
 @dataclass(frozen=True)
@@ -55,10 +58,26 @@ def freeze(model: nn.Module, target: str | None = None) -> FreezeReport:
         target: who will load the export; default the one named at prepare.
 
     Raises:
-        StateError: the model was not prepared.
+        StateError: the model was not prepared, or training left inf or NaN in a layer. Nothing is changed then.
         TargetError: it was prepared for another target, and this one cannot serve it.
         CalibrationError: activations are quantized but were never calibrated. Nothing is changed then.
+        QatError: a quantizer's packed codes give other values than its forward did. That is a fault of its algorithm,
+            found layer by layer, since all packed tensors at once would be a second model; the layers before it are
+            frozen by then, so take the masters from a checkpoint.
+
+    >>> from qat import QuantSpec, prepare
+    >>> model = nn.Sequential(nn.Linear(256, 64), nn.ReLU(), nn.Linear(64, 16))
+    >>> report = prepare(model, QuantSpec(weights="int4", overrides={"2": "int8"}))
+    >>> print(freeze(model))
+    froze 2 layers (int4, int8) for target 'quanto', served in bfloat16
     """
+    never = _never_called(model)
+    if never:
+        logger.warning("%d layers were never called, %s: %s", len(never), _NEVER_CALLED, ", ".join(never))
+    return _freeze(model, target)
+
+
+def _freeze(model: nn.Module, target: str | None) -> FreezeReport:
     prepared = prepared_as(model)
     room = get_target(target or prepared.target)
     layers = list(quantized_layers(model))
@@ -68,6 +87,9 @@ def freeze(model: nn.Module, target: str | None = None) -> FreezeReport:
         for quantizer in (layer.input_quantizer, layer.output_quantizer):
             if quantizer is not None:
                 quantizer.require_scale()
+    for name, layer in layers:
+        _require_finite(name, layer)
+    notes = (*prepared.notes, *(f"{name}: never called: {_NEVER_CALLED}" for name in _never_called(model)))
     constructed = constructed_buffers(model, room.name, prepared.spec.torch_dtype)
     evidence: dict[str, LayerEvidence] = {}
     for name, layer in layers:
@@ -77,7 +99,7 @@ def freeze(model: nn.Module, target: str | None = None) -> FreezeReport:
     _cast_the_rest(model, quantized, room, constructed)
     model.eval()
     forget_prepared(model)
-    record = FrozenRecord(prepared.spec, room.name, prepared.algorithm.kind, evidence)
+    record = FrozenRecord(prepared.spec, room.name, prepared.algorithm.kind, evidence, notes)
     record_frozen(model, record)
     _set_config_dtype(model, prepared.spec.dtype)
     return FreezeReport(room.name, prepared.spec.dtype, evidence)
@@ -99,8 +121,37 @@ def _check_other_target(model: nn.Module, target: Target, prepared: Prepared, qu
 def frozen_copy(model: nn.Module, target: str | None = None) -> nn.Module:
     """A frozen copy of a prepared model; the model itself goes on training."""
     duplicate = copy.deepcopy(model)
-    freeze(duplicate, target)
+    _freeze(duplicate, target)  # without the warning, which is for the end of training
     return duplicate
+
+
+_NEVER_CALLED = (
+    "if its weight is read without calling the layer, training used the float weight; exclude it or pass example_inputs"
+)
+
+
+def _never_called(model: nn.Module) -> list[str]:
+    """Prepared layers that never ran although others did; nothing is known of those within compiled modules."""
+    layers = list(quantized_layers(model))
+    if not any(layer.called for _, layer in layers):
+        return []
+    compiled = tuple(
+        f"{name}." if name else ""
+        for name, module in model.named_modules()
+        if module._compiled_call_impl is not None or type(module).__name__ == "OptimizedModule"
+    )
+    return [name for name, layer in layers if not layer.called and not f"{name}.".startswith(compiled)]
+
+
+@torch.no_grad()
+def _require_finite(name: str, layer: QLinear) -> None:
+    for key, parameter in layer.named_parameters():
+        # NaN passes through a minimum and a maximum, and neither needs memory.
+        if parameter.numel() and not bool(parameter.amin().isfinite() & parameter.amax().isfinite()):
+            raise StateError(
+                f"model: layer {name!r} holds inf or NaN in its {key}, so training diverged: go back to an earlier "
+                "checkpoint, and train with a lower learning rate or with clipped gradients"
+            )
 
 
 @torch.no_grad()

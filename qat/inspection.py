@@ -10,21 +10,18 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
 from qat.errors import SpecError, StateError, TargetError
+from qat.probing import Probe
 from qat.qtypes import QTYPES, group_size
 from qat.spec import LayerSpec, QuantSpec
 from qat.targets import Target, get_target, input_hazard, kernel_hazard
 
-__all__ = ["InspectReport", "LayerInspection", "inspect", "run"]
+__all__ = ["InspectReport", "LayerInspection", "inspect"]
 
 _ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -48,7 +45,7 @@ class LayerInspection:
     bytes_before: int
     """Bytes of the weight in the serving dtype."""
     bytes_after: int
-    """Bytes of the weight as exported: codes, scales and shifts."""
+    """Bytes of the weight as exported: codes, scales and shifts, and the float twin of a weight that was tied."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +56,7 @@ class InspectReport:
     spec: QuantSpec
     layers: tuple[LayerInspection, ...]
     parameters: int
-    """All parameters of the model, shared ones once."""
+    """All parameters of the model as prepared, shared ones once: an untied weight and its twin are two."""
     quantized_parameters: int
     notes: tuple[str, ...] = ()
     """What else a user should know (leaf-name collisions, a tie that will be broken)."""
@@ -119,7 +116,7 @@ class InspectReport:
 class _Facts:
     """What several decisions need to know of the whole model, gathered once."""
 
-    def __init__(self, model: nn.Module, probe: _Probe) -> None:
+    def __init__(self, model: nn.Module, probe: Probe) -> None:
         self.model = model
         self.probe = probe
         self.names: dict[int, list[str]] = defaultdict(list)
@@ -149,6 +146,17 @@ class _Decision:
     """For a layer left out only by a default of ours: the types it would run with."""
 
 
+class _Tie(NamedTuple):
+    """What comes of a tie that is broken."""
+
+    copied: bool
+    """The layer gets a copy of the weight; False: on the meta device the two may be separate already."""
+    twin: bool
+    """The weight stays in the file as floats too."""
+    counted: bool
+    """Those floats are counted with this layer, being in no other row."""
+
+
 def inspect(model: nn.Module, spec: QuantSpec, target: str = "quanto", *, example_inputs: Any = None) -> InspectReport:
     """Decide for every linear layer of ``model`` what ``spec`` means for it. Changes nothing; works on the meta device.
 
@@ -160,7 +168,8 @@ def inspect(model: nn.Module, spec: QuantSpec, target: str = "quanto", *, exampl
             input the stock kernels cannot read, or whose weight is used without calling them; these stay float.
 
     Raises:
-        SpecError: a pattern matches nothing, or nothing at all would be quantized.
+        SpecError: it is no spec, a pattern matches nothing, nothing at all would be quantized, or the model cannot run
+            ``example_inputs``.
         TargetError: the target cannot express the spec.
         StateError: the model is prepared or frozen already.
 
@@ -169,13 +178,17 @@ def inspect(model: nn.Module, spec: QuantSpec, target: str = "quanto", *, exampl
     >>> [(layer.name, layer.weights, layer.group_size) for layer in report.layers]
     [('0', 'int4', 128), ('2', 'int8', None)]
     """
+    if not isinstance(spec, QuantSpec):
+        raise SpecError(
+            f"spec: must be a QuantSpec, got {spec!r}: write QuantSpec(weights='int8'), or QuantSpec(**spec)"
+        )
     room = get_target(target)
     faults = room.spec_faults(spec)
     if faults:
         raise TargetError("\n".join(faults))
     linears = dict(_linear_layers(model))
     spec.check_patterns(linears)
-    probe = _Probe(linears)
+    probe = Probe(linears)
     if example_inputs is not None:
         probe.watch(model, linears, example_inputs)
     facts = _Facts(model, probe)
@@ -187,16 +200,22 @@ def inspect(model: nn.Module, spec: QuantSpec, target: str = "quanto", *, exampl
         raise SpecError(
             f"spec: no layer of the model would be quantized; reasons: {why[:5]}: change the spec's patterns"
         )
-    for name, decision in decisions.items():
-        if decision.layer is not None and facts.tied(name, decision.module):
-            notes.append(
-                f"{name}: its weight is tied; quantizing it breaks the tie (config.tie_word_embeddings becomes False)"
-            )
+    copied = 0
+    for name, tie in _untied(facts, decisions).items():
+        twin = ", and its float twin stays in the file beside the codes" if tie.twin else ""
+        notes.append(
+            f"{name}: its weight is tied; quantizing it breaks the tie (config.tie_word_embeddings becomes False){twin}"
+        )
+        copied += decisions[name].module.weight.numel() if tie.copied else 0
+        rows = tuple(
+            replace(row, bytes_after=row.bytes_after + row.bytes_before) if row.name == name and tie.counted else row
+            for row in rows
+        )
     return InspectReport(
         target=target,
         spec=spec,
         layers=rows,
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        parameters=sum(parameter.numel() for parameter in model.parameters()) + copied,
         quantized_parameters=sum(row.shape[0] * row.shape[1] for row in rows if row.weights),
         notes=tuple(notes),
     )
@@ -249,71 +268,6 @@ def _impossible(
     return next((hazard for hazard in hazards if hazard is not None), None)
 
 
-class _Probe(TorchFunctionMode):
-    """What one batch shows: the layouts in which linear layers are read, and weights that are read without a call."""
-
-    def __init__(self, linears: Mapping[str, nn.Linear]) -> None:
-        super().__init__()
-        self.inputs: dict[str, list[torch.Tensor]] = {name: [] for name in linears}
-        self.read: dict[str, str] = {}
-        """Layer to the class of the module that reads its weight."""
-        self._names = {id(linear.weight): name for name, linear in linears.items()}
-        self._running: list[nn.Module] = []
-
-    @torch.no_grad()
-    def watch(self, model: nn.Module, linears: Mapping[str, nn.Linear], batch: Any) -> _Probe:
-        """Run ``batch`` as for evaluation and as for training (some models have two ways), and leave no trace."""
-        handles = [m.register_forward_pre_hook(lambda m, _: self._running.append(m)) for m in model.modules()]
-        handles += [m.register_forward_hook(lambda *_: self._running.pop() and None) for m in model.modules()]
-        for name, linear in linears.items():
-            handles.append(
-                linear.register_forward_pre_hook(
-                    lambda _, args, layouts=self.inputs[name]: layouts.extend(map(_layout, args[:1]))
-                )
-            )
-        modes = {module: module.training for module in model.modules()}
-        buffers = [(m, key, b, b.clone()) for m in model.modules() for key, b in m._buffers.items() if b is not None]
-        try:
-            with torch.random.fork_rng(devices=[]), self:
-                run(model.eval(), batch)
-                with suppress(ValueError):  # batch norm: one row is enough for evaluation only
-                    run(model.train(), batch)
-        finally:
-            for handle in handles:
-                handle.remove()
-            for module, mode in modes.items():
-                module.training = mode
-            for module, key, buffer, kept in buffers:
-                module._buffers[key] = buffer.copy_(kept)
-        return self
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Note every function that makes a tensor from a weight outside the module that holds it."""
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
-        for value in tree_leaves((args, kwargs)):
-            name = self._names.get(id(value)) if isinstance(value, torch.Tensor) else None
-            if name is None or not any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(result)):
-                continue  # its dtype or shape is no reading
-            reader = self._running[-1] if self._running else None
-            if reader is None or not any(value is parameter for parameter in reader._parameters.values()):
-                self.read[name] = type(reader).__name__
-        return result
-
-
-def _layout(x: torch.Tensor) -> torch.Tensor:
-    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
-
-
-def run(model: nn.Module, batch: Any) -> Any:
-    """Call ``model`` with a batch: a mapping as keyword arguments, a tuple or list as positional ones, else as one."""
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    if isinstance(batch, tuple | list):
-        return model(*batch)
-    return model(batch)
-
-
 def _resolve_collisions(decisions: dict[str, _Decision], target: Target) -> list[str]:
     """Make layers of one last name share one fate, in place; see the module's docstring."""
     families: dict[str, dict[str, _Decision]] = defaultdict(dict)
@@ -349,6 +303,23 @@ def _resolve_collisions(decisions: dict[str, _Decision], target: Target) -> list
             f"{len(moved)} layers called {leaf!r} ({share:.1%} of linear weights) stay float with {sorted(floats)}"
         )
     return notes
+
+
+def _untied(facts: _Facts, decisions: Mapping[str, _Decision]) -> dict[str, _Tie]:
+    """The tied layers that will be quantized, in the order in which `qat.prepare` unties them."""
+    chosen = Counter(id(d.module.weight) for d in decisions.values() if d.layer is not None)
+    floats = {id(d.module.weight) for d in decisions.values() if d.layer is None}
+    parted: Counter[int] = Counter()
+    ties = {}
+    for name, decision in decisions.items():
+        key = id(decision.module.weight)
+        if decision.layer is None or not facts.tied(name, decision.module):
+            continue
+        holders = facts.holders[key]
+        twin = holders == 1 or chosen[key] < holders
+        ties[name] = _Tie(holders - parted[key] > 1, twin, twin and not parted[key] and key not in floats)
+        parted[key] += 1
+    return ties
 
 
 def _row(name: str, decision: _Decision, spec: QuantSpec) -> LayerInspection:

@@ -51,10 +51,26 @@ def load(
         The model in evaluation mode; no parameter requires a gradient.
 
     Raises:
-        LoadError: when the directory is missing, corrupt or does not hold what it declares.
+        LoadError: when the directory is missing, corrupt or does not hold what it declares; or holds a float grid,
+            which cannot fill a given model.
+
+    >>> import copy, tempfile, qat
+    >>> model = nn.Sequential(nn.Linear(256, 64), nn.ReLU(), nn.Linear(64, 10))
+    >>> architecture, inputs = copy.deepcopy(model), torch.randn(2, 256)
+    >>> _, _ = qat.prepare(model, qat.QuantSpec(weights="int4", dtype="float32")), qat.freeze(model)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     _ = qat.export(model, folder)
+    ...     loaded = qat.load(folder, model=architecture)
+    ...     torch.equal(loaded(inputs), model(inputs))
+    True
     """
     path = Path(directory)
     manifest = read_manifest(path)
+    if model is not None and manifest.float_grid:
+        raise LoadError(
+            f"model: {str(path)!r} holds float weights (float_grid=True), which only the stock loader quantizes again, "
+            "into a model of its own: leave model out, or export packed weights"
+        )
     faults = check_files(path, manifest, hashes=verify_hashes)
     if faults:
         raise one_error(f"{str(path)!r} is not what was exported", faults)

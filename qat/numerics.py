@@ -30,12 +30,12 @@ __all__ = [
     "encode",
     "fake_quantize",
     "grouped",
+    "meets_tinygemm",
     "minmax_scale_shift",
     "round_to",
     "scale_gradients",
     "serving_scale",
     "serving_shift",
-    "survives_tinygemm",
 ]
 
 
@@ -94,19 +94,30 @@ def _row_ranges(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def absmax_scale(weight: Tensor, qtype: str) -> Tensor:
-    """``max|w| / scale_max`` of each row, float32, shape ``(out, 1)``, not yet rounded to a serving dtype."""
+    """``max|w| / scale_max`` of each row, float32, shape ``(out, 1)``, not yet rounded to a serving dtype.
+
+    >>> absmax_scale(torch.tensor([[-254.0, 127.0], [0.0, 63.5]]), "int8")
+    tensor([[2.0000],
+            [0.5000]])
+    """
     low, high = _row_ranges(weight.detach())
     return torch.maximum(-low, high).float() / QTYPES[qtype].scale_max
 
 
 def minmax_scale_shift(weight: Tensor, qtype: str) -> tuple[Tensor, Tensor]:
-    """``((max - min) / (2^b - 1), -min)`` of each group, float32, shape ``(groups, 1)``, not yet rounded."""
+    """``((max - min) / (2^b - 1), -min)`` of each group, float32, shape ``(groups, 1)``, not yet rounded.
+
+    >>> minmax_scale_shift(torch.tensor([[-1.0, 2.0], [0.0, 6.0]]), "int2")
+    (tensor([[1.],
+            [2.]]), tensor([[1.],
+            [-0.]]))
+    """
     low, high = _row_ranges(grouped(weight.detach(), qtype))
     low, high = low.float(), high.float()
     return (high - low) / QTYPES[qtype].code_max, -low
 
 
-def survives_tinygemm(qtype: str, dtype: torch.dtype, in_features: int) -> bool:
+def meets_tinygemm(qtype: str, dtype: torch.dtype, in_features: int) -> bool:
     """Whether the format's int4 kernel (bfloat16, groups of 128) will re-associate scale and shift."""
     return qtype == "int4" and dtype is torch.bfloat16 and group_size(qtype, in_features) == 128
 
@@ -148,6 +159,9 @@ def encode(weight: Tensor, scale: Tensor, shift: Tensor | None, qtype: str) -> T
 
     Returns:
         Codes of shape ``(out, in)``: int8, float8_e4m3fn, or uint8 for the affine types.
+
+    >>> encode(torch.tensor([[-1.0, 0.5, 2.0]]), torch.tensor([[1.0]]), torch.tensor([[1.0]]), "int2")
+    tensor([[0, 2, 3]], dtype=torch.uint8)
     """
     kind = QTYPES[qtype]
     codes = _float_codes(grouped(weight.detach(), qtype).float(), scale, shift, qtype)
@@ -172,6 +186,10 @@ def decode(codes: Tensor, scale: Tensor, shift: Tensor | None, qtype: str, dtype
         shift: serving shift or None.
         qtype: the target format's name.
         dtype: serving dtype; also the result's.
+
+    >>> codes = torch.tensor([[0, 2, 3]], dtype=torch.uint8)
+    >>> decode(codes, torch.tensor([[1.0]]), torch.tensor([[1.0]]), "int2", torch.float32)
+    tensor([[-1.,  1.,  2.]])
     """
     rows = grouped(codes, qtype).to(dtype)
     values = scale.to(dtype) * rows
@@ -186,6 +204,10 @@ def fake_quantize(
     """The weight that a loader will rebuild, in ``out_dtype``: ``decode(encode(weight))``.
 
     It has no gradient; `qat.layers` defines that.
+
+    >>> weight, scale = torch.tensor([[-1.0, 0.6, 99.0]]), torch.tensor([[0.5]])
+    >>> fake_quantize(weight, scale, None, "int8", torch.float32, torch.float32)
+    tensor([[-1.0000,  0.5000, 63.5000]])
     """
     return decode(encode(weight, scale, shift, qtype), scale, shift, qtype, dtype).to(out_dtype)
 
@@ -201,6 +223,10 @@ def scale_gradients(
     Returns:
         ``grad_scale`` and ``grad_shift`` (float32, ``(groups, 1)``; None without a shift), and ``in`` (bool,
         ``(out, in)``).
+
+    >>> weight, ones = torch.tensor([[1.25, 200.0]]), torch.ones(1, 2)
+    >>> scale_gradients(weight, torch.tensor([[1.0]]), None, "int8", ones)  # (1 - 1.25) + 127
+    (tensor([[126.7500]]), None, tensor([[ True, False]]))
     """
     kind = QTYPES[qtype]
     rows = grouped(weight.detach(), qtype).float()

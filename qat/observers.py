@@ -9,7 +9,7 @@ a range ever stands for "unset".
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from typing import Annotated, Literal
 
 import torch
@@ -21,7 +21,7 @@ from qat.errors import CalibrationError
 __all__ = ["Absmax", "AbsmaxObserver", "Observer", "ObserverChoice", "Percentile", "PercentileObserver"]
 
 
-class Observer(nn.Module):
+class Observer(nn.Module, ABC):
     """Records the magnitudes of a stream of tensors; abstract."""
 
     initialized: Tensor

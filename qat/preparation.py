@@ -29,6 +29,9 @@ class Prepared:
     spec: QuantSpec
     algorithm: Algorithm
     target: str
+    observer: ObserverChoice
+    notes: tuple[str, ...] = ()
+    """What inspection remarked, and what was untied; freezing puts it on record."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,8 @@ def prepare(
             if spec.quantize_outputs:
                 outputs = ActivationQuantizer(row.activations, spec.torch_dtype, observer.make()).to(device)
         QLinear.adopt(linear, quantizer, inputs, outputs)
-    setattr(model, _ATTRIBUTE, Prepared(spec, algorithm, target))
+    notes = (*report.notes, *(f"untied: {name}" for name in untied))
+    setattr(model, _ATTRIBUTE, Prepared(spec, algorithm, target, observer, notes))
     model.register_load_state_dict_post_hook(_check_fresh_quantizers)  # type: ignore[no-untyped-call]
     return PrepareReport(report, tuple(name for name, _ in quantized_layers(model)), tuple(untied))
 
@@ -131,8 +135,15 @@ def _untie(model: nn.Module, linear: nn.Linear) -> bool:
 
 
 def _check_fresh_quantizers(model: nn.Module, incompatible: Any) -> None:
-    """After a float checkpoint was loaded into a prepared model: all quantizers start afresh, or none may."""
-    stateful = [(name, layer) for name, layer in quantized_layers(model) if layer.has_quantizer_state]
+    """After a float checkpoint was loaded into a prepared model: all quantizers start afresh, or none may.
+
+    Layers whose weight was not loaded (``strict=False``) keep what they have.
+    """
+    stateful = [
+        (name, layer)
+        for name, layer in quantized_layers(model)
+        if layer.has_quantizer_state and layer.started_afresh is not None
+    ]
     fresh = [name for name, layer in stateful if layer.started_afresh]
     if fresh and len(fresh) < len(stateful):
         raise StateError(

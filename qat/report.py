@@ -31,11 +31,13 @@ if TYPE_CHECKING:
 __all__ = [
     "ResultRow",
     "inspect_table",
+    "inspect_totals",
     "print_table",
     "progress_bar",
     "quiet_libraries",
     "results_table",
     "run_command",
+    "show_results",
     "show_size",
     "track",
     "verify_table",
@@ -49,6 +51,8 @@ _UNHELPFUL_WARNINGS = (
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning's own use of torch
     r"Checkpoint directory .* exists and is not empty",  # a second run of the same recipe
     r"The '.*_dataloader' does not have many workers",  # token blocks in memory need none
+    "Be aware that when using `ckpt_path`, callbacks",  # a run resumed with another interval of checkpoints
+    "The dirpath has changed from",  # a run resumed for another output
 )
 WIDTH_OF_FILES = 160  # columns where the output is no terminal, which has no width of its own
 
@@ -88,6 +92,12 @@ def write_results(path: Path, rows: Sequence[ResultRow]) -> None:
     path.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
 
 
+def show_results(rows: Sequence[ResultRow], path: Path) -> None:
+    """Print the result table, and write it as JSON."""
+    print_table(results_table(rows))
+    write_results(path, rows)
+
+
 def inspect_table(report: InspectReport) -> Table:
     """Make the table of what will be quantized, one line a linear layer, with the totals below."""
     table = Table(title=f"{report.spec.weights} for {report.target}", title_justify="left", caption_justify="left")
@@ -109,12 +119,17 @@ def inspect_table(report: InspectReport) -> Table:
             Text(layer.reason),
             style=None if quantized else "dim",
         )
+    table.caption = Text(inspect_totals(report))
+    return table
+
+
+def inspect_totals(report: InspectReport) -> str:
+    """Say in one line how much will be quantized, and below it the inspection's notes, a line each."""
     totals = (
         f"{report.quantized_share:.1%} of {report.parameters:,} parameters are quantized; linear weights "
-        f"{show_size(report.bytes_before)} in {report.spec.dtype}, {show_size(report.bytes_after)} as exported"
+        f"{show_size(report.bytes_before)} in {report.spec.dtype} -> {show_size(report.bytes_after)} as exported"
     )
-    table.caption = Text("\n".join([totals, *report.notes]))
-    return table
+    return "\n".join([totals, *report.notes])
 
 
 def verify_table(report: VerifyReport) -> Table:

@@ -7,11 +7,12 @@ resolution to one and adds the reasons of its own (an unsafe kernel, a tied weig
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from qat.errors import SpecError
 from qat.qtypes import ActivationType, ServingDtype, WeightType
@@ -24,12 +25,55 @@ if TYPE_CHECKING:
 __all__ = ["LayerSpec", "QuantSpec", "Resolution"]
 
 
-class LayerSpec(BaseModel):
+class _RaisesSpecError(type(BaseModel)):  # type: ignore[misc]
+    """Makes ``QuantSpec(...)`` raise `SpecError`.
+
+    A metaclass, because pydantic validates a spec within a configuration without calling the class, and must then
+    see its own error, to collect it with the others.
+    """
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().__call__(*args, **kwargs)
+        except ValidationError as error:
+            faults = _faults(error, list(cls.model_fields))
+            raise SpecError("\n".join(f"{cls.__name__}: {fault}" for fault in faults)) from None
+
+
+def _faults(error: ValidationError, fields: list[str]) -> list[str]:
+    """Each fault once: field, rule, value, remedy."""
+    faults: dict[str, None] = {}
+    for fault in error.errors(include_url=False):
+        location, value, kind = fault["loc"], fault["input"], fault["type"]
+        rule = fault["msg"].removeprefix("Value error, ").replace("Input should be", "must be", 1)
+        if location[:1] == ("overrides",) and len(location) > 2:  # pydantic reports every member of the union
+            if "LayerSpec" in str(location[2]) and (len(location) > 3 or kind == "value_error"):
+                location = (*location[:2], *location[3:])
+            elif isinstance(value, Mapping):
+                continue
+            else:
+                allowed = ", ".join(map(repr, (*get_args(WeightType), "float")))
+                location, rule, kind = location[:2], f"must be {allowed} or a LayerSpec", "literal_error"
+        path = ".".join(map(str, location))
+        if kind == "extra_forbidden":
+            known = fields if len(location) == 1 else list(LayerSpec.model_fields)
+            close = get_close_matches(str(location[-1]), known, n=1)
+            fault_text = f"{path}: unknown field; " + (f"did you mean {close[0]!r}?" if close else f"known: {known}")
+        elif kind == "value_error":
+            fault_text = f"{path}: {rule}" if path else rule
+        else:
+            remedy = "choose one of these" if kind == "literal_error" else "give a value of that type"
+            fault_text = f"{path}: {rule}, got {value!r}: {remedy}"
+        faults[fault_text] = None
+    return list(faults)
+
+
+class LayerSpec(BaseModel, metaclass=_RaisesSpecError):
     """The types of one layer, for `QuantSpec.overrides`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    weights: WeightType | Literal["float"]
+    weights: Literal[WeightType, "float"]
     """The weight's type, or ``"float"`` to leave the layer as it is."""
     activations: ActivationType | None = None
     """The type of its inputs and outputs; a model has one activation type or none."""
@@ -50,7 +94,7 @@ class Resolution(NamedTuple):
     """True when an include pattern or an override named the module, which also overrules defaults of ours."""
 
 
-class QuantSpec(BaseModel):
+class QuantSpec(BaseModel, metaclass=_RaisesSpecError):
     """What is quantized, to which types, and in which dtype it will be served.
 
     >>> spec = QuantSpec(weights="int4", exclude=("lm_head",), overrides={"*.down_proj": "int8"})

@@ -119,6 +119,15 @@ def verify(
         VerifyError: when a check fails; the message is the report, which is also its attribute ``report``.
         LoadError: when the directory is missing or its manifest cannot be read.
         StateError: when ``inputs`` come without a reference, or the reference was never frozen.
+
+    >>> import tempfile, qat
+    >>> model = nn.Sequential(nn.Linear(256, 64), nn.ReLU(), nn.Linear(64, 10))
+    >>> architecture = copy.deepcopy(model)
+    >>> _, _ = qat.prepare(model, qat.QuantSpec(weights="int4")), qat.freeze(model)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     _ = qat.export(model, folder)
+    ...     qat.verify(folder, model=architecture).ok
+    True
     """
     if inputs is not None and reference is None:
         raise StateError("inputs: are run through the live model too, got none: pass reference=<the frozen model>")
@@ -164,7 +173,7 @@ def _checks(
     try:
         headers = read_headers(directory, manifest)
         faults = check_headers(manifest, headers)
-        faults += [] if manifest.float_grid else qmap_faults(record, directory)
+        faults += qmap_faults(record, directory) if QMAP_NAME in manifest.files else []
     except LoadError as error:
         faults = [str(error)]
     yield _check("keys", faults, f"{len(manifest.tensors)} tensors, dtypes, packed shapes and alignment as declared")

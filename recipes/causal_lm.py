@@ -10,7 +10,6 @@ quantization-aware one, which is frozen, exported, verified in a fresh process a
 from __future__ import annotations
 
 import copy
-import itertools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,8 +17,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
-from pydantic import BaseModel, ConfigDict, field_validator
+from pydantic import BaseModel, ConfigDict, FilePath, ValidationInfo, field_validator
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -29,9 +27,9 @@ from qat.data.text import TextData, load_blocks
 from qat.exporting.directory import check_destination
 from qat.observers import ObserverChoice
 from qat.quantizers import AnyAlgorithm
-from qat.report import ResultRow, print_table, quiet_libraries, results_table, run_command, track, write_results
+from qat.report import ResultRow, inspect_totals, quiet_libraries, run_command, show_results, track
 from qat.tasks import CausalLanguageModelling, evaluate
-from recipes.common import device_of, fit, load_language_model
+from recipes.common import calibrate_and_freeze, checkpoints_in, device_of, fit, load_language_model, training_batches
 
 REFERENCE = Path(__file__).parent / "reference"
 
@@ -57,6 +55,8 @@ class Config(BaseModel):
     """Steps, learning rates, distillation (from the fine-tuned float model, where there is one)."""
     trainer: TrainerSettings = TrainerSettings()
     """Devices, precision and the like."""
+    resume: FilePath | None = None
+    """A checkpoint of quantization-aware training to go on from, such as last.ckpt beside an earlier output."""
     float_baseline: bool = True
     """Also fine-tune the float model and quantize it after training, for comparison."""
     target: Literal["quanto", "transformers"] = "transformers"
@@ -70,9 +70,11 @@ class Config(BaseModel):
 
     @field_validator("schedule")
     @classmethod
-    def _freezes_itself(cls, schedule: qat.QuantizationSchedule) -> qat.QuantizationSchedule:
+    def _fits(cls, schedule: qat.QuantizationSchedule, info: ValidationInfo) -> qat.QuantizationSchedule:
         if schedule.finish is not None:
             raise ValueError("finish: this recipe calibrates and freezes by itself, leave it out")
+        if (spec := info.data.get("spec")) and spec.activation_type and not schedule.calibration_batches:
+            raise ValueError("calibration_batches: must be above 0, for spec quantizes activations")
         return schedule
 
 
@@ -83,14 +85,15 @@ def main(argv: Sequence[str]) -> None:
     kinds = "_".join(filter(None, (spec.weights, spec.activations)))
     output, overwrite = config.output or Path("outputs/causal_lm", kinds), config.overwrite or config.output is None
     check_destination(output.absolute(), overwrite)
+    device = device_of(config.trainer)  # settings that this machine cannot train with are an error now
 
     model, tokenizer = load_language_model(config.model or str(REFERENCE))
-    qat.inspect(model, spec, config.target)  # a spec that does not fit is an error now, not after training
+    print(inspect_totals(qat.inspect(model, spec, config.target)))  # here a spec that does not fit is an error
     train, evaluation = load_blocks(config.data, tokenizer)
     example = {"input_ids": evaluation[:2]["input_ids"]}
     prepared_for: dict[str, Any] = {"target": config.target, "observer": config.observer, "example_inputs": example}
-    batches = DataLoader(train, settings.batch_size, shuffle=True, drop_last=True)
-    plain, device = CausalLanguageModelling(), device_of(config.trainer)
+    batches, calibration_batches = training_batches(train, settings.batch_size), config.schedule.calibration_batches
+    plain = CausalLanguageModelling()
     # On CUDA optimum-quanto compiles its float8 kernel when it is first used, for minutes: not for an evaluation.
     served_on = torch.device("cpu") if spec.weights == "float8" else device
     scores: dict[str, dict[str, float]] = {}
@@ -98,10 +101,6 @@ def main(argv: Sequence[str]) -> None:
     def judge(name: str, judged: nn.Module, device: torch.device = device) -> None:
         blocks = DataLoader(evaluation, settings.batch_size)
         scores[name] = evaluate(plain, judged.to(device), track(blocks, f"evaluating: {name}", len(blocks)))
-
-    def calibrate_and_freeze(prepared: nn.Module) -> None:
-        qat.calibrate(prepared, itertools.islice(batches, config.schedule.calibration_batches))
-        qat.freeze(prepared)
 
     judge("float", model)
     float_size = sum(parameter.numel() for parameter in model.parameters()) * spec.torch_dtype.itemsize
@@ -111,20 +110,19 @@ def main(argv: Sequence[str]) -> None:
         judge("float, fine-tuned", tuned)
         quantized = copy.deepcopy(tuned).cpu()
         qat.prepare(quantized, spec, **prepared_for)
-        calibrate_and_freeze(quantized)
+        calibrate_and_freeze(quantized, batches, calibration_batches, device)
         with TemporaryDirectory() as folder:
             qat.export(quantized, folder)
             judge("fine-tuned, then quantized", qat.load(folder), served_on)
 
     task = CausalLanguageModelling(settings.distillation_weight, settings.temperature)
-    checkpoints = output.with_name(f"{output.name}-checkpoints")
     callbacks = [
         qat.QuantizationAwareTraining(spec, config.algorithm, config.schedule, **prepared_for),
-        ModelCheckpoint(checkpoints, every_n_train_steps=config.trainer.checkpoint_every),
+        *checkpoints_in(output.with_name(f"{output.name}-checkpoints"), config.trainer),
     ]
-    rate = settings.learning_rate
-    trainer = fit("training", model, task, batches, rate, settings, config.trainer, config.seed, callbacks, tuned)
-    calibrate_and_freeze(model)
+    how = (task, batches, settings.learning_rate, settings, config.trainer, config.seed)
+    trainer = fit("training", model, *how, callbacks, tuned, config.resume)
+    calibrate_and_freeze(model, batches, calibration_batches, device)
     if not trainer.is_global_zero:
         return  # of several processes, one goes on
 
@@ -141,8 +139,7 @@ def main(argv: Sequence[str]) -> None:
         "quantization-aware training": (size, settings.steps, settings.learning_rate),
     }
     rows = [ResultRow(name, scores[name], *facts[name]) for name in scores]
-    print_table(results_table(rows))
-    write_results(output.with_name(f"{output.name}-results.json"), rows)
+    show_results(rows, output.with_name(f"{output.name}-results.json"))
     print(f"{output}: reloaded in a fresh process, compared and found equal ({len(verified.checks)} checks).")
 
 

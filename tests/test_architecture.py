@@ -39,7 +39,7 @@ ORDER: tuple[frozenset[str], ...] = tuple(
         "quantizers",
         "layers",
         "evidence",
-        "inspection preparation calibration freezing",
+        "probing inspection preparation calibration freezing",
         "exporting",
         "verification loading integrations",
         "training",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import UserDict
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -262,3 +263,33 @@ def test_an_input_arrives_quantized_only_when_it_always_does() -> None:
     model = CalledTwice()
     qat.prepare(model, INT8)
     assert calibrate(model, [torch.randn(4, 8)]).arriving == ()
+
+
+class Batch(NamedTuple):
+    x: Tensor
+    mask: Tensor
+
+
+class Masked(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 16))
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        assert mask.dtype is torch.bool
+        y: Tensor = self.body(x * mask)
+        return y
+
+
+@pytest.mark.parametrize("kind", ["namedtuple", "list", "mapping", "user mapping"])
+def test_batches_of_every_kind_calibrate(kind: str) -> None:
+    batch = Batch(torch.randn(4, 32), torch.ones(4, 32, dtype=torch.bool))
+    kinds: dict[str, object] = {
+        "namedtuple": batch,
+        "list": list(batch),
+        "mapping": batch._asdict(),
+        "user mapping": UserDict(batch._asdict()),
+    }
+    model = Masked()
+    qat.prepare(model, QuantSpec(activations="int8"), observer=Absmax())
+    assert calibrate(model, [kinds[kind]]).arriving == ("body.2",)

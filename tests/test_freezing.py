@@ -298,6 +298,20 @@ def test_activations_that_were_never_calibrated_are_refused_and_nothing_changes(
     freeze(model)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
+@pytest.mark.parametrize("key", ["weight", "bias", "weight_quantizer.log_scale"])
+def test_a_master_that_is_not_finite_is_refused_and_nothing_changes(key: str, value: float) -> None:
+    model = nn.Sequential(nn.Linear(64, 16), nn.Linear(16, 16)).train()
+    qat.prepare(model, spec_of(), LearnedStep())
+    with torch.no_grad():
+        model[1].get_parameter(key).view(-1)[3] = value
+    with pytest.raises(StateError, match=rf"layer '1' holds inf or NaN in its {key}, .*: go back to an earlier"):
+        freeze(model)
+    assert all(isinstance(layer, QLinear) for layer in model)
+    assert model.training
+    assert prepared_as(model).spec == spec_of()
+
+
 def test_a_frozen_copy_leaves_the_model_training() -> None:
     model = nn.Sequential(nn.Linear(64, 8)).train()
     qat.prepare(model, spec_of())

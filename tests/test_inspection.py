@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -170,6 +171,34 @@ def test_a_head_or_a_tied_weight_is_quantized_when_it_is_named() -> None:
     report = inspect(TiedNet(), QuantSpec(include="*"))
     assert rows(report)["lm_head"].weights == "int8"
     assert "lm_head: its weight is tied; quantizing it breaks the tie" in "\n".join(report.notes)
+
+
+def test_an_untied_weight_is_counted_with_its_float_twin() -> None:
+    spec = QuantSpec(include="*")
+    report, float_head = inspect(TiedNet(), spec), inspect(TiedNet(), QuantSpec())
+    head = rows(report)["lm_head"]
+    assert report.parameters == float_head.parameters + 32 * 64
+    assert head.bytes_after == head.bytes_before + 32 * 64 + 32 * 2  # the floats, the codes, the scales
+    assert "its float twin stays in the file beside the codes" in "\n".join(report.notes)
+    model = TiedNet()
+    qat.prepare(model, spec)
+    assert sum(p.numel() for p in model.parameters()) == report.parameters
+
+
+def test_two_layers_that_are_tied_to_each_other_leave_no_float_twin() -> None:
+    model = nn.ModuleDict({"one": nn.Linear(64, 64), "two": nn.Linear(64, 64)})
+    model["two"].weight = model["one"].weight
+    report = inspect(model, QuantSpec(include="*"))
+    assert report.parameters == 2 * (64 * 64 + 64)
+    assert report.bytes_after == 2 * (64 * 64 + 64 * 2)
+    assert "twin" not in "\n".join(report.notes)
+
+
+@pytest.mark.parametrize("verb", [inspect, qat.prepare])
+@pytest.mark.parametrize("spec", [{"weights": "int4"}, "int4", None], ids=str)
+def test_what_is_no_spec_is_refused(verb: Callable[..., object], spec: object) -> None:
+    with pytest.raises(SpecError, match=r"spec: must be a QuantSpec, got .*: write QuantSpec\(weights='int8'\)"):
+        verb(Net(), spec)
 
 
 @pytest.mark.parametrize("name", ["llama", "opt"])

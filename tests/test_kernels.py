@@ -35,10 +35,12 @@ def test_weights_are_those_of_the_specification(qtype: str, dtype: torch.dtype) 
             assert same_bits(ours, numerics.fake_quantize(weight, scale, shift, qtype, dtype, out_dtype)), shape
 
 
-@pytest.mark.parametrize("master", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("master", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("qtype", WEIGHT_TYPES)
-def test_a_narrow_or_strided_master_gives_the_same_bits(qtype: str, master: torch.dtype) -> None:
+def test_a_narrow_wide_or_strided_master_gives_the_same_bits(qtype: str, master: torch.dtype) -> None:
     weight = awkward_weight(130, 256).to(master)
+    if master is torch.float64:  # values that float32 does not hold
+        weight = weight * (1 + 2.0**-27 * torch.randn(130, 256, dtype=master))
     strided = weight.t().contiguous().t()
     assert not strided.is_contiguous()
     for dtype in DTYPES.values():
@@ -72,7 +74,7 @@ def test_ranges_are_those_of_the_specification(qtype: str, dtype: torch.dtype) -
         else:
             expected, wanted = numerics.minmax_scale_shift(weight, qtype)
             expected = numerics.serving_scale(expected, qtype, dtype)
-            tinygemm = numerics.survives_tinygemm(qtype, dtype, shape[1])
+            tinygemm = numerics.meets_tinygemm(qtype, dtype, shape[1])
             assert same_bits(shift, numerics.serving_shift(wanted, expected, dtype, tinygemm=tinygemm))
         assert same_bits(scale, expected)
         assert torch.equal(scale.to(dtype).float(), scale)

@@ -155,6 +155,13 @@ def test_codes_are_mapped_not_copied_and_misaligned_ones_are_copied(exported: Pa
 
 
 class TestErrors:
+    def test_a_float_grid_fills_no_given_model(self, tmp_path: Path) -> None:
+        export(
+            frozen(small_llama(), "transformers", weights="int8", dtype="float32"), tmp_path / "out", float_grid=True
+        )
+        with pytest.raises(LoadError, match=r"float_grid=True.*leave model out"):
+            load(tmp_path / "out", model=small_llama())
+
     def test_a_directory_that_is_missing(self, tmp_path: Path) -> None:
         with pytest.raises(LoadError, match="is not a directory"):
             load(tmp_path / "nowhere")

@@ -48,7 +48,7 @@ def serving(weight: Tensor, qtype: str, dtype: torch.dtype, seed: int = 0) -> tu
         return numerics.serving_scale(numerics.absmax_scale(weight, qtype) * part, qtype, dtype), None
     scale, shift = numerics.minmax_scale_shift(weight, qtype)
     scale = numerics.serving_scale(scale * part, qtype, dtype)
-    tinygemm = numerics.survives_tinygemm(qtype, dtype, weight.shape[1])
+    tinygemm = numerics.meets_tinygemm(qtype, dtype, weight.shape[1])
     return scale, numerics.serving_shift(shift * part, scale, dtype, tinygemm=tinygemm)
 
 
@@ -180,7 +180,7 @@ def test_round_to_passes_the_gradient_and_gives_float32() -> None:
     ids=str,
 )
 def test_which_weights_meet_tinygemm(qtype: str, dtype: torch.dtype, in_features: int, expected: bool) -> None:
-    assert numerics.survives_tinygemm(qtype, dtype, in_features) is expected
+    assert numerics.meets_tinygemm(qtype, dtype, in_features) is expected
 
 
 def random_scale_shift(count: int) -> tuple[Tensor, Tensor]:

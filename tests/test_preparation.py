@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import qat
 from qat.errors import QatError, SpecError, StateError, TargetError
 from qat.layers import QLinear, quantized_layers
-from qat.observers import Absmax, AbsmaxObserver, PercentileObserver
+from qat.observers import Absmax, AbsmaxObserver, Percentile, PercentileObserver
 from qat.preparation import parameter_groups, prepare, prepared_as
 from qat.quantizers import StraightThrough
 from qat.spec import LayerSpec, QuantSpec
@@ -55,6 +55,10 @@ def test_how_a_model_was_prepared_is_known() -> None:
     prepare(model, F32, LearnedStep(), "transformers")
     prepared = prepared_as(model)
     assert (prepared.spec, prepared.algorithm, prepared.target) == (F32, LearnedStep(), "transformers")
+    assert (prepared.observer, prepared.notes) == (Percentile(), ())
+    other = mlp()
+    prepare(other, F32, observer=Absmax())
+    assert prepared_as(other).observer == Absmax()
 
 
 def test_activations_get_quantizers_where_the_spec_says() -> None:
@@ -153,6 +157,28 @@ def test_quantizer_keys_of_some_layers_only_are_refused() -> None:
         StateError, match=r"1 of 3 layers lack theirs \(first: '2'\): load a whole float or a whole prepared"
     ):
         model.load_state_dict(state, strict=True)
+
+
+def test_a_partial_load_keeps_the_scales_of_layers_whose_weight_it_lacks(caplog: pytest.LogCaptureFixture) -> None:
+    model = mlp()
+    prepare(model, QuantSpec(activations="int8", dtype="float32"), LearnedStep())
+    qat.calibrate(model, [inputs()])
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.load_state_dict({"2.bias": torch.ones(32)}, strict=False)
+    assert not caplog.text
+    changed = {name for name, tensor in model.state_dict().items() if not same_bits(tensor, before[name])}
+    assert changed == {"2.bias"}
+    model(inputs())
+
+
+def test_a_partial_load_with_a_weight_starts_that_layer_afresh(caplog: pytest.LogCaptureFixture) -> None:
+    model = mlp()
+    prepare(model, F32, LearnedStep())
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.load_state_dict({"2.weight": 2 * before["2.weight"]}, strict=False)
+    changed = {name for name, tensor in model.state_dict().items() if not same_bits(tensor, before[name])}
+    assert changed == {"2.weight", "2.weight_quantizer.log_scale"}
+    assert "1 quantizers start afresh" in caplog.text
 
 
 def test_a_part_of_one_layers_quantizer_keys_is_refused() -> None:

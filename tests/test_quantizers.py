@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError, create_model
 from torch import Tensor, nn
 
 from qat import numerics
 from qat.errors import CalibrationError
 from qat.observers import Absmax
 from qat.qtypes import QTYPES
-from qat.quantizers import ALGORITHMS, Algorithm, AnyAlgorithm, StraightThrough, WeightQuantizer
+from qat.quantizers import ALGORITHMS, Algorithm, AnyAlgorithm, StraightThrough, WeightQuantizer, any_of
 from qat.quantizers.activation import ActivationQuantizer, fake_quantize_output
 from tests.helpers import DTYPES, WEIGHT_TYPES, LearnedStep, awkward_weight, same_bits
 
@@ -83,6 +83,25 @@ def test_every_algorithm_is_registered_and_can_be_configured() -> None:
         assert isinstance(made.make(awkward_weight(4, 64), "int8", torch.bfloat16), WeightQuantizer)
     with pytest.raises(ValidationError):
         adapter.validate_python({"kind": "magic"})
+
+
+def test_a_second_algorithm_joins_the_union_by_being_registered() -> None:
+    union = any_of({**ALGORITHMS, "learned_step": LearnedStep})
+    adapter: TypeAdapter[Algorithm] = TypeAdapter(union)
+    assert adapter.validate_python({"kind": "learned_step", "start": 0.5}) == LearnedStep(start=0.5)
+    assert adapter.validate_python({"kind": "straight_through"}) == StraightThrough()
+    with pytest.raises(ValidationError, match="'straight_through', 'learned_step'"):
+        adapter.validate_python({"kind": "magic"})
+    recipe = create_model("recipe", algorithm=(union, StraightThrough()))
+    assert recipe().model_dump() == {"algorithm": {"kind": "straight_through", "mask_saturated": False}}
+    assert recipe.model_validate({"algorithm": LearnedStep()}).model_dump()["algorithm"]["kind"] == "learned_step"
+
+
+def test_what_is_abstract_cannot_be_made() -> None:
+    with pytest.raises(TypeError, match="scale_shift"):
+        WeightQuantizer("int8", torch.bfloat16)  # type: ignore[abstract]
+    with pytest.raises(TypeError, match="make"):
+        Algorithm(kind="none")  # type: ignore[abstract]
 
 
 def test_an_algorithm_takes_no_unknown_field_and_cannot_be_changed() -> None:

@@ -7,22 +7,45 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
+import lightning
 import pytest
 import torch
 import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import qat
-from qat.config import ConfigError, load_config, read_yaml
-from qat.errors import ExportError, LoadError, QatError
-from recipes import causal_lm
+from qat.config import ConfigError, OptimizationSettings, TrainerSettings, load_config, read_yaml
+from qat.errors import DataError, ExportError, LoadError, QatError, TrainingError
+from qat.report import quiet_libraries
+from qat.tasks import CausalLanguageModelling
+from recipes import causal_lm, common
+from recipes.common import training
 
 ROOT = Path(__file__).parent.parent
-RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.py") if path.stem not in ("__init__", "common"))
+RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.py") if path.stem != "__init__")
 FILES = sorted((ROOT / "recipes" / "configs").rglob("*.y*ml"))
+
+
+class StopEarly(lightning.Callback):
+    """Stands for data that ends too early."""
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        trainer.should_stop = True
+
+
+class StepCounter(common.StepProgress):
+    """A progress bar that keeps what it counted."""
+
+    steps: ClassVar[list[int]] = []
+
+    def on_train_batch_end(self, trainer: Any, *arguments: Any) -> None:
+        super().on_train_batch_end(trainer, *arguments)
+        self.steps.append(trainer.global_step)
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +139,9 @@ def test_the_whole_line(spec: list[str], small: list[str], tmp_path: Path, capsy
     assert "reloaded in a fresh process, compared and found equal" in shown
     resolved = yaml.safe_load((tmp_path / "out" / "qat_config.yaml").read_text())
     assert resolved["spec"]["weights"] == spec[0]
+    again = load_config(causal_lm.Config, [str(tmp_path / "out" / "qat_config.yaml")], "A test.")
+    assert again.model_dump(mode="json") == resolved
+    assert "parameters are quantized; linear weights" in shown.splitlines()[0]
     assert (tmp_path / "out" / "tokenizer.json").is_file()
     assert list((tmp_path / "out-checkpoints").glob("*.ckpt"))
     assert isinstance(qat.load(tmp_path / "out"), LlamaForCausalLM)
@@ -143,10 +169,12 @@ def test_all_arms_see_the_same_batches_in_the_same_order(small: list[str], monke
 
     def record(name: str, model: Any, *arguments: Any) -> Any:
         seen.append([])
-        hook = model.register_forward_pre_hook(
-            lambda module, _, inputs: seen[-1].append(inputs["input_ids"].tolist()) if module.training else None,
-            with_kwargs=True,
-        )
+
+        def note(module: nn.Module, _: Any, inputs: dict[str, Any]) -> None:
+            if module.training and len(inputs["input_ids"]) == 4:  # the example to find layers with has two rows
+                seen[-1].append(inputs["input_ids"].tolist())
+
+        hook = model.register_forward_pre_hook(note, with_kwargs=True)
         trainer = fit(name, model, *arguments)
         hook.remove()
         return trainer
@@ -161,20 +189,31 @@ def test_all_arms_see_the_same_batches_in_the_same_order(small: list[str], monke
 @pytest.mark.parametrize(
     ("arguments", "kind", "message"),
     [
-        (["--model", "./nowhere"], LoadError, "model: './nowhere' cannot be loaded"),
+        (["--model", "./nowhere"], LoadError, r"model: '\./nowhere' cannot be loaded"),
         (["--data.source", "./nowhere.txt"], QatError, "does not exist"),
         (["--data.block-size", "5000"], QatError, "shorter than one block"),
         (["--spec.exclude", "*.nothing"], QatError, "matches no linear layer"),
         (["--schedule.finish", "last"], ConfigError, "this recipe calibrates and freezes by itself"),
-        (["--optimization.learning-rate", "-1"], ConfigError, "optimization.learning_rate"),
+        (["--optimization.learning-rate", "-1"], ConfigError, r"optimization\.learning_rate"),
+        (["--optimization.batch-size", "5000"], DataError, "there is no whole batch"),
+        (["--resume", "nowhere.ckpt"], ConfigError, "resume: Path does not point to a file"),
+        (["--trainer.strategy", "nothing"], ConfigError, "trainer: Lightning cannot train with .*strategy='nothing'"),
+        (
+            ["--spec.activations", "int8", "--schedule.calibration-batches", "0"],
+            ConfigError,
+            "schedule: calibration_batches: must be above 0",
+        ),
     ],
-    ids=["model", "data", "block size", "pattern", "schedule", "learning rate"],
+    ids=[
+        *("model", "data", "block size", "pattern", "schedule", "learning rate"),
+        *("batch size", "checkpoint", "strategy", "calibration"),
+    ],
 )
 def test_bad_input_is_an_error_before_any_training(
     arguments: list[str], kind: type[Exception], message: str, small: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(causal_lm, "fit", lambda *_: pytest.fail("training began"))
-    with pytest.raises(kind, match=message.replace(".", r"\.")):
+    monkeypatch.setattr(causal_lm, "evaluate", lambda *_: pytest.fail("work began"))
+    with pytest.raises(kind, match=message):
         causal_lm.main([*small, *arguments])
 
 
@@ -187,6 +226,71 @@ def test_an_output_that_is_not_empty_is_an_error_before_any_training(
     with pytest.raises(ExportError, match="not empty"):
         causal_lm.main(small)
     assert (tmp_path / "out" / "mine.txt").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_device_that_is_not_there_is_an_error_before_any_work(
+    small: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(causal_lm, "load_language_model", lambda *_: pytest.fail("work began"))
+    with pytest.raises(ConfigError, match=r"^trainer: Lightning cannot train with accelerator='gpu'.*change these"):
+        causal_lm.main([*small, "--trainer.accelerator", "gpu"])
+
+
+def test_the_device_is_the_one_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert common.device_of(TrainerSettings(accelerator="cpu")) == torch.device("cpu")
+    second = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("cuda", 1)))
+    monkeypatch.setattr(training, "_trainer", lambda *_, **__: second)
+    assert common.device_of(TrainerSettings()) == torch.device("cuda", 1)
+
+
+def test_calibration_happens_on_the_given_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+
+    def calibrate(model: nn.Module, batches: Any) -> None:
+        seen.extend(tensor.device.type for tensor in model.parameters())
+        seen.extend(tensor.device.type for batch in batches for tensor in batch.values())
+
+    monkeypatch.setattr(qat, "calibrate", calibrate)
+    monkeypatch.setattr(qat, "freeze", lambda model: None)
+    monkeypatch.setattr(nn.Module, "cpu", lambda model: seen.append("back"))
+    batches = [{"input_ids": torch.zeros(1, 4)}] * 3
+    common.calibrate_and_freeze(nn.Linear(4, 4, bias=False), batches, 2, torch.device("meta"))
+    assert seen == ["meta", "meta", "meta", "back"]
+
+
+def test_a_fit_that_ends_too_early_is_an_error(tiny: Path) -> None:
+    model = LlamaForCausalLM.from_pretrained(tiny)
+    quiet_libraries()
+    settings = OptimizationSettings(steps=3, warmup_steps=1)
+    arguments = (1e-4, settings, TrainerSettings(accelerator="cpu"), 0, [StopEarly()])
+    batches = common.training_batches([{"input_ids": torch.zeros(8, dtype=torch.long)}] * 6, 2)
+    with pytest.raises(TrainingError, match=r"optimization\.steps: training ended after 1 of 3 steps"):
+        common.fit("training", model, CausalLanguageModelling(), batches, *arguments)
+
+
+def test_the_last_weights_are_saved_and_a_run_goes_on_from_them(
+    small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = [*small, "--no-float-baseline"]
+    causal_lm.main([*small, "--trainer.checkpoint-every", "50"])
+    last = tmp_path / "out-checkpoints" / "last.ckpt"
+    assert torch.load(last, weights_only=True)["global_step"] == 3
+    assert [path.name for path in last.parent.iterdir()] == ["last.ckpt"]
+    first = torch.load(last, weights_only=True)["state_dict"]
+    starts: list[bool] = []
+
+    class Witness(StepCounter):
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            super().on_train_start(trainer, pl_module)
+            starts.append(all(torch.equal(tensor, first[name]) for name, tensor in pl_module.state_dict().items()))
+
+    monkeypatch.setattr(training, "StepProgress", Witness)
+    Witness.steps = []
+    causal_lm.main([*small, "--overwrite", "--resume", str(last), "--optimization.steps", "5"])
+    assert starts == [True]
+    assert Witness.steps == [4, 5]
+    assert torch.load(last, weights_only=True)["global_step"] == 5
 
 
 @pytest.mark.parametrize("damage", ["missing tensor", "truncated file"])

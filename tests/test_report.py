@@ -1,24 +1,33 @@
 from __future__ import annotations
 
+import json
 import logging
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from rich.table import Table
+from torch import nn
 
 from qat.errors import SpecError, VerifyError
+from qat.inspection import inspect
 from qat.report import (
     ResultRow,
+    inspect_totals,
     print_table,
     quiet_libraries,
     results_table,
     run_command,
+    show_results,
     show_size,
     track,
     verify_table,
+    write_results,
 )
+from qat.spec import QuantSpec
 
 
 def shown(table: Table, capsys: pytest.CaptureFixture[str]) -> list[list[str]]:
@@ -41,6 +50,29 @@ def test_the_result_table_has_a_line_for_each_row(capsys: pytest.CaptureFixture[
     assert shown(results_table(rows), capsys) == [
         ["float", "2.0000", "1.00 MiB", "0", "-"],
         ["trained", "1.9877", "512.00 KiB", "80", "0.0002"],
+    ]
+
+
+def test_results_are_written_for_programs(tmp_path: Path) -> None:
+    rows = [ResultRow("float", {"loss": 2.0}, 2**20, 0), ResultRow("trained", {"loss": 1.5}, 2**19, 80, 2e-4)]
+    write_results(tmp_path / "results.json", rows)
+    written = json.loads((tmp_path / "results.json").read_text())
+    assert [ResultRow(**row) for row in written] == rows
+
+
+def test_results_are_shown_and_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    show_results([ResultRow("float", {"loss": 2.0}, 2**20, 0)], tmp_path / "results.json")
+    assert "1.00 MiB" in capsys.readouterr().out
+    assert json.loads((tmp_path / "results.json").read_text())[0]["name"] == "float"
+
+
+def test_the_totals_of_an_inspection_come_with_its_notes() -> None:
+    report = inspect(nn.Sequential(nn.Linear(256, 64), nn.Linear(64, 64, bias=False)), QuantSpec(exclude=("1",)))
+    said = inspect_totals(replace(report, notes=("one", "two")))
+    assert said.splitlines() == [
+        "79.8% of 20,544 parameters are quantized; linear weights 40.00 KiB in bfloat16 -> 24.12 KiB as exported",
+        "one",
+        "two",
     ]
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from pydantic import ValidationError
+from pydantic import ValidationError, create_model
 
 from qat.errors import QatError, SpecError
 from qat.spec import LayerSpec, QuantSpec
@@ -103,8 +105,51 @@ def test_a_wrong_spec_is_refused_where_it_is_made(arguments: dict[str, object], 
         QuantSpec.model_validate(arguments)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "messages"),
+    [
+        (
+            {"weights": "int3", "activation": "int8"},
+            [
+                "QuantSpec: weights: must be 'int8', 'float8', 'int4' or 'int2', got 'int3': choose one of these",
+                "QuantSpec: activation: unknown field; did you mean 'activations'?",
+            ],
+        ),
+        (
+            {
+                "overrides": {
+                    "a": "int5",
+                    "b": {"weights": "int8", "x": 1},
+                    "c": {"weights": "float", "activations": "int8"},
+                }
+            },
+            [
+                "overrides.a: must be 'int8', 'float8', 'int4', 'int2', 'float' or a LayerSpec, got 'int5': choose",
+                "overrides.b.x: unknown field; known: ['weights', 'activations']",
+                "overrides.c: a layer with weights='float' cannot have quantized activations: leave activations out",
+            ],
+        ),
+        ({"quantize_outputs": "perhaps"}, ["quantize_outputs: must be a valid boolean", "'perhaps': give a value"]),
+    ],
+    ids=["two faults", "overrides", "type"],
+)
+def test_making_a_spec_lists_all_faults_in_one_error_of_ours(arguments: dict[str, Any], messages: list[str]) -> None:
+    with pytest.raises(SpecError) as raised:
+        QuantSpec(**arguments)
+    assert isinstance(raised.value, ValueError)
+    for message in messages:
+        assert str(raised.value).count(message) == 1
+
+
+def test_within_a_configuration_pydantic_collects_the_faults_of_a_spec() -> None:
+    recipe = create_model("Recipe", spec=(QuantSpec, QuantSpec()), steps=(int, 1))
+    with pytest.raises(ValidationError) as raised:
+        recipe.model_validate({"spec": {"weights": "int3"}, "steps": "many"})
+    assert [fault["loc"] for fault in raised.value.errors()] == [("spec", "weights"), ("steps",)]
+
+
 def test_a_float_layer_cannot_have_activations() -> None:
-    with pytest.raises(ValidationError, match="leave activations out"):
+    with pytest.raises(SpecError, match="leave activations out"):
         LayerSpec(weights="float", activations="int8")
 
 

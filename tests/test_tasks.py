@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qat.tasks import TASKS, CausalLanguageModelling, Task, evaluate
+from qat.tasks import CausalLanguageModelling, evaluate
 from qat.tasks.causal_lm import causal_lm_loss, distillation_loss
 
 
@@ -137,10 +137,3 @@ def test_evaluation_restores_the_mode(training: bool) -> None:
 def test_evaluation_without_batches_is_an_error() -> None:
     with pytest.raises(ValueError, match="at least one batch"):
         evaluate(CausalLanguageModelling(), Lookup(), [])
-
-
-@pytest.mark.parametrize("name", sorted(TASKS))
-def test_every_registered_task_can_be_made_and_has_a_loss_metric(name: str) -> None:
-    task = TASKS[name]()
-    assert isinstance(task, Task)
-    assert "loss" in task.metrics()

@@ -111,6 +111,8 @@ def test_a_model_prepared_in_another_way_is_refused(tmp_path: Path) -> None:
         quiet_trainer(tmp_path, quantization(INT4)).fit(module, loader())
     with pytest.raises(qat.StateError, match="target 'transformers'"):
         quiet_trainer(tmp_path, quantization(INT8, target="transformers")).fit(module, loader())
+    with pytest.raises(qat.StateError, match="target 'quanto' and Absmax"):
+        quiet_trainer(tmp_path, quantization(INT8, observer=qat.Absmax())).fit(module, loader())
 
 
 def test_the_attribute_is_named_when_it_holds_no_module(tmp_path: Path) -> None:

@@ -117,6 +117,28 @@ def test_a_warm_up_is_resumed(tmp_path: Path) -> None:
     )
 
 
+def test_a_non_finite_loss_stops_a_float_run_too(tmp_path: Path) -> None:
+    plain = module()
+    torch.nn.init.constant_(plain.model.head.weight, float("nan"))
+    before = plain.model.middle.weight.detach().clone()
+    with pytest.raises(qat.TrainingError, match="loss: became nan at step 0"):
+        quiet_trainer(tmp_path).fit(plain, text(), text())
+    assert torch.equal(plain.model.middle.weight, before)
+
+
+def test_what_a_user_should_know_of_preparing_is_a_warning_in_the_log(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tied = module()
+    tied.model.embedding = nn.Embedding(16, 32)
+    tied.model.head.weight = tied.model.embedding.weight
+    spec = qat.QuantSpec(weights="int8", dtype="float32", include=("middle", "head"))
+    report = qat.inspect(tied.model, spec)
+    quiet_trainer(tmp_path, quantization(spec), max_steps=1).fit(tied, text(), text())
+    warned = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert warned == [*report.notes, "untied: head"]
+
+
 def test_preparing_is_reported_to_the_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="qat"):
         quiet_trainer(tmp_path, quantization(INT8_INT8, finish="last"), max_steps=1).fit(module(), text(), text())

@@ -14,7 +14,8 @@ from transformers import BertConfig, BertForSequenceClassification
 import qat.verification
 from qat.errors import LoadError, StateError, VerifyError
 from qat.exporting import export
-from qat.exporting.manifest import MANIFEST_NAME, file_record
+from qat.exporting.manifest import MANIFEST_NAME, QMAP_NAME, file_record
+from qat.loading import load
 from qat.verification import Check, VerifyReport, verify
 from tests.exports import (
     DTYPES,
@@ -86,6 +87,16 @@ class TestStockLoadersGiveWhatWasFrozen:
         model = frozen(small_llama(), "transformers", weights=weights, dtype=dtype, activations="int8")
         export(model, tmp_path / "out", example_inputs={"input_ids": IDS})
         assert verify(tmp_path / "out", model).ok
+
+    def test_transformers_without_quantized_outputs(self, tmp_path: Path) -> None:
+        spec = {"weights": "int8", "activations": "int8", "quantize_outputs": False}
+        model = frozen(small_llama(), "transformers", **spec)
+        export(model, tmp_path / "out", example_inputs={"input_ids": IDS})
+        assert not (tmp_path / "out" / QMAP_NAME).exists()
+        assert verify(tmp_path / "out", model).ok
+        loaded = load(tmp_path / "out")
+        with torch.no_grad():
+            assert torch.equal(loaded(IDS).logits, model.eval()(IDS).logits)
 
     def test_shards(self, tmp_path: Path) -> None:
         model = frozen(small_llama(), weights="int8")

@@ -160,6 +160,10 @@ def load_blocks(data: TextData, tokenizer: PreTrainedTokenizerBase) -> tuple[Dat
 
     Evaluation keeps ``evaluation_blocks`` blocks, evenly spaced, so that all held-out documents have their share.
 
+    Args:
+        data: where the text comes from and how it is cut.
+        tokenizer: any tokenizer of transformers with a token to end a document with.
+
     Raises:
         DataError: as `load_documents` and `pack_blocks`.
     """

@@ -111,6 +111,14 @@ def export(
         StateError: when the model was never frozen.
         TargetError: when the target would serve other numbers than the one it was frozen for.
         ExportError: when anything cannot be written; nothing is left behind then.
+
+    >>> import tempfile, qat
+    >>> model = nn.Sequential(nn.Linear(256, 64), nn.ReLU(), nn.Linear(64, 10))
+    >>> _, _ = qat.prepare(model, qat.QuantSpec(weights="int4")), qat.freeze(model)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     report = qat.export(model, folder, example_inputs=torch.randn(2, 256, dtype=torch.bfloat16))
+    >>> sorted(report.files)
+    ['model.safetensors', 'qat_evidence.safetensors', 'qat_manifest.json', 'quanto_qmap.json']
     """
     record = frozen_record(model)
     name = record.target if target is None else target

@@ -115,7 +115,15 @@ def _collect(value: Any, name: str, found: dict[str, torch.Tensor]) -> None:
 
 
 def compute_outputs(model: nn.Module, inputs: Any) -> dict[str, torch.Tensor]:
-    """Run a model on example inputs: in eval mode, without gradients, with a fixed seed for what draws noise."""
+    """Run a model on example inputs: in eval mode, without gradients, with a fixed seed for what draws noise.
+
+    Args:
+        model: is run on the device where it is, and left in the modes it had.
+        inputs: a mapping (keyword arguments), a tuple or list (positional ones), or one tensor, on any device.
+
+    Returns:
+        The outputs' tensors, named as by `flatten_outputs`.
+    """
     place = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
     inputs = _to_device((inputs,) if isinstance(inputs, torch.Tensor) else inputs, place)
     modes = {module: module.training for module in model.modules()}

@@ -98,7 +98,7 @@ def symmetric_scale(weight: Tensor, qtype: str, dtype: torch.dtype) -> Tensor:
 def _affine_scale_shift(weight: Tensor, qtype: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     scale, shift = numerics.minmax_scale_shift(weight, qtype)
     scale = numerics.serving_scale(scale, qtype, dtype)
-    tinygemm = numerics.survives_tinygemm(qtype, dtype, weight.shape[1])
+    tinygemm = numerics.meets_tinygemm(qtype, dtype, weight.shape[1])
     return scale.clone(), numerics.serving_shift(shift, scale, dtype, tinygemm=tinygemm).clone()
 
 

@@ -24,6 +24,8 @@ def fake_quantize(
     kind = QTYPES[qtype]
     weight = weight.detach()
     rows = grouped(weight, qtype)
+    # Types narrower than float32 are promoted exactly by the division; float64 would be divided in float64.
+    wide = rows.dtype is torch.float64
     out = torch.empty(rows.shape, dtype=out_dtype)
     narrow = dtype is not torch.float32
     serving_shift = None if shift is None else shift.to(dtype)
@@ -35,10 +37,11 @@ def fake_quantize(
         block = slice(start, start + step)
         row_scale = scale[block]
         codes = buffer[: row_scale.shape[0]]
+        values = rows[block].float() if wide else rows[block]
         if shift is None:
-            torch.div(rows[block], row_scale, out=codes)
+            torch.div(values, row_scale, out=codes)
         else:
-            torch.add(rows[block], shift[block], out=codes).div_(row_scale)
+            torch.add(values, shift[block], out=codes).div_(row_scale)
         if kind.floating:
             codes.clamp_(kind.code_min, kind.code_max)
             _round_to_float8(codes)
@@ -49,10 +52,10 @@ def fake_quantize(
             # Adding 0 turns -0.0, which no integer code can store, into the 0.0 that a loader will rebuild.
             codes.clamp_(kind.code_min, kind.code_max).add_(0.0)
         if narrow:
-            values = codes.to(dtype).mul_(serving_scale[block])
+            served = codes.to(dtype).mul_(serving_scale[block])
             if serving_shift is not None:
-                values.sub_(serving_shift[block])
-            out[block] = values
+                served.sub_(serving_shift[block])
+            out[block] = served
         elif serving_shift is not None:
             torch.sub(codes.mul_(row_scale), serving_shift[block], out=codes)
             out[block] = codes

@@ -35,6 +35,8 @@ class QLinear(nn.Linear):
         fake_quantizing: off means a plain float forward (a delayed start).
         quantizing_activations: off means that only the weight is fake-quantized.
         observing: activation observers record.
+        started_afresh: whether the last checkpoint that held the weight held no quantizer state; None: none held it.
+        called: whether the layer has run, outside compiled code, since it was prepared.
     """
 
     weight_quantizer: WeightQuantizer
@@ -43,7 +45,8 @@ class QLinear(nn.Linear):
     fake_quantizing: bool
     quantizing_activations: bool
     observing: bool
-    started_afresh: bool
+    started_afresh: bool | None
+    called: bool
 
     @classmethod
     def adopt(
@@ -70,11 +73,14 @@ class QLinear(nn.Linear):
         linear.fake_quantizing = True
         linear.quantizing_activations = True
         linear.observing = False
-        linear.started_afresh = False
+        linear.started_afresh = None
+        linear.called = False
         return linear
 
     def forward(self, x: Tensor) -> Tensor:
         """``(..., in)`` to ``(..., out)``."""
+        if not torch.compiler.is_compiling():  # compiled code under activation checkpointing may not set attributes
+            self.called = True
         if self.observing and self.input_quantizer is not None:
             self.input_quantizer.observe(x)
         y = self._linear(x)
@@ -123,9 +129,11 @@ class QLinear(nn.Linear):
         error_msgs: list[str],
     ) -> None:
         # A float checkpoint has none of the quantizers' keys: then they start afresh, and preparation's hook says
-        # so once for the model. A part of them missing is an error as usual.
+        # so once for the model. A part of them missing is an error as usual. A checkpoint that leaves out the weight
+        # says nothing of its scales.
         own = {f"{prefix}{key}": value for key, value in self._quantizer_state().items()}
-        self.started_afresh = bool(own) and own.keys().isdisjoint(state_dict)
+        absent = bool(own) and own.keys().isdisjoint(state_dict)
+        self.started_afresh = absent if f"{prefix}weight" in state_dict else None
         if self.started_afresh:
             state_dict.update(own)
         super()._load_from_state_dict(

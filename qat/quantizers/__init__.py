@@ -5,16 +5,41 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Mapping
+from functools import reduce
+from operator import or_
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 from pydantic import Field
 
 from qat.quantizers.base import Algorithm, Final, QuantizerModule, WeightQuantizer
 from qat.quantizers.straight_through import StraightThrough
 
-__all__ = ["ALGORITHMS", "Algorithm", "AnyAlgorithm", "Final", "QuantizerModule", "StraightThrough", "WeightQuantizer"]
+__all__ = [
+    "ALGORITHMS",
+    "Algorithm",
+    "AnyAlgorithm",
+    "Final",
+    "QuantizerModule",
+    "StraightThrough",
+    "WeightQuantizer",
+    "any_of",
+]
 
-AnyAlgorithm = Annotated[StraightThrough, Field()]
-"""Every shipped algorithm; becomes ``A | B`` with ``discriminator="kind"`` when there is a second."""
+ALGORITHMS: dict[str, type[Algorithm]] = {
+    "straight_through": StraightThrough,
+}
 
-ALGORITHMS: dict[str, type[Algorithm]] = {"straight_through": StraightThrough}
+
+def any_of(algorithms: Mapping[str, type[Algorithm]]) -> Any:
+    """The type of a configuration field that may hold each of ``algorithms``."""
+    members = tuple(algorithms.values())
+    if len(members) == 1:
+        return members[0]  # pydantic takes a discriminator for unions only
+    return Annotated[reduce(or_, members), Field(discriminator="kind")]
+
+
+if TYPE_CHECKING:
+    AnyAlgorithm: TypeAlias = Algorithm
+else:
+    AnyAlgorithm = any_of(ALGORITHMS)

@@ -11,7 +11,7 @@ An *algorithm* is the frozen configuration that makes quantizers.
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -52,7 +52,7 @@ class QuantizerModule(nn.Module):
         return super()._apply(keep_float32, recurse)  # type: ignore[no-untyped-call,no-any-return]
 
 
-class WeightQuantizer(QuantizerModule):
+class WeightQuantizer(QuantizerModule, ABC):
     """How one weight is scaled; abstract. Subclasses implement `scale_shift`.
 
     Args:
@@ -85,7 +85,7 @@ class WeightQuantizer(QuantizerModule):
         scale = numerics.serving_scale(scale, self.qtype, self.dtype)
         if shift is None:
             return scale, None
-        tinygemm = numerics.survives_tinygemm(self.qtype, self.dtype, weight.shape[1])
+        tinygemm = numerics.meets_tinygemm(self.qtype, self.dtype, weight.shape[1])
         return scale, numerics.serving_shift(shift, scale, self.dtype, tinygemm=tinygemm)
 
     @torch.no_grad()

@@ -1,7 +1,7 @@
 """What a model is trained to do: the loss and the metrics of a task, knowing nothing of quantization.
 
-A task is one file here and one line in `TASKS`. It needs torch and torchmetrics only, so that the same loss trains
-a float model, a prepared one and a frozen one, and no result can depend on who computed it.
+A task is one file here. It needs torch and torchmetrics only, so that the same loss trains a float model, a prepared
+one and a frozen one, and no result can depend on who computed it.
 """
 
 from __future__ import annotations
@@ -9,9 +9,4 @@ from __future__ import annotations
 from qat.tasks.base import Batch, Task, evaluate
 from qat.tasks.causal_lm import CausalLanguageModelling
 
-__all__ = ["TASKS", "Batch", "CausalLanguageModelling", "Task", "evaluate"]
-
-TASKS: dict[str, type[Task]] = {
-    "causal_lm": CausalLanguageModelling,
-}
-"""Every task by its name."""
+__all__ = ["Batch", "CausalLanguageModelling", "Task", "evaluate"]

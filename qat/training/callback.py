@@ -32,7 +32,7 @@ from qat.errors import CalibrationError, StateError, TrainingError
 from qat.evidence import frozen_record
 from qat.freezing import freeze
 from qat.layers import quantized_layers
-from qat.observers import ObserverChoice
+from qat.observers import ObserverChoice, Percentile
 from qat.preparation import prepare, prepared_as
 from qat.quantizers import Algorithm, StraightThrough
 from qat.quantizers.activation import ActivationQuantizer
@@ -149,12 +149,15 @@ class QuantizationAwareTraining(Callback):
             extras = {"observer": self.observer, "example_inputs": self.example_inputs}
             report = prepare(model, self.spec, self.algorithm, self.target, **extras)
             logger.info("prepared %d layers", len(report.layers))
+            for note in (*report.inspection.notes, *(f"untied: {name}" for name in report.untied)):
+                logger.warning("%s", note)
             self._refuse_worker_processes(trainer, model)
         prepared = prepared_as(model)
-        if (prepared.spec, prepared.algorithm, prepared.target) != (self.spec, self.algorithm, self.target):
+        wanted = (self.spec, self.algorithm, self.target, self.observer or Percentile())
+        if (prepared.spec, prepared.algorithm, prepared.target, prepared.observer) != wanted:
             raise StateError(
-                f"spec: the model is already prepared with {prepared}, but the callback has {self.spec!r}, "
-                f"{self.algorithm!r} and target {self.target!r}: use the same, or a fresh float model"
+                f"spec: the model is already prepared with {prepared}, but the callback has {wanted[0]!r}, "
+                f"{wanted[1]!r}, target {wanted[2]!r} and {wanted[3]!r}: use the same, or a fresh float model"
             )
         # DistributedDataParallel would overwrite every rank's statistics with rank 0's before each forward.
         own = {id(b) for q in _activations(model) for b in q.buffers()}

@@ -1,0 +1,91 @@
+"""What one batch shows of a float model: the layouts its linear layers read, and who reads a weight uncalled."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from qat.errors import SpecError
+
+__all__ = ["Probe", "run"]
+
+
+class Probe(TorchFunctionMode):
+    """What one batch shows: the layouts in which linear layers are read, and weights that are read without a call."""
+
+    def __init__(self, linears: Mapping[str, nn.Linear]) -> None:
+        super().__init__()
+        self.inputs: dict[str, list[torch.Tensor]] = {name: [] for name in linears}
+        self.read: dict[str, str] = {}
+        """Layer to the class of the module that reads its weight."""
+        self._names = {id(linear.weight): name for name, linear in linears.items()}
+        self._running: list[nn.Module] = []
+
+    @torch.no_grad()
+    def watch(self, model: nn.Module, linears: Mapping[str, nn.Linear], batch: Any) -> Probe:
+        """Run ``batch`` as for evaluation and as for training (some models have two ways), and leave no trace.
+
+        Raises:
+            SpecError: the model cannot run it.
+        """
+        handles = [m.register_forward_pre_hook(lambda m, _: self._running.append(m)) for m in model.modules()]
+        handles += [m.register_forward_hook(lambda *_: self._running.pop() and None) for m in model.modules()]
+        for name, linear in linears.items():
+            handles.append(
+                linear.register_forward_pre_hook(
+                    lambda _, args, layouts=self.inputs[name]: layouts.extend(map(_layout, args[:1]))
+                )
+            )
+        modes = {module: module.training for module in model.modules()}
+        buffers = [(m, key, b, b.clone()) for m in model.modules() for key, b in m._buffers.items() if b is not None]
+        try:
+            with torch.random.fork_rng(devices=[]), self:
+                run(model.eval(), batch)
+                with suppress(ValueError):  # batch norm: one row is enough for evaluation only
+                    run(model.train(), batch)
+        except Exception as error:  # whatever the model's own code raises
+            raise SpecError(
+                f"example_inputs: the model cannot run them ({type(error).__name__}: {error}): pass one batch with the "
+                "arguments of its forward, on its device and in its dtype; a model on the meta device cannot be run: "
+                "leave example_inputs out"
+            ) from error
+        finally:
+            for handle in handles:
+                handle.remove()
+            for module, mode in modes.items():
+                module.training = mode
+            for module, key, buffer, kept in buffers:
+                module._buffers[key] = buffer.copy_(kept)
+        return self
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Note every function that makes a tensor from a weight outside the module that holds it."""
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        for value in tree_leaves((args, kwargs)):
+            name = self._names.get(id(value)) if isinstance(value, torch.Tensor) else None
+            if name is None or not any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(result)):
+                continue  # its dtype or shape is no reading
+            reader = self._running[-1] if self._running else None
+            if reader is None or not any(value is parameter for parameter in reader._parameters.values()):
+                self.read[name] = type(reader).__name__
+        return result
+
+
+def _layout(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+
+
+def run(model: nn.Module, batch: Any) -> Any:
+    """Call ``model`` with a batch: a mapping as keyword arguments, a tuple or list as positional ones, else as one."""
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    if isinstance(batch, tuple | list):
+        return model(*batch)
+    return model(batch)

@@ -1,0 +1,61 @@
+"""A batch that the model cannot run is refused with the remedy, and leaves the model as it was."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import qat
+from qat.errors import SpecError
+from qat.probing import Probe, run
+from qat.spec import QuantSpec
+
+
+def mlp() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(32, 16), nn.Linear(16, 16))
+
+
+@pytest.mark.parametrize(
+    ("model", "batch"),
+    [
+        (mlp().to("meta"), torch.ones(2, 32)),
+        (mlp().to(torch.bfloat16), torch.ones(2, 32)),
+        (mlp(), torch.ones(2, 31)),
+        (mlp(), {"input_ids": torch.ones(2, 32)}),
+    ],
+    ids=["meta", "dtype", "shape", "argument"],
+)
+def test_a_batch_that_the_model_cannot_run_is_refused(model: nn.Sequential, batch: object) -> None:
+    model.train()
+    with pytest.raises(SpecError, match=r"example_inputs: the model cannot run them \(\w+: .*: pass one batch"):
+        qat.prepare(model, QuantSpec(dtype="float32"), example_inputs=batch)
+    assert model.training
+    assert [type(layer) for layer in model] == [nn.Linear, nn.Linear]
+    assert not any(layer._forward_pre_hooks or layer._forward_hooks for layer in model)
+
+
+def test_a_probe_sees_layouts_and_weights_that_are_read_uncalled() -> None:
+    class Reading(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.called, self.read = nn.Linear(32, 16), nn.Linear(16, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y: torch.Tensor = self.called(x) @ self.read.weight.t()
+            return y
+
+    model = Reading()
+    linears = {"called": model.called, "read": model.read}
+    probe = Probe(linears).watch(model, linears, torch.ones(2, 32))
+    assert probe.read == {"read": "Reading"}
+    assert {tuple(x.shape) for x in probe.inputs["called"]} == {(2, 32)}
+    assert probe.inputs["read"] == []
+
+
+def test_a_batch_is_one_argument_several_or_named_ones() -> None:
+    model, x = nn.Bilinear(4, 4, 2), torch.ones(3, 4)
+    expected = model(x, x)
+    assert torch.equal(run(model, (x, x)), expected)
+    assert torch.equal(run(model, {"input1": x, "input2": x}), expected)
+    assert torch.equal(run(nn.Identity(), x), x)
