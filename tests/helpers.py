@@ -98,7 +98,6 @@ class LearnedStep(Algorithm):
     kind: Literal["learned_step"] = "learned_step"
     start: float = 0.8
     """Part of the weight's range that the first scale covers; below 1, so that weights saturate."""
-    learns_scales = True
 
     def make(self, weight: Tensor, qtype: str, dtype: torch.dtype) -> LearnedStepQuantizer:
         return LearnedStepQuantizer(weight, qtype, dtype, self.start)

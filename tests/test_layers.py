@@ -329,7 +329,9 @@ def test_a_deep_copy_and_a_state_dict_compute_the_same(weights: str, algorithm: 
     module = layer(weights, algorithm=algorithm, activations="int8")
     copied = copy.deepcopy(module)
     loaded = layer(
-        weights, algorithm=LearnedStep(start=0.5) if algorithm.learns_scales else algorithm, activations="int8"
+        weights,
+        algorithm=LearnedStep(start=0.5) if isinstance(algorithm, LearnedStep) else algorithm,
+        activations="int8",
     )
     with torch.no_grad():
         for parameter in loaded.parameters():

@@ -56,7 +56,6 @@ class LearnedStep(Algorithm):
     """Thrown away after the tests: nothing but this file knows of it."""
 
     kind: Literal["learned_step"] = "learned_step"
-    learns_scales = True
 
     def make(self, weight: Tensor, qtype: str, dtype: torch.dtype) -> LearnedStepQuantizer:
         return LearnedStepQuantizer(weight, qtype, dtype)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -111,8 +111,6 @@ class Algorithm(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     kind: Any
-    learns_scales: ClassVar[bool] = False
-    """Whether the quantizers have parameters that an optimizer must see."""
 
     @abstractmethod
     def make(self, weight: Tensor, qtype: str, dtype: torch.dtype) -> WeightQuantizer:
