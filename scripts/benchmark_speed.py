@@ -1,8 +1,10 @@
 """Time and memory of a training step: plain float, qat, stock optimum-quanto QAT and torchao QAT, in one process.
 
-Every arm trains the same Llama-shaped model with AdamW on random tokens. Arms alternate in rounds, each built afresh,
-so that a slow minute of the machine meets all of them; the figure is the median over all measured steps, and the ratio
-is to plain float in the same run. Peak memory is CUDA's, so it is reported there only::
+Every arm trains the same Llama-shaped model with AdamW on random tokens. Arms alternate in rounds. On CUDA each arm
+is built afresh in each round, so that its peak memory is its own; the ratio is that of the medians over all measured
+steps. On a CPU, whose cores are often shared, all arms are built at once and take turns *step by step*, in another
+order every time, and the ratio is the median over the turns of an arm's step to plain float's step of the same turn,
+with its quartiles: what slows the machine for seconds meets an arm and its reference alike::
 
     python -m scripts.benchmark_speed --shape cpu
     python -m scripts.benchmark_speed --shape 8b --dtype bfloat16 --compile --output docs/results/speed_8b.json
@@ -16,6 +18,7 @@ import argparse
 import gc
 import json
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -95,68 +98,107 @@ ARMS: dict[str, Callable[[nn.Module, str, str], None]] = {
 }
 
 
-def measure(arm: str, qtype: str, arguments: argparse.Namespace) -> tuple[list[float], float]:
-    """Seconds of each measured step, and the peak memory in GiB (0 on a CPU)."""
-    shape, device = SHAPES[arguments.shape], arguments.device
-    torch.manual_seed(0)
-    model = build(shape, getattr(torch, arguments.dtype), device)
-    ARMS[arm](model, qtype, arguments.serving)
-    step_model = torch.compile(model) if arguments.compile else model
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=device == "cuda")
-    cuda = device == "cuda"
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
-    seconds = []
-    for step in range(arguments.warmup + arguments.steps):
+class Arm:
+    """One arm's model and optimizer."""
+
+    def __init__(self, arm: str, qtype: str, arguments: argparse.Namespace) -> None:
+        self.arguments = arguments
+        self.shape = SHAPES[arguments.shape]
+        torch.manual_seed(0)
+        self.model = build(self.shape, getattr(torch, arguments.dtype), arguments.device)
+        ARMS[arm](self.model, qtype, arguments.serving)
+        self.called = torch.compile(self.model) if arguments.compile else self.model
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=arguments.device == "cuda")
+
+    def step(self) -> float:
+        """Seconds of one training step on fresh random tokens."""
+        device, shape = self.arguments.device, self.shape
         tokens = torch.randint(0, shape["vocabulary"], (shape["batch"], shape["length"]), device=device)
-        if cuda:
-            torch.cuda.synchronize()
+        _synchronize(device)
         start = time.perf_counter()
-        with torch.autocast(device, torch.bfloat16, enabled=arguments.autocast):
-            loss = step_model(input_ids=tokens, labels=tokens).loss
+        with torch.autocast(device, torch.bfloat16, enabled=self.arguments.autocast):
+            loss = self.called(input_ids=tokens, labels=tokens).loss
         loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if cuda:
-            torch.cuda.synchronize()
-        if step >= arguments.warmup:
-            seconds.append(time.perf_counter() - start)
-    peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0
-    del model, step_model, optimizer, loss
-    gc.collect()
-    if cuda:
-        torch._dynamo.reset()
-        torch.cuda.empty_cache()
-    return seconds, peak
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        _synchronize(device)
+        return time.perf_counter() - start
+
+
+def _synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+Job = tuple[str, str]
+Seconds = dict[Job, list[float]]
+
+
+def in_blocks(jobs: list[Job], arguments: argparse.Namespace) -> tuple[Seconds, dict[Job, float], dict[Job, str]]:
+    """Arms one after the other, in rounds of alternating order: step times, peak memory in GiB, and errors."""
+    seconds: Seconds = {job: [] for job in jobs}
+    peaks, errors = dict.fromkeys(jobs, 0.0), {}
+    for index in range(arguments.rounds):
+        for job in jobs if index % 2 == 0 else jobs[::-1]:
+            if job in errors:
+                continue
+            torch.cuda.reset_peak_memory_stats()
+            try:
+                arm = Arm(*job, arguments)
+                times = [arm.step() for _ in range(arguments.warmup + arguments.steps)]
+                seconds[job] += times[arguments.warmup :]
+                peaks[job] = torch.cuda.max_memory_allocated() / 2**30
+            except Exception as error:
+                errors[job] = _first_line(error)
+            arm = None  # type: ignore[assignment]
+            gc.collect()
+            torch._dynamo.reset()
+            torch.cuda.empty_cache()
+    return seconds, peaks, errors
+
+
+def in_turns(jobs: list[Job], arguments: argparse.Namespace) -> tuple[Seconds, dict[Job, float], dict[Job, str]]:
+    """All arms at once, a step each a turn, in a new order every turn: step times, no memory, and errors."""
+    seconds: Seconds = {job: [] for job in jobs}
+    arms, errors, order = {}, {}, random.Random(0)
+    for job in jobs:
+        try:
+            arms[job] = Arm(*job, arguments)
+            for _ in range(arguments.warmup):
+                arms[job].step()
+        except Exception as error:
+            arms.pop(job, None)
+            errors[job] = _first_line(error)
+    for _ in range(arguments.rounds * arguments.steps):
+        for job in order.sample(list(arms), len(arms)):
+            seconds[job].append(arms[job].step())
+    return seconds, {}, errors
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}"
 
 
 def run(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """All arms of all types in alternating rounds."""
+    """Measure all arms of all types, and make one row of each."""
     jobs = [("float", "-")] + [(arm, qtype) for qtype in arguments.types for arm in arguments.arms]
-    seconds: dict[tuple[str, str], list[float]] = {job: [] for job in jobs}
-    peaks: dict[tuple[str, str], float] = {}
-    errors: dict[tuple[str, str], str] = {}
-    for round_index in range(arguments.rounds):
-        for job in jobs if round_index % 2 == 0 else reversed(jobs):
-            if job in errors:
-                continue
-            try:
-                measured, peaks[job] = measure(job[0], job[1], arguments)
-                seconds[job] += measured
-            except Exception as error:
-                errors[job] = f"{type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}"
-    base = statistics.median(seconds["float", "-"])
+    seconds, peaks, errors = (in_blocks if arguments.device == "cuda" else in_turns)(jobs, arguments)
+    base, base_peak = seconds["float", "-"], peaks.get(("float", "-"), 0.0)
     rows: list[dict[str, Any]] = []
-    for arm, qtype in jobs:
-        row: dict[str, Any] = {"arm": arm, "type": qtype}
-        if (arm, qtype) in errors:
-            rows.append(row | {"error": errors[arm, qtype]})
+    for job in jobs:
+        row: dict[str, Any] = {"arm": job[0], "type": job[1]}
+        if job in errors:
+            rows.append(row | {"error": errors[job]})
             continue
-        median = statistics.median(seconds[arm, qtype])
-        row |= {"ms": round(median * 1e3, 2), "time_ratio": round(median / base, 4)}
-        if peaks["float", "-"]:
-            row |= {"peak_gib": round(peaks[arm, qtype], 3)}
-            row |= {"memory_ratio": round(peaks[arm, qtype] / peaks["float", "-"], 4)}
+        row["ms"] = round(statistics.median(seconds[job]) * 1e3, 2)
+        if base_peak:
+            row["time_ratio"] = round(statistics.median(seconds[job]) / statistics.median(base), 4)
+            row |= {"peak_gib": round(peaks[job], 3), "memory_ratio": round(peaks[job] / base_peak, 4)}
+        else:
+            ratios = sorted(mine / plain for mine, plain in zip(seconds[job], base, strict=True))
+            quarter = len(ratios) // 4
+            row["time_ratio"] = round(statistics.median(ratios), 4)
+            row["time_quartiles"] = [round(ratios[quarter], 4), round(ratios[-1 - quarter], 4)]
         rows.append(row)
     return rows
 
@@ -173,7 +215,7 @@ def main() -> None:
     parser.add_argument("--types", nargs="+", default=["int8", "float8", "int4", "int2"])
     parser.add_argument("--arms", nargs="+", choices=sorted(ARMS), default=["qat", "quanto", "torchao"])
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=6, help="measured steps a round")
+    parser.add_argument("--steps", type=int, default=6, help="measured steps of an arm a round")
     parser.add_argument("--warmup", type=int, default=2, help="steps before them")
     parser.add_argument("--output", type=Path, default=None, help="write the rows as JSON here too")
     arguments = parser.parse_args()
@@ -185,13 +227,17 @@ def main() -> None:
         device = torch.cuda.get_device_name()
     options = {key: value for key, value in vars(arguments).items() if key != "output"}
     print(f"{device}; torch {torch.__version__}; shape {arguments.shape}: {SHAPES[arguments.shape]}")
-    print(f"{'arm':8} {'type':7} {'ms':>9} {'time':>7} {'GiB':>8} {'memory':>7}")
+    last = f"{'GiB':>8} {'memory':>7}" if arguments.device == "cuda" else "  quartiles of the time"
+    print(f"{'arm':8} {'type':7} {'ms':>9} {'time':>7} {last}")
     for row in rows:
         if "error" in row:
             print(f"{row['arm']:8} {row['type']:7} {row['error']}")
             continue
-        memory = f"{row['peak_gib']:8.2f} {row['memory_ratio']:7.3f}" if "peak_gib" in row else ""
-        print(f"{row['arm']:8} {row['type']:7} {row['ms']:9.1f} {row['time_ratio']:7.3f} {memory}")
+        if "peak_gib" in row:
+            rest = f"{row['peak_gib']:8.2f} {row['memory_ratio']:7.3f}"
+        else:
+            rest = "  [{:.3f}, {:.3f}]".format(*row["time_quartiles"])
+        print(f"{row['arm']:8} {row['type']:7} {row['ms']:9.1f} {row['time_ratio']:7.3f} {rest}")
     if arguments.output is not None:
         record = {"device": device, "torch": torch.__version__, "options": options, "rows": rows}
         arguments.output.parent.mkdir(parents=True, exist_ok=True)

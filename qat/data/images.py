@@ -1,0 +1,348 @@
+"""Images with captions: where they come from, and how they become pictures of one size.
+
+Three sources, one shape. A local folder, whose captions stand in ``metadata.jsonl`` or ``metadata.csv`` (a column
+``file_name`` and one for the captions) or beside each image in a text file of its name; a data set with an image and a
+caption column, by its hub name or as a folder of Parquet files or of ``save_to_disk``; or, when nothing is named,
+scikit-learn's handwritten digits with captions of our own. Each becomes a ``datasets.Dataset`` of images of one size.
+
+Every image is decoded here, once, so that one that cannot be read is known before any training: it is left out and
+named, and only more of them than the settings allow are an error. The result is cached by ``datasets`` under a
+fingerprint of the source (of a folder: its files' names, sizes and times) and of the size.
+
+``datasets``, Pillow and scikit-learn are imported inside the functions: a configuration that names an `ImageData`
+costs no such import.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from qat.errors import DataError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from PIL.Image import Image as Picture
+
+__all__ = ["ImageData", "Images", "digits", "load_images"]
+
+EVALUATION_EVERY = 5  # one image in five is held out, where the source has no evaluation split of its own
+DIGIT_SIZE = 32
+_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+# Four of them: no factor in common with EVALUATION_EVERY, so both splits have every template.
+_TEMPLATES = ("the digit {word}", "a handwritten {number}", "the number {word}", "a handwritten {word}")
+_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+_METADATA = ("metadata.jsonl", "metadata.csv")
+
+
+class ImageData(BaseModel):
+    """Where the images come from, and their size."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    source: str | None = None
+    """A local folder of images, Parquet files or `save_to_disk`, or a data set's hub name; none: handwritten digits."""
+    subset: str | None = None
+    """The hub data set's configuration name, where it has several."""
+    image_field: str = "image"
+    """The column that holds the images, in a data set."""
+    caption_field: str = "caption"
+    """The column that holds the captions (or integer labels, for a pipeline that takes these)."""
+    train_split: str = "train"
+    """The hub data set's split to train on."""
+    evaluation_split: str | None = None
+    """The hub data set's split to evaluate on; none: every fifth image is held out."""
+    size: int = Field(default=DIGIT_SIZE, ge=8)
+    """Pixels a side: images are resized so that their shorter side has it, and cropped around the centre."""
+    evaluation_images: int = Field(default=256, ge=1)
+    """Evaluate on so many images, spread evenly over the held-out ones; fewer where there are fewer."""
+    unreadable_limit: int = Field(default=10, ge=0)
+    """Images that cannot be read are left out and named; more of them than this are an error."""
+    cache_dir: Path | None = None
+    """Where what is computed from the images is kept; none: where ``datasets`` keeps its own."""
+
+
+@dataclass(frozen=True)
+class Images:
+    """Images of one size with their captions, and what could not be read."""
+
+    train: Dataset
+    """Columns ``image`` (RGB) and ``caption`` (text or integer)."""
+    evaluation: Dataset
+    """The same columns."""
+    unreadable: tuple[str, ...]
+    """The names of the images that were left out, each with the reason."""
+
+    def __str__(self) -> str:
+        """One line, and one more for each image that was left out."""
+        total = f"{len(self.train)} images to train on, {len(self.evaluation)} to evaluate on"
+        return "\n".join([total, *(f"left out, as it cannot be read: {name}" for name in self.unreadable)])
+
+
+def digits() -> Dataset:
+    """Return scikit-learn's 1,797 handwritten digits with captions.
+
+    Columns: ``image`` (RGB, 32 x 32; the original 8 x 8, enlarged), ``caption`` (text), ``label`` (0 to 9).
+
+    Raises:
+        DataError: scikit-learn is not installed.
+
+    >>> digits()[3]["caption"]
+    'a handwritten three'
+    """
+    from datasets import Dataset, Features, Image, Value
+
+    features = Features({"image": Image(), "caption": Value("string"), "label": Value("int64")})
+    return Dataset.from_list(list(_digit_rows()), features=features)
+
+
+def load_images(data: ImageData) -> Images:
+    """Load the training and the evaluation images, all of one size.
+
+    Raises:
+        DataError: the source is missing or empty or has no such column or split, an image has no caption, or more
+            images than ``unreadable_limit`` cannot be read.
+    """
+    path = None if data.source is None else Path(data.source).expanduser()
+    if path is None or path.exists():
+        for field in ("subset", "train_split", "evaluation_split"):
+            if (value := getattr(data, field)) != ImageData.model_fields[field].default:
+                source = "the handwritten digits" if path is None else repr(data.source)
+                raise DataError(f"data.{field}: belongs to hub data sets, but the source is {source}; remove {value!r}")
+    if path is None:
+        return _split(*_prepared(_digit_source(data), data), data)
+    if path.exists():
+        return _split(*_prepared(_local_source(path, data), data), data)
+    if data.source is not None and (data.source.startswith((".", "/", "~")) or data.source.count("/") > 1):
+        raise DataError(f"data.source: {data.source!r} does not exist; give a folder or a hub data set's name")
+    train, bad = _prepared(_hub_source(data, data.train_split), data)
+    if data.evaluation_split is None:
+        return _split(train, bad, data)
+    evaluation, also_bad = _prepared(_hub_source(data, data.evaluation_split), data, len(bad))
+    return Images(train, _spread(evaluation, data), (*bad, *also_bad))
+
+
+# -- sources: data sets of `image` (bytes or a path), `caption` and `name` ---------------------------------------------
+
+
+def _digit_rows() -> Iterator[dict[str, Any]]:
+    try:
+        from sklearn.datasets import load_digits
+    except ModuleNotFoundError as error:
+        raise DataError(
+            "data.source: the handwritten digits come with scikit-learn, which is not installed: run "
+            "pip install 'qat[digits]', or name a folder of images"
+        ) from error
+    from PIL import Image
+
+    found = load_digits()
+    for index, (pixels, label) in enumerate(zip(found.images, found.target, strict=True)):
+        picture = Image.fromarray((pixels * (255 / 16)).round().astype("uint8")).convert("RGB")
+        encoded = io.BytesIO()
+        picture.resize((DIGIT_SIZE, DIGIT_SIZE), Image.Resampling.BICUBIC).save(encoded, "PNG")
+        caption = _TEMPLATES[index % len(_TEMPLATES)].format(word=_WORDS[label], number=label)
+        yield {"image": {"bytes": encoded.getvalue(), "path": None}, "caption": caption, "label": int(label)}
+
+
+def _digit_source(data: ImageData) -> Dataset:
+    if data.caption_field not in ("caption", "label"):
+        raise DataError(f"data.caption_field: digits have the columns caption and label, not {data.caption_field!r}")
+    return _generated(_named_digits, {"caption_field": data.caption_field}, data)
+
+
+def _named_digits(caption_field: str) -> Iterator[dict[str, Any]]:
+    for index, row in enumerate(_digit_rows()):
+        yield {"image": row["image"], "caption": row[caption_field], "name": f"digit {index}"}
+
+
+def _local_source(path: Path, data: ImageData) -> Dataset:
+    from datasets import load_dataset, load_from_disk
+
+    if path.is_file():
+        raise DataError(f"data.source: {str(path)!r} is a file; give the folder that holds the images")
+    try:
+        if (path / "state.json").exists():
+            return _columns(load_from_disk(str(path)), data)
+        if tables := sorted(str(file) for file in path.rglob("*.parquet")):
+            found = load_dataset("parquet", data_files=tables, split="train", cache_dir=_cache_dir(data))
+            return _columns(found, data)
+    except DataError:
+        raise
+    except Exception as error:  # each builder of datasets raises its own kinds
+        raise DataError(f"data.source: {str(path)!r} cannot be read: {error.__cause__ or error}") from error
+    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in _SUFFIXES)
+    if not files:
+        raise DataError(f"data.source: no image ({', '.join(sorted(_SUFFIXES))}) and no Parquet file in {str(path)!r}")
+    captions = _folder_captions(path, files, data)
+    # Sizes and times take part in the fingerprint alone: a file that changes is read again.
+    stamps = [(str(file), caption, file.stat().st_size, file.stat().st_mtime_ns) for file, caption in captions.items()]
+    return _generated(_folder_rows, {"stamps": stamps}, data)
+
+
+def _folder_rows(stamps: list[tuple[str, Any, int, int]]) -> Iterator[dict[str, Any]]:
+    for path, caption, _, _ in stamps:
+        yield {"image": {"bytes": None, "path": path}, "caption": caption, "name": path}
+
+
+def _folder_captions(folder: Path, files: list[Path], data: ImageData) -> dict[Path, Any]:
+    """Pair each image with its caption; with a metadata file, only the images that it names count."""
+    found: dict[Path, Any] = {}
+    without: list[str] = []
+    if (metadata := next((folder / name for name in _METADATA if (folder / name).exists()), None)) is not None:
+        for row in _read_metadata(metadata):
+            name, caption = row.get("file_name"), row.get(data.caption_field)
+            if not name or not (folder / name).is_file():
+                raise DataError(f"data.source: {metadata} has the file_name {name!r}, which is no file there")
+            found[folder / name] = caption
+            without += [str(name)] if caption in (None, "") else []
+        remedy = f"fill the column {data.caption_field!r} of {metadata.name}, or name another with data.caption_field"
+    else:
+        for file in files:
+            text = file.with_suffix(".txt")
+            found[file] = text.read_text(encoding="utf-8").strip() if text.is_file() else ""
+            without += [] if found[file] else [file.name]
+        remedy = f"write each into a text file of the image's name, or all into {' or '.join(_METADATA)}"
+    if without:
+        raise DataError(
+            f"data.source: {len(without)} of {len(found)} images in {str(folder)!r} have no caption (first: "
+            f"{', '.join(without[:3])}): {remedy}"
+        )
+    return found
+
+
+def _read_metadata(path: Path) -> list[dict[str, Any]]:
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            if path.suffix == ".csv":
+                return list(csv.DictReader(file))
+            return [dict(json.loads(line)) for line in file if line.strip()]
+    except (OSError, ValueError, TypeError) as error:
+        raise DataError(f"data.source: {path} cannot be read: {error}") from error
+
+
+def _hub_source(data: ImageData, split: str) -> Dataset:
+    from datasets import load_dataset
+
+    try:
+        found = load_dataset(data.source, data.subset, split=split, cache_dir=_cache_dir(data))
+    except Exception as error:  # hub, network, script and split faults have no common base
+        raise DataError(
+            f"data.source: {data.source!r} is no local folder, and split {split!r} of a hub data set of that name "
+            f"could not be loaded: {type(error).__name__}: {error}"
+        ) from error
+    return _columns(found, data)
+
+
+def _columns(found: Dataset, data: ImageData) -> Dataset:
+    """Keep the two columns that count, images not yet decoded."""
+    from datasets import Image
+
+    for field in ("image_field", "caption_field"):
+        if getattr(data, field) not in found.column_names:
+            columns = ", ".join(found.column_names) or "none"
+            raise DataError(
+                f"data.{field}: {data.source!r} has no column {getattr(data, field)!r}; its columns: {columns}"
+            )
+    if not isinstance(found.features[data.image_field], Image):
+        raise DataError(f"data.image_field: column {data.image_field!r} must hold images")
+    kept = found.select_columns([data.image_field, data.caption_field])
+    names = {data.image_field: "image", data.caption_field: "caption"}
+    kept = kept.rename_columns({old: new for old, new in names.items() if old != new})
+    without = [index for index, caption in enumerate(kept["caption"]) if caption in (None, "")]
+    if without:
+        raise DataError(
+            f"data.caption_field: {len(without)} of {len(kept)} rows of {data.source!r} have no caption (first: row "
+            f"{without[0]}): fill them, or name another column"
+        )
+    return kept.cast_column("image", Image(decode=False))
+
+
+def _generated(rows: Any, arguments: dict[str, Any], data: ImageData) -> Dataset:
+    """A data set from a generator, which ``datasets`` caches under the generator's code and arguments."""
+    import datasets
+
+    shown = datasets.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    try:
+        found = datasets.Dataset.from_generator(rows, gen_kwargs=arguments, cache_dir=_cache_dir(data))
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
+    return found.cast_column("image", datasets.Image(decode=False))
+
+
+# -- pictures of one size ----------------------------------------------------------------------------------------------
+
+
+def _prepared(source: Dataset, data: ImageData, known_bad: int = 0) -> tuple[Dataset, tuple[str, ...]]:
+    """Decode every image and make it the size, leaving out what cannot be read."""
+    from datasets import Features, Image, Value
+
+    features = Features({"image": Image(), "caption": source.features["caption"], "fault": Value("string")})
+    done = source.map(
+        _resize_row,
+        with_indices=True,
+        fn_kwargs={"size": data.size},
+        remove_columns=source.column_names,
+        features=features,
+        desc="reading images",
+    )
+    faults = done["fault"]
+    bad = tuple(fault for fault in faults if fault)
+    if known_bad + len(bad) > data.unreadable_limit:
+        shown = "; ".join(bad[:3])
+        raise DataError(
+            f"data.unreadable_limit: {known_bad + len(bad)} of {len(done)} images cannot be read, more than "
+            f"{data.unreadable_limit} ({shown}{'; ...' if len(bad) > 3 else ''}): mend or remove them or raise it"
+        )
+    good = [index for index, fault in enumerate(faults) if not fault]
+    if len(good) < 2:
+        raise DataError("data.source: fewer than two images can be read; give a source with more")
+    return done.select(good).remove_columns("fault"), bad
+
+
+def _resize_row(row: dict[str, Any], index: int, size: int) -> dict[str, Any]:
+    from PIL import Image
+
+    encoded = row["image"]
+    name = row.get("name") or (encoded or {}).get("path") or f"row {index}"
+    try:
+        with Image.open(encoded["path"] if encoded["bytes"] is None else io.BytesIO(encoded["bytes"])) as opened:
+            picture = _resized(opened.convert("RGB"), size)
+    except Exception as error:  # Pillow's decoders raise all kinds
+        return {"image": None, "caption": row["caption"], "fault": f"{name} ({type(error).__name__}: {error})"}
+    return {"image": picture, "caption": row["caption"], "fault": ""}
+
+
+def _resized(picture: Picture, size: int) -> Picture:
+    """The shorter side becomes ``size``, the longer one is cropped around its centre."""
+    from PIL import Image
+
+    scale = size / min(picture.size)
+    width, height = (max(size, round(side * scale)) for side in picture.size)
+    if (width, height) != picture.size:
+        picture = picture.resize((width, height), Image.Resampling.LANCZOS)
+    left, top = (width - size) // 2, (height - size) // 2
+    return picture.crop((left, top, left + size, top + size))
+
+
+def _split(prepared: Dataset, unreadable: tuple[str, ...], data: ImageData) -> Images:
+    held_out = range(0, len(prepared), EVALUATION_EVERY)
+    kept = [index for index in range(len(prepared)) if index % EVALUATION_EVERY]
+    return Images(prepared.select(kept), _spread(prepared.select(held_out), data), unreadable)
+
+
+def _spread(evaluation: Dataset, data: ImageData) -> Dataset:
+    count = min(data.evaluation_images, len(evaluation))
+    return evaluation.select([index * len(evaluation) // count for index in range(count)])
+
+
+def _cache_dir(data: ImageData) -> str | None:
+    return None if data.cache_dir is None else str(data.cache_dir)
