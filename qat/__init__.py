@@ -19,20 +19,11 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
+from qat import errors
+
 _HOMES = {
     "qat.calibration": ("CalibrationReport", "calibrate"),
-    "qat.errors": (
-        "CalibrationError",
-        "DataError",
-        "ExportError",
-        "LoadError",
-        "QatError",
-        "SpecError",
-        "StateError",
-        "TargetError",
-        "TrainingError",
-        "VerifyError",
-    ),
+    "qat.errors": tuple(errors.__all__),
     "qat.exporting": ("ExportReport", "export"),
     "qat.freezing": ("FreezeReport", "freeze"),
     "qat.inspection": ("InspectReport", "inspect"),
@@ -40,7 +31,7 @@ _HOMES = {
     "qat.loading": ("load",),
     "qat.observers": ("Absmax", "Percentile"),
     "qat.preparation": ("PrepareReport", "parameter_groups", "prepare"),
-    "qat.quantizers": ("Algorithm", "AnyAlgorithm", "StraightThrough", "WeightQuantizer"),
+    "qat.quantizers": ("Algorithm", "AnyAlgorithm", "LearnedAffine", "StraightThrough", "WeightQuantizer"),
     "qat.spec": ("LayerSpec", "QuantSpec"),
     "qat.training": ("QuantizationAwareTraining", "QuantizationSchedule", "QuantizedTask"),
     "qat.verification": ("VerifyReport", "verify"),

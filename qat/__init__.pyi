@@ -2,16 +2,7 @@
 
 from qat.calibration import CalibrationReport as CalibrationReport
 from qat.calibration import calibrate as calibrate
-from qat.errors import CalibrationError as CalibrationError
-from qat.errors import DataError as DataError
-from qat.errors import ExportError as ExportError
-from qat.errors import LoadError as LoadError
-from qat.errors import QatError as QatError
-from qat.errors import SpecError as SpecError
-from qat.errors import StateError as StateError
-from qat.errors import TargetError as TargetError
-from qat.errors import TrainingError as TrainingError
-from qat.errors import VerifyError as VerifyError
+from qat.errors import *  # noqa: F403
 from qat.exporting import ExportReport as ExportReport
 from qat.exporting import export as export
 from qat.freezing import FreezeReport as FreezeReport
@@ -27,6 +18,7 @@ from qat.preparation import parameter_groups as parameter_groups
 from qat.preparation import prepare as prepare
 from qat.quantizers import Algorithm as Algorithm
 from qat.quantizers import AnyAlgorithm as AnyAlgorithm
+from qat.quantizers import LearnedAffine as LearnedAffine
 from qat.quantizers import StraightThrough as StraightThrough
 from qat.quantizers import WeightQuantizer as WeightQuantizer
 from qat.spec import LayerSpec as LayerSpec
@@ -38,41 +30,3 @@ from qat.verification import VerifyReport as VerifyReport
 from qat.verification import verify as verify
 
 __version__: str
-__all__ = [
-    "Absmax",
-    "Algorithm",
-    "AnyAlgorithm",
-    "CalibrationError",
-    "CalibrationReport",
-    "DataError",
-    "ExportError",
-    "ExportReport",
-    "FreezeReport",
-    "InspectReport",
-    "LayerSpec",
-    "LoadError",
-    "Percentile",
-    "PrepareReport",
-    "QLinear",
-    "QatError",
-    "QuantSpec",
-    "QuantizationAwareTraining",
-    "QuantizationSchedule",
-    "QuantizedTask",
-    "SpecError",
-    "StateError",
-    "StraightThrough",
-    "TargetError",
-    "TrainingError",
-    "VerifyError",
-    "VerifyReport",
-    "WeightQuantizer",
-    "calibrate",
-    "export",
-    "freeze",
-    "inspect",
-    "load",
-    "parameter_groups",
-    "prepare",
-    "verify",
-]

@@ -21,7 +21,7 @@ from qat.errors import CalibrationError
 from qat.freezing import frozen_copy
 from qat.layers import QLinear, quantized_layers
 from qat.preparation import prepared_as
-from qat.probing import run
+from qat.probing import kept_modes, run
 
 __all__ = ["CalibrationReport", "calibrate"]
 
@@ -66,23 +66,17 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> CalibrationReport:
     layers = {name: layer for name, layer in quantized_layers(model) if layer.input_quantizer is not None}
     if not layers:
         return CalibrationReport(0, {}, ())
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
+    with kept_modes(model):
+        model.eval()
         count, last = _observe(model, layers, batches)
         arriving = _mark_arriving(model, layers, last)
-    finally:
-        for module, training in modes:  # one by one: a part that the user keeps in evaluation mode stays there
-            module.training = training
     scales = {name: _scales(layer) for name, layer in layers.items()}
     return CalibrationReport(count, scales, tuple(arriving))
 
 
 @torch.no_grad()
 def _observe(model: nn.Module, layers: Mapping[str, QLinear], batches: Iterable[Any]) -> tuple[int, Any]:
-    quantizers = [
-        q for layer in layers.values() for q in (layer.input_quantizer, layer.output_quantizer) if q is not None
-    ]
+    quantizers = [quantizer for layer in layers.values() for quantizer in layer.activation_quantizers()]
     for quantizer in quantizers:
         quantizer.observer.reset()
         quantizer.arrives_quantized = False

@@ -2,8 +2,8 @@
 
 ``qat inspect MODEL_DIR`` says what a spec would do to a model, from its configuration alone; ``qat verify DIR`` checks
 an exported directory against its evidence. Tables at the terminal, ``--json`` for programs. Exit codes: 0; 1 when a
-verification failed; 2 for a user's mistake, told in one line. Torch is imported when a verb has work to do, so
-``--help`` and a wrong option answer at once.
+verification failed; 2 for a user's mistake, told in one line; 141 when whoever read the output has left. Torch is
+imported when a verb has work to do, so ``--help`` and a wrong option answer at once.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Inspect(BaseModel):
     verb: Literal["inspect"] = "inspect"
     """Names the command."""
     model_dir: Annotated[Path, tyro.conf.Positional]
-    """A model's directory; only its config.json is read."""
+    """A model's or a pipeline's directory; only its config.json is read."""
     spec: Annotated[QuantSpec, tyro.conf.OmitArgPrefixes] = QuantSpec()
     """What to quantize."""
     target: Literal["quanto", "transformers", "diffusers"] = "quanto"
@@ -114,37 +114,55 @@ _VERBS: dict[str, tuple[type[BaseModel], Callable[[Any], None]]] = {
 
 
 def build_on_meta(directory: Path) -> nn.Module:
-    """Build the model of a directory on the meta device: names, shapes and ties, but no weights.
+    """Build the model of a directory without memory for its weights: names, shapes and ties.
 
     Args:
-        directory: holds a ``config.json`` of transformers; its first architecture is built, else the base model.
+        directory: holds a ``config.json`` of transformers, whose first architecture is built, else the base model; or
+            one of diffusers; or a pipeline of diffusers, whose transformer is built.
 
     Raises:
-        LoadError: there is no such configuration, or transformers cannot build it.
+        LoadError: there is no such configuration, or its library cannot build it.
     """
     if not directory.is_dir():
         raise LoadError(f"MODEL_DIR: {str(directory)!r} is not a directory; give one that holds a model's config.json")
+    if (directory / "model_index.json").is_file():
+        directory /= "transformer"
     path = directory / "config.json"
     try:
-        architectures = json.loads(path.read_text(encoding="utf-8")).get("architectures") or []
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        kind, architectures = fields.get("_class_name"), fields.get("architectures") or []
     except FileNotFoundError:
         raise LoadError(f"MODEL_DIR: {str(directory)!r} has no config.json; give a model's directory") from None
     except (OSError, ValueError, AttributeError) as error:
         raise LoadError(f"MODEL_DIR: {str(path)!r} is not a model's configuration: {error}") from error
+    library = "transformers" if kind is None else "diffusers"
+    try:
+        return _of_transformers(directory, architectures) if kind is None else _of_diffusers(directory, kind)
+    except Exception as error:  # a configuration can be wrong in as many ways as there are models
+        message = " ".join(str(error).split()) or type(error).__name__
+        raise LoadError(f"MODEL_DIR: {library} cannot build the model of {str(path)!r}: {message}") from error
 
+
+def _of_transformers(directory: Path, architectures: list[str]) -> nn.Module:
     import torch
     import transformers
 
-    try:
-        config = transformers.AutoConfig.from_pretrained(directory)
-        kind = getattr(transformers, architectures[0], None) if architectures else None
-        with torch.device("meta"):
-            build: Any = transformers.AutoModel.from_config if kind is None else kind
-            model: nn.Module = build(config)
-    except Exception as error:  # a configuration can be wrong in as many ways as there are models
-        message = " ".join(str(error).split()) or type(error).__name__
-        raise LoadError(f"MODEL_DIR: transformers cannot build the model of {str(path)!r}: {message}") from error
+    config = transformers.AutoConfig.from_pretrained(directory)
+    kind = getattr(transformers, architectures[0], None) if architectures else None
+    with torch.device("meta"):
+        build: Any = transformers.AutoModel.from_config if kind is None else kind
+        model: nn.Module = build(config)
     return model
+
+
+def _of_diffusers(directory: Path, name: str) -> nn.Module:
+    import diffusers
+    import torch
+
+    from qat.construction import build
+
+    kind = getattr(diffusers, name)
+    return build(kind, kind.load_config(directory), torch.float32, empty=True)
 
 
 if __name__ == "__main__":

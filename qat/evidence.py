@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -23,7 +23,9 @@ __all__ = [
     "LayerEvidence",
     "digest",
     "frozen_record",
+    "inner_tensors",
     "layer_evidence",
+    "model_device",
     "record_frozen",
     "unpack_weight",
 ]
@@ -59,6 +61,8 @@ class FrozenRecord:
     algorithm: str
     layers: Mapping[str, LayerEvidence]
     notes: tuple[str, ...] = ()
+    left_float: Mapping[str, str] = field(default_factory=dict)
+    """The linear layers that were not quantized, each with the reason."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, for the manifest."""
@@ -68,6 +72,7 @@ class FrozenRecord:
             "algorithm": self.algorithm,
             "layers": {name: asdict(layer) for name, layer in self.layers.items()},
             "notes": list(self.notes),
+            "left_float": dict(self.left_float),
         }
 
     @classmethod
@@ -82,6 +87,7 @@ class FrozenRecord:
             algorithm=data["algorithm"],
             layers=layers,
             notes=tuple(data["notes"]),
+            left_float=dict(data.get("left_float", {})),
         )
 
 
@@ -93,6 +99,23 @@ def digest(tensor: Tensor) -> str:
     """
     plain = tensor.detach().cpu().contiguous()
     return hashlib.sha256(plain.reshape(-1).view(torch.uint8).numpy().data).hexdigest()
+
+
+def inner_tensors(tensor: Tensor) -> list[Tensor]:
+    """The plain tensors that hold a tensor's data: itself, or the parts of a quantized one.
+
+    Stock diffusers leaves the wrapper of a loaded weight on the meta device; only the parts say where the data is.
+    """
+    flatten = getattr(tensor, "__tensor_flatten__", None)
+    if flatten is None:
+        return [tensor]
+    return [part for name in flatten()[0] for part in inner_tensors(getattr(tensor, name))]
+
+
+def model_device(model: nn.Module) -> torch.device:
+    """The device of a model's first parameter or buffer; the CPU for a model without any."""
+    tensors = (*model.parameters(), *model.buffers())
+    return inner_tensors(tensors[0])[0].device if tensors else torch.device("cpu")
 
 
 def unpack_weight(weight: Any) -> tuple[Tensor, Tensor, Tensor | None]:

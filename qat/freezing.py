@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qat.construction import constructed_tensors, differs, unstored_tensors
 from qat.errors import QatError, StateError, TargetError
 from qat.evidence import FrozenRecord, LayerEvidence, layer_evidence, record_frozen
 from qat.layers import QLinear, quantized_layers
@@ -25,7 +26,7 @@ from qat.quantizers import Final
 from qat.quantizers.activation import ActivationQuantizer
 from qat.targets import Target, get_target
 
-__all__ = ["FreezeReport", "constructed_buffers", "differs", "freeze", "frozen_copy"]
+__all__ = ["FreezeReport", "as_held", "freeze", "frozen_copy"]
 
 logger = logging.getLogger("qat")
 
@@ -82,15 +83,14 @@ def _freeze(model: nn.Module, target: str | None) -> FreezeReport:
     room = get_target(target or prepared.target)
     layers = list(quantized_layers(model))
     if room.name != prepared.target:
-        _check_other_target(model, room, prepared, [name for name, _ in layers])
+        _check_other_target(model, room, prepared, layers)
     for _, layer in layers:
-        for quantizer in (layer.input_quantizer, layer.output_quantizer):
-            if quantizer is not None:
-                quantizer.require_scale()
+        for quantizer in layer.activation_quantizers():
+            quantizer.require_scale()
     for name, layer in layers:
         _require_finite(name, layer)
     notes = (*prepared.notes, *(f"{name}: never called: {_NEVER_CALLED}" for name in _never_called(model)))
-    constructed = constructed_buffers(model, room.name, prepared.spec.torch_dtype)
+    constructed = constructed_tensors(model, room, prepared.spec.torch_dtype)
     evidence: dict[str, LayerEvidence] = {}
     for name, layer in layers:
         frozen, evidence[name] = _freeze_layer(name, layer, room, model)
@@ -99,23 +99,41 @@ def _freeze(model: nn.Module, target: str | None) -> FreezeReport:
     _cast_the_rest(model, quantized, room, constructed)
     model.eval()
     forget_prepared(model)
-    record = FrozenRecord(prepared.spec, room.name, prepared.algorithm.kind, evidence, notes)
+    record = FrozenRecord(prepared.spec, room.name, prepared.algorithm.kind, evidence, notes, prepared.left_float)
     record_frozen(model, record)
     _set_config_dtype(model, prepared.spec.dtype)
     return FreezeReport(room.name, prepared.spec.dtype, evidence)
 
 
-def _check_other_target(model: nn.Module, target: Target, prepared: Prepared, quantized: list[str]) -> None:
+def _check_other_target(
+    model: nn.Module, target: Target, prepared: Prepared, quantized: list[tuple[str, QLinear]]
+) -> None:
     """Raise `TargetError` when ``target`` cannot serve what was prepared for another one."""
-    faults = target.spec_faults(prepared.spec)
-    kept = [name for name in quantized if target.kept_in_float32(model, name, prepared.spec.dtype)]
-    if kept:
-        faults.append(f"target {target.name!r} keeps {kept[:4]} in float32, but they are quantized")
+    faults = [*target.model_faults(model), *target.spec_faults(prepared.spec)]
+    reasons = {
+        name: target.layer_fault(model, name, layer.weight_quantizer.qtype, prepared.spec.dtype)
+        for name, layer in quantized
+    }
+    refused = [f"{name} ({reason})" for name, reason in reasons.items() if reason is not None]
+    if refused:
+        faults.append(f"{len(refused)} quantized layers would have to stay float, such as {', '.join(refused[:2])}")
+    names = {name for name, _ in quantized}
+    linear = {name for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, nn.Linear)}
+    shared = _last_parts(names) & _last_parts(linear - names)
+    if target.leaf_names_only and shared:
+        faults.append(
+            f"target {target.name!r} tells layers apart by the last part of their name only, but some called "
+            f"{sorted(shared)[:4]} are quantized and others not"
+        )
     if faults:
         raise TargetError(
             f"target: the model was prepared for {prepared.target!r} and cannot be served by {target.name!r}: "
             f"{'; '.join(faults)}: prepare for the target that will load it"
         )
+
+
+def _last_parts(names: set[str]) -> set[str]:
+    return {name.rpartition(".")[2] for name in names}
 
 
 def frozen_copy(model: nn.Module, target: str | None = None) -> nn.Module:
@@ -173,7 +191,8 @@ def _freeze_layer(name: str, layer: QLinear, target: Target, model: nn.Module) -
         quantize_input=True,
     )
     frozen.optimizer = None  # would only serve a second quantization, which must never happen
-    frozen.weight = nn.Parameter(_pack(final, quantizer.qtype, frozen.activation_qtype), requires_grad=False)
+    packed = as_held(_pack(final, quantizer.qtype, frozen.activation_qtype), target)
+    frozen.weight = nn.Parameter(packed, requires_grad=False)
     if layer.bias is not None:
         frozen.bias = nn.Parameter(layer.bias.detach().to(dtype), requires_grad=False)
     device = layer.weight.device
@@ -190,8 +209,21 @@ def _freeze_layer(name: str, layer: QLinear, target: Target, model: nn.Module) -
     return frozen, layer_evidence(frozen, trained)
 
 
-def _pack(final: Final, qtype: str, activation_qtype: Any) -> Tensor:
-    """The weight tensor as the loaders build it from a file."""
+def as_held(weight: Any, target: Target) -> Tensor:
+    """A packed weight in the tensor class in which the target's loader holds it on the weight's device.
+
+    The classes hold equal values, but multiply by kernels that round differently. Moving a weight between devices, and
+    even ``.to("cpu")``, makes it one of a kernel's class.
+    """
+    if weight.device.type != "cpu" or not target.plain_on_cpu:
+        return weight.optimize()  # type: ignore[no-any-return]
+    if hasattr(weight, "weight_qbits_tensor") and type(weight).__name__ != "WeightQBitsTensor":
+        weight = weight.weight_qbits_tensor()
+    return weight  # type: ignore[no-any-return]
+
+
+def _pack(final: Final, qtype: str, activation_qtype: Any) -> Any:
+    """The weight in the plain tensor class of the files."""
     from optimum.quanto import qtypes
     from optimum.quanto.tensor import WeightQBitsTensor, WeightQBytesTensor
 
@@ -200,12 +232,10 @@ def _pack(final: Final, qtype: str, activation_qtype: Any) -> Tensor:
     size, stride = codes.size(), codes.stride()
     if not kind.affine:
         scale = scale.reshape(()) if codes.shape[0] == 1 else scale  # one row: per-tensor, as quanto has it
-        packed = WeightQBytesTensor(qtypes[kind.quanto_name], 0, size, stride, codes, scale, activation_qtype)
-    else:
-        elements = group_size(qtype, codes.shape[1])
-        rows = codes if elements is None else codes.reshape(-1, elements)
-        packed = WeightQBitsTensor(qtypes[kind.quanto_name], 0, elements, size, stride, rows, scale, shift)
-    return packed.optimize()  # type: ignore[no-any-return]
+        return WeightQBytesTensor(qtypes[kind.quanto_name], 0, size, stride, codes, scale, activation_qtype)
+    elements = group_size(qtype, codes.shape[1])
+    rows = codes if elements is None else codes.reshape(-1, elements)
+    return WeightQBitsTensor(qtypes[kind.quanto_name], 0, elements, size, stride, rows, scale, shift)
 
 
 def _activation_scale(quantizer: ActivationQuantizer | None, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -237,50 +267,15 @@ def _cast_the_rest(model: nn.Module, quantized: set[str], target: Target, constr
             full = f"{path}.{name}" if path else name
             if name not in module._non_persistent_buffers_set:
                 module._buffers[name] = buffer.to(target.tensor_dtype(model, full, spec))
-            elif full in constructed and differs(buffer, constructed[full]):
-                module._buffers[name] = constructed[full].to(buffer.device)
-
-
-def differs(buffer: Tensor, constructed: Tensor) -> bool:
-    """Whether a buffer is not what its loader makes."""
-    return buffer.dtype != constructed.dtype or not torch.equal(buffer, constructed.to(buffer.device))
-
-
-def constructed_buffers(model: nn.Module, target: str, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The floating buffers that no file holds, as a transformers model's loader makes them when it serves ``dtype``.
-
-    Gemma's embedding scale takes the serving dtype, rotary tables stay float32, GPT-J's are float32 but computed in
-    the serving dtype by quanto's loader. A model that was built in, or cast to, another dtype (Lightning's
-    ``bf16-true``) has others. Empty for models that no config builds.
-    """
-    build, config = getattr(type(model), "_from_config", None), getattr(model, "config", None)
-    names = {
-        f"{path}.{name}" if path else name
-        for path, module in model.named_modules()
-        for name in module._non_persistent_buffers_set
-    }
-    if build is None or config is None or not names:
-        return {}
-    from accelerate import init_empty_weights
-
-    def built(kind: torch.dtype) -> dict[str, Tensor]:
-        with torch.random.fork_rng(devices=[]), init_empty_weights(include_buffers=False):
-            twin: nn.Module = build(copy.deepcopy(config), dtype=kind)
-        return {name: b for name, b in twin.named_buffers() if name in names and b.is_floating_point()}
-
-    try:
-        served = built(dtype)
-        if dtype is torch.float32 or not get_target(target).initialises_buffers:
-            return served
-        return {name: buffer.to(served[name].dtype) for name, buffer in built(torch.float32).items()}
-    except TypeError:  # a class that its config alone does not build has no such loader
-        return {}
+    for module, key, full, tensor in unstored_tensors(model):
+        if full in constructed and differs(tensor, constructed[full]):
+            setattr(module, key, constructed[full].to(tensor.device))
 
 
 def _set_config_dtype(model: nn.Module, dtype: str) -> None:
     """Tell a transformers config (and those within it) which dtype the weights now have."""
-    config = getattr(model, "config", None)
-    if config is None or not hasattr(config, "dtype"):
+    config: Any = getattr(model, "config", None)
+    if not hasattr(config, "sub_configs") or not hasattr(config, "dtype"):
         return
     serving = getattr(torch, dtype)
     config.dtype = serving

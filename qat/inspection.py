@@ -2,8 +2,8 @@
 
 `inspect` decides for every linear layer; `qat.prepare` does exactly what it decided. A layer stays float for a
 reason, and the reason is printed: the spec says so, the object is not exactly an `nn.Linear`, somebody reads its
-weight without calling it, its weight is tied, a stock kernel cannot run it, the loader keeps it in float32, or the
-target cannot name it apart from a float one.
+weight without calling it, its weight is tied, a stock kernel cannot run it, the loader keeps it in float32, the
+target cannot name it apart from a float one, or quantized activations would harm it.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import nn
 from qat.errors import SpecError, StateError, TargetError
 from qat.probing import Probe
 from qat.qtypes import QTYPES, group_size
+from qat.sensitivity import sensitive_part
 from qat.spec import LayerSpec, QuantSpec
 from qat.targets import Target, get_target, input_hazard, kernel_hazard
 
@@ -170,7 +171,7 @@ def inspect(model: nn.Module, spec: QuantSpec, target: str = "quanto", *, exampl
     Raises:
         SpecError: it is no spec, a pattern matches nothing, nothing at all would be quantized, or the model cannot run
             ``example_inputs``.
-        TargetError: the target cannot express the spec.
+        TargetError: the target cannot express the spec, or cannot load such a model.
         StateError: the model is prepared or frozen already.
 
     >>> model = nn.Sequential(nn.Linear(256, 64), nn.ReLU(), nn.Linear(64, 10))
@@ -183,7 +184,7 @@ def inspect(model: nn.Module, spec: QuantSpec, target: str = "quanto", *, exampl
             f"spec: must be a QuantSpec, got {spec!r}: write QuantSpec(weights='int8'), or QuantSpec(**spec)"
         )
     room = get_target(target)
-    faults = room.spec_faults(spec)
+    faults = [*room.model_faults(model), *room.spec_faults(spec)]
     if faults:
         raise TargetError("\n".join(faults))
     linears = dict(_linear_layers(model))
@@ -193,7 +194,7 @@ def inspect(model: nn.Module, spec: QuantSpec, target: str = "quanto", *, exampl
         probe.watch(model, linears, example_inputs)
     facts = _Facts(model, probe)
     decisions = {name: _decide(facts, name, module, spec, room) for name, module in linears.items()}
-    notes = _resolve_collisions(decisions, room) if room.leaf_names_only else []
+    notes = _resolve_collisions(decisions, room, facts) if room.leaf_names_only else []
     rows = tuple(_row(name, decision, spec) for name, decision in decisions.items())
     if not any(row.weights for row in rows):
         why = sorted({row.reason for row in rows}) or ["the model has no nn.Linear"]
@@ -244,6 +245,12 @@ def _decide(facts: _Facts, name: str, module: nn.Linear, spec: QuantSpec, target
         if module is facts.head:
             reason = "output head, float by default (include it by name to quantize it)"
             return _Decision(module, None, reason, False, could_run=layer)
+        part = sensitive_part(facts.model, name) if layer.activations is not None else None
+        if part is not None:
+            reason = (
+                f"sensitive with quantized activations ({part}), float by default (include it by name to quantize it)"
+            )
+            return _Decision(module, None, reason, False, could_run=layer)
     return _Decision(module, layer, reason, explicit)
 
 
@@ -261,18 +268,18 @@ def _impossible(
         return f"{facts.probe.read[name]} reads the weight without calling the layer"
     if len(facts.names[id(module)]) > 1:
         return f"registered under several names {facts.names[id(module)]}: loaders replace only one of them"
-    if target.kept_in_float32(facts.model, name, spec.dtype):
-        return "kept in float32 by the loader"
-    hazards = [kernel_hazard(layer, spec.dtype, module.in_features, module.out_features)]
+    hazards = [target.layer_fault(facts.model, name, layer.weights, spec.dtype)]
+    hazards += [kernel_hazard(layer, spec.dtype, module.in_features, module.out_features)]
     hazards += [input_hazard(layer, spec.dtype, x) for x in facts.probe.inputs[name]]
     return next((hazard for hazard in hazards if hazard is not None), None)
 
 
-def _resolve_collisions(decisions: dict[str, _Decision], target: Target) -> list[str]:
+def _resolve_collisions(decisions: dict[str, _Decision], target: Target, facts: _Facts) -> list[str]:
     """Make layers of one last name share one fate, in place; see the module's docstring."""
     families: dict[str, dict[str, _Decision]] = defaultdict(dict)
     for name, decision in decisions.items():
-        families[name.rpartition(".")[2]][name] = decision
+        for alias in facts.names[id(decision.module)]:
+            families[alias.rpartition(".")[2]][name] = decision
     total = sum(d.module.weight.numel() for d in decisions.values())
     notes = []
     for leaf, family in families.items():

@@ -32,10 +32,14 @@ __all__ = [
     "grouped",
     "meets_tinygemm",
     "minmax_scale_shift",
+    "moved_scale_shift",
+    "range_scale_shift",
     "round_to",
     "scale_gradients",
+    "serving_pair",
     "serving_scale",
     "serving_shift",
+    "weight_range",
 ]
 
 
@@ -117,6 +121,63 @@ def minmax_scale_shift(weight: Tensor, qtype: str) -> tuple[Tensor, Tensor]:
     return (high - low) / QTYPES[qtype].code_max, -low
 
 
+def weight_range(weight: Tensor, qtype: str) -> tuple[Tensor | None, Tensor]:
+    """The ends of each group's range, float32, ``(groups, 1)``: min and max, or None and ``max|w|`` for 8-bit types.
+
+    >>> weight_range(torch.tensor([[-1.0, 2.0], [0.0, 6.0]]), "int2")
+    (tensor([[-1.],
+            [ 0.]]), tensor([[2.],
+            [6.]]))
+    """
+    low, high = _row_ranges(grouped(weight.detach(), qtype))
+    if QTYPES[qtype].affine:
+        return low.float(), high.float()
+    return None, torch.maximum(-low, high).float()
+
+
+def range_scale_shift(low: Tensor | None, high: Tensor, qtype: str) -> tuple[Tensor, Tensor | None]:
+    """Scale and shift, not yet rounded, whose codes reach from ``low`` to ``high`` (8-bit types: to ``high``).
+
+    >>> range_scale_shift(torch.tensor([[-1.0]]), torch.tensor([[2.0]]), "int2")
+    (tensor([[1.]]), tensor([[1.]]))
+    """
+    if low is None:
+        return high / QTYPES[qtype].scale_max, None
+    return (high - low) / QTYPES[qtype].code_max, -low
+
+
+_NARROWEST = (
+    2.0**-7
+)  # of the start range: ends that are moved towards each other stop there, and the scale stays above 0
+
+
+def moved_scale_shift(
+    low: Tensor | None, high: Tensor, low_move: Tensor | None, high_move: Tensor, qtype: str
+) -> tuple[Tensor, Tensor | None]:
+    """Scale and shift, not yet rounded, of a range whose ends were moved outwards.
+
+    The unit of a move is half the range's width (8-bit types: ``high``), so that moves of m turn a symmetric range
+    into ``1 + m`` times itself. A range keeps at least 1/128 of its width, straight-through, so that it can recover.
+
+    Args:
+        low: the low end at the start, float32, ``(groups, 1)``; None for 8-bit types.
+        high: the high end at the start.
+        low_move: how far down the low end went.
+        high_move: how far up the high end went.
+        qtype: the target format's name.
+
+    >>> moved_scale_shift(torch.tensor([[-1.0]]), torch.tensor([[1.0]]), torch.zeros(1, 1), torch.ones(1, 1), "int2")
+    (tensor([[1.]]), tensor([[1.]]))
+    """
+    unit = high if low is None else (high - low) / 2
+    moved_high = high + high_move * unit
+    moved_low = None if low is None or low_move is None else low - low_move * unit
+    width = moved_high if moved_low is None else moved_high - moved_low
+    narrowest = unit * (_NARROWEST if low is None else 2 * _NARROWEST)
+    missing = (narrowest - width).clamp(min=0).detach()
+    return range_scale_shift(moved_low, moved_high + missing, qtype)
+
+
 def meets_tinygemm(qtype: str, dtype: torch.dtype, in_features: int) -> bool:
     """Whether the format's int4 kernel (bfloat16, groups of 128) will re-associate scale and shift."""
     return qtype == "int4" and dtype is torch.bfloat16 and group_size(qtype, in_features) == 128
@@ -146,6 +207,16 @@ def serving_shift(shift: Tensor, scale: Tensor, dtype: torch.dtype, *, tinygemm:
         half = scale * 8  # a power of two: exact in every binary dtype
         fixed = round_to(half - round_to(half - rounded, dtype), dtype)
     return rounded + (fixed - rounded.detach())
+
+
+def serving_pair(
+    scale: Tensor, shift: Tensor | None, qtype: str, dtype: torch.dtype, in_features: int
+) -> tuple[Tensor, Tensor | None]:
+    """Scale and shift of a weight with ``in_features`` columns as the serving dtype holds them, straight-through."""
+    scale = serving_scale(scale, qtype, dtype)
+    if shift is None:
+        return scale, None
+    return scale, serving_shift(shift, scale, dtype, tinygemm=meets_tinygemm(qtype, dtype, in_features))
 
 
 def encode(weight: Tensor, scale: Tensor, shift: Tensor | None, qtype: str) -> Tensor:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -32,6 +33,8 @@ class Prepared:
     observer: ObserverChoice
     notes: tuple[str, ...] = ()
     """What inspection remarked, and what was untied; freezing puts it on record."""
+    left_float: Mapping[str, str] = field(default_factory=dict)
+    """The linear layers that stay float, each with the reason; freezing puts it on record too."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,8 @@ def prepare(
                 outputs = ActivationQuantizer(row.activations, spec.torch_dtype, observer.make()).to(device)
         QLinear.adopt(linear, quantizer, inputs, outputs)
     notes = (*report.notes, *(f"untied: {name}" for name in untied))
-    setattr(model, _ATTRIBUTE, Prepared(spec, algorithm, target, observer, notes))
+    left_float = {row.name: row.reason for row in report.layers if row.weights is None}
+    setattr(model, _ATTRIBUTE, Prepared(spec, algorithm, target, observer, notes, left_float))
     model.register_load_state_dict_post_hook(_check_fresh_quantizers)  # type: ignore[no-untyped-call]
     return PrepareReport(report, tuple(name for name, _ in quantized_layers(model)), tuple(untied))
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -13,7 +13,25 @@ from torch.utils._pytree import tree_leaves
 
 from qat.errors import SpecError
 
-__all__ = ["Probe", "run"]
+__all__ = ["Probe", "kept_modes", "run"]
+
+
+@contextmanager
+def kept_modes(model: nn.Module) -> Iterator[None]:
+    """Give every module its training mode back at the end, one by one: what a user keeps in evaluation mode stays so.
+
+    >>> model = nn.Sequential(nn.Dropout(), nn.Dropout().eval())
+    >>> with kept_modes(model):
+    ...     _ = model.eval()
+    >>> [module.training for module in model]
+    [True, False]
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 class Probe(TorchFunctionMode):
@@ -42,10 +60,9 @@ class Probe(TorchFunctionMode):
                     lambda _, args, layouts=self.inputs[name]: layouts.extend(map(_layout, args[:1]))
                 )
             )
-        modes = {module: module.training for module in model.modules()}
         buffers = [(m, key, b, b.clone()) for m in model.modules() for key, b in m._buffers.items() if b is not None]
         try:
-            with torch.random.fork_rng(devices=[]), self:
+            with kept_modes(model), torch.random.fork_rng(devices=[]), self:
                 run(model.eval(), batch)
                 with suppress(ValueError):  # batch norm: one row is enough for evaluation only
                     run(model.train(), batch)
@@ -58,8 +75,6 @@ class Probe(TorchFunctionMode):
         finally:
             for handle in handles:
                 handle.remove()
-            for module, mode in modes.items():
-                module.training = mode
             for module, key, buffer, kept in buffers:
                 module._buffers[key] = buffer.copy_(kept)
         return self

@@ -10,15 +10,29 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import sys
+import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from datetime import timedelta
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -39,6 +53,7 @@ __all__ = [
     "run_command",
     "show_results",
     "show_size",
+    "stage",
     "track",
     "verify_table",
     "write_results",
@@ -157,34 +172,99 @@ def show_size(count: int) -> str:
     return f"{count} B"
 
 
+class _Output(Console):
+    """The standard output."""
+
+    def on_broken_pipe(self) -> None:
+        """Leave it to `run_command` to end the program when the reader has left."""
+        raise BrokenPipeError
+
+
 def print_table(table: Table) -> None:
     """Print to the standard output, as wide as the terminal, or wide enough for a file."""
-    console = Console()
+    console = _Output()
     if not console.is_terminal and "COLUMNS" not in os.environ:
-        console = Console(width=WIDTH_OF_FILES)
+        console = _Output(width=WIDTH_OF_FILES)
     console.print(table)
 
 
+class _ProgressLines(Progress):
+    """Progress where nobody watches: a line when a stage begins, and one with its time when it ends."""
+
+    def start(self) -> None:
+        """Draw nothing."""
+
+    def add_task(self, description: str, *args: Any, **options: Any) -> TaskID:
+        """Begin a stage."""
+        self._say(f"{description} ...")
+        return super().add_task(description, *args, **options)
+
+    def stop(self) -> None:
+        """End all stages: finished ones, and those that an error stopped."""
+        for task in self.tasks:
+            count = f"{task.completed:.0f} of {task.total:.0f}" if task.total is not None else f"{task.completed:.0f}"
+            took = _duration(task.elapsed or 0)
+            note = f", {task.fields['note']}" if task.fields.get("note") else ""
+            ended = f"{count} in {took}" if task.finished else f"stopped at {count} after {took}"
+            self._say(f"{task.description}: {ended}{note}")
+            self.remove_task(task.id)
+
+    def _say(self, line: str) -> None:
+        if not self.disable:
+            print(line, file=sys.stderr, flush=True)
+
+
 def progress_bar() -> Progress:
-    """Make a progress display on the standard error stream; a task may have a field ``note``, shown at its end."""
+    """Make a progress display on the standard error stream; a task may have a field ``note``, shown at its end.
+
+    In a file or a pipe a task is two lines, one when it begins and one when the display stops.
+    """
     columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    return Progress(*columns, TextColumn("{task.fields[note]}"), console=Console(stderr=True))
+    console = Console(stderr=True)
+    display = Progress if console.is_interactive else _ProgressLines
+    return display(*columns, TextColumn("{task.fields[note]}"), console=console)
 
 
 def track(items: Iterable[Item], description: str, total: int) -> Iterable[Item]:
     """Yield ``items`` while a progress bar counts them."""
     with progress_bar() as bar:
-        yield from bar.track(items, total=total, task_id=bar.add_task(description, total=total, note=""))
+        task = bar.add_task(description, total=total, note="")
+        for item in items:
+            yield item
+            bar.advance(task)  # rich's own `track` counts in a thread that ends where nothing is drawn
+
+
+@contextmanager
+def stage(description: str) -> Iterator[None]:
+    """Frame work that another library shows on a terminal: elsewhere, by a line when it begins and one when it ends."""
+    if Console(stderr=True).is_interactive:
+        yield
+        return
+    start = time.monotonic()
+    print(f"{description} ...", file=sys.stderr, flush=True)
+    yield
+    print(f"{description}: done in {_duration(time.monotonic() - start)}", file=sys.stderr, flush=True)
+
+
+def _duration(seconds: float) -> timedelta:
+    return timedelta(seconds=round(seconds))
 
 
 def run_command(main: Callable[[], object]) -> NoReturn:
     """Run a program and exit: 0 when it returns, 1 when a verification failed, 2 on a user's mistake.
 
     Both failures are told on the standard error stream, without a traceback. Any other exception is a fault of the
-    program and keeps its traceback.
+    program and keeps its traceback. When whoever read the output has left (``qat verify DIR --json | head``), the
+    program ends with 141, as one that the signal ends, and says nothing.
     """
     try:
-        main()
+        try:
+            main()
+        finally:
+            sys.stdout.flush()  # a reader that has left is noticed here rather than when Python ends
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes when it ends
+        sys.exit(128 + signal.SIGPIPE)
     except VerifyError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
@@ -204,7 +284,11 @@ def quiet_libraries() -> None:
     for message in _UNHELPFUL_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the tokenizer would warn in every forked process
-    if "transformers" in sys.modules:
-        from transformers.utils import logging as transformers_logging
+    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars  # type: ignore[attr-defined]
 
-        transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    downloads = sys.stderr.isatty() and not are_progress_bars_disabled()
+    for name in ("transformers", "diffusers"):  # both draw bars while they read weights
+        if find_spec(name) is not None:
+            import_module(f"{name}.utils.logging").disable_progress_bar()
+    if downloads:  # which transformers hides too, but which can take minutes
+        enable_progress_bars()

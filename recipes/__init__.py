@@ -1,1 +1,10 @@
 """Recipes: each tells the whole story of one task, from a float model to a verified quantized checkpoint."""
+
+import os
+
+__all__ = ["command"]
+
+
+def command(recipe: str) -> str:
+    """What runs a recipe, as its help shows it: what was typed, if that was scripts/quickstart, which says so."""
+    return os.environ.get("RECIPE_COMMAND") or f"python -m recipes.{recipe}"

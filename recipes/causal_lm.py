@@ -22,14 +22,12 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import qat
-from qat.config import OptimizationSettings, TrainerSettings, load_config
+from qat.config import ModelSource, OptimizationSettings, ScheduleSettings, TrainerSettings, load_config
 from qat.data.text import TextData, load_blocks
-from qat.exporting.directory import check_destination
 from qat.observers import ObserverChoice
 from qat.quantizers import AnyAlgorithm
-from qat.report import ResultRow, inspect_totals, quiet_libraries, run_command, show_results, track
-from qat.tasks import CausalLanguageModelling, evaluate
-from recipes.common import calibrate_and_freeze, checkpoints_in, device_of, fit, load_language_model, training_batches
+from qat.report import ResultRow, inspect_totals, quiet_libraries, run_command, show_results, stage, track
+from recipes import command
 
 REFERENCE = Path(__file__).parent / "reference"
 
@@ -39,7 +37,7 @@ class Config(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    model: str | None = None
+    model: ModelSource | None = None
     """A local directory or a hub name, for AutoModelForCausalLM; none: the reference model beside this recipe."""
     data: TextData = TextData(evaluation_blocks=128)
     """The text to train and to evaluate on."""
@@ -49,7 +47,7 @@ class Config(BaseModel):
     """How scales are found."""
     observer: ObserverChoice = qat.Percentile()
     """What activation scales are taken from."""
-    schedule: qat.QuantizationSchedule = qat.QuantizationSchedule()
+    schedule: ScheduleSettings = ScheduleSettings()
     """When quantization happens."""
     optimization: OptimizationSettings = OptimizationSettings(steps=80, learning_rate=5e-5, float_learning_rate=3e-5)
     """Steps, learning rates, distillation (from the fine-tuned float model, where there is one)."""
@@ -70,29 +68,33 @@ class Config(BaseModel):
 
     @field_validator("schedule")
     @classmethod
-    def _fits(cls, schedule: qat.QuantizationSchedule, info: ValidationInfo) -> qat.QuantizationSchedule:
-        if schedule.finish is not None:
-            raise ValueError("finish: this recipe calibrates and freezes by itself, leave it out")
+    def _fits(cls, schedule: ScheduleSettings, info: ValidationInfo) -> ScheduleSettings:
         if (spec := info.data.get("spec")) and spec.activation_type and not schedule.calibration_batches:
             raise ValueError("calibration_batches: must be above 0, for spec quantizes activations")
         return schedule
 
 
 def main(argv: Sequence[str]) -> None:
-    config = load_config(Config, argv, str(Config.__doc__), prog="python -m recipes.causal_lm [config.yaml]")
+    config = load_config(Config, argv, str(Config.__doc__), prog=f"{command('causal_lm')} [config.yaml]")
+    from qat.exporting.directory import check_destination  # these take seconds: a wrong option is told before
+    from qat.tasks import CausalLanguageModelling, evaluate
+    from recipes import common
+
     quiet_libraries()
     spec, settings = config.spec, config.optimization
     kinds = "_".join(filter(None, (spec.weights, spec.activations)))
     output, overwrite = config.output or Path("outputs/causal_lm", kinds), config.overwrite or config.output is None
     check_destination(output.absolute(), overwrite)
-    device = device_of(config.trainer)  # settings that this machine cannot train with are an error now
+    device = common.device_of(config.trainer)  # settings that this machine cannot train with are an error now
 
-    model, tokenizer = load_language_model(config.model or str(REFERENCE))
+    model, tokenizer = common.load_language_model(config.model or str(REFERENCE))
     print(inspect_totals(qat.inspect(model, spec, config.target)))  # here a spec that does not fit is an error
-    train, evaluation = load_blocks(config.data, tokenizer)
+    with stage("tokenizing"):
+        train, evaluation = load_blocks(config.data, tokenizer)
     example = {"input_ids": evaluation[:2]["input_ids"]}
     prepared_for: dict[str, Any] = {"target": config.target, "observer": config.observer, "example_inputs": example}
-    batches, calibration_batches = training_batches(train, settings.batch_size), config.schedule.calibration_batches
+    batches = common.training_batches(train, settings.batch_size)
+    schedule = qat.QuantizationSchedule(**config.schedule.model_dump())
     plain = CausalLanguageModelling()
     # On CUDA optimum-quanto compiles its float8 kernel when it is first used, for minutes: not for an evaluation.
     served_on = torch.device("cpu") if spec.weights == "float8" else device
@@ -106,23 +108,24 @@ def main(argv: Sequence[str]) -> None:
     float_size = sum(parameter.numel() for parameter in model.parameters()) * spec.torch_dtype.itemsize
     tuned = copy.deepcopy(model)
     if config.float_baseline:
-        fit("fine-tuning", tuned, plain, batches, settings.float_learning_rate, settings, config.trainer, config.seed)
+        how = (plain, batches, settings.float_learning_rate, settings, config.trainer, config.seed)
+        common.fit("fine-tuning", tuned, *how)
         judge("float, fine-tuned", tuned)
         quantized = copy.deepcopy(tuned).cpu()
         qat.prepare(quantized, spec, **prepared_for)
-        calibrate_and_freeze(quantized, batches, calibration_batches, device)
+        common.calibrate_and_freeze(quantized, batches, schedule.calibration_batches, device)
         with TemporaryDirectory() as folder:
             qat.export(quantized, folder)
             judge("fine-tuned, then quantized", qat.load(folder), served_on)
 
     task = CausalLanguageModelling(settings.distillation_weight, settings.temperature)
     callbacks = [
-        qat.QuantizationAwareTraining(spec, config.algorithm, config.schedule, **prepared_for),
-        *checkpoints_in(output.with_name(f"{output.name}-checkpoints"), config.trainer),
+        qat.QuantizationAwareTraining(spec, config.algorithm, schedule, **prepared_for),
+        *common.checkpoints_in(output.with_name(f"{output.name}-checkpoints"), config.trainer),
     ]
     how = (task, batches, settings.learning_rate, settings, config.trainer, config.seed)
-    trainer = fit("training", model, *how, callbacks, tuned, config.resume)
-    calibrate_and_freeze(model, batches, calibration_batches, device)
+    trainer = common.fit("training", model, *how, callbacks, tuned, config.resume)
+    common.calibrate_and_freeze(model, batches, schedule.calibration_batches, device)
     if not trainer.is_global_zero:
         return  # of several processes, one goes on
 

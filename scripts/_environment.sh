@@ -5,23 +5,23 @@ root="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)"
 venv="$root/.venv"
 python="$venv/bin/python"
 
-# A Python that the pinned versions support, and that can make environments.
+# A Python that the pinned versions are tested with, and that can make environments.
 is_usable_python() {
-    "$1" -c 'import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' >/dev/null 2>&1
+    "$1" -c 'import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' >/dev/null 2>&1
 }
 
 find_python() {
     local candidate
-    for candidate in "${PYTHON:-python3}" python3.12 python3.11 python3.13; do
+    for candidate in "${PYTHON:-python3}" python3.12 python3.11; do
         if is_usable_python "$candidate"; then
             printf '%s\n' "$candidate"
             return
         fi
     done
     cat >&2 <<MESSAGE
-error: no usable Python: 3.11, 3.12 or 3.13 with the modules venv and ensurepip is needed.
+error: no usable Python: 3.11 or 3.12 with the modules venv and ensurepip is needed.
        Found: $(python3 --version 2>/dev/null || echo "no python3").
-       Install one (Debian, Ubuntu: apt install python3 python3-venv), or name one: PYTHON=/path/to/python3.12 $0
+       Install one (Debian, Ubuntu: with its -venv package, as python3.12-venv), or name one: PYTHON=/path/to/python3.12 $0
 MESSAGE
     return 1
 }
@@ -45,7 +45,7 @@ ensure_environment() {
         "$base" -m venv "$venv" >"$log" 2>&1 || show_log_and_fail || return 1
         printf ' done.\n' >&2
     elif ! is_usable_python "$python"; then
-        printf 'error: %s holds %s, and 3.11, 3.12 or 3.13 is needed: remove that folder and run this again.\n' \
+        printf 'error: %s holds %s, and 3.11 or 3.12 is needed: remove that folder and run this again.\n' \
             "$venv" "$("$python" --version)" >&2
         return 1
     fi

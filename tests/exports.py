@@ -64,7 +64,7 @@ def frozen_layers(*sizes: tuple[int, int], bias: bool = True, **spec: Any) -> An
 def code_offsets(directory: Path) -> dict[str, int]:
     """File offsets of the code tensors, read without the code under test."""
     found = {}
-    for path in directory.glob("model*.safetensors"):
+    for path in directory.glob("*model*.safetensors"):
         data = path.read_bytes()
         (length,) = struct.unpack("<Q", data[:8])
         fields = json.loads(data[8 : 8 + length])
@@ -76,7 +76,7 @@ def code_offsets(directory: Path) -> dict[str, int]:
 
 def stored_tensors(directory: Path) -> dict[str, torch.Tensor]:
     tensors = {}
-    for path in directory.glob("model*.safetensors"):
+    for path in directory.glob("*model*.safetensors"):
         with safe_open(path, framework="pt") as file:
             tensors |= {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     return tensors
@@ -99,7 +99,7 @@ def forge_hashes(directory: Path, *, tensors: bool = True) -> None:
         manifest["files"][name] = file_record(directory / name).model_dump()
     if tensors:
         manifest["tensors"] = {}
-        for file in sorted(directory.glob("model*.safetensors")):
+        for file in sorted(directory.glob("*model*.safetensors")):
             with safe_open(file, framework="pt") as opened:
                 for name in opened.keys():  # noqa: SIM118
                     tensor = opened.get_tensor(name)
@@ -121,3 +121,40 @@ def altered(name: str, step: float) -> Callable[[dict[str, torch.Tensor]], dict[
         return tensors
 
     return change
+
+
+def small_flux(**changes: Any) -> Any:
+    """One double and one single block; rows of 256, so that groups of 128 exist, and rows of 160 and 16."""
+    from diffusers import FluxTransformer2DModel
+
+    torch.manual_seed(0)
+    config = {
+        "patch_size": 1,
+        "in_channels": 16,
+        "num_layers": 1,
+        "num_single_layers": 1,
+        "attention_head_dim": 64,
+        "num_attention_heads": 4,
+        "joint_attention_dim": 160,
+        "pooled_projection_dim": 32,
+        "axes_dims_rope": (16, 24, 24),
+    }
+    return FluxTransformer2DModel(**{**config, **changes})
+
+
+def flux_inputs(dtype: str, width: int = 160) -> dict[str, torch.Tensor]:
+    """Two pictures of 4 x 4 tokens, with seven tokens of text."""
+    generator, kind = torch.Generator().manual_seed(1), getattr(torch, dtype)
+    pictures, text, pooled = (torch.randn(2, *s, generator=generator) for s in ((16, 16), (7, width), (32,)))
+    return {
+        "hidden_states": pictures.to(kind),
+        "encoder_hidden_states": text.to(kind),
+        "pooled_projections": pooled.to(kind),
+        "timestep": torch.tensor([0.25, 0.75], dtype=kind),
+        "img_ids": torch.zeros(16, 3),
+        "txt_ids": torch.zeros(7, 3),
+    }
+
+
+def frozen_flux(target: str = "diffusers", **spec: Any) -> Any:
+    return frozen(small_flux(), target, **spec)

@@ -75,6 +75,12 @@ def awkward_weight(out_features: int, in_features: int, seed: int = 0) -> Tensor
     return weight
 
 
+def one_sided_weight() -> Tensor:
+    """Groups above zero, below zero, from zero up, and around it: ``(4, 256)``."""
+    rows = torch.rand(4, 256, generator=torch.Generator().manual_seed(0))
+    return torch.stack([rows[0] + 0.5, -rows[1] - 0.5, rows[2] * (rows[2] > 0.3), rows[3] - 0.5])
+
+
 class LearnedStepQuantizer(WeightQuantizer):
     """The logarithm of the scale is a parameter, and so is the shift of an affine type."""
 
@@ -164,3 +170,10 @@ def kept_by(forward: Callable[[], Tensor]) -> tuple[Kept, Tensor]:
     with torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda tensor: tensor):
         y = forward()
     return kept, y  # the output is held, so that no storage is reused before it is counted
+
+
+def of_diffusers(model: nn.Module) -> nn.Module:
+    """The same model, told to be one of diffusers: the library goes by the module of a class."""
+    kind = type(model)
+    model.__class__ = type(kind.__name__, (kind,), {"__module__": "diffusers.models.made_up"})
+    return model

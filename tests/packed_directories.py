@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from optimum import quanto
 from safetensors.torch import load_file, save_file
 
 from qat.qtypes import QTYPES, group_size
+from tests.architectures import ARCHITECTURES, Architecture
 
 HINT = "packed by qat, load with `import qat.integrations.transformers`"
 QUANTO_TYPES = {name: quanto.tensor.qtypes[qtype.quanto_name] for name, qtype in QTYPES.items()}
@@ -24,106 +25,16 @@ DTYPES = [torch.float32, torch.bfloat16]
 UP = "model.layers.0.mlp.up_proj"
 
 
-@dataclass(frozen=True)
-class Architecture:
-    """A tiny model: how to make it, what to leave float, what to feed it."""
-
-    name: str
-    model: str
-    config: str
-    sizes: dict[str, Any]
-    exclude: tuple[str, ...]
-    inputs: tuple[str, ...] = ("input_ids",)
-
-
-# Classifiers and poolers read a non-contiguous slice, on which int8 kernels in bfloat16 raise.
-ARCHITECTURES = [
-    Architecture(
-        "llama",
-        "LlamaForCausalLM",
-        "LlamaConfig",
-        {
-            "vocab_size": 64,
-            "hidden_size": 256,
-            "intermediate_size": 384,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-        },
-        ("lm_head",),
-    ),
-    Architecture(
-        "opt",
-        "OPTForCausalLM",
-        "OPTConfig",
-        {
-            "vocab_size": 64,
-            "hidden_size": 256,
-            "ffn_dim": 384,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "max_position_embeddings": 64,
-            "word_embed_proj_dim": 256,
-        },
-        ("lm_head",),
-    ),
-    Architecture(
-        "bert",
-        "BertForSequenceClassification",
-        "BertConfig",
-        {
-            "vocab_size": 64,
-            "hidden_size": 256,
-            "intermediate_size": 384,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_labels": 4,
-        },
-        ("*pooler*", "classifier"),
-    ),
-    Architecture(
-        "vit",
-        "ViTForImageClassification",
-        "ViTConfig",
-        {
-            "image_size": 16,
-            "patch_size": 8,
-            "hidden_size": 256,
-            "intermediate_size": 384,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-        },
-        ("classifier",),
-        ("pixel_values",),
-    ),
-    Architecture(
-        "t5",
-        "T5ForConditionalGeneration",
-        "T5Config",
-        {
-            "vocab_size": 64,
-            "d_model": 256,
-            "d_kv": 64,
-            "d_ff": 384,
-            "num_layers": 1,
-            "num_heads": 4,
-            "decoder_start_token_id": 0,
-        },
-        ("lm_head", "*.wo"),
-        ("input_ids", "decoder_input_ids"),
-    ),
-]
-LLAMA = ARCHITECTURES[0]
-
-
-def example(architecture: Architecture, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    return {
-        name: torch.randn(2, 3, 16, 16, generator=generator).to(dtype)
-        if name == "pixel_values"
-        else torch.randint(2, 64, (2, 6), generator=generator)
-        for name in architecture.inputs
-    }
+# What each leaves float: the heads, and what reads a non-contiguous slice, on which int8 kernels in bfloat16 raise.
+EXCLUDED = {
+    "LlamaForCausalLM": ("lm_head",),
+    "OPTForCausalLM": ("lm_head",),
+    "BertForSequenceClassification": ("*pooler*", "classifier"),
+    "ViTForImageClassification": ("classifier",),
+    "T5ForConditionalGeneration": ("lm_head", "*.wo"),
+}
+PACKED = [ARCHITECTURES[name] for name in EXCLUDED]
+LLAMA, _, _, VIT, T5 = PACKED
 
 
 def frozen(
@@ -136,13 +47,11 @@ def frozen(
     **sizes: Any,
 ) -> Any:
     """A random model frozen by stock quanto, in the serving dtype from the start."""
-    torch.manual_seed(0)
-    config = getattr(transformers, architecture.config)(**{**architecture.sizes, **sizes})
-    model = getattr(transformers, architecture.model)(config)
+    model = replace(architecture, sizes={**architecture.sizes, **sizes}).build()
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     model.eval()
-    skipped = architecture.exclude if exclude is None else exclude
+    skipped = EXCLUDED[architecture.model] if exclude is None else exclude
     kinds = {name: weights for name, module in model.named_modules() if type(module) is torch.nn.Linear}
     for name in kinds:
         kinds[name] = next((kind for pattern, kind in (overrides or {}).items() if fnmatch(name, pattern)), weights)
@@ -153,7 +62,7 @@ def frozen(
         )
     if activations:
         with quanto.Calibration(streamline=False), torch.no_grad():
-            model(**example(architecture, dtype))
+            model(**architecture.example(dtype))
     quanto.freeze(model)
     for module in model.modules():
         if isinstance(module, quanto.QLinear):
@@ -252,7 +161,7 @@ def assert_same_model(loaded: Any, reference: Any, architecture: Architecture) -
         assert module.frozen
         assert not module.weight.requires_grad
         assert type(module.weight.data) is type(reference.get_submodule(name).weight.data), name
-    inputs = example(architecture, next(reference.parameters()).dtype)
+    inputs = architecture.example(next(reference.parameters()).dtype)
     with torch.no_grad():
         assert torch.equal(plain(loaded(**inputs).logits), plain(reference(**inputs).logits))
         assert torch.isfinite(plain(loaded(**inputs).logits)).all()

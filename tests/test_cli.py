@@ -9,9 +9,11 @@ from types import SimpleNamespace
 import pytest
 from transformers import LlamaConfig
 
+import qat
 from qat import cli
 from qat.cli import build_on_meta, main
 from qat.errors import LoadError, VerifyError
+from tests.exports import frozen_llama
 
 
 @pytest.fixture
@@ -82,6 +84,14 @@ def test_a_users_mistake_is_one_line_and_code_2(
     assert err.startswith("error: ")
     assert expected in err
     assert err.count("\n") == 1
+
+
+def test_verify_says_nothing_but_its_report(tmp_path: Path) -> None:
+    qat.export(frozen_llama("transformers"), tmp_path / "out", target="transformers")
+    command = [sys.executable, "-m", "qat.cli", "verify", str(tmp_path / "out"), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert all(check["passed"] for check in json.loads(done.stdout)["checks"])
 
 
 def test_a_failed_verification_is_code_1(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -229,3 +230,15 @@ def test_the_progress_bars_of_datasets_come_back(local: Callable[..., TextData],
     datasets.enable_progress_bars()
     load_documents(local(write(tmp_path / "a.jsonl", ["x", "y"])))
     assert datasets.is_progress_bar_enabled()
+
+
+@pytest.mark.parametrize("terminal", [True, False], ids=["terminal", "file"])
+def test_tokenizing_shows_a_bar_on_a_terminal_only(
+    terminal: bool,
+    tokenizer: PreTrainedTokenizerFast,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    pack_blocks(documents(f"w1 w2 {terminal}"), tokenizer, block_size=2)
+    assert ("tokenizing" in capsys.readouterr().err) is terminal

@@ -21,6 +21,7 @@ from qat.exporting.manifest import MANIFEST_NAME, read_manifest
 from qat.freezing import freeze
 from qat.preparation import prepare
 from qat.spec import QuantSpec
+from qat.targets import TARGETS, Target
 from tests.exports import (
     IDS,
     TYPES,
@@ -73,7 +74,7 @@ class TestQuantoFiles:
 
     def test_a_model_without_config_gets_no_config_file(self, tmp_path: Path) -> None:
         report = export(frozen_layers((16, 32), weights="int8"), tmp_path / "out")
-        assert sorted(report.files) == ["model.safetensors", MANIFEST_NAME, "quanto_qmap.json"]
+        assert sorted(report.files) == ["README.md", "model.safetensors", MANIFEST_NAME, "quanto_qmap.json"]
         assert any("model=" in note for note in report.notes)
 
     def test_shards_have_an_index_as_transformers_writes_it(self, tmp_path: Path) -> None:
@@ -160,7 +161,7 @@ class TestManifest:
         assert manifest.environment.threads == torch.get_num_threads()
         assert manifest.config == config
         assert (tmp_path / "out" / "qat_config.yaml").read_text() == "seed: 3\nmodel:\n  source: tiny\n"
-        assert manifest.files.keys() == report.files.keys() - {MANIFEST_NAME}
+        assert manifest.files.keys() == report.files.keys() - {MANIFEST_NAME, "README.md"}
 
     def test_the_report_counts_and_hashes_every_file(self, tmp_path: Path) -> None:
         import hashlib
@@ -328,7 +329,8 @@ class TestAllOrNothing:
         assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_a_new_target_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setitem(qat.exporting.EXPORTERS, "diffusers", quanto_layout.write)
+def test_a_new_target_is_one_line_here_and_one_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(TARGETS, "mine", Target("mine"))
+    monkeypatch.setitem(qat.exporting.EXPORTERS, "mine", quanto_layout.write)
     model = frozen_layers((16, 32), weights="int8")
-    assert export(model, tmp_path / "out", target="diffusers").target == "diffusers"
+    assert export(model, tmp_path / "out", target="mine").target == "mine"

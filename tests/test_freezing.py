@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ from qat.preparation import prepared_as
 from qat.qtypes import QTYPES, group_size
 from qat.quantizers import Algorithm, StraightThrough, WeightQuantizer
 from qat.spec import LayerSpec, QuantSpec
-from tests.helpers import DTYPES, WEIGHT_TYPES, LearnedStep, awkward_weight, same_bits, tiny_model, tokens
+from tests.helpers import DTYPES, WEIGHT_TYPES, LearnedStep, awkward_weight, of_diffusers, same_bits, tiny_model, tokens
 
 # One output row, odd sizes, and groups of 128, 96, 64, 32 and a whole row.
 SHAPES = [
@@ -243,7 +243,7 @@ class Keeping(nn.Module):
 
 @pytest.mark.parametrize(("target", "kept"), [("quanto", False), ("transformers", False), ("diffusers", True)], ids=str)
 def test_every_tensor_has_the_dtype_that_the_targets_loader_gives_it(target: str, kept: bool) -> None:
-    model = Keeping()
+    model: Any = of_diffusers(Keeping()) if target == "diffusers" else Keeping()
     qat.prepare(model, QuantSpec(exclude="gate"), target=target)
     freeze(model)
     assert model.gate.weight.dtype is (torch.float32 if kept else torch.bfloat16)
@@ -253,9 +253,12 @@ def test_every_tensor_has_the_dtype_that_the_targets_loader_gives_it(target: str
 
 
 def test_freezing_for_another_target() -> None:
-    model = Keeping()
-    qat.prepare(model, QuantSpec())
-    with pytest.raises(TargetError, match=r"'diffusers' keeps \['gate'\] in float32, .*: prepare for the target"):
+    model: Any = of_diffusers(Keeping())
+    qat.prepare(model, QuantSpec(dtype="float32"))
+    with pytest.raises(
+        TargetError,
+        match=r"1 quantized layers .* such as gate \(the loader never quantizes .*\): prepare for the target",
+    ):
         freeze(model, target="diffusers")
     assert isinstance(model.gate, QLinear)
     assert freeze(model, target="transformers").target == "transformers"
@@ -263,7 +266,7 @@ def test_freezing_for_another_target() -> None:
     qat.prepare(other, spec_of(activations="int8"))
     qat.calibrate(other, [torch.ones(2, 8)])
     with pytest.raises(
-        TargetError, match="prepared for 'quanto' and cannot be served by 'diffusers': activations='int8'"
+        TargetError, match=r"prepared for 'quanto' and cannot be served by 'diffusers': model: .*; activations='int8'"
     ):
         freeze(other, target="diffusers")
     with pytest.raises(TargetError, match="target: must be one of"):

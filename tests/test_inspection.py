@@ -245,57 +245,6 @@ def test_an_example_finds_layers_whose_input_a_kernel_cannot_read(batch: str) ->
     assert model.training
 
 
-class TestLeafNames:
-    """Diffusers names float layers by the last part of their name only."""
-
-    def test_an_exclude_that_would_take_others_along_is_refused(self) -> None:
-        with pytest.raises(
-            SpecError, match=r"excluding \['proj_out'\] would also exclude .*: exclude all of '\*proj_out', or none"
-        ):
-            inspect(Net(), QuantSpec(exclude="proj_out"), "diffusers")
-
-    @pytest.mark.parametrize(
-        "overrides", [{"blocks.0.to_q": "float"}, {"blocks.1.to_q": "float"}], ids=["first", "last"]
-    )
-    def test_so_is_an_override_to_float(self, overrides: dict[str, str]) -> None:
-        with pytest.raises(SpecError, match=r"would also exclude .*to_q"):
-            inspect(Net(), QuantSpec.model_validate({"overrides": overrides}), "diffusers")
-
-    def test_a_whole_family_can_be_excluded(self) -> None:
-        report = rows(inspect(Net(), QuantSpec(exclude="*proj_out"), "diffusers"))
-        assert {name: row.weights for name, row in report.items()} == {
-            "blocks.0.to_q": "int8",
-            "blocks.0.proj_out": None,
-            "blocks.1.to_q": "int8",
-            "blocks.1.proj_out": None,
-            "proj_out": None,
-        }
-
-    def test_a_head_goes_with_its_family(self) -> None:
-        report = inspect(HeadNet(), QuantSpec(), "diffusers")
-        assert rows(report)["proj_out"].weights == "int8"
-        assert rows(report)["proj_out"].reason == "quantized, since other layers called 'proj_out' are"
-        assert report.notes == (
-            "proj_out: quantized although float by default: target 'diffusers' cannot tell it from other 'proj_out'",
-        )
-        assert rows(inspect(HeadNet(), QuantSpec(), "quanto"))["proj_out"].weights is None
-
-    @pytest.mark.parametrize("model", [KeepingNet(), Net(last=24, width=256)], ids=["kept in float32", "hazard"])
-    def test_a_family_stays_float_with_one_that_must(self, model: nn.Module) -> None:
-        if isinstance(model, KeepingNet):
-            # The loader keeps by parts of a path, and the last part alone would be the whole family.
-            model._keep_in_fp32_modules = ("blocks.0.proj_out",)
-        report = inspect(model, QuantSpec(weights="int4"), "diffusers")
-        assert all(row.weights is None for name, row in rows(report).items() if name.endswith("proj_out"))
-        assert "which must stay float" in "\n".join(row.reason for row in report.layers)
-        assert any(
-            "layers called 'proj_out'" in note and "% of linear weights) stay float" in note for note in report.notes
-        )
-
-    def test_a_model_without_collisions_has_no_notes(self) -> None:
-        assert inspect(Net(), QuantSpec(), "diffusers").notes == ()
-
-
 @pytest.mark.parametrize(
     ("spec", "target", "error", "message"),
     [
@@ -308,9 +257,15 @@ class TestLeafNames:
         ),
         (QuantSpec(), "onnx", TargetError, "target: must be one of .* got 'onnx'"),
         (QuantSpec(activations="int8"), "diffusers", TargetError, "use None, or target 'quanto'"),
+        (
+            QuantSpec(),
+            "diffusers",
+            TargetError,
+            "loads models of diffusers, got a Net: pass the pipeline's transformer",
+        ),
         (QuantSpec(quantize_outputs=False), "quanto", TargetError, "leave it True"),
     ],
-    ids=["pattern", "nothing left", "unknown target", "activations for diffusers", "float outputs"],
+    ids=["pattern", "nothing left", "unknown target", "activations for diffusers", "no diffusers", "float outputs"],
 )
 def test_a_spec_that_does_not_fit_is_refused(
     spec: QuantSpec, target: str, error: type[Exception], message: str

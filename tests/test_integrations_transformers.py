@@ -18,25 +18,26 @@ from transformers.quantizers.quantizer_quanto import QuantoHfQuantizer
 
 import qat.integrations.transformers  # noqa: F401 (registers the plug-in)
 from qat.errors import LoadError
+from tests.architectures import Architecture
 from tests.packed_directories import (
-    ARCHITECTURES,
     DTYPES,
     LLAMA,
+    PACKED,
+    T5,
     TYPES,
     UP,
-    Architecture,
+    VIT,
     assert_same_model,
     assert_same_state,
     edit_config,
     edit_modules,
     edit_tensors,
-    example,
     frozen,
     load,
     write,
 )
 
-BY_NAME = pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda architecture: architecture.name)
+BY_NAME = pytest.mark.parametrize("architecture", PACKED, ids=lambda architecture: architecture.model)
 
 
 @BY_NAME
@@ -97,7 +98,7 @@ def test_int4_that_tinygemm_cannot_hold_stays_plain(tmp_path: Path) -> None:
     }
     assert classes["gate_proj"] == "WeightQBitsTensor"
     assert classes["q_proj"] == "TinyGemmWeightQBitsTensor"
-    assert torch.isfinite(loaded(**example(LLAMA, torch.bfloat16)).logits).all()
+    assert torch.isfinite(loaded(**LLAMA.example(torch.bfloat16)).logits).all()
 
 
 def test_exactly_the_declared_modules_are_replaced(tmp_path: Path) -> None:
@@ -207,7 +208,7 @@ def test_tensor_classes_are_those_of_the_loader_of_quanto(weights: str, dtype: t
 
 @pytest.mark.parametrize("weights", TYPES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("architecture", [LLAMA, ARCHITECTURES[3]], ids=["llama", "vit"])
+@pytest.mark.parametrize("architecture", [LLAMA, VIT], ids=["llama", "vit"])
 def test_saving_again_keeps_everything(
     architecture: Architecture, weights: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:
@@ -274,8 +275,8 @@ def test_without_the_plug_in_a_load_fails_and_names_it(tmp_path: Path) -> None:
 
 def test_nothing_of_a_packed_layer_is_cast(tmp_path: Path) -> None:
     # T5's class keeps "wo" in float32 when it is served in float16.
-    reference = frozen(ARCHITECTURES[4], "int8", torch.float16, exclude=("lm_head",))
-    assert_same_state(load(ARCHITECTURES[4], write(reference, tmp_path)), reference)
+    reference = frozen(T5, "int8", torch.float16, exclude=("lm_head",))
+    assert_same_state(load(T5, write(reference, tmp_path)), reference)
 
 
 def test_the_serving_dtype_is_that_of_the_group(tmp_path: Path) -> None:

@@ -80,6 +80,33 @@ def test_ranges_are_those_of_the_specification(qtype: str, dtype: torch.dtype) -
         assert torch.equal(scale.to(dtype).float(), scale)
 
 
+@pytest.mark.parametrize("qtype", WEIGHT_TYPES)
+def test_gradients_of_scales_are_those_of_the_specification(qtype: str) -> None:
+    for seed, shape in enumerate(SHAPES):
+        weight = awkward_weight(*shape, seed)
+        grad = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+        scale, shift = serving(weight, qtype, torch.bfloat16)
+        scale = scale * (1.0 if seed % 2 else 0.5)
+        found = kernels.scale_gradients(weight, scale, shift, qtype, grad)
+        wanted = numerics.scale_gradients(weight, scale, shift, qtype, grad)
+        assert torch.equal(found[2], grad * wanted[2]), shape
+        # Each is a sum in some order of a group's terms: float32's unit, times the terms' size, times their number.
+        terms = 1e-7 * shape[1] * max(abs(QTYPES[qtype].code_min), QTYPES[qtype].code_max)
+        torch.testing.assert_close(found[0], wanted[0], rtol=1e-5, atol=terms)
+        torch.testing.assert_close(found[1], wanted[1], rtol=1e-5, atol=terms)
+
+
+@pytest.mark.parametrize("master", [torch.bfloat16, torch.float64], ids=str)
+def test_gradients_of_scales_of_a_narrow_or_wide_master(master: torch.dtype) -> None:
+    weight, grad = awkward_weight(130, 256).to(master), torch.randn(130, 256).to(master)
+    scale, shift = serving(weight, "int4", torch.bfloat16)
+    found = kernels.scale_gradients(weight, scale, shift, "int4", grad)
+    wanted = numerics.scale_gradients(weight, scale, shift, "int4", grad)
+    torch.testing.assert_close(found[:2], wanted[:2], rtol=1e-5, atol=1e-4)
+    assert found[2].dtype is master
+    assert torch.equal(found[2], grad * wanted[2])
+
+
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("qtype", ["int8", "float8"])
 def test_activations_are_quantized_as_quanto_does(qtype: str, dtype: torch.dtype) -> None:
@@ -130,6 +157,10 @@ def operator_arguments() -> dict[str, tuple[object, ...]]:
         "fake_quantize_weight affine": (weight, groups, groups, "int4", torch.bfloat16, torch.bfloat16, weight),
         "symmetric_scale": (weight, "float8", torch.float16),
         "affine_scale_shift": (weight, "int4", torch.bfloat16),
+        "moved_scale_shift": (None, scale, None, scale, "int8", torch.bfloat16, 256),
+        "moved_scale_shift affine": (-groups, groups, groups, groups, "int4", torch.bfloat16, 256),
+        "scale_gradients": (weight, scale, None, "int8", weight),
+        "scale_gradients affine": (weight, groups, groups, "int4", weight),
         "fake_quantize_activation": (weight, torch.tensor(0.01), "int8", torch.bfloat16),
         "round_to": (weight, torch.bfloat16),
     }

@@ -361,6 +361,7 @@ def test_an_input_that_arrives_quantized_is_not_quantized_again() -> None:
     module = layer("int8", activations="int8")
     assert module.input_quantizer is not None
     assert module.output_quantizer is not None
+    assert [*module.activation_quantizers()] == [module.input_quantizer, module.output_quantizer]
     module.input_quantizer.arrives_quantized = True
     x = inputs(4, IN)
     expected = linear(x, module.weight_quantizer.fake_quantized(module.weight), module.bias)

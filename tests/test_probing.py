@@ -8,7 +8,7 @@ from torch import nn
 
 import qat
 from qat.errors import SpecError
-from qat.probing import Probe, run
+from qat.probing import Probe, kept_modes, run
 from qat.spec import QuantSpec
 
 
@@ -59,3 +59,18 @@ def test_a_batch_is_one_argument_several_or_named_ones() -> None:
     assert torch.equal(run(model, (x, x)), expected)
     assert torch.equal(run(model, {"input1": x, "input2": x}), expected)
     assert torch.equal(run(nn.Identity(), x), x)
+
+
+def test_every_module_gets_its_own_mode_back_after_an_error_too() -> None:
+    model = mlp()
+    model[1].eval()
+
+    @kept_modes(model)
+    def fail() -> None:
+        model[0].eval()
+        model[1].train()
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert [module.training for module in model.modules()] == [True, True, False]

@@ -90,7 +90,7 @@ def test_a_second_algorithm_joins_the_union_by_being_registered() -> None:
     adapter: TypeAdapter[Algorithm] = TypeAdapter(union)
     assert adapter.validate_python({"kind": "learned_step", "start": 0.5}) == LearnedStep(start=0.5)
     assert adapter.validate_python({"kind": "straight_through"}) == StraightThrough()
-    with pytest.raises(ValidationError, match="'straight_through', 'learned_step'"):
+    with pytest.raises(ValidationError, match=r"'straight_through', .*'learned_step'"):
         adapter.validate_python({"kind": "magic"})
     recipe = create_model("recipe", algorithm=(union, StraightThrough()))
     assert recipe().model_dump() == {"algorithm": {"kind": "straight_through", "mask_saturated": False}}

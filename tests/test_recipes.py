@@ -19,6 +19,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import qat
+from qat import tasks
 from qat.config import ConfigError, OptimizationSettings, TrainerSettings, load_config, read_yaml
 from qat.errors import DataError, ExportError, LoadError, QatError, TrainingError
 from qat.report import quiet_libraries
@@ -143,7 +144,7 @@ def test_the_whole_line(spec: list[str], small: list[str], tmp_path: Path, capsy
     assert again.model_dump(mode="json") == resolved
     assert "parameters are quantized; linear weights" in shown.splitlines()[0]
     assert (tmp_path / "out" / "tokenizer.json").is_file()
-    assert list((tmp_path / "out-checkpoints").glob("*.ckpt"))
+    assert [path.name for path in (tmp_path / "out-checkpoints").iterdir()] == ["last.ckpt"]
     assert isinstance(qat.load(tmp_path / "out"), LlamaForCausalLM)
 
 
@@ -165,7 +166,7 @@ def test_without_the_comparison(arguments: list[str], small: list[str], capsys: 
 
 def test_all_arms_see_the_same_batches_in_the_same_order(small: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[list[Any]] = []
-    fit = causal_lm.fit
+    fit = common.fit
 
     def record(name: str, model: Any, *arguments: Any) -> Any:
         seen.append([])
@@ -179,7 +180,7 @@ def test_all_arms_see_the_same_batches_in_the_same_order(small: list[str], monke
         hook.remove()
         return trainer
 
-    monkeypatch.setattr(causal_lm, "fit", record)
+    monkeypatch.setattr(common, "fit", record)
     causal_lm.main([*small, "--spec.weights", "int8", "--spec.activations", "int8"])
     fine_tuned, quantized = seen
     assert len(fine_tuned) == 3
@@ -189,11 +190,12 @@ def test_all_arms_see_the_same_batches_in_the_same_order(small: list[str], monke
 @pytest.mark.parametrize(
     ("arguments", "kind", "message"),
     [
-        (["--model", "./nowhere"], LoadError, r"model: '\./nowhere' cannot be loaded"),
+        (["--model", "./nowhere"], ConfigError, r"model: must be a directory that exists, .* got '\./nowhere'"),
+        (["--model", "nowhere"], LoadError, "model: 'nowhere' is no directory here, and as a hub's name cannot be"),
         (["--data.source", "./nowhere.txt"], QatError, "does not exist"),
         (["--data.block-size", "5000"], QatError, "shorter than one block"),
         (["--spec.exclude", "*.nothing"], QatError, "matches no linear layer"),
-        (["--schedule.finish", "last"], ConfigError, "this recipe calibrates and freezes by itself"),
+        (["--schedule.finish", "last"], ConfigError, "Unrecognized options: --schedule.finish"),  # it freezes by itself
         (["--optimization.learning-rate", "-1"], ConfigError, r"optimization\.learning_rate"),
         (["--optimization.batch-size", "5000"], DataError, "there is no whole batch"),
         (["--resume", "nowhere.ckpt"], ConfigError, "resume: Path does not point to a file"),
@@ -205,14 +207,14 @@ def test_all_arms_see_the_same_batches_in_the_same_order(small: list[str], monke
         ),
     ],
     ids=[
-        *("model", "data", "block size", "pattern", "schedule", "learning rate"),
+        *("model", "hub name", "data", "block size", "pattern", "schedule", "learning rate"),
         *("batch size", "checkpoint", "strategy", "calibration"),
     ],
 )
 def test_bad_input_is_an_error_before_any_training(
     arguments: list[str], kind: type[Exception], message: str, small: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(causal_lm, "evaluate", lambda *_: pytest.fail("work began"))
+    monkeypatch.setattr(tasks, "evaluate", lambda *_: pytest.fail("work began"))
     with pytest.raises(kind, match=message):
         causal_lm.main([*small, *arguments])
 
@@ -222,8 +224,8 @@ def test_an_output_that_is_not_empty_is_an_error_before_any_training(
 ) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").touch()
-    monkeypatch.setattr(causal_lm, "load_language_model", lambda *_: pytest.fail("work began"))
-    with pytest.raises(ExportError, match="not empty"):
+    monkeypatch.setattr(common, "load_language_model", lambda *_: pytest.fail("work began"))
+    with pytest.raises(ExportError, match=r"not empty: choose another one, or .* \(on a command line --overwrite\)"):
         causal_lm.main(small)
     assert (tmp_path / "out" / "mine.txt").exists()
 
@@ -232,7 +234,7 @@ def test_an_output_that_is_not_empty_is_an_error_before_any_training(
 def test_a_device_that_is_not_there_is_an_error_before_any_work(
     small: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(causal_lm, "load_language_model", lambda *_: pytest.fail("work began"))
+    monkeypatch.setattr(common, "load_language_model", lambda *_: pytest.fail("work began"))
     with pytest.raises(ConfigError, match=r"^trainer: Lightning cannot train with accelerator='gpu'.*change these"):
         causal_lm.main([*small, "--trainer.accelerator", "gpu"])
 
@@ -276,7 +278,6 @@ def test_the_last_weights_are_saved_and_a_run_goes_on_from_them(
     causal_lm.main([*small, "--trainer.checkpoint-every", "50"])
     last = tmp_path / "out-checkpoints" / "last.ckpt"
     assert torch.load(last, weights_only=True)["global_step"] == 3
-    assert [path.name for path in last.parent.iterdir()] == ["last.ckpt"]
     first = torch.load(last, weights_only=True)["state_dict"]
     starts: list[bool] = []
 
@@ -312,14 +313,39 @@ def test_a_damaged_model_is_an_error(damage: str, tiny: Path, small: list[str], 
         causal_lm.main([*small, "--model", str(broken)])
 
 
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_wrong_option_is_told_before_anything_slow_is_imported(name: str) -> None:
+    slow = ("lightning", "transformers", "diffusers", "datasets", "torchmetrics", "matplotlib")
+    code = (
+        f"import sys; from recipes.{name} import main; from qat.errors import QatError\n"
+        "try: main(['--no-such-option'])\n"
+        f"except QatError as error: print(error, [name for name in {slow} if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.stdout == "Unrecognized options: --no-such-option. --help shows all options []\n", done.stderr
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_help_names_what_was_typed(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = importlib.import_module(f"recipes.{name}")
+    for command, typed in (("", f"python -m recipes.{name}"), ("./scripts/quickstart", "./scripts/quickstart")):
+        monkeypatch.setenv("RECIPE_COMMAND", command)
+        with pytest.raises(SystemExit):
+            recipe.main(["--help"])
+        assert capsys.readouterr().out.startswith(f"usage: {typed} [config.yaml] [-h]")
+
+
 @pytest.mark.slow
 def test_the_command_is_quiet(small: list[str], tmp_path: Path) -> None:
     command = [sys.executable, "-m", "recipes.causal_lm", *small]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    ours = ("evaluating", "fine-tuning", "training", "tokenizing", " ")
-    strange = [line for line in done.stderr.replace("\r", "\n").splitlines() if line and not line.startswith(ours)]
-    assert not strange
+    ours = ("evaluating", "fine-tuning", "training", "tokenizing")
+    said = done.stderr.splitlines()
+    assert not [line for line in said if "\r" in line or not line.startswith(ours)]
+    assert len(said) == 2 * len([line for line in said if line.endswith(" ...")])
     again = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     assert again.returncode == 2
     assert again.stderr.startswith("error: directory ")

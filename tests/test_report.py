@@ -2,6 +2,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,11 +21,13 @@ from qat.report import (
     ResultRow,
     inspect_totals,
     print_table,
+    progress_bar,
     quiet_libraries,
     results_table,
     run_command,
     show_results,
     show_size,
+    stage,
     track,
     verify_table,
     write_results,
@@ -117,8 +122,68 @@ def test_other_exceptions_pass() -> None:
         run_command(fails(ZeroDivisionError()))
 
 
+PRINT_MUCH = "print(('x' * 79 + chr(10)) * 10_000)"
+PRINT_LITTLE = "print('x')"
+PRINT_A_TABLE = "from rich.table import Table; report.print_table(Table('column'))"
+PRINT_AND_EXIT = "print('x'); raise SystemExit"
+
+
+@pytest.mark.parametrize(
+    "program",
+    [PRINT_MUCH, PRINT_LITTLE, PRINT_A_TABLE, PRINT_AND_EXIT],
+    ids=["more than a buffer", "a line", "a table", "help"],
+)
+def test_a_reader_that_has_left_ends_the_program_quietly(program: str) -> None:
+    code = f"from qat import report\ndef main():\n  {program}\nreport.run_command(main)"
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, "-c", code], stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
 def test_tracking_changes_nothing() -> None:
     assert list(track([3, 1, 2], "counting", 3)) == [3, 1, 2]
+
+
+def test_progress_in_a_file_is_two_lines_a_stage(capsys: pytest.CaptureFixture[str]) -> None:
+    for item in track(range(100), "counting", 100):
+        if item == 0:
+            assert capsys.readouterr().err == "counting ...\n"
+    assert capsys.readouterr().err == "counting: 100 of 100 in 0:00:00\n"
+
+
+def test_progress_in_a_file_says_where_a_stage_stopped_and_its_last_note(capsys: pytest.CaptureFixture[str]) -> None:
+    bar = progress_bar()
+    bar.start()
+    bar.update(bar.add_task("training", total=80, note=""), completed=17, note="loss 1.234")
+    for _ in range(2):  # a second time when a later callback fails at the end of a fit
+        bar.stop()
+    assert capsys.readouterr().err == "training ...\ntraining: stopped at 17 of 80 after 0:00:00, loss 1.234\n"
+
+
+def test_a_disabled_display_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    bar = progress_bar()
+    bar.disable = True
+    bar.start()
+    bar.add_task("training", total=80, note="")
+    bar.stop()
+    assert capsys.readouterr().err == ""
+
+
+def test_a_stage_is_framed_in_a_file(capsys: pytest.CaptureFixture[str]) -> None:
+    with stage("tokenizing"):
+        assert capsys.readouterr().err == "tokenizing ...\n"
+    assert capsys.readouterr().err == "tokenizing: done in 0:00:00\n"
+
+
+def test_a_terminal_has_bars(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    assert list(track([3, 1, 2], "counting", 3)) == [3, 1, 2]
+    assert "━" in capsys.readouterr().err
+    with stage("tokenizing"):
+        assert capsys.readouterr().err == ""
 
 
 def test_only_named_warnings_are_silenced() -> None:

@@ -17,6 +17,7 @@ from qat.exporting import export
 from qat.exporting.manifest import MANIFEST_NAME, QMAP_NAME, file_record
 from qat.loading import load
 from qat.verification import Check, VerifyReport, verify
+from qat.verification.comparison import meta_faults
 from tests.exports import (
     DTYPES,
     IDS,
@@ -306,7 +307,7 @@ class TestMeta:
         model = frozen(small_llama(), weights="int8")
         weight = model.get_submodule(LAYER).weight
         weight._data = weight._data.to("meta")
-        assert qat.verification._meta_faults(model) == [
+        assert meta_faults(model) == [
             f"{LAYER}.weight is on the meta device: it was never loaded",
         ]
 

@@ -47,7 +47,7 @@ class ImageData(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    source: str | None = None
+    source: str | None = Field(default=None, min_length=1)
     """A local folder of images, Parquet files or `save_to_disk`, or a data set's hub name; none: handwritten digits."""
     subset: str | None = None
     """The hub data set's configuration name, where it has several."""

@@ -21,7 +21,7 @@ import sys
 import sysconfig
 import tokenize
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -138,15 +138,16 @@ def pack_blocks(documents: Dataset, tokenizer: PreTrainedTokenizerBase, block_si
     # The packer carries the end of one batch into the next, so the map has to run in one process and in order; and
     # its fingerprint is given, because a tokenizer's pickle changes with use while what it computes does not.
     fingerprint = hashlib.sha256("\n".join([documents._fingerprint, packer.fingerprint]).encode()).hexdigest()[:16]
-    blocks = documents.map(
-        packer,
-        batched=True,
-        batch_size=64,
-        remove_columns=documents.column_names,
-        features=Features({"input_ids": List(Value("int32"), length=block_size)}),
-        new_fingerprint=fingerprint,
-        desc="tokenizing",
-    )
+    with nullcontext() if sys.stderr.isatty() else _quiet():  # in a file, a bar is a hundred lines
+        blocks = documents.map(
+            packer,
+            batched=True,
+            batch_size=64,
+            remove_columns=documents.column_names,
+            features=Features({"input_ids": List(Value("int32"), length=block_size)}),
+            new_fingerprint=fingerprint,
+            desc="tokenizing",
+        )
     if len(blocks) == 0:
         raise DataError(
             f"data.block_size: the text ({len(documents)} documents) is shorter than one block of {block_size} tokens; "
@@ -320,7 +321,7 @@ def _cache_dir(data: TextData) -> str | None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Hide the progress bars of ``datasets`` for steps that take no time worth showing."""
+    """Hide the progress bars of ``datasets``, as for steps that take no time worth showing."""
     import datasets
 
     shown = datasets.is_progress_bar_enabled()

@@ -1,13 +1,14 @@
 """`export`: write a frozen model so that the target's loader rebuilds exactly the same numbers.
 
-One file a target (`quanto`, `transformers`), one line each in `EXPORTERS`. The quanto layout is shared: which tensors
-there are and under which keys is in `quanto`, where each lies in a file in `layout`, the all-or-nothing directory in
-`directory`, what the export says about itself in `manifest`, the example and its frozen outputs in `examples`.
+One file a target (`quanto`, `transformers`, `diffusers`), one line each in `EXPORTERS`. The quanto layout is shared:
+which tensors there are and under which keys is in `quanto`, where each lies in a file in `layout`, config.json in
+`configuration`, the all-or-nothing directory in `directory`, what the export says about itself in `manifest` for
+programs and in `card` for people, the example and its frozen outputs in `examples`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -16,9 +17,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from qat.construction import constructed_tensors, differs, unstored_tensors
 from qat.errors import ExportError, TargetError
-from qat.evidence import frozen_record, layer_evidence
-from qat.exporting import quanto, transformers
+from qat.evidence import frozen_record, layer_evidence, model_device
+from qat.exporting import diffusers, quanto, transformers
+from qat.exporting.card import write_card
 from qat.exporting.directory import atomic_directory, check_destination
 from qat.exporting.examples import compute_outputs, flatten_inputs
 from qat.exporting.layout import TensorEntry, parse_size, plan_shards, write_shard
@@ -31,7 +34,7 @@ from qat.exporting.manifest import (
     file_record,
 )
 from qat.exporting.quanto import Content, Job, stored_tensors
-from qat.freezing import constructed_buffers, differs
+from qat.freezing import as_held
 from qat.targets import get_target
 
 if TYPE_CHECKING:
@@ -40,6 +43,7 @@ if TYPE_CHECKING:
 __all__ = ["EXPORTERS", "ExportReport", "export"]
 
 EXPORTERS: dict[str, Callable[[Job], Content]] = {
+    "diffusers": diffusers.write,
     "quanto": quanto.write,
     "transformers": transformers.write,
 }
@@ -53,7 +57,7 @@ class ExportReport:
     directory: Path
     target: str
     files: Mapping[str, FileRecord]
-    """Every file with its size and hash, the manifest included."""
+    """Every file with its size and hash, the manifest and the model card included."""
     notes: tuple[str, ...] = ()
     """What a reader of the directory should know."""
 
@@ -95,6 +99,8 @@ def export(
 ) -> ExportReport:
     """Write a frozen model into a directory, all or nothing.
 
+    A model that was moved between devices since it was frozen gets the tensor classes of its loader again, in place.
+
     Args:
         model: a model that `qat.freeze` froze.
         directory: where to; it must not exist, or be empty, unless ``overwrite``.
@@ -105,11 +111,13 @@ def export(
         config: the resolved configuration of the recipe, plain data; kept in the manifest and as ``qat_config.yaml``.
         max_shard_size: bytes a weight file, or a text such as ``"5GB"``. Alignment may cut files below it.
         overwrite: replace a directory that is not empty; the old one stays whole until the new one is.
-        float_grid: target transformers only: on-grid float32 weights for a stock ``QuantoConfig`` load.
+        float_grid: targets transformers and diffusers only: on-grid float32 weights, which a stock ``QuantoConfig``
+            load quantizes back into the same codes.
 
     Raises:
         StateError: when the model was never frozen.
-        TargetError: when the target would serve other numbers than the one it was frozen for.
+        TargetError: when the target cannot load such a model, or would serve other numbers than the one it was frozen
+            for.
         ExportError: when anything cannot be written; nothing is left behind then.
 
     >>> import tempfile, qat
@@ -118,7 +126,7 @@ def export(
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     report = qat.export(model, folder, example_inputs=torch.randn(2, 256, dtype=torch.bfloat16))
     >>> sorted(report.files)
-    ['model.safetensors', 'qat_evidence.safetensors', 'qat_manifest.json', 'quanto_qmap.json']
+    ['README.md', 'model.safetensors', 'qat_evidence.safetensors', 'qat_manifest.json', 'quanto_qmap.json']
     """
     record = frozen_record(model)
     name = record.target if target is None else target
@@ -129,6 +137,7 @@ def export(
     check_destination(destination, overwrite)
     limit = parse_size(max_shard_size)
     _check_target(model, record, name)
+    _restore_classes(model, record)
     _check_unchanged(model, record)
     with torch.no_grad(), atomic_directory(destination, overwrite) as temporary:
         content = EXPORTERS[name](Job(model, record, temporary, limit, float_grid))
@@ -148,8 +157,9 @@ def export(
             attn_implementation=getattr(getattr(model, "config", None), "_attn_implementation", None),
             float_grid=float_grid,
             stock_arguments=content.stock_arguments,
+            weights_stem=content.weights_stem,
             frozen=record.to_json(),
-            environment=Environment.current(_device(model)),
+            environment=Environment.current(model_device(model).type),
             tensors=content.tensors,
             tied=content.tied,
             files=files,
@@ -157,16 +167,19 @@ def export(
             config=None if config is None else dict(config),
             notes=(*record.notes, *content.notes),
         )
-        path = manifest.write(temporary)
-        files = files | {path.name: file_record(path)}
+        for path in (manifest.write(temporary), write_card(temporary, manifest, record)):
+            files = files | {path.name: file_record(path)}
     return ExportReport(destination, name, files, manifest.notes)
 
 
 def _check_target(model: nn.Module, record: FrozenRecord, name: str) -> None:
     """Raise when the target's loader would hold something else than what the model was frozen with."""
+    wanted, frozen = get_target(name), get_target(record.target)
+    faults = wanted.model_faults(model)
+    if faults:
+        raise TargetError("; ".join(faults))
     if name == record.target:
         return
-    wanted, frozen = get_target(name), get_target(record.target)
     remedy = f"call qat.freeze(model, target={name!r}) instead and export that model"
     faults = wanted.spec_faults(record.spec)
     if faults:
@@ -177,14 +190,38 @@ def _check_target(model: nn.Module, record: FrozenRecord, name: str) -> None:
         if tensor.is_floating_point()
         and wanted.tensor_dtype(model, key, record.spec) != frozen.tensor_dtype(model, key, record.spec)
     ]
-    made = constructed_buffers(model, name, record.spec.torch_dtype)
-    moved += [key for key, buffer in model.named_buffers() if key in made and differs(buffer, made[key])]
+    made = constructed_tensors(model, wanted, record.spec.torch_dtype)
+    moved += [
+        found.name
+        for found in unstored_tensors(model)
+        if found.name in made and differs(found.tensor, made[found.name])
+    ]
+    moved += [
+        f"{key}.weight"
+        for key, layer in _packed_layers(model, record)
+        if type(as_held(layer.weight.data, wanted)) is not type(layer.weight.data)
+    ]
     if moved:
         raise TargetError(
-            f"target {name!r} would hold {len(moved)} tensors in another dtype, or computed in another one, than "
-            f"target {record.target!r}, which the model was frozen for (first: {moved[0]!r}), so that outputs would "
-            f"differ: {remedy}"
+            f"target {name!r} would hold {len(moved)} tensors in another dtype or class, or computed in another dtype, "
+            f"than target {record.target!r}, which the model was frozen for (first: {moved[0]!r}), so that outputs "
+            f"would differ: {remedy}"
         )
+
+
+def _restore_classes(model: nn.Module, record: FrozenRecord) -> None:
+    """Give the layers of a model that was moved between devices the tensor class of their loader again, in place."""
+    target = get_target(record.target)
+    if target.plain_on_cpu:  # every other loader holds what a move makes
+        for _, layer in _packed_layers(model, record):
+            held = as_held(layer.weight.data, target)
+            if type(held) is not type(layer.weight.data):
+                layer.weight = nn.Parameter(held, requires_grad=False)
+
+
+def _packed_layers(model: nn.Module, record: FrozenRecord) -> Iterator[tuple[str, Any]]:
+    modules = dict(model.named_modules())
+    return ((name, modules[name]) for name in record.layers if hasattr(modules.get(name), "weight_qtype"))
 
 
 def _check_unchanged(model: nn.Module, record: FrozenRecord) -> None:
@@ -239,8 +276,3 @@ def _write_example(model: nn.Module, example_inputs: Any, directory: Path) -> Ex
     (shard,) = plan_shards(entries, max_shard_size=1 << 62)
     write_shard(directory / EVIDENCE_NAME, shard, tensors.__getitem__)
     return ExampleRecord(inputs=structure, outputs=tuple(outputs))
-
-
-def _device(model: nn.Module) -> str:
-    tensors: Sequence[torch.Tensor] = [*model.parameters(), *model.buffers()]
-    return tensors[0].device.type if tensors else "cpu"

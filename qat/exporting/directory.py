@@ -32,8 +32,8 @@ def check_destination(destination: Path, overwrite: bool) -> None:
         )
     if destination.is_dir() and any(destination.iterdir()) and not overwrite:
         raise ExportError(
-            f"directory {str(destination)!r} exists and is not empty: choose another one, or pass overwrite=True to "
-            f"replace it"
+            f"directory {str(destination)!r} exists and is not empty: choose another one, or replace it with "
+            f"overwrite=True (on a command line --overwrite)"
         )
 
 

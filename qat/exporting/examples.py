@@ -15,8 +15,10 @@ import torch
 from torch import nn
 
 from qat.errors import ExportError, LoadError
-from qat.evidence import digest
+from qat.evidence import digest, model_device
+from qat.exporting.layout import ALIGNMENT
 from qat.exporting.manifest import EVIDENCE_NAME, ExampleRecord
+from qat.probing import kept_modes, run
 
 __all__ = [
     "compute_outputs",
@@ -124,23 +126,20 @@ def compute_outputs(model: nn.Module, inputs: Any) -> dict[str, torch.Tensor]:
     Returns:
         The outputs' tensors, named as by `flatten_outputs`.
     """
-    place = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
-    inputs = _to_device((inputs,) if isinstance(inputs, torch.Tensor) else inputs, place)
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            outputs = model(**inputs) if isinstance(inputs, Mapping) else model(*inputs)
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    inputs = _to_device(inputs, model_device(model))
+    with kept_modes(model), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        model.eval()
+        torch.manual_seed(0)
+        outputs = run(model, inputs)
     return flatten_outputs(outputs)
 
 
 def _to_device(value: Any, device: torch.device) -> Any:
     if isinstance(value, torch.Tensor):
-        return value.to(device)
+        # Views of a memory-mapped file lie anywhere, and torch's int8 kernel on a CPU ends the process when its input
+        # does not start on a 16-byte boundary.
+        crooked = value.device.type == "cpu" and value.data_ptr() % ALIGNMENT
+        return value.to(device, copy=bool(crooked))
     if isinstance(value, Mapping):
         return {key: _to_device(item, device) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -1,10 +1,10 @@
 """Will a stock load turn on-grid float weights back into the codes they came from?
 
-A stock ``from_pretrained(dir, quantization_config=QuantoConfig(weights=...))`` quantizes float weights on the way in,
-with scales that it derives afresh: absmax a row for 8-bit types, min-max a group for the others. Codes come back only
-where each row or group uses its whole range. So the stock path is simulated, layer by layer, with quanto's own
-optimizers in float32 and with transformers' own rule for which modules it replaces, and whatever would change is an
-error that names the layers.
+A stock load with a ``QuantoConfig``, in transformers and in diffusers, quantizes float weights on the way in, with
+scales that it derives afresh: absmax a row for 8-bit types, min-max a group for the others. Codes come back only where
+each row or group uses its whole range. So the stock path is simulated, layer by layer, with quanto's own optimizers in
+float32, and with transformers' own rule for which modules it replaces; whatever would change is an error that names
+the layers.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from qat.errors import ExportError
 if TYPE_CHECKING:
     from qat.evidence import FrozenRecord
 
-__all__ = ["changed_codes", "check_float_grid", "stock_codes"]
+__all__ = ["changed_codes", "check_float_grid", "skipped_by_transformers", "stock_codes"]
 
 
-def check_float_grid(model: nn.Module, record: FrozenRecord) -> dict[str, Any]:
-    """Check that a stock float32 load gives every code back, and return the ``QuantoConfig`` arguments it needs.
+def check_float_grid(model: nn.Module, record: FrozenRecord) -> str:
+    """Check that a stock float32 load gives every code back, and return the one weight type of the model.
 
     Raises:
         ExportError: when the spec is more than a stock load can express, or codes would change; it names the layers.
@@ -39,10 +39,9 @@ def check_float_grid(model: nn.Module, record: FrozenRecord) -> dict[str, Any]:
     active = [name for name, layer in record.layers.items() if layer.activations is not None]
     if active:
         raise ExportError(
-            f"float_grid=True: a stock transformers load cannot quantize activations, but {_named(active)} do; "
+            f"float_grid=True: a stock load cannot quantize activations, but {_named(active)} do; "
             f"export packed weights (float_grid=False) or train with activations=None"
         )
-    arguments: dict[str, Any] = {"weights": kinds[0], **_modules_argument(model, set(record.layers))}
     changed = {}
     for name in record.layers:
         count = changed_codes(model.get_submodule(name))
@@ -55,7 +54,7 @@ def check_float_grid(model: nn.Module, record: FrozenRecord) -> dict[str, Any]:
             f"{worst}; their rows or groups do not use the whole range of the scale. Export packed weights "
             f"(float_grid=False), or train with an algorithm that takes its range from the weights"
         )
-    return arguments
+    return kinds[0]
 
 
 def changed_codes(layer: Any) -> int:
@@ -84,8 +83,12 @@ def stock_codes(layer: Any) -> torch.Tensor:
     return codes
 
 
-def _modules_argument(model: nn.Module, quantized: set[str]) -> dict[str, Any]:
-    """Find the ``modules_to_not_convert`` with which stock transformers replaces exactly the quantized layers."""
+def skipped_by_transformers(model: nn.Module, quantized: set[str]) -> dict[str, Any]:
+    """Find the ``modules_to_not_convert`` with which stock transformers replaces exactly the quantized layers.
+
+    Raises:
+        ExportError: when there is none.
+    """
     from transformers.quantizers.base import HfQuantizer
     from transformers.quantizers.quantizers_utils import should_convert_module
 

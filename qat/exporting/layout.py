@@ -271,15 +271,19 @@ def _fill_shards(
     return [shard for shard in shards if shard] or [[]]
 
 
-def shard_names(count: int) -> list[str]:
-    """File names as transformers has them: ``model.safetensors``, or ``model-00001-of-00002.safetensors``...
+def shard_names(count: int, stem: str = "model") -> list[str]:
+    """File names as Hugging Face's libraries have them: ``model.safetensors``, or a numbered name for each of several.
+
+    Args:
+        count: number of files.
+        stem: how names begin: ``"model"`` in transformers, ``"diffusion_pytorch_model"`` in diffusers.
 
     >>> shard_names(2)
     ['model-00001-of-00002.safetensors', 'model-00002-of-00002.safetensors']
     """
     if count == 1:
-        return ["model.safetensors"]
-    return [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+        return [f"{stem}.safetensors"]
+    return [f"{stem}-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
 
 
 def raw_bytes(tensor: torch.Tensor) -> memoryview:

@@ -38,7 +38,7 @@ __all__ = [
 MANIFEST_NAME = "qat_manifest.json"
 EVIDENCE_NAME = "qat_evidence.safetensors"
 QMAP_NAME = "quanto_qmap.json"
-_DECIDES_ROUNDING = ("torch", "quanto", "transformers", "cpu_capability", "threads", "device")
+_DECIDES_ROUNDING = ("torch", "quanto", "transformers", "diffusers", "cpu_capability", "threads", "device")
 
 
 class _Frozen(BaseModel):
@@ -87,6 +87,8 @@ class Environment(_Frozen):
     """Version of optimum-quanto."""
     transformers: str | None
     """Version of transformers, if installed."""
+    diffusers: str | None = None
+    """Version of diffusers, if installed."""
     python: str
     """Version of Python."""
     platform: str
@@ -108,6 +110,7 @@ class Environment(_Frozen):
             torch=str(torch.__version__),
             quanto=_version("optimum-quanto"),
             transformers=_version("transformers"),
+            diffusers=_version("diffusers"),
             python=platform.python_version(),
             platform=f"{platform.system()} {platform.machine()}",
             cpu_capability="+".join([torch.backends.cpu.get_cpu_capability(), *extra]),
@@ -145,12 +148,14 @@ class Manifest(_Frozen):
     """The `FrozenRecord`: spec, target it was frozen for, algorithm, per-layer evidence, notes."""
     environment: Environment
     """Where it was made."""
+    weights_stem: str = "model"
+    """How the names of the weight files begin, as the loader expects it."""
     tensors: dict[str, TensorRecord]
     """Every tensor of the weight files."""
     tied: dict[str, str] = Field(default_factory=dict)
     """Names that share another tensor and are therefore not written, with the name that is."""
     files: dict[str, FileRecord]
-    """Every file except this one."""
+    """Every file except this one, and except the model card and its pictures, which are for people to edit."""
     example: ExampleRecord | None = None
     """The example and its frozen outputs, when one was given."""
     config: dict[str, Any] | None = None

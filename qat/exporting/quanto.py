@@ -7,7 +7,6 @@ every tensor of a frozen model without unpacking any, and the writers of the fil
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import torch
 from torch import nn
 
 from qat.errors import ExportError
+from qat.exporting.configuration import weights_stem, write_config, write_json
 from qat.exporting.layout import (
     DTYPE_NAMES,
     TensorEntry,
@@ -32,9 +32,7 @@ from qat.qtypes import QTYPES
 if TYPE_CHECKING:
     from qat.evidence import FrozenRecord
 
-__all__ = ["Content", "Job", "PackedState", "qmap_faults", "stored_tensors", "write", "write_config", "write_weights"]
-
-INDEX_NAME = "model.safetensors.index.json"
+__all__ = ["Content", "Job", "PackedState", "qmap_faults", "stored_tensors", "write", "write_weights"]
 
 
 @dataclass(frozen=True)
@@ -60,6 +58,7 @@ class Content:
     tied: dict[str, str]
     notes: tuple[str, ...] = ()
     stock_arguments: dict[str, Any] | None = None
+    weights_stem: str = "model"
 
 
 def write(job: Job) -> Content:
@@ -70,18 +69,17 @@ def write(job: Job) -> Content:
     """
     if job.float_grid:
         raise ExportError(
-            "float_grid=True writes weights for a stock transformers load; target 'quanto' has no such load: "
-            "use target='transformers'"
+            "float_grid=True writes weights for a stock load that quantizes; target 'quanto' has no such load: "
+            "use target='transformers' or 'diffusers'"
         )
     state = PackedState(job.model)
     notes: tuple[str, ...] = ()
-    if hasattr(job.model, "config") and hasattr(job.model, "_from_config"):
-        write_config(job.model, job.directory, job.record.spec.torch_dtype)
-    else:
+    if not write_config(job.model, job.directory, job.record.spec.torch_dtype):
         notes = ("no config.json: load with qat.load(directory, model=<the float model>) or quanto's requantize",)
     write_qmap(job.record, job.directory)
-    files, tensors = write_weights(state.entries, state.fetch, job.directory, job.max_shard_size)
-    return Content(files, tensors, state.tied, notes)
+    stem = weights_stem(job.model)
+    files, tensors = write_weights(state.entries, state.fetch, job.directory, job.max_shard_size, stem)
+    return Content(files, tensors, state.tied, notes, weights_stem=stem)
 
 
 class PackedState:
@@ -95,12 +93,13 @@ class PackedState:
         tied: names that share another tensor and are not written, with the name that is.
     """
 
-    def __init__(self, model: nn.Module, *, float_layers: Collection[str] = ()) -> None:
+    def __init__(self, model: nn.Module, *, float_layers: Collection[str] = (), untie: bool = False) -> None:
         """Look at a frozen model.
 
         Args:
             model: the frozen model.
             float_layers: names of quantized layers that are written as float32 weights, without activation scales.
+            untie: write a tensor for each module that holds it, for a loader that ties none again.
 
         Raises:
             ExportError: when a tensor has no data (meta device) or a class that has no place in this layout.
@@ -109,22 +108,23 @@ class PackedState:
         self._sources: dict[str, Callable[[], torch.Tensor]] = {}
         self._held: tuple[str, dict[str, torch.Tensor]] = ("", {})
         self.tied: dict[str, str] = {}
-        self.entries: tuple[TensorEntry, ...] = tuple(self._walk(model))
+        self.entries: tuple[TensorEntry, ...] = tuple(self._walk(model, untie))
 
     def fetch(self, name: str) -> torch.Tensor:
         """The tensor of a name, as it is to be written."""
         return self._sources[name]()
 
-    def _walk(self, model: nn.Module) -> Iterator[TensorEntry]:
+    def _walk(self, model: nn.Module, untie: bool) -> Iterator[TensorEntry]:
         from optimum.quanto.nn import QModuleMixin
 
         declared = _declared_ties(model)
         kept = _kept_names(model, declared)
+        first: dict[int, str] = {}
         for prefix, module in model.named_modules(remove_duplicate=False):
             quantized = isinstance(module, QModuleMixin) and module.frozen
             for key, tensor in _own_tensors(module):
                 name = f"{prefix}.{key}" if prefix else key
-                source = kept[id(tensor)]
+                source = f"{first.setdefault(id(module), prefix)}.{key}" if untie and prefix else kept[id(tensor)]
                 if name != source and (declared is None or name in declared):
                     self.tied[name] = source
                 elif quantized and key == "weight":
@@ -171,20 +171,24 @@ class PackedState:
 
 
 def _stored_shapes(weight: Any) -> Iterator[tuple[str, torch.dtype, tuple[int, ...]]]:
-    """Keys, dtypes and shapes of a quantized weight as it is stored, computed without unpacking it."""
-    from optimum.quanto import WeightQBitsTensor
+    """Keys, dtypes and shapes of a quantized weight as it is stored, computed without unpacking it.
+
+    Kernel-specific classes keep codes and scales in an order of their own, and store them in the plain one.
+    """
+    from optimum.quanto import WeightQBitsTensor, WeightQBytesTensor
 
     out_features, in_features = weight.shape
-    if not isinstance(weight, WeightQBitsTensor):
-        scale = getattr(weight, "_scale", None)
+    plain = type(weight.data) in (WeightQBitsTensor, WeightQBytesTensor)
+    if isinstance(weight, WeightQBitsTensor):
+        width = weight._group_size or in_features
+        rows = out_features * in_features // width
+        yield "_data._data", torch.uint8, (-(-rows // (8 // weight.qtype.bits)), width)
+        keys: tuple[str, ...] = ("_scale", "_shift")
+    else:
+        rows = out_features
         yield "_data", weight.qtype.dtype, (out_features, in_features)
-        yield "_scale", weight.dtype, (out_features, 1) if scale is None else tuple(scale.shape)
-        return
-    width = weight._group_size or in_features
-    rows = out_features * in_features // width
-    yield "_data._data", torch.uint8, (-(-rows // (8 // weight.qtype.bits)), width)
-    for key in ("_scale", "_shift"):
-        plain = type(weight.data) is WeightQBitsTensor
+        keys = ("_scale",)
+    for key in keys:
         inner = getattr(weight, key) if plain else None
         yield key, weight.dtype if inner is None else inner.dtype, (rows, 1) if inner is None else tuple(inner.shape)
 
@@ -229,47 +233,6 @@ def _kept_names(model: nn.Module, declared: Mapping[str, str] | None) -> dict[in
     return names
 
 
-def write_config(
-    model: nn.Module,
-    directory: Path,
-    dtype: torch.dtype,
-    quantization_config: Mapping[str, Any] | None = None,
-) -> None:
-    """Write ``config.json`` and, for models that generate, ``generation_config.json``.
-
-    The model's own config object is left as it is.
-    """
-    config: Any = copy.deepcopy(model.config)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    config.dtype = dtype
-    for key in getattr(config, "sub_configs", ()):
-        if getattr(config, key, None) is not None:
-            getattr(config, key).dtype = dtype
-    config.architectures = [type(model).__name__]
-    if getattr(config, "tie_word_embeddings", False) and not _embeddings_are_tied(model):
-        config.tie_word_embeddings = False
-    fields = json.loads(config.to_json_string(use_diff=True))
-    if quantization_config is not None:
-        fields["quantization_config"] = dict(quantization_config)
-    write_json(directory / "config.json", fields)
-    generation: Any = getattr(model, "generation_config", None)
-    if generation is not None and model.can_generate():  # type: ignore[operator]
-        try:
-            generation.save_pretrained(directory)
-        except ValueError as error:
-            raise ExportError(
-                f"the model's generation_config does not validate ({error}); mend model.generation_config first"
-            ) from error
-
-
-def _embeddings_are_tied(model: Any) -> bool:
-    inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
-    if inputs is None or outputs is None:
-        return True
-    return getattr(inputs, "weight", None) is getattr(outputs, "weight", None)
-
-
 def write_qmap(record: FrozenRecord, directory: Path) -> None:
     """Write ``quanto_qmap.json`` from the evidence that freezing left."""
     write_json(directory / QMAP_NAME, _qmap(record))
@@ -300,16 +263,12 @@ def _qmap(record: FrozenRecord) -> dict[str, dict[str, str]]:
     }
 
 
-def write_json(path: Path, fields: Mapping[str, Any]) -> None:
-    """Write a small JSON file."""
-    path.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
-
-
 def write_weights(
     entries: Sequence[TensorEntry],
     fetch: Callable[[str], torch.Tensor],
     directory: Path,
     max_shard_size: int,
+    stem: str = "model",
 ) -> tuple[dict[str, FileRecord], dict[str, TensorRecord]]:
     """Write the weight files (and the index, when there are several), and check each by opening it again.
 
@@ -317,7 +276,7 @@ def write_weights(
         ExportError: when a file does not open, or a code tensor is not aligned in it.
     """
     shards = plan_shards(entries, max_shard_size)
-    names = shard_names(len(shards))
+    names = shard_names(len(shards), stem)
     files: dict[str, FileRecord] = {}
     tensors: dict[str, TensorRecord] = {}
     for name, shard in zip(names, shards, strict=True):
@@ -331,7 +290,9 @@ def write_weights(
     if len(shards) > 1:
         weight_map = {entry.name: tensors[entry.name].file for entry in sorted(entries, key=lambda e: e.name)}
         total = sum(shard.nbytes for shard in shards)
-        write_json(directory / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        write_json(
+            directory / f"{stem}.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}
+        )
     return files, {entry.name: tensors[entry.name] for entry in entries}
 
 

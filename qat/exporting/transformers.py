@@ -16,8 +16,9 @@ import torch
 from torch import nn
 
 from qat.errors import ExportError
-from qat.exporting.float_grid import check_float_grid
-from qat.exporting.quanto import Content, Job, PackedState, write_config, write_qmap, write_weights
+from qat.exporting.configuration import write_config
+from qat.exporting.float_grid import check_float_grid, skipped_by_transformers
+from qat.exporting.quanto import Content, Job, PackedState, write_qmap, write_weights
 
 if TYPE_CHECKING:
     from qat.evidence import FrozenRecord
@@ -71,7 +72,8 @@ def quantization_config(model: nn.Module, record: FrozenRecord) -> dict[str, Any
 
 
 def _write_float_grid(job: Job) -> Content:
-    arguments = check_float_grid(job.model, job.record)
+    weights = check_float_grid(job.model, job.record)
+    arguments = {"weights": weights, **skipped_by_transformers(job.model, set(job.record.layers))}
     state = PackedState(job.model, float_layers=job.record.layers)
     write_config(job.model, job.directory, torch.float32)
     files, tensors = write_weights(state.entries, state.fetch, job.directory, job.max_shard_size)

@@ -16,7 +16,15 @@ from torch import Tensor
 from qat import numerics
 from qat.qtypes import QTYPES
 
-__all__ = ["affine_scale_shift", "fake_quantize_activation", "fake_quantize_weight", "inside_range", "symmetric_scale"]
+__all__ = [
+    "affine_scale_shift",
+    "fake_quantize_activation",
+    "fake_quantize_weight",
+    "inside_range",
+    "moved_scale_shift",
+    "scale_gradients",
+    "symmetric_scale",
+]
 
 
 @torch.library.custom_op("qat::fake_quantize_weight", mutates_args=())
@@ -96,10 +104,9 @@ def symmetric_scale(weight: Tensor, qtype: str, dtype: torch.dtype) -> Tensor:
 
 @torch.library.custom_op("qat::affine_scale_shift", mutates_args=())
 def _affine_scale_shift(weight: Tensor, qtype: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    scale, shift = numerics.minmax_scale_shift(weight, qtype)
-    scale = numerics.serving_scale(scale, qtype, dtype)
-    tinygemm = numerics.meets_tinygemm(qtype, dtype, weight.shape[1])
-    return scale.clone(), numerics.serving_shift(shift, scale, dtype, tinygemm=tinygemm).clone()
+    scale, shift = numerics.serving_pair(*numerics.minmax_scale_shift(weight, qtype), qtype, dtype, weight.shape[1])
+    assert shift is not None
+    return scale.clone(), shift.clone()
 
 
 @_affine_scale_shift.register_fake
@@ -111,6 +118,90 @@ def _(weight: Tensor, qtype: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 def affine_scale_shift(weight: Tensor, qtype: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Serving scale and shift of the weight's own range, min to max a group: float32, ``(groups, 1)`` each."""
     return torch.ops.qat.affine_scale_shift(weight, qtype, dtype)  # type: ignore[no-any-return]
+
+
+@torch.library.custom_op("qat::moved_scale_shift", mutates_args=())
+def _moved_scale_shift(
+    low: Tensor | None,
+    high: Tensor,
+    low_move: Tensor | None,
+    high_move: Tensor,
+    qtype: str,
+    dtype: torch.dtype,
+    in_features: int,
+) -> tuple[Tensor, Tensor]:
+    scale, shift = numerics.moved_scale_shift(low, high, low_move, high_move, qtype)
+    scale, shift = numerics.serving_pair(scale, shift, qtype, dtype, in_features)
+    return scale.clone(), scale.new_empty(0) if shift is None else shift.clone()
+
+
+@_moved_scale_shift.register_fake
+def _(
+    low: Tensor | None,
+    high: Tensor,
+    low_move: Tensor | None,
+    high_move: Tensor,
+    qtype: str,
+    dtype: torch.dtype,
+    in_features: int,
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(high), high.new_empty(0) if low is None else torch.empty_like(high)
+
+
+def moved_scale_shift(
+    low: Tensor | None,
+    high: Tensor,
+    low_move: Tensor | None,
+    high_move: Tensor,
+    qtype: str,
+    dtype: torch.dtype,
+    in_features: int,
+) -> tuple[Tensor, Tensor | None]:
+    """The serving scale and shift of `numerics.moved_scale_shift`; a compiler would fuse its products with its sums.
+
+    Args:
+        low: see there, as of the next four.
+        high: float32, ``(groups, 1)``.
+        low_move: None without ``low``.
+        high_move: like ``high``.
+        qtype: the target format's name.
+        dtype: the serving dtype.
+        in_features: columns of the weight, which decide whether the shift needs its fixed point.
+    """
+    scale, shift = torch.ops.qat.moved_scale_shift(low, high, low_move, high_move, qtype, dtype, in_features)
+    return scale, None if low is None else shift
+
+
+@torch.library.custom_op("qat::scale_gradients", mutates_args=())
+def _scale_gradients(
+    weight: Tensor, scale: Tensor, shift: Tensor | None, qtype: str, grad: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    if weight.device.type == "cpu":
+        from qat.kernels import cpu
+
+        grad_scale, grad_shift, masked = cpu.scale_gradients(weight, scale, shift, qtype, grad)
+    else:
+        grad_scale, grad_shift, inside = numerics.scale_gradients(weight, scale, shift, qtype, grad)
+        masked = grad * inside
+    return grad_scale, grad_scale.new_empty(0) if grad_shift is None else grad_shift, masked
+
+
+@_scale_gradients.register_fake
+def _(weight: Tensor, scale: Tensor, shift: Tensor | None, qtype: str, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    grad_shift = scale.new_empty(0) if shift is None else torch.empty_like(scale)
+    return torch.empty_like(scale), grad_shift, grad.new_empty(grad.shape)
+
+
+def scale_gradients(
+    weight: Tensor, scale: Tensor, shift: Tensor | None, qtype: str, grad: Tensor
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """`numerics.scale_gradients`, with sums in the same order eagerly and compiled.
+
+    Returns:
+        ``grad_scale`` and ``grad_shift`` as there, and ``grad`` where the weight lies inside the range, else 0.
+    """
+    grad_scale, grad_shift, masked = torch.ops.qat.scale_gradients(weight, scale, shift, qtype, grad)
+    return grad_scale, None if shift is None else grad_shift, masked
 
 
 @torch.library.custom_op("qat::fake_quantize_activation", mutates_args=())

@@ -1,7 +1,8 @@
-"""Fake quantization on a CPU: `numerics.fake_quantize` in blocks that stay in the cache.
+"""Fake quantization on a CPU, and the gradients of its scales, in blocks that stay in the cache.
 
-The plain form makes six passes over the weight through main memory. Here a block of rows goes through all six
-while it sits in the cache, so that memory sees one read and one write. Same operations, same order, same bits.
+The plain form of `numerics.fake_quantize` makes six passes over the weight through main memory, that of
+`numerics.scale_gradients` a dozen. Here a block of rows goes through all of them while it sits in the cache, so that
+memory sees one read and one write. Same operations, same order, same bits.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from torch import Tensor
 from qat.numerics import grouped
 from qat.qtypes import QTYPES
 
-__all__ = ["fake_quantize"]
+__all__ = ["fake_quantize", "scale_gradients"]
 
 _BLOCK_ELEMENTS = 1 << 17  # half a MiB of float32: fits the second-level cache of two cores, and feeds both
 
@@ -28,15 +29,16 @@ def fake_quantize(
     wide = rows.dtype is torch.float64
     out = torch.empty(rows.shape, dtype=out_dtype)
     narrow = dtype is not torch.float32
+    serving_scale = scale.to(dtype).float()
     serving_shift = None if shift is None else shift.to(dtype)
-    serving_scale = scale.to(dtype)
     constant = not kind.floating and bool((scale == 0).any())
     step = max(1, _BLOCK_ELEMENTS // max(1, rows.shape[1]))
-    buffer = torch.empty((min(step, rows.shape[0]), rows.shape[1]), dtype=torch.float32)
+    # Scratch for all blocks: the allocator gives large blocks back to the system, and fresh pages cost more than this.
+    buffers = torch.empty((3 if kind.floating else 1, min(step, rows.shape[0]), rows.shape[1]), dtype=torch.float32)
     for start in range(0, rows.shape[0], step):
         block = slice(start, start + step)
         row_scale = scale[block]
-        codes = buffer[: row_scale.shape[0]]
+        codes, *scratch = buffers[:, : row_scale.shape[0]]
         values = rows[block].float() if wide else rows[block]
         if shift is None:
             torch.div(values, row_scale, out=codes)
@@ -44,36 +46,71 @@ def fake_quantize(
             torch.add(values, shift[block], out=codes).div_(row_scale)
         if kind.floating:
             codes.clamp_(kind.code_min, kind.code_max)
-            _round_to_float8(codes)
+            _round_to_float8(codes, *scratch)
         else:
             codes.round_()
             if constant:
                 codes.masked_fill_(row_scale == 0, 0)
             # Adding 0 turns -0.0, which no integer code can store, into the 0.0 that a loader will rebuild.
             codes.clamp_(kind.code_min, kind.code_max).add_(0.0)
-        if narrow:
-            served = codes.to(dtype).mul_(serving_scale[block])
-            if serving_shift is not None:
-                served.sub_(serving_shift[block])
-            out[block] = served
-        elif serving_shift is not None:
-            torch.sub(codes.mul_(row_scale), serving_shift[block], out=codes)
-            out[block] = codes
+        # Of bfloat16 and float16 numbers the product is exact in float32: the one rounding is the cast that follows.
+        codes.mul_(serving_scale[block])
+        if serving_shift is None:
+            out[block] = codes if out_dtype is dtype else codes.to(dtype)
+        elif narrow:
+            out[block] = codes.to(dtype).sub_(serving_shift[block])
         else:
-            out[block] = codes.mul_(row_scale)
+            out[block] = torch.sub(codes, serving_shift[block], out=codes)
     return out.view(weight.shape)
 
 
-def _round_to_float8(values: Tensor) -> None:
+def scale_gradients(
+    weight: Tensor, scale: Tensor, shift: Tensor | None, qtype: str, grad: Tensor
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """See `qat.kernels.scale_gradients`: the same arguments and results, but for the order of the sums."""
+    kind = QTYPES[qtype]
+    rows, grad_rows = grouped(weight.detach(), qtype), grouped(grad, qtype)
+    masked = torch.empty_like(grad_rows, memory_format=torch.contiguous_format)
+    grad_scale = torch.empty_like(scale)
+    grad_shift = None if shift is None else torch.empty_like(scale)
+    flat = bool((scale == 0).any())
+    step = max(1, _BLOCK_ELEMENTS // max(1, rows.shape[1]))
+    buffers = torch.empty((5 if kind.floating else 3, min(step, rows.shape[0]), rows.shape[1]), dtype=torch.float32)
+    for start in range(0, rows.shape[0], step):
+        block = slice(start, start + step)
+        given, values, row_scale = grad_rows[block].float(), rows[block].float(), scale[block]
+        x, codes, within, *scratch = buffers[:, : row_scale.shape[0]]
+        if shift is None:
+            torch.div(values, row_scale, out=x)
+        else:
+            torch.add(values, shift[block], out=x).div_(row_scale)
+        if flat:
+            x.masked_fill_(row_scale == 0, 0)
+        torch.clamp(x, kind.code_min, kind.code_max, out=codes)
+        # 1 inside the range and 0 outside, as float32: operations on bool are ten times slower here.
+        inside = torch.eq(x, codes, out=x)
+        masked[block] = torch.mul(given, inside, out=within)
+        torch.mul(codes, inside, out=within)  # the position in the range, where x itself may be infinite
+        if kind.floating:
+            _round_to_float8(codes, *scratch)
+        else:
+            codes.round_()
+        grad_scale[block] = codes.sub_(within).mul_(given).sum(1, keepdim=True)
+        if grad_shift is not None:
+            grad_shift[block] = inside.sub_(1.0).mul_(given).sum(1, keepdim=True)
+    return grad_scale, grad_shift, masked.view(grad.shape)
+
+
+def _round_to_float8(values: Tensor, power: Tensor, sign: Tensor) -> None:
     """Round float32 values within ±448 to float8_e4m3fn's grid, in place, half to even, the sign of zero kept.
 
-    torch's conversion back from float8 is six times slower than this on a CPU. Above 2^-6 the grid has three bits after
-    the leading one: rounding is integer arithmetic on the float's own bits. Below, its spacing is 2^-9 throughout:
-    adding and subtracting 1.5 * 2^14, whose last bit is worth 2^-9, rounds to it.
+    torch's conversion back from float8 is much slower than this on a CPU. A value between 2^e and 2^(e + 1) has
+    neighbours at a distance of 2^(e - 3), which is the worth of the last bit of 1.5 * 2^(e + 20): adding and
+    subtracting that rounds to them. Below 2^-6 the distance is 2^-9 throughout, as for e = -6. ``power`` and ``sign``
+    are scratch of the same shape.
     """
-    below = (values + 24576.0).sub_(24576.0).copysign_(values)
-    is_below = values.abs().lt_(2.0**-6).bool()
     bits = values.view(torch.int32)
-    odd = bits.bitwise_right_shift(20).bitwise_and_(1)
-    bits.add_(odd).add_(0x7FFFF).bitwise_and_(~0xFFFFF)
-    torch.where(is_below, below, values, out=values)
+    torch.bitwise_and(bits, 0x7F800000, out=power.view(torch.int32)).clamp_(min=(127 - 6) << 23)
+    torch.bitwise_and(bits, -(1 << 31), out=sign.view(torch.int32))
+    values.add_(power.mul_(1.5 * 2.0**20)).sub_(power)
+    bits.bitwise_or_(sign.view(torch.int32))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from qat import kernels, numerics
+from qat import kernels
 
 __all__ = ["compute_dtype", "quantized_linear"]
 
@@ -71,9 +71,9 @@ class _QuantizedLinear(torch.autograd.Function):
                 x = kernels.fake_quantize_activation(x, input_scale, input_qtype, dtype)
             grad_weight = rows.t() @ x.reshape(-1, x.shape[-1])
             if needs_scale or needs_shift or masked:
-                grad_scale, grad_shift, inside = numerics.scale_gradients(weight, scale, shift, qtype, grad_weight)
+                grad_scale, grad_shift, inside = kernels.scale_gradients(weight, scale, shift, qtype, grad_weight)
                 if masked:
-                    grad_weight = grad_weight * inside
+                    grad_weight = inside
             grad_weight = grad_weight.to(weight.dtype) if needs_weight else None
         if needs_bias:
             grad_bias = rows.sum(0)

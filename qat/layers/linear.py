@@ -157,9 +157,12 @@ class QLinear(nn.Linear):
         """
         new = algorithm.make(self.weight, self.weight_quantizer.qtype, self.weight_quantizer.dtype)
         self.weight_quantizer.load_state_dict(new.state_dict())
-        for quantizer in (self.input_quantizer, self.output_quantizer):
-            if quantizer is not None:
-                quantizer.reset()
+        for quantizer in self.activation_quantizers():
+            quantizer.reset()
+
+    def activation_quantizers(self) -> Iterator[ActivationQuantizer]:
+        """The quantizers of the input and of the output, as far as there are any."""
+        return (quantizer for quantizer in (self.input_quantizer, self.output_quantizer) if quantizer is not None)
 
     def quantizer_parameters(self) -> Iterator[nn.Parameter]:
         """Everything the quantizers learn."""

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 from pydantic import Field
 
 from qat.quantizers.base import Algorithm, Final, QuantizerModule, WeightQuantizer
+from qat.quantizers.learned_affine import LearnedAffine
 from qat.quantizers.straight_through import StraightThrough
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "Algorithm",
     "AnyAlgorithm",
     "Final",
+    "LearnedAffine",
     "QuantizerModule",
     "StraightThrough",
     "WeightQuantizer",
@@ -28,6 +30,7 @@ __all__ = [
 
 ALGORITHMS: dict[str, type[Algorithm]] = {
     "straight_through": StraightThrough,
+    "learned_affine": LearnedAffine,
 }
 
 

@@ -82,11 +82,7 @@ class WeightQuantizer(QuantizerModule, ABC):
     def serving(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
         """Scale and shift as the serving dtype holds them: float32, ``(groups, 1)``, straight-through."""
         scale, shift = self.scale_shift(weight)
-        scale = numerics.serving_scale(scale, self.qtype, self.dtype)
-        if shift is None:
-            return scale, None
-        tinygemm = numerics.meets_tinygemm(self.qtype, self.dtype, weight.shape[1])
-        return scale, numerics.serving_shift(shift, scale, self.dtype, tinygemm=tinygemm)
+        return numerics.serving_pair(scale, shift, self.qtype, self.dtype, weight.shape[1])
 
     @torch.no_grad()
     def fake_quantized(self, weight: Tensor) -> Tensor:

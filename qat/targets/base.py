@@ -66,6 +66,8 @@ class Target:
     initialises_buffers: bool = False
     """Buffers that no file holds get their values after the model is built, in float32 and cast; otherwise while it is
     built, in the serving dtype."""
+    plain_on_cpu: bool = False
+    """The loader leaves packed weights on a CPU in the plain tensor class, instead of a kernel's own."""
 
     def spec_faults(self, spec: QuantSpec) -> list[str]:
         """What the spec asks for that the loader cannot express, each with its remedy."""
@@ -75,9 +77,17 @@ class Target:
             ]
         return []
 
+    def model_faults(self, model: Any) -> list[str]:
+        """Why the loader cannot load such a model at all, each with its remedy."""
+        return []
+
     def kept_in_float32(self, model: Any, name: str, dtype: str) -> bool:
         """Whether the loader holds the tensor or module called ``name`` in float32 when serving ``dtype``."""
         return False
+
+    def layer_fault(self, model: Any, name: str, weights: str, dtype: str) -> str | None:
+        """Why the loader cannot hold the linear layer called ``name`` with such weights, or None."""
+        return "kept in float32 by the loader" if self.kept_in_float32(model, name, dtype) else None
 
     def tensor_dtype(self, model: Any, name: str, spec: QuantSpec) -> torch.dtype:
         """The dtype in which the loader holds the float tensor called ``name``."""

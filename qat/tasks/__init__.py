@@ -6,7 +6,8 @@ one and a frozen one, and no result can depend on who computed it.
 
 from __future__ import annotations
 
-from qat.tasks.base import Batch, Task, evaluate
+from qat.tasks.base import Batch, Task, evaluate, move
 from qat.tasks.causal_lm import CausalLanguageModelling
+from qat.tasks.diffusion import Diffusion
 
-__all__ = ["Batch", "CausalLanguageModelling", "Task", "evaluate"]
+__all__ = ["Batch", "CausalLanguageModelling", "Diffusion", "Task", "evaluate", "move"]

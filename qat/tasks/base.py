@@ -12,18 +12,20 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 from torchmetrics import MetricCollection
 
-__all__ = ["Batch", "Task", "evaluate"]
+__all__ = ["Batch", "Task", "evaluate", "move"]
 
-Batch: TypeAlias = Mapping[str, Tensor]
+Batch: TypeAlias = Mapping[str, Any]
+"""Names to tensors, or to nested dictionaries, lists and tuples of tensors and plain values."""
 
 
 class Task(ABC):
     """The loss and the metrics of one task."""
 
     @abstractmethod
-    def inputs(self, batch: Batch) -> dict[str, Tensor]:
+    def inputs(self, batch: Batch) -> dict[str, Any]:
         """Return the keyword arguments that the model's forward takes for this batch."""
 
     @abstractmethod
@@ -45,16 +47,41 @@ class Task(ABC):
         """Add one batch to ``metrics``."""
 
 
+def move(batch: Batch, device: torch.device, dtype: torch.dtype | None = None) -> dict[str, Any]:
+    """Return a batch with its tensors on a device, however deep they lie.
+
+    Args:
+        batch: names to anything; what is no tensor stays as it is.
+        device: where to.
+        dtype: also what floating tensors of two and more dimensions are cast to, as whoever serves a model brings
+            them. One number an example (a timestep, a guidance scale) keeps its dtype: pipelines do not cast it.
+
+    >>> move({"a": [torch.ones(2, 2)], "b": None}, torch.device("cpu"), torch.bfloat16)["a"][0].dtype
+    torch.bfloat16
+    """
+
+    def moved(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        cast = dtype is not None and leaf.is_floating_point() and leaf.ndim > 1
+        return leaf.to(device, dtype) if cast else leaf.to(device)
+
+    return {name: tree_map(moved, value) for name, value in batch.items()}
+
+
 @torch.no_grad()
-def evaluate(task: Task, model: nn.Module, batches: Iterable[Batch]) -> dict[str, float]:
+def evaluate(
+    task: Task, model: nn.Module, batches: Iterable[Batch], dtype: torch.dtype | None = None
+) -> dict[str, float]:
     """Judge a model by a task over batches, in evaluation mode, on the device where the model is.
 
-    The model's training mode is restored afterwards.
+    The training mode of each of the model's modules is restored afterwards.
 
     Args:
         task: what to judge by.
         model: any module that takes `Task.inputs`: float, prepared, frozen or reloaded.
-        batches: mappings of tensors; wrap the iterable to show progress.
+        batches: what the task takes; wrap the iterable to show progress.
+        dtype: what floating inputs are cast to (see `move`), for a model that serves in a narrow dtype; none: nothing.
 
     Returns:
         Metric name to value.
@@ -62,17 +89,20 @@ def evaluate(task: Task, model: nn.Module, batches: Iterable[Batch]) -> dict[str
     Raises:
         ValueError: there was no batch.
     """
-    device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
+    # Of packed weights that stock code loaded, the wrapper may say meta where the numbers lie on the CPU.
+    devices = (tensor.device for tensor in model.parameters() if not tensor.is_meta)
+    device = next(devices, torch.device("cpu"))
     metrics = task.metrics().to(device)
-    training, seen = model.training, False
+    modes, seen = [(module, module.training) for module in model.modules()], False
     model.eval()
     try:
         for batch in batches:
             seen = True
-            moved = {name: tensor.to(device) for name, tensor in batch.items()}
-            task.update(metrics, model(**task.inputs(moved)), moved)
+            moved = move(batch, device)
+            task.update(metrics, model(**move(task.inputs(moved), device, dtype)), moved)
     finally:
-        model.train(training)
+        for module, training in modes:  # one by one: a part that the user keeps in evaluation mode stays there
+            module.training = training
     if not seen:
         raise ValueError("batches: expected at least one batch to evaluate on, got none")
     return {name: float(value) for name, value in metrics.compute().items()}

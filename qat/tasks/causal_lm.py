@@ -82,7 +82,7 @@ class CausalLanguageModelling(Task):
         if not self.temperature > 0.0:
             raise ValueError(f"temperature: must be above 0, got {self.temperature}")
 
-    def inputs(self, batch: Batch) -> dict[str, Tensor]:
+    def inputs(self, batch: Batch) -> dict[str, Any]:
         """Return everything but the labels, which only the loss needs."""
         return {name: tensor for name, tensor in batch.items() if name != "labels"}
 
@@ -121,4 +121,5 @@ def _logits(outputs: Any) -> Tensor:
 
 
 def _labels(batch: Batch) -> Tensor:
-    return batch["labels"] if "labels" in batch else batch["input_ids"]
+    labels: Tensor = batch["labels"] if "labels" in batch else batch["input_ids"]
+    return labels

@@ -331,7 +331,7 @@ class QuantizationAwareTraining(Callback):
 
 
 def _activations(module: nn.Module) -> Iterator[ActivationQuantizer]:
-    return (m for m in module.modules() if isinstance(m, ActivationQuantizer))
+    return (quantizer for _, layer in quantized_layers(module) for quantizer in layer.activation_quantizers())
 
 
 def _uncalibrated(module: nn.Module) -> bool:

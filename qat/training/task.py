@@ -60,7 +60,7 @@ class QuantizedTask(LightningModule):
         self._teacher = [] if teacher is None else [teacher.eval().requires_grad_(False)]
         self.evaluation_metrics = task.metrics()
 
-    def model_inputs(self, batch: Batch) -> dict[str, Tensor]:
+    def model_inputs(self, batch: Batch) -> dict[str, Any]:
         """What of a batch the model is called with; the callback calibrates with it too."""
         return self.task.inputs(batch)
 

@@ -1,12 +1,13 @@
-"""What a recipe's fit shows and keeps: a progress bar, and checkpoints with the last weights among them."""
+"""What a recipe's fit shows and keeps: a progress bar, and a checkpoint of the last weights."""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import lightning
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint
 
 from qat.config import TrainerSettings
 from qat.report import progress_bar
@@ -42,16 +43,38 @@ class StepProgress(lightning.Callback):
             self.bar.stop()
 
 
-class LastCheckpoint(lightning.Callback):
-    """Saves the last weights, which an interval of steps need not meet, as ``last.ckpt``."""
+class LastCheckpoint(Checkpoint):
+    """Keeps the newest weights as ``last.ckpt``: every so many optimizer steps and at the end, one file in all.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    It is written beside the one before and then renamed, so a process that dies while it writes leaves that one.
+    """
+
+    def __init__(self, folder: Path, every: int) -> None:
+        self.path = folder / "last.ckpt"
+        self.every = every
+        self._step = 0
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        # Under gradient accumulation several batches end at one step.
+        if trainer.global_step % self.every == 0 and trainer.global_step != self._step:
+            self._save(trainer)
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        trainer.save_checkpoint(self.folder / "last.ckpt")
+        self._save(trainer)
+
+    def _save(self, trainer: lightning.Trainer) -> None:
+        partial = self.path.with_suffix(".partial")
+        trainer.save_checkpoint(partial)  # by every process: sharded strategies need them all
+        if trainer.is_global_zero:
+            if self.path.is_dir():  # as strategies write it that shard the model; no rename replaces a directory
+                shutil.rmtree(self.path)
+            partial.replace(self.path)
+        trainer.strategy.barrier()
+        self._step = trainer.global_step
 
 
 def checkpoints_in(folder: Path, settings: TrainerSettings) -> list[lightning.Callback]:
-    """Make the callbacks that keep the newest checkpoint of the configured interval, and the last of all."""
-    return [ModelCheckpoint(folder, every_n_train_steps=settings.checkpoint_every), LastCheckpoint(folder)]
+    """Make the callback that keeps the newest checkpoint of the configured interval, and the last of all."""
+    return [LastCheckpoint(folder, settings.checkpoint_every)]

@@ -1,9 +1,8 @@
-"""A fit with the configured trainer, what it needs before, and what comes after it."""
+"""A fit with the configured trainer, and what it needs before."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +17,27 @@ from qat.config import ConfigError, OptimizationSettings, TrainerSettings
 from qat.tasks import Task
 from recipes.common.callbacks import StepProgress
 
-__all__ = ["calibrate_and_freeze", "device_of", "fit", "training_batches"]
+__all__ = ["device_of", "fit", "training_batches"]
 
 
-def training_batches(examples: Dataset[Any], batch_size: int) -> DataLoader[Any]:
+def training_batches(
+    examples: Dataset[Any], batch_size: int, collate: Callable[[list[Any]], Any] | None = None
+) -> DataLoader[Any]:
     """Shuffle examples into whole batches, by torch's global random numbers.
+
+    Args:
+        examples: what to train on.
+        batch_size: examples a batch.
+        collate: puts a batch together; none: torch's own way.
 
     Raises:
         DataError: there are fewer examples than one batch holds, so there would be no step at all.
     """
-    batches = DataLoader(examples, batch_size, shuffle=True, drop_last=True)
+    batches = DataLoader(examples, batch_size, shuffle=True, drop_last=True, collate_fn=collate)
     if len(batches) == 0:
         raise qat.DataError(
             f"optimization.batch_size: {batch_size} is more than the {len(examples)} examples to train on, so "  # type: ignore[arg-type]
-            "there is no whole batch: give more text, or a smaller batch_size or block_size"
+            "there is no whole batch: give more data, or a smaller batch_size (or data.block_size)"
         )
     return batches
 
@@ -73,10 +79,7 @@ def fit(
     lightning.seed_everything(seed, verbose=False)
     model.train()
     if trainer_settings.gradient_checkpointing:
-        # Renamed within transformers 5; the old name warns in the releases that have the new one.
-        names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
-        enable: Any = next(getattr(model, name) for name in names if hasattr(model, name))
-        enable({"use_reentrant": False})
+        _checkpoint_activations(model)
     trained: Any = torch.compile(model) if trainer_settings.compile else model
     module = qat.QuantizedTask(
         trained,
@@ -106,6 +109,17 @@ def fit(
     return trainer
 
 
+def _checkpoint_activations(model: nn.Module) -> None:
+    enable: Any = getattr(model, "enable_gradient_checkpointing", None)
+    if enable is not None:  # of diffusers; never reentrant
+        enable()
+        return
+    # Renamed within transformers 5; the old name warns in the releases that have the new one.
+    names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
+    enable = next(getattr(model, name) for name in names if hasattr(model, name))
+    enable({"use_reentrant": False})
+
+
 def _trainer(settings: TrainerSettings, **options: Any) -> lightning.Trainer:
     """Make a trainer that says nothing, or say in one line why the settings do not allow one."""
     lightnings = settings.model_dump(exclude={"gradient_checkpointing", "compile", "checkpoint_every"})
@@ -128,13 +142,3 @@ def device_of(settings: TrainerSettings) -> torch.device:
     """
     device: torch.device = _trainer(settings, enable_checkpointing=False).strategy.root_device
     return device if device.type == "cuda" else torch.device("cpu")
-
-
-def calibrate_and_freeze(model: nn.Module, batches: Iterable[Any], count: int, device: torch.device) -> None:
-    """Calibrate with ``count`` batches, on the device of this process, then freeze on the CPU.
-
-    Several processes compare their activation ranges, and the backend of GPUs moves no tensor that lies on the CPU.
-    """
-    first = itertools.islice(batches, count)
-    qat.calibrate(model.to(device), ({name: tensor.to(device) for name, tensor in batch.items()} for batch in first))
-    qat.freeze(model.cpu())

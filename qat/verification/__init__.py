@@ -14,12 +14,11 @@ Four questions, each answered by checks of their own in the report:
 
 from __future__ import annotations
 
-import copy
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -28,20 +27,13 @@ import torch
 from torch import nn
 
 from qat.errors import LoadError, StateError, VerifyError
-from qat.evidence import FrozenRecord, digest, frozen_record, layer_evidence, unpack_weight
-from qat.exporting.examples import compute_outputs, difference, output_faults, read_example
-from qat.exporting.layout import DTYPE_NAMES
+from qat.evidence import frozen_record, model_device
+from qat.exporting.examples import compute_outputs, output_faults, read_example
 from qat.exporting.manifest import QMAP_NAME, Environment, ExampleRecord, Manifest, read_manifest
-from qat.exporting.quanto import PackedState, qmap_faults, stored_tensors
-from qat.loading import (
-    attention_arguments,
-    check_files,
-    check_headers,
-    frozen_record_of,
-    load_pretrained,
-    model_class,
-    read_headers,
-)
+from qat.exporting.quanto import qmap_faults
+from qat.loading import check_files, check_headers, frozen_record_of, read_headers
+from qat.verification.comparison import layer_faults, meta_faults, reference_faults, tensor_faults
+from qat.verification.reload import reload
 
 __all__ = ["Check", "VerificationError", "VerifyReport", "verify"]
 
@@ -120,7 +112,7 @@ def verify(
         LoadError: when the directory is missing or its manifest cannot be read.
         StateError: when ``inputs`` come without a reference, or the reference was never frozen.
 
-    >>> import tempfile, qat
+    >>> import copy, tempfile, qat
     >>> model = nn.Sequential(nn.Linear(256, 64), nn.ReLU(), nn.Linear(64, 10))
     >>> architecture = copy.deepcopy(model)
     >>> _, _ = qat.prepare(model, qat.QuantSpec(weights="int4")), qat.freeze(model)
@@ -180,23 +172,23 @@ def _checks(
     if faults:
         return  # a loader could answer with garbage, or end the process
     try:
-        loaded, loader = _load(directory, manifest, record, model)
+        loaded, loader = reload(directory, manifest, record, model)
     except Exception as error:  # a stock loader can fail in any way
         yield Check("load", False, f"the target's own loader failed: {type(error).__name__}: {error}")
         return
-    faults = _meta_faults(loaded)
+    faults = meta_faults(loaded)
     yield _check("load", faults, loader)
     if faults:
         return
-    faults = _layer_faults(loaded, record, codes_only=manifest.float_grid)
+    faults = layer_faults(loaded, record, codes_only=manifest.float_grid)
     what = "codes" if manifest.float_grid else "codes, scale, shift and dequantized weight"
     yield _check("layers", faults, f"{len(record.layers)} layers: {what} equal those of freezing")
-    faults, count = _tensor_faults(loaded, manifest, record)
+    faults, count = tensor_faults(loaded, manifest, record)
     yield _check("tensors", faults, f"{count} other tensors equal those exported")
     if manifest.example is not None:
         yield _stored_outputs(loaded, directory, manifest, manifest.example)
     if reference is not None:
-        faults = list(_reference_faults(loaded, reference, record, codes_only=manifest.float_grid))
+        faults = list(reference_faults(loaded, reference, record, codes_only=manifest.float_grid))
         yield _check("reference layers", faults, f"{len(record.layers)} layers and all else equal the live ones")
         yield from _reference_outputs(loaded, reference, directory, manifest, inputs)
 
@@ -206,120 +198,6 @@ def _check(name: str, faults: Sequence[str], good: str) -> Check:
         return Check(name, True, good)
     more = [f"and {len(faults) - _SHOWN} more"] if len(faults) > _SHOWN else []
     return Check(name, False, "\n".join([*faults[:_SHOWN], *more]))
-
-
-def _load(directory: Path, manifest: Manifest, record: FrozenRecord, model: nn.Module | None) -> tuple[nn.Module, str]:
-    """Load with the target's own loader, and say which that was."""
-    if manifest.target != "quanto":
-        loaded = load_pretrained(directory, manifest)
-        return loaded, f"{type(loaded).__name__}.from_pretrained"
-    if model is None and (directory / "config.json").is_file():
-        kind = model_class(manifest)
-        if _is_causal_language_model(kind):
-            from optimum.quanto import QuantizedModelForCausalLM
-
-            wrapper: Any = QuantizedModelForCausalLM.from_pretrained(str(directory), **attention_arguments(manifest))
-            return wrapper._wrapped, "QuantizedModelForCausalLM.from_pretrained"
-        config = kind.config_class.from_pretrained(directory, **attention_arguments(manifest))
-        # On CPU, not meta: requantize fills the buffers of a meta model with garbage.
-        skeleton: nn.Module = kind._from_config(config, dtype=getattr(torch, manifest.dtype))
-    elif model is not None:
-        skeleton = copy.deepcopy(model).to("cpu")
-    else:
-        raise LoadError(f"{str(directory)!r} has no config.json: pass the float model as model=")
-    return _requantized(skeleton, directory, manifest, record), "optimum.quanto.requantize on a model built on CPU"
-
-
-def _is_causal_language_model(kind: Any) -> bool:
-    from transformers import AutoModelForCausalLM
-
-    mapping = AutoModelForCausalLM._model_mapping
-    return kind.config_class in mapping and mapping[kind.config_class] is kind
-
-
-def _requantized(model: nn.Module, directory: Path, manifest: Manifest, record: FrozenRecord) -> nn.Module:
-    from optimum.quanto import requantize
-    from safetensors.torch import load_file
-
-    dtypes = {name: dtype for dtype, name in DTYPE_NAMES.items()}
-    for name, tensor in stored_tensors(model):  # requantize copies into the model, whose dtypes therefore decide
-        kept = manifest.tensors.get(name)
-        if kept is not None:
-            tensor.data = tensor.data.to(dtypes[kept.dtype])
-        elif name.rpartition(".")[0] in record.layers:
-            tensor.data = tensor.data.to(getattr(torch, manifest.dtype))
-    state: dict[str, torch.Tensor] = {}
-    for file in sorted({tensor.file for tensor in manifest.tensors.values()}):
-        state |= load_file(directory / file)
-    requantize(model, state, json.loads((directory / QMAP_NAME).read_text(encoding="utf-8")))
-    return model.eval()
-
-
-def _meta_faults(model: nn.Module) -> list[str]:
-    """Tensors without data; torch computes garbage with them on CPU and says nothing."""
-    faults = []
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        inner = _inner_tensors(tensor)
-        if any(part.device.type == "meta" for part in inner):
-            faults.append(f"{name} is on the meta device: it was never loaded")
-    return faults
-
-
-def _inner_tensors(tensor: torch.Tensor) -> list[torch.Tensor]:
-    flatten: Callable[[], Any] | None = getattr(tensor, "__tensor_flatten__", None)
-    if flatten is None:
-        return [tensor]
-    return [tensor, *(part for name in flatten()[0] for part in _inner_tensors(getattr(tensor, name)))]
-
-
-def _layer_faults(model: nn.Module, record: FrozenRecord, codes_only: bool) -> list[str]:
-    """Where a reloaded layer is not what freezing left, by digests: which part, not how much."""
-    from optimum.quanto.nn import QModuleMixin
-
-    modules, faults = dict(model.named_modules()), []
-    extra = [name for name, m in modules.items() if isinstance(m, QModuleMixin) and name not in record.layers]
-    faults += [f"{name} is quantized after loading, but freezing left it float" for name in extra]
-    for name, kept in record.layers.items():
-        module = modules.get(name)
-        if not isinstance(module, QModuleMixin) or not module.frozen:
-            faults.append(f"{name} is not a quantized layer after loading")
-            continue
-        found = layer_evidence(module)
-        compared = ("weights", "shape", "group_size", "codes") if codes_only else [field.name for field in fields(kept)]
-        differ = [part for part in compared if getattr(found, part) != getattr(kept, part)]
-        if differ:
-            faults.append(f"{name}: {', '.join(differ)} differ from what freezing left")
-    return faults
-
-
-def _tensor_faults(model: nn.Module, manifest: Manifest, record: FrozenRecord) -> tuple[list[str], int]:
-    """Compare everything but quantized weights with the digests of the export."""
-    state, faults, count = PackedState(model), [], 0
-    entries = {entry.name: entry for entry in state.entries}
-    for name, kept in manifest.tensors.items():
-        if _belongs_to_weight(name, record):
-            continue
-        count += 1
-        source = name if name in entries else state.tied.get(name, name)
-        if source not in entries:
-            faults.append(f"{name} is in the files, but not in the reloaded model")
-        elif DTYPE_NAMES.get(entries[source].dtype) != kept.dtype:
-            faults.append(f"{name} is {entries[source].dtype} after loading, {kept.dtype} in the files")
-        elif digest(state.fetch(source)) != kept.sha256:
-            faults.append(f"{name} differs from what was exported")
-    for name in entries:
-        twin = manifest.tied.get(name)
-        if twin is not None and digest(state.fetch(name)) != manifest.tensors[twin].sha256:
-            faults.append(f"{name} is tied to {twin}, but differs from it after loading")
-        stock = manifest.float_grid and name.endswith((".input_scale", ".output_scale"))  # no file holds those
-        if twin is None and not (stock or name in manifest.tensors or _belongs_to_weight(name, record)):
-            faults.append(f"{name} is in the reloaded model, but not in the files")
-    return faults, count
-
-
-def _belongs_to_weight(name: str, record: FrozenRecord) -> bool:
-    layer, dot, rest = name.rpartition(".weight")
-    return bool(dot) and layer in record.layers and (not rest or rest.startswith("._"))
 
 
 def _stored_outputs(model: nn.Module, directory: Path, manifest: Manifest, example: ExampleRecord) -> Check:
@@ -354,39 +232,6 @@ def _outputs_check(
     return _check(name, [*faults, where] if faults else [], f"{len(wanted)} output tensors within {worst:.2g}: {where}")
 
 
-def _reference_faults(loaded: nn.Module, reference: nn.Module, record: FrozenRecord, codes_only: bool) -> Iterator[str]:
-    """Compare the reloaded model with the live one, tensor by tensor, and say by how much they differ."""
-    live, again = dict(reference.named_modules()), dict(loaded.named_modules())
-    for name in record.layers:
-        old: Any = live.get(name)
-        new: Any = again.get(name)
-        if not hasattr(old, "weight_qtype") or not hasattr(new, "weight_qtype"):
-            yield f"{name} is not a quantized layer in both models"
-            continue
-        three = ("codes", "scale", "shift")
-        parts = list(zip(three, unpack_weight(old.weight), unpack_weight(new.weight), strict=True))
-        parts.append(("weight", old.weight.dequantize(), new.weight.dequantize()))
-        for part, expected, given in parts[:1] if codes_only else parts:
-            if expected is None or given is None:
-                gap: object = None if expected is given else "exists in one model only"
-            else:
-                gap = difference(expected, given)
-            if gap is not None:
-                yield f"{name}, {part}: {gap}"
-    first, second = PackedState(reference), PackedState(loaded)
-    names = {entry.name for entry in second.entries} | set(second.tied)
-    for entry in first.entries:
-        activation_scale = entry.name.endswith(("input_scale", "output_scale"))
-        if _belongs_to_weight(entry.name, record) or (codes_only and activation_scale):
-            continue
-        if entry.name not in names:
-            yield f"{entry.name} is in the live model only"
-            continue
-        gap = difference(first.fetch(entry.name), second.fetch(second.tied.get(entry.name, entry.name)))
-        if gap is not None:
-            yield f"{entry.name}: {gap}"
-
-
 def _reference_outputs(
     loaded: nn.Module, reference: nn.Module, directory: Path, manifest: Manifest, inputs: Any
 ) -> Iterator[Check]:
@@ -394,7 +239,7 @@ def _reference_outputs(
         inputs, _ = read_example(directory, manifest.example)
     if inputs is None:
         return
-    device = next((tensor.device.type for tensor in reference.parameters()), "cpu")
+    device = model_device(reference).type
     differences = () if device == "cpu" else (f"device {device} -> cpu",)
     found, wanted = compute_outputs(loaded, inputs), compute_outputs(reference, inputs)
     yield _outputs_check("reference outputs", found, wanted, manifest, differences)

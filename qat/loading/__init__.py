@@ -5,13 +5,11 @@ are not stored, such as rotary tables, are real and as constructed under the ser
 where the evidence says, and assigns the tensors of the memory-mapped files without a copy. Unlike quanto's own it is
 strict: a missing or unexpected key, a code tensor of another dtype or packed shape, a tensor in another dtype than
 the model's are errors, found in the files' headers before anything is read. Directories for transformers go through
-`from_pretrained` with the plug-in.
+`from_pretrained` with the plug-in, those for diffusers through the stock one.
 """
 
 from __future__ import annotations
 
-import importlib
-import sys
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
@@ -20,15 +18,18 @@ from typing import Any
 import torch
 from torch import nn
 
+from qat.construction import build
 from qat.errors import LoadError
-from qat.evidence import FrozenRecord, LayerEvidence, record_frozen
+from qat.evidence import FrozenRecord, LayerEvidence, inner_tensors, record_frozen
 from qat.exporting.layout import DTYPE_NAMES, TensorEntry, read_header
 from qat.exporting.manifest import Manifest, file_record, read_manifest
 from qat.exporting.quanto import stored_tensors
 from qat.integrations.packed import LayerShape, PackedModule, TensorHeader, layer_faults, one_error, packed_weight
+from qat.loading.stock import load_pretrained, model_class, read_config
 from qat.qtypes import QTYPES
+from qat.targets.diffusers import is_diffusers_model
 
-__all__ = ["check_files", "check_headers", "frozen_record_of", "load", "model_class", "read_headers"]
+__all__ = ["check_files", "check_headers", "frozen_record_of", "load", "read_headers"]
 
 
 def load(
@@ -43,7 +44,7 @@ def load(
     Args:
         directory: the exported directory.
         model: a float model of the exported architecture, to be filled in place; needed where the directory has no
-            ``config.json``, or its class is not one of transformers.
+            ``config.json``, or its class is not one of transformers or diffusers.
         device: where the model goes.
         verify_hashes: compare every file's hash with the manifest first.
 
@@ -81,6 +82,7 @@ def load(
     record = frozen_record_of(manifest)
     if model is None and manifest.target != "quanto":
         loaded = load_pretrained(path, manifest, device)
+        _leave_meta(loaded)
     else:
         loaded = model if model is not None else _skeleton(path, manifest)
         _fill(loaded, path, manifest, record, torch.device(device))
@@ -122,17 +124,14 @@ def read_headers(directory: Path, manifest: Manifest) -> dict[str, tuple[str, Te
         LoadError: when a file is missing or not a whole safetensors file.
     """
     found: dict[str, tuple[str, TensorEntry, int]] = {}
-    for name in sorted({tensor.file for tensor in manifest.tensors.values()} | set(_weight_files(directory))):
+    present = {path.name for path in directory.glob(f"{manifest.weights_stem}*.safetensors")}
+    for name in sorted({tensor.file for tensor in manifest.tensors.values()} | present):
         try:
             entries, starts = read_header(directory / name)
         except (OSError, ValueError) as error:
             raise LoadError(f"{name} in {str(directory)!r} cannot be read: {error}; copy or export it again") from error
         found |= {key: (name, entry, starts[key]) for key, entry in entries.items()}
     return found
-
-
-def _weight_files(directory: Path) -> list[str]:
-    return [path.name for path in directory.glob("model*.safetensors")]
 
 
 def check_headers(manifest: Manifest, headers: Mapping[str, tuple[str, TensorEntry, int]]) -> list[str]:
@@ -165,69 +164,16 @@ def check_headers(manifest: Manifest, headers: Mapping[str, tuple[str, TensorEnt
     return faults
 
 
-def model_class(manifest: Manifest) -> Any:
-    """The class named in the manifest: one of transformers, or one whose module the caller has imported already.
-
-    Nothing else is imported by a name that a file gives.
-
-    Raises:
-        LoadError: when it is neither.
-    """
-    module, _, name = manifest.model_class.rpartition(".")
-    if module.partition(".")[0] == "transformers":
-        found = getattr(importlib.import_module("transformers"), name, None)
-    else:
-        found = getattr(sys.modules.get(module), name, None)
-    if found is None:
-        raise LoadError(
-            f"the exported model is a {manifest.model_class}, which is neither a class of transformers nor imported "
-            f"here: import it first, or pass a float model of it as model="
-        )
-    return found
-
-
-def attention_arguments(manifest: Manifest) -> dict[str, str]:
-    """The attention implementation the model was trained with, where every machine has it."""
-    kept = manifest.attn_implementation
-    return {"attn_implementation": kept} if kept in ("eager", "sdpa") else {}
-
-
-def load_pretrained(directory: Path, manifest: Manifest, device: str | torch.device = "cpu") -> nn.Module:
-    """Load a directory for transformers by the class's own `from_pretrained`, with the plug-in (or stock, on a grid).
-
-    Raises:
-        LoadError: when `from_pretrained` fails.
-    """
-    from transformers import QuantoConfig
-
-    importlib.import_module("qat.integrations.transformers")
-    kind = model_class(manifest)
-    arguments: dict[str, Any] = {"dtype": getattr(torch, manifest.dtype), **attention_arguments(manifest)}
-    if manifest.stock_arguments is not None:
-        arguments["quantization_config"] = QuantoConfig(**manifest.stock_arguments)
-    try:
-        loaded: nn.Module = kind.from_pretrained(directory, **arguments)
-    except LoadError:
-        raise
-    except Exception as error:  # nor is there an end to what a load can raise
-        raise LoadError(f"{kind.__name__}.from_pretrained({str(directory)!r}) failed: {error}") from error
-    return loaded.to(device) if torch.device(device).type != "cpu" else loaded
-
-
 def _skeleton(directory: Path, manifest: Manifest) -> nn.Module:
     """The model without memory for parameters; buffers are real."""
     if not (directory / "config.json").is_file():
         raise LoadError(
             f"{str(directory)!r} has no config.json to build the model from: pass the float model as model="
         )
-    from accelerate import init_empty_weights
-
     kind = model_class(manifest)
     try:
-        config = kind.config_class.from_pretrained(directory, **attention_arguments(manifest))
-        # Buffers stay real: those that no file holds, such as rotary tables, are only computed here.
-        with init_empty_weights(include_buffers=False):
-            built: nn.Module = kind._from_config(config, dtype=getattr(torch, manifest.dtype))
+        # Buffers are real: those that no file holds, such as rotary tables, are only computed here.
+        built = build(kind, read_config(kind, directory, manifest), getattr(torch, manifest.dtype), empty=True)
     except Exception as error:  # a configuration can be wrong in as many ways as there are models
         raise LoadError(f"config.json in {str(directory)!r} does not build a {kind.__name__}: {error}") from error
     if (directory / "generation_config.json").is_file():
@@ -237,7 +183,9 @@ def _skeleton(directory: Path, manifest: Manifest) -> nn.Module:
     wrong = [
         f"{name} is {manifest.tensors[name].dtype} in the files and {tensor.dtype} in the model"
         for name, tensor in built.named_parameters()
-        if name in manifest.tensors and manifest.tensors[name].dtype != DTYPE_NAMES[tensor.dtype]
+        if name in manifest.tensors
+        and manifest.tensors[name].dtype != DTYPE_NAMES[tensor.dtype]
+        and not is_diffusers_model(built)  # whose classes may build a parameter in float32, and hold it as loaded
     ]
     if wrong:
         raise one_error(f"config.json in {str(directory)!r} does not fit the files", wrong)
@@ -281,9 +229,20 @@ def _fill(model: nn.Module, directory: Path, manifest: Manifest, record: FrozenR
         raise one_error("the load is incomplete", [f"{name} is still on the meta device" for name in stranded])
 
 
+def _leave_meta(model: nn.Module) -> None:
+    """Give weights that stock diffusers wrapped on the meta device a wrapper on the device where their data is.
+
+    A pipeline asks the first parameter for the model's device.
+    """
+    for module in model.modules():
+        weight = module._parameters.get("weight")
+        if weight is not None and weight.is_meta and not any(part.is_meta for part in inner_tensors(weight)):
+            module._parameters["weight"] = nn.Parameter(weight.detach(), requires_grad=False)
+
+
 def _like(old: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """A parameter takes the file's dtype, a buffer keeps the model's, as in every loader that copies."""
-    return nn.Parameter(value, requires_grad=False) if isinstance(old, nn.Parameter) else value.to(old.dtype)
+    """As the frozen model held it, which is as the file has it, whatever the model was built in."""
+    return nn.Parameter(value, requires_grad=False) if isinstance(old, nn.Parameter) else value
 
 
 def _in_layers(name: str, layers: Mapping[str, LayerEvidence]) -> bool:

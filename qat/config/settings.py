@@ -1,0 +1,98 @@
+"""What recipes let a user choose: the same fields, defaults and rules in each."""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import Annotated, Literal, Self, TypeAlias
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+__all__ = ["ModelSource", "OptimizationSettings", "ScheduleSettings", "TrainerSettings"]
+
+
+def _directory_or_hub_name(source: str) -> str:
+    path = os.path.expanduser(source)  # of os, to whom neither an unknown user nor an empty text is an exception
+    if os.path.isdir(path):
+        return path
+    if os.path.exists(path) or not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", source):
+        raise ValueError("must be a directory that exists, or a hub name such as 'owner/model'")
+    return source
+
+
+ModelSource: TypeAlias = Annotated[str, AfterValidator(_directory_or_hub_name)]
+"""A local directory, or what can be a hub name: a misspelt path is an error before any library is asked for it."""
+
+
+class OptimizationSettings(BaseModel):
+    """How long and how fast a recipe trains; the float model that it compares with trains for the same steps."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    steps: int = Field(default=100, ge=1)
+    """Optimizer steps of each training."""
+    batch_size: int = Field(default=8, ge=1)
+    """Examples a batch, on each device."""
+    learning_rate: float = Field(default=1e-4, gt=0)
+    """Peak learning rate of quantization-aware training."""
+    float_learning_rate: float = Field(default=1e-4, gt=0)
+    """Peak learning rate of the float fine-tuning that is compared with."""
+    scale_learning_rate: float | None = Field(default=None, gt=0)
+    """Learning rate of learned scales; none: a tenth of the weights'."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Weight decay of the weights; scales never have any."""
+    warmup_steps: int = Field(default=10, ge=0)
+    """Steps in which the learning rate rises from 0 to its peak."""
+    gradient_clip: float | None = Field(default=1.0, gt=0)
+    """Largest norm of the gradient; none: no limit."""
+    distillation_weight: float = Field(default=0.0, ge=0, le=1)
+    """Share of the loss that is the divergence from a float teacher."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Temperature of the distillation."""
+
+
+class ScheduleSettings(BaseModel):
+    """When quantization happens during a fit; steps are optimizer steps."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    start_step: int = Field(default=0, ge=0)
+    """Fake quantization begins at this step; before it the model trains in float."""
+    observe_from: int | None = Field(default=None, ge=0)
+    """Activation observers record from this step on; none: never during training."""
+    observe_until: int | None = Field(default=None, ge=0)
+    """Activation observers stop at this step; none: they go on to the end."""
+    calibration_batches: int = Field(default=16, ge=0)
+    """Training batches for the calibration before the first step and before freezing; only with activations."""
+
+    @model_validator(mode="after")
+    def _window_is_ordered(self) -> Self:
+        if self.observe_until is not None and (self.observe_from is None or self.observe_until <= self.observe_from):
+            raise ValueError(
+                f"observe_until ({self.observe_until}) must come after observe_from ({self.observe_from}): set both, "
+                "in order"
+            )
+        return self
+
+
+class TrainerSettings(BaseModel):
+    """On what and how a recipe trains; all but the last three are Lightning's own."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    accelerator: str = "auto"
+    """Lightning's accelerator: auto, cpu, gpu."""
+    devices: int | str = 1
+    """How many devices, or which."""
+    strategy: str = "auto"
+    """Lightning's strategy: auto, ddp and others."""
+    precision: Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true"] = "32-true"
+    """Lightning's precision; master weights should be float32, so the mixed ones rather than the true ones."""
+    accumulate_grad_batches: int = Field(default=1, ge=1)
+    """Batches whose gradients are averaged for one optimizer step."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, a third more time."""
+    compile: bool = False
+    """Compile the model for training."""
+    checkpoint_every: int = Field(default=50, ge=1)
+    """Steps between the checkpoints of quantization-aware training, kept beside the output."""

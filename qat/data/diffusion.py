@@ -1,0 +1,185 @@
+"""Batches of diffusion training: noised latents, what the model shall say of them, and when in the noising they stand.
+
+A batch is ``{"inputs", "target", "fraction"}``: the transformer's arguments, by name and nested as its pipeline passes
+them; the target, of the output's shape; and for each example its timestep's place among the training timesteps, from 0
+(the least noise) to below 1 (the most). An evaluation batch may also carry ``"reference"``, another model's outputs.
+
+Noise and timesteps are drawn when the batch is put together, so whoever is given the batch (a student, its teacher, any
+arm of a comparison) is given the same noise. Timesteps are stratified: each of a batch's examples has a timestep from a
+part of its own, which makes the loss of one batch far less a matter of luck.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+from torch.utils.data import Dataset
+
+from qat.data.conditioning import Rows, calls_of
+from qat.data.latents import Encoded
+from qat.data.noising import NoiseSchedule, stratified
+from qat.errors import DataError
+
+__all__ = ["DiffusionCollate", "EvaluationBatches", "sampler_batches"]
+
+Batch = dict[str, Any]
+
+
+class DiffusionCollate:
+    """Puts examples of `Latents` together to a batch, with noise and timesteps of its own.
+
+    Args:
+        encoded: gives the transformer's arguments.
+        schedule: gives noised latents and targets.
+        caption_dropout: the share of examples that lose their caption; none: a tenth where the pipeline guides by
+            running without a caption, which the model must therefore know, else 0.
+        generator: for noise, timesteps and dropout; none: torch's global random numbers.
+
+    Raises:
+        DataError: captions shall be dropped, but the pipeline has no such thing as no caption.
+    """
+
+    def __init__(
+        self,
+        encoded: Encoded,
+        schedule: NoiseSchedule,
+        caption_dropout: float | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        self._encoded, self._schedule, self._generator = encoded, schedule, generator
+        self.caption_dropout = (0.1 if encoded.guided else 0.0) if caption_dropout is None else caption_dropout
+        if self.caption_dropout > 0 and encoded.empty is None:
+            raise DataError(f"caption_dropout: {caption_dropout} needs a pipeline that can do without: set it to 0")
+
+    def __call__(self, examples: Sequence[dict[str, Any]]) -> Batch:
+        """Return a batch on the CPU, in the dtypes of the recording."""
+        template, schedule, generator = self._encoded.template, self._schedule, self._generator
+        latents = torch.stack([example["latents"] for example in examples])
+        noise = torch.randn(latents.shape, generator=generator)
+        steps = len(schedule.timesteps)
+        places = (stratified(len(examples), generator) * steps).long()
+        dropped = torch.rand(len(examples), generator=generator) < self.caption_dropout
+        rows: list[Rows] = [
+            self._encoded.empty if drop and self._encoded.empty is not None else example["rows"]
+            for example, drop in zip(examples, dropped.tolist(), strict=True)
+        ]
+        timesteps = schedule.timesteps[places]
+        noised = schedule.noised(latents, noise, timesteps).to(template.sample_dtype)
+        return {
+            "inputs": template.fill(rows, noised, timesteps),
+            "target": schedule.target(latents, noise, timesteps),
+            "fraction": places / steps,
+        }
+
+
+class EvaluationBatches:
+    """The same batches at every pass: examples in order, noise and timesteps by a seed; captions are kept.
+
+    Args:
+        examples: `Latents`.
+        encoded: as for `DiffusionCollate`.
+        schedule: as for `DiffusionCollate`.
+        batch_size: examples a batch; the last may be smaller.
+        seed: of the noise and the timesteps.
+    """
+
+    def __init__(
+        self, examples: Dataset[Any], encoded: Encoded, schedule: NoiseSchedule, batch_size: int, seed: int = 0
+    ) -> None:
+        self._examples, self._encoded, self._schedule = examples, encoded, schedule
+        self._batch_size, self._seed = batch_size, seed
+        self._references: list[Tensor] = []
+
+    def __len__(self) -> int:
+        return -(-len(self._examples) // self._batch_size)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[Batch]:
+        generator = torch.Generator().manual_seed(self._seed)
+        collate = DiffusionCollate(self._encoded, self._schedule, 0.0, generator)
+        count: int = len(self._examples)  # type: ignore[arg-type]
+        for number, start in enumerate(range(0, count, self._batch_size)):
+            chosen = range(start, min(start + self._batch_size, count))
+            batch = collate([self._examples[index] for index in chosen])
+            if self._references:
+                batch["reference"] = self._references[number]
+            yield batch
+
+    @torch.no_grad()
+    def compare_with(self, model: nn.Module) -> None:
+        """From now on, batches carry what ``model`` returns for them, as ``"reference"``.
+
+        Args:
+            model: in evaluation mode or not, on any device; left as it is, but for its training mode.
+        """
+        device = next(model.parameters()).device
+        self._references = []  # while these are made there are none
+        model.eval()
+        outputs = (model(**_moved(batch["inputs"], device)) for batch in self)
+        self._references = [_moved(_first(output), torch.device("cpu")) for output in outputs]
+
+
+def sampler_batches(
+    pipeline: Any,
+    captions: Sequence[Any],
+    count: int,
+    size: int,
+    *,
+    max_sequence_length: int | None = None,
+    steps: int = 20,
+    batch_size: int = 4,
+    seed: int = 0,
+) -> list[dict[str, Any]]:
+    """Record what a pipeline's real sampler calls its transformer with, for calibration over all timesteps.
+
+    The sampler runs whole, with the pipeline's default guidance, so that latents, timesteps and both branches of
+    guidance are those of serving. Of each run some calls are kept, evenly over its steps, other ones in each run.
+
+    Args:
+        pipeline: with its encoders and the float transformer.
+        captions: what to sample; they are used in turn.
+        count: batches to return.
+        size: pixels a side.
+        max_sequence_length: tokens a caption; none: the pipeline's own default.
+        steps: the sampler's.
+        batch_size: captions a run.
+        seed: of the first noise.
+
+    Returns:
+        ``count`` mappings of the transformer's arguments, on the CPU.
+
+    Raises:
+        DataError: the pipeline cannot run this.
+    """
+    kept: list[dict[str, Any]] = []
+    wanted = -(-count // max(1, min(count, -(-len(captions) // batch_size))))  # of each run, if all captions are used
+    run = 0
+    while len(kept) < count:
+        chosen = [captions[(run * batch_size + index) % len(captions)] for index in range(batch_size)]
+        calls = calls_of(
+            pipeline,
+            chosen,
+            size,
+            max_sequence_length=max_sequence_length,
+            seed=seed + run,
+            num_inference_steps=steps,
+        )
+        of_this = min(wanted, count - len(kept), len(calls))
+        offset = (0.5 + run * 0.618) % 1.0  # spreads the places of many runs evenly
+        kept += [
+            _moved(calls[int((part + offset) * len(calls) / of_this)], torch.device("cpu")) for part in range(of_this)
+        ]
+        run += 1
+    return kept
+
+
+def _first(output: Any) -> Tensor:
+    tensor: Tensor = output[0] if isinstance(output, tuple) else getattr(output, "sample", output)
+    return tensor
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    return tree_map(lambda leaf: leaf.detach().to(device, copy=True) if isinstance(leaf, Tensor) else leaf, value)

@@ -1,0 +1,96 @@
+"""Clipped start ranges: for each group the two ends that give the smallest squared weight error.
+
+At 2 bits the range from min to max spends its four values on outliers: for 128 normally distributed weights it spans
+±2.6 σ, where ±1.5 σ has less than half the squared error. The search moves both ends towards the group's mean, first
+together, then each alone, and judges every candidate by the arithmetic of serving: rounded scale and shift, codes,
+and values with the loader's roundings.
+
+Weight error is not output error. It sees no data, and what it gains has to be measured (docs/experiments.md).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qat import kernels, numerics
+from qat.numerics import grouped
+
+__all__ = ["clipped_range", "weight_error"]
+
+_CHUNK_ELEMENTS = 1 << 22  # 16 MiB of float32, and a few copies: far below the weight itself in a large model
+_TOGETHER = tuple(1 - 0.05 * step for step in range(1, 17))  # down to 0.2 of the range
+_ALONE = (0.1, 0.05, 0.025)
+
+
+def weight_error(weight: Tensor, low: Tensor | None, high: Tensor, qtype: str, dtype: torch.dtype) -> Tensor:
+    """Sum of ``(served - weight)^2`` of each group, in units of its largest magnitude: ``(groups, 1)``, float32.
+
+    Args:
+        weight: ``(out, in)``.
+        low: low end of each group's range, float32, ``(groups, 1)``; None for 8-bit types.
+        high: the high end.
+        qtype: the target format's name.
+        dtype: the serving dtype.
+    """
+    scale, shift = numerics.range_scale_shift(low, high, qtype)
+    scale, shift = numerics.serving_pair(scale, shift, qtype, dtype, weight.shape[1])
+    served = kernels.fake_quantize_weight(weight, scale, shift, qtype, dtype, torch.float32)
+    error = grouped(served.sub_(weight), qtype)
+    # In units of the group's own size, the squares of no group overflow or vanish.
+    size = grouped(weight, qtype).abs().amax(1, keepdim=True).float()
+    error /= size.clamp_(min=torch.finfo(torch.float32).tiny)
+    return error.square_().sum(1, keepdim=True)
+
+
+@torch.no_grad()
+def clipped_range(weight: Tensor, qtype: str, dtype: torch.dtype) -> tuple[Tensor | None, Tensor]:
+    """The ends of each group's range that give the smallest `weight_error` found, which is never above min-max's.
+
+    Args:
+        weight: ``(out, in)``, any float dtype; read in chunks of rows.
+        qtype: the target format's name.
+        dtype: the serving dtype.
+
+    Returns:
+        Low end (None for 8-bit types) and high end: float32, ``(groups, 1)``.
+
+    >>> _, high = clipped_range(torch.tensor([[0.1, -0.2, 0.3, 0.4]]), "int8", torch.float32)
+    >>> bool(high <= 0.4)
+    True
+    """
+    rows = max(1, _CHUNK_ELEMENTS // max(1, weight.shape[1]))
+    found = [_search(chunk, qtype, dtype) for chunk in torch.split(weight.detach(), rows)]
+    lows = [low for low, _ in found if low is not None]
+    return torch.cat(lows) if lows else None, torch.cat([high for _, high in found])
+
+
+def _search(weight: Tensor, qtype: str, dtype: torch.dtype) -> tuple[Tensor | None, Tensor]:
+    low, high = numerics.weight_range(weight, qtype)
+    center = torch.zeros_like(high) if low is None else grouped(weight, qtype).float().mean(1, keepdim=True)
+    ones = torch.ones_like(high)
+
+    def ends(low_factor: Tensor, high_factor: Tensor) -> tuple[Tensor | None, Tensor]:
+        # Written so that a factor of 1 gives the very end.
+        return (
+            None if low is None else low + (center - low) * (1 - low_factor),
+            high + (center - high) * (1 - high_factor),
+        )
+
+    best = (ones, ones, weight_error(weight, low, high, qtype, dtype))
+
+    def attempt(low_factor: Tensor, high_factor: Tensor) -> None:
+        nonlocal best
+        error = weight_error(weight, *ends(low_factor, high_factor), qtype, dtype)
+        better = error < best[2]  # never where the error is not a number
+        candidate = (low_factor, high_factor, error)
+        best = tuple(torch.where(better, new, old) for new, old in zip(candidate, best, strict=True))  # type: ignore[assignment]
+
+    for factor in _TOGETHER:
+        attempt(ones * factor, ones * factor)
+    for step in _ALONE:
+        for sign in (1, -1):
+            attempt(best[0], (best[1] + sign * step).clamp(0.05, 1))
+            if low is not None:
+                attempt((best[0] + sign * step).clamp(0.05, 1), best[1])
+    return ends(best[0], best[1])

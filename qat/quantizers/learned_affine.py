@@ -1,0 +1,150 @@
+"""Learned ranges: the two ends of every group's range are parameters, and the weight trains together with them.
+
+The parametrisation is the robust one of Xu et al. 2024 (https://arxiv.org/abs/2404.16898): not scale and shift, whose
+gradients compete, but the ends. Each is the end of a start range plus a learned move in units of half that range's
+width, so that one learning rate fits all groups: a move of 0.01 is one per cent of the range, be it wide or narrow.
+Gradients are those of LSQ and LSQ+ (Esser et al. 2020, https://arxiv.org/abs/1902.08153; Bhalgat et al. 2020,
+https://arxiv.org/abs/2004.09576). 8-bit types have one end, which makes it LSQ relative to the largest magnitude.
+
+What it trades away: two numbers a group in every checkpoint and optimizer, and, in the backward pass, the reduction
+that gives their gradients. A range clips, so weights outside it get no gradient until the range comes back to them.
+
+A group of equal weights, such as one of zeros, has no range to start from. It follows its weights, as
+`StraightThrough` does.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from qat import kernels, numerics
+from qat.qtypes import QTYPES
+from qat.quantizers.base import Algorithm, WeightQuantizer
+from qat.quantizers.clipping import clipped_range
+
+__all__ = ["LearnedAffine"]
+
+
+class _ServedRange(torch.autograd.Function):
+    """Serving scale and shift of a moved range; see `numerics.moved_scale_shift`."""
+
+    @staticmethod
+    def forward(
+        low: Tensor | None,
+        high: Tensor,
+        low_move: Tensor | None,
+        high_move: Tensor,
+        qtype: str,
+        dtype: torch.dtype,
+        in_features: int,
+    ) -> tuple[Tensor, Tensor | None]:
+        return kernels.moved_scale_shift(low, high, low_move, high_move, qtype, dtype, in_features)
+
+    @staticmethod
+    def setup_context(ctx: FunctionCtx, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor | None]) -> None:
+        low, high, _, _, qtype, *_ = inputs
+        ctx.save_for_backward(low, high)
+        ctx.qtype = qtype  # type: ignore[attr-defined]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_scale: Tensor, grad_shift: Tensor | None) -> tuple[Tensor | None, ...]:
+        low, high = ctx.saved_tensors
+        kind = QTYPES[ctx.qtype]
+        if low is None:
+            return None, None, None, grad_scale * high / kind.scale_max, None, None, None
+        unit = (high - low) / 2
+        grad_high = grad_scale * unit / kind.code_max
+        grad_low = grad_high if grad_shift is None else grad_high + grad_shift * unit
+        return None, None, grad_low, grad_high, None, None, None
+
+
+class LearnedRange(WeightQuantizer):
+    """A range whose ends move.
+
+    Args:
+        low: low end at the start, float32, ``(groups, 1)``; None for 8-bit types.
+        high: high end at the start.
+        qtype: the target format's name.
+        dtype: the serving dtype.
+        masked: stop the gradient of weights outside the range.
+    """
+
+    low_start: Tensor | None
+    high_start: Tensor
+    low_move: nn.Parameter | None
+    high_move: nn.Parameter
+
+    def __init__(
+        self, low: Tensor | None, high: Tensor, qtype: str, dtype: torch.dtype, *, masked: bool = True
+    ) -> None:
+        super().__init__(qtype, dtype, masked=masked)
+        # A range too narrow for the serving dtype is none: zero marks a group that follows its weights.
+        scale, _ = numerics.range_scale_shift(low, high, qtype)
+        flat = numerics.round_to(scale, dtype) == 0
+        self.register_buffer("low_start", None if low is None else low.masked_fill(flat, 0.0))
+        self.register_buffer("high_start", high.masked_fill(flat, 0.0))
+        self.low_move = None if low is None else nn.Parameter(torch.zeros_like(low))
+        self.high_move = nn.Parameter(torch.zeros_like(high))
+        self._note_flat()
+
+    def _note_flat(self) -> None:
+        # A Python twin: a forward that read a tensor would wait for the device, and few weights have such groups.
+        self._some_flat = not self.high_start.is_meta and bool(self._flat().any())
+
+    def _flat(self) -> Tensor:
+        return self.high_start == (0.0 if self.low_start is None else self.low_start)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self._note_flat()
+
+    def _start(self, weight: Tensor) -> tuple[Tensor | None, Tensor]:
+        if not self._some_flat:
+            return self.low_start, self.high_start
+        low, high = numerics.weight_range(weight, self.qtype)
+        flat = self._flat()
+        high = torch.where(flat, high, self.high_start)
+        return None if low is None or self.low_start is None else torch.where(flat, low, self.low_start), high
+
+    def scale_shift(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Those of the moved range; ``weight`` is read only where a group follows it."""
+        return numerics.moved_scale_shift(*self._start(weight), self.low_move, self.high_move, self.qtype)
+
+    def serving(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The same as the base class gives, as one opaque operator: equal bits eagerly and compiled, and faster."""
+        low, high = self._start(weight)
+        options = (self.qtype, self.dtype, weight.shape[1])
+        return _ServedRange.apply(low, high, self.low_move, self.high_move, *options)  # type: ignore[no-any-return,no-untyped-call]
+
+
+class LearnedAffine(Algorithm):
+    """Ranges that are learned with the weights: both ends of each group at int4 and int2, one scale a row at 8 bits.
+
+    Use `qat.parameter_groups`, which gives the ends a learning rate of their own and no weight decay.
+
+    >>> import qat
+    >>> model = nn.Sequential(nn.Linear(256, 64))
+    >>> _ = qat.prepare(model, qat.QuantSpec(weights="int2"), LearnedAffine())
+    >>> [group["name"] for group in qat.parameter_groups(model, lr=2e-4)]
+    ['weights', 'vectors', 'scales']
+    """
+
+    kind: Literal["learned_affine"] = "learned_affine"
+    """Names the algorithm in a configuration file."""
+    start: Literal["minmax", "clip"] = "clip"
+    """The ranges to begin with: the weight's own, or those with the smallest squared weight error."""
+    mask_saturated: bool = True
+    """Stop the gradient of weights outside the range, as LSQ does."""
+
+    def make(self, weight: Tensor, qtype: str, dtype: torch.dtype) -> LearnedRange:
+        """A quantizer whose ranges start from ``weight`` as it is now."""
+        if self.start == "minmax" or weight.is_meta:
+            ends = numerics.weight_range(weight, qtype)
+        else:
+            ends = clipped_range(weight, qtype, dtype)
+        return LearnedRange(*ends, qtype, dtype, masked=self.mask_saturated)

@@ -1,0 +1,48 @@
+"""The linear layers of a diffusion transformer that quantized activations harm most.
+
+The blocks of such a model are many and alike, and forgive; what stands before and after them does not. The embeddings
+of the timestep and the text, the first and the last layer, and the layers that make shifts, scales and gates of the
+embedded timestep (modulation) see inputs whose range changes with the timestep, and every block, or the picture
+itself, depends on their output. They are a small part of the computation, so with quantized activations they stay
+float unless they are named. Weights alone can be quantized in them as anywhere.
+
+Nothing here imports diffusers: layers are told by where they stand and by what the modules around them are called.
+"""
+
+from __future__ import annotations
+
+import re
+
+from torch import nn
+
+from qat.targets.diffusers import is_diffusers_model
+
+__all__ = ["sensitive_part"]
+
+_MODULATION_CLASS = re.compile(r"AdaLayerNorm|Norm(Zero|Single|Continuous)|Modulation")
+_MODULATION_NAME = re.compile(r"modulation|(^|_)mod$")
+
+
+def sensitive_part(model: nn.Module, name: str) -> str | None:
+    """Say in which sensitive part of a model of diffusers a linear layer stands.
+
+    Args:
+        model: any model; those of other libraries have no sensitive parts.
+        name: full name of one of its linear layers.
+
+    Returns:
+        ``"modulation"``, ``"outside the blocks"``, or None for a layer that is not sensitive.
+
+    >>> sensitive_part(nn.Sequential(nn.Linear(4, 4)), "0") is None
+    True
+    """
+    if not is_diffusers_model(model):
+        return None
+    parts = name.split(".")
+    module, blocks = model, False
+    for depth, part in enumerate(parts[:-1]):
+        module = module.get_submodule(part)
+        blocks |= depth == 0 and isinstance(module, nn.ModuleList)
+        if _MODULATION_CLASS.search(type(module).__name__) or _MODULATION_NAME.search(part):
+            return "modulation"
+    return None if blocks else "outside the blocks"

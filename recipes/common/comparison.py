@@ -1,0 +1,107 @@
+"""The models of a diffusion run side by side: losses, distances, sizes and images."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import qat
+from qat.exporting.card import add_section
+from qat.report import ResultRow, print_table, results_table, track, write_results
+from qat.tasks import Diffusion, evaluate
+from recipes.common.diffusion import DiffusionConfig, DiffusionData, sequence, source_of
+from recipes.common.models import load_pipeline
+from recipes.common.pictures import draw_images, plot_losses, show_grid
+
+__all__ = ["DiffusionComparison"]
+
+TEXT = """\
+Each row of images was drawn with the same seeds; the rows differ in the transformer alone, in the serving dtype.
+The loss is that of held-out images at equal noise, by timestep; `output_mse` the squared distance from the outputs of
+the fine-tuned float model."""
+
+
+class DiffusionComparison:
+    """Judges models by the same batches, and lets each draw the same images in its pipeline.
+
+    Args:
+        config: the pipeline, and how it draws.
+        data: to judge by.
+        dtype: the serving dtype.
+    """
+
+    def __init__(self, config: DiffusionConfig, data: DiffusionData, dtype: torch.dtype) -> None:
+        self._config, self._data, self._dtype = config, data, dtype
+        self._task = Diffusion(compares=True)
+        self._rows: list[ResultRow] = []
+        self._images: dict[str, list[Any]] = {}
+
+    def judge(
+        self, name: str, model: nn.Module, device: torch.device, steps: int, rate: float | None, draws: bool = True
+    ) -> None:
+        """Add a float model.
+
+        Args:
+            name: what tables and pictures call it.
+            model: in float32; a copy of it in the serving dtype draws.
+            device: where it is judged.
+            steps: what it was trained for.
+            rate: at which learning rate.
+            draws: whether it draws.
+        """
+        size = sum(parameter.numel() for parameter in model.parameters()) * self._dtype.itemsize
+        self._rows.append(ResultRow(name, self._scores(name, model.to(device), None), size, steps, rate))
+        if draws:
+            self._images[name] = self._draw(copy.deepcopy(model).to(self._dtype), device)
+
+    def judge_export(self, name: str, directory: Path, device: torch.device, steps: int, rate: float) -> None:
+        """Add an export, as reloaded; arguments as for `judge`."""
+        model = _placed(qat.load(directory), device)
+        size = sum(file.stat().st_size for file in directory.glob("*model*.safetensors"))
+        self._rows.append(ResultRow(name, self._scores(name, model, self._dtype), size, steps, rate))
+        self._images[name] = self._draw(model, device)
+
+    def _scores(self, name: str, model: nn.Module, dtype: torch.dtype | None) -> dict[str, float]:
+        evaluation = self._data.evaluation
+        return evaluate(self._task, model, track(evaluation, f"evaluating: {name}", len(evaluation)), dtype)
+
+    def _draw(self, model: nn.Module, device: torch.device) -> list[Any]:
+        config = self._config
+        pipeline, _ = load_pipeline(source_of(config), self._dtype)  # encoders and all, as long as it draws
+        options: dict[str, Any] = {
+            "num_inference_steps": config.sampler_steps,
+            "seed": config.seed,
+            **sequence(config),
+        }
+        return draw_images(pipeline.to(device), model, self._data.captions, config.data.size, **options)
+
+    def report(self, baseline: str, output: Path) -> None:
+        """Print the table, and write it and the pictures beside the export and into its model card.
+
+        Args:
+            baseline: the model that the others are compared with.
+            output: the export.
+        """
+        results, images, losses = (
+            output.with_name(f"{output.name}-{kind}") for kind in ("results.json", "images.png", "losses.png")
+        )
+        write_results(results, self._rows)
+        rows = [replace(row, metrics={key: row.metrics[key] for key in ("loss", "output_mse")}) for row in self._rows]
+        print_table(results_table(rows))
+        show_grid(self._images, self._data.captions, images)
+        bins = [f"loss_bin_{number}" for number in range(self._task.bins)]
+        plot_losses({row.name: [row.metrics[part] for part in bins] for row in self._rows}, baseline, losses)
+        lines = ["| model | loss | output_mse |", "|---|---|---|"]
+        lines += [f"| {row.name} | {row.metrics['loss']:.4g} | {row.metrics['output_mse']:.3g} |" for row in rows]
+        pictures = {"Images of each model": images, "Loss along the timesteps": losses}
+        add_section(output, "Results", "\n".join([TEXT, "", *lines]), pictures)
+
+
+def _placed(model: nn.Module, device: torch.device) -> nn.Module:
+    """Move a reloaded model, unless it shall stay on the CPU: moving packed weights may convert them."""
+    return model if device.type == "cpu" else model.to(device)

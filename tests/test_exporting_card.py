@@ -1,0 +1,124 @@
+"""The model card: its code runs, it says why layers are float, and people may edit it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+import qat
+from qat.errors import ExportError
+from qat.exporting import export
+from qat.exporting.card import add_section
+from qat.verification import verify
+from tests.exports import flux_inputs, frozen, frozen_flux, frozen_layers, frozen_llama, small_llama
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*[qQ]uanto.*deprecated:FutureWarning")
+
+
+def read(directory: Path) -> str:
+    return (directory / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def exported(tmp_path: Path) -> Path:
+    export(frozen_layers((16, 32), (1, 16), overrides={"1": "float"}), tmp_path / "out")
+    return tmp_path / "out"
+
+
+def code_of(card: str) -> str:
+    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    return str(code)
+
+
+@pytest.mark.parametrize(
+    ("library", "options"),
+    [
+        ("diffusers", {}),
+        ("diffusers", {"float_grid": True}),
+        ("transformers", {}),
+        ("transformers", {"float_grid": True}),
+        ("quanto", {}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "grid" if value else "packed",
+)
+def test_the_code_of_the_card_loads_the_model(tmp_path: Path, library: str, options: dict[str, Any]) -> None:
+    make = frozen_flux if library == "diffusers" else frozen_llama
+    export(make(library, weights="int8", dtype="float32"), tmp_path / "out", **options)
+    card = read(tmp_path / "out")
+    names: dict[str, Any] = {"directory": str(tmp_path / "out")}
+    exec(code_of(card), names)
+    assert any(hasattr(module, "weight_qtype") for module in names["model"].modules())
+    front = yaml.safe_load(card.split("---")[1])
+    assert front["library_name"] == {"quanto": "optimum-quanto"}.get(library, library)
+    assert set(front["tags"]) == {"qat", "quanto", "int8"}
+    assert "served in **float32**" in card
+
+
+def test_a_module_without_configuration_needs_the_float_model(exported: Path) -> None:
+    assert "qat.load(directory, model=float_model)" in code_of(read(exported))
+
+
+def test_the_serving_dtype_is_asked_for(tmp_path: Path) -> None:
+    export(frozen_flux(weights="int4"), tmp_path / "out")
+    card = read(tmp_path / "out")
+    assert "from_pretrained(directory, torch_dtype=torch.bfloat16)" in card
+    assert "without one diffusers loads float32" in card
+
+
+def test_layers_left_float_have_their_reasons_and_blocks_are_one_line(tmp_path: Path) -> None:
+    model = frozen(small_llama(num_hidden_layers=3), weights="int4", overrides={"*.down_proj": "float"})
+    export(model, tmp_path / "out")
+    card = read(tmp_path / "out")
+    assert "| `model.layers.*.mlp.down_proj` (3) | override '*.down_proj': float |" in card
+    assert "| `lm_head` | tied to another weight" in card
+    export(frozen_flux(weights="int8"), tmp_path / "flux")
+    assert "None: every linear layer is quantized." in read(tmp_path / "flux")
+
+
+def test_a_section_with_pictures(exported: Path, tmp_path: Path) -> None:
+    picture = tmp_path / "my grid.png"
+    Image.new("RGB", (2, 2)).save(picture)
+    add_section(exported, "Results", "Loss **0.25**.", {"float, PTQ, QAT": picture})
+    assert read(exported).endswith("## Results\n\nLoss **0.25**.\n\n![float, PTQ, QAT](my%20grid.png)\n")
+    assert (exported / "my grid.png").read_bytes() == picture.read_bytes()
+    add_section(exported, "Again", "", {"the same": exported / "my grid.png"})
+    assert read(exported).count("my%20grid.png") == 2
+
+
+def test_an_edited_card_still_verifies(tmp_path: Path) -> None:
+    export(frozen_flux(weights="int2"), tmp_path / "out", example_inputs=flux_inputs("bfloat16"))
+    (tmp_path / "out" / "README.md").write_text("my own words")
+    assert verify(tmp_path / "out").ok
+    (tmp_path / "out" / "README.md").unlink()
+    assert torch.is_tensor(next(iter(qat.load(tmp_path / "out", verify_hashes=True).parameters())))
+
+
+@pytest.mark.parametrize(
+    ("title", "picture", "message"),
+    [
+        ("", None, "title: must be one line of text, got ''"),
+        ("two\nlines", None, "title: must be one line"),
+        ("Results", "missing.png", "pictures: 'a grid' must be a PNG file, got .*missing.png"),
+        ("Results", "README.md", "must be a PNG file"),
+    ],
+)
+def test_what_is_no_section_is_refused_and_nothing_written(
+    exported: Path, title: str, picture: str | None, message: str
+) -> None:
+    before = read(exported)
+    with pytest.raises(ExportError, match=message):
+        add_section(exported, title, "text", {"a grid": exported / picture} if picture else None)
+    assert read(exported) == before
+
+
+def test_a_directory_without_card_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        ExportError, match=r"has no README.md to add a section to: give a directory that qat.export wrote"
+    ):
+        add_section(tmp_path, "Results", "text")
