@@ -53,7 +53,7 @@ class Config(BaseModel):
     schedule: ScheduleSettings = ScheduleSettings()
     """When quantization happens."""
     optimization: OptimizationSettings = OptimizationSettings(
-        batch_size=32, learning_rate=2e-4, float_learning_rate=5e-5, scale_learning_rate=5e-4, distillation_weight=1.0
+        batch_size=32, learning_rate=1e-4, float_learning_rate=5e-5, scale_learning_rate=5e-4, distillation_weight=1.0
     )
     """Steps, learning rates, distillation from the fine-tuned float model (its temperature has no meaning here)."""
     trainer: TrainerSettings = TrainerSettings()
