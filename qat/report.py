@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 from datetime import timedelta
 from importlib import import_module
 from importlib.util import find_spec
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
@@ -103,8 +104,15 @@ def results_table(rows: Sequence[ResultRow], title: str | None = None) -> Table:
 
 
 def write_results(path: Path, rows: Sequence[ResultRow]) -> None:
-    """Write the rows of a result table as JSON, for scripts that compare runs."""
-    path.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    """Write the rows of a result table as JSON, for scripts that compare runs.
+
+    A metric that is no finite number, such as the loss of a timestep bin that no image fell into, is written as null:
+    JSON has no such numbers.
+    """
+    written = [asdict(row) for row in rows]
+    for row in written:
+        row["metrics"] = {name: value if isfinite(value) else None for name, value in row["metrics"].items()}
+    path.write_text(json.dumps(written, indent=1, allow_nan=False) + "\n")
 
 
 def show_results(rows: Sequence[ResultRow], path: Path) -> None:

@@ -11,6 +11,7 @@ Nothing here imports diffusers: layers are told by where they stand and by what 
 
 from __future__ import annotations
 
+import itertools
 import re
 
 from torch import nn
@@ -41,8 +42,15 @@ def sensitive_part(model: nn.Module, name: str) -> str | None:
     parts = name.split(".")
     module, blocks = model, False
     for depth, part in enumerate(parts[:-1]):
+        in_list = depth == 1 and isinstance(module, nn.ModuleList)
         module = module.get_submodule(part)
-        blocks |= depth == 0 and isinstance(module, nn.ModuleList)
+        blocks |= in_list and _is_block(module)
         if _MODULATION_CLASS.search(type(module).__name__) or _MODULATION_NAME.search(part):
             return "modulation"
     return None if blocks else "outside the blocks"
+
+
+def _is_block(module: nn.Module) -> bool:
+    """Whether an element of a list is a block, rather than a projection of its own (of each caption encoder, say)."""
+    linear = (part for part in module.modules() if isinstance(part, nn.Linear))
+    return len(tuple(itertools.islice(linear, 2))) == 2

@@ -17,12 +17,12 @@ from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, FilePath, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, FilePath
 from torch import nn
 from torch.utils.data import DataLoader
 
 import qat
-from qat.config import ModelSource, OptimizationSettings, ScheduleSettings, TrainerSettings, load_config
+from qat.config import LogitOptimization, ModelSource, RecipeSchedule, ScheduleSettings, TrainerSettings, load_config
 from qat.data.text import TextData, load_blocks
 from qat.observers import ObserverChoice
 from qat.quantizers import AnyAlgorithm
@@ -47,14 +47,14 @@ class Config(BaseModel):
     """How scales are found."""
     observer: ObserverChoice = qat.Percentile()
     """What activation scales are taken from."""
-    schedule: ScheduleSettings = ScheduleSettings()
+    schedule: RecipeSchedule = ScheduleSettings()
     """When quantization happens."""
-    optimization: OptimizationSettings = OptimizationSettings(steps=80, learning_rate=5e-5, float_learning_rate=3e-5)
+    optimization: LogitOptimization = LogitOptimization(steps=80, learning_rate=5e-5, float_learning_rate=3e-5)
     """Steps, learning rates, distillation (from the fine-tuned float model, where there is one)."""
     trainer: TrainerSettings = TrainerSettings()
     """Devices, precision and the like."""
     resume: FilePath | None = None
-    """A checkpoint of quantization-aware training to go on from, such as last.ckpt beside an earlier output."""
+    """A checkpoint of quantization-aware training to go on from: last.ckpt beside an earlier output."""
     float_baseline: bool = True
     """Also fine-tune the float model and quantize it after training, for comparison."""
     target: Literal["quanto", "transformers"] = "transformers"
@@ -65,13 +65,6 @@ class Config(BaseModel):
     """Replace an output directory that is not empty."""
     seed: int = 0
     """Decides the order of the data."""
-
-    @field_validator("schedule")
-    @classmethod
-    def _fits(cls, schedule: ScheduleSettings, info: ValidationInfo) -> ScheduleSettings:
-        if (spec := info.data.get("spec")) and spec.activation_type and not schedule.calibration_batches:
-            raise ValueError("calibration_batches: must be above 0, for spec quantizes activations")
-        return schedule
 
 
 def main(argv: Sequence[str]) -> None:
@@ -86,14 +79,18 @@ def main(argv: Sequence[str]) -> None:
     output, overwrite = config.output or Path("outputs/causal_lm", kinds), config.overwrite or config.output is None
     check_destination(output.absolute(), overwrite)
     device = common.device_of(config.trainer)  # settings that this machine cannot train with are an error now
+    common.step_of(config.resume)  # and so is a file that is no checkpoint
 
     model, tokenizer = common.load_language_model(config.model or str(REFERENCE))
-    print(inspect_totals(qat.inspect(model, spec, config.target)))  # here a spec that does not fit is an error
+    qat.inspect(model, spec, config.target)  # here a spec that does not fit is an error, before the data is read
     with stage("tokenizing"):
         train, evaluation = load_blocks(config.data, tokenizer)
     example = {"input_ids": evaluation[:2]["input_ids"]}
+    print(inspect_totals(qat.inspect(model, spec, config.target, example_inputs=example)))
     prepared_for: dict[str, Any] = {"target": config.target, "observer": config.observer, "example_inputs": example}
     batches = common.training_batches(train, settings.batch_size)
+    checkpoints = output.with_name(f"{output.name}-checkpoints")
+    how = common.FitSettings(settings, config.trainer, config.seed)
     schedule = qat.QuantizationSchedule(**config.schedule.model_dump())
     plain = CausalLanguageModelling()
     # On CUDA optimum-quanto compiles its float8 kernel when it is first used, for minutes: not for an evaluation.
@@ -108,8 +105,9 @@ def main(argv: Sequence[str]) -> None:
     float_size = sum(parameter.numel() for parameter in model.parameters()) * spec.torch_dtype.itemsize
     tuned = copy.deepcopy(model)
     if config.float_baseline:
-        how = (plain, batches, settings.float_learning_rate, settings, config.trainer, config.seed)
-        common.fit("fine-tuning", tuned, *how)
+        kept, rate = common.FineTunedWeights(checkpoints, config, config.resume), settings.float_learning_rate
+        if not kept.restore(tuned):
+            kept.save(tuned, common.fit("fine-tuning", tuned, plain, batches, learning_rate=rate, settings=how))
         judge("float, fine-tuned", tuned)
         quantized = copy.deepcopy(tuned).cpu()
         qat.prepare(quantized, spec, **prepared_for)
@@ -121,10 +119,11 @@ def main(argv: Sequence[str]) -> None:
     task = CausalLanguageModelling(settings.distillation_weight, settings.temperature)
     callbacks = [
         qat.QuantizationAwareTraining(spec, config.algorithm, schedule, **prepared_for),
-        *common.checkpoints_in(output.with_name(f"{output.name}-checkpoints"), config.trainer),
+        *common.checkpoints_in(checkpoints, config.trainer),
     ]
-    how = (task, batches, settings.learning_rate, settings, config.trainer, config.seed)
-    trainer = common.fit("training", model, *how, callbacks, tuned, config.resume)
+    options: dict[str, Any] = {"callbacks": callbacks, "teacher": tuned, "resume": config.resume}
+    rate = settings.learning_rate
+    trainer = common.fit("training", model, task, batches, learning_rate=rate, settings=how, **options)
     common.calibrate_and_freeze(model, batches, schedule.calibration_batches, device)
     if not trainer.is_global_zero:
         return  # of several processes, one goes on

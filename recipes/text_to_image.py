@@ -18,10 +18,10 @@ from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, FilePath, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, FilePath
 
 import qat
-from qat.config import ModelSource, OptimizationSettings, ScheduleSettings, TrainerSettings, load_config
+from qat.config import ModelSource, OptimizationSettings, RecipeSchedule, ScheduleSettings, TrainerSettings, load_config
 from qat.data.images import ImageData
 from qat.observers import ObserverChoice
 from qat.quantizers import AnyAlgorithm
@@ -50,16 +50,16 @@ class Config(BaseModel):
     """How scales are found; post-training quantization takes what it begins with."""
     observer: ObserverChoice = qat.Percentile()
     """What activation scales are taken from, over all timesteps of the real sampler."""
-    schedule: ScheduleSettings = ScheduleSettings()
+    schedule: RecipeSchedule = ScheduleSettings()
     """When quantization happens."""
     optimization: OptimizationSettings = OptimizationSettings(
         batch_size=32, learning_rate=1e-4, float_learning_rate=5e-5, scale_learning_rate=5e-4, distillation_weight=1.0
     )
-    """Steps, learning rates, distillation from the fine-tuned float model (its temperature has no meaning here)."""
+    """Steps, learning rates, distillation from the fine-tuned float model."""
     trainer: TrainerSettings = TrainerSettings()
     """Devices, precision and the like."""
     resume: FilePath | None = None
-    """A checkpoint of quantization-aware training to go on from, such as last.ckpt beside an earlier output."""
+    """A checkpoint of quantization-aware training to go on from: last.ckpt beside an earlier output."""
     target: Literal["diffusers", "quanto"] | None = None
     """Who will load the export; none: diffusers, or quanto where activations are quantized, which diffusers cannot."""
     output: Path | None = None
@@ -72,13 +72,6 @@ class Config(BaseModel):
     """Steps of the sampler, for the pictures and for calibration."""
     seed: int = 0
     """Decides the order of the data, the noise and the pictures."""
-
-    @field_validator("schedule")
-    @classmethod
-    def _fits(cls, schedule: ScheduleSettings, info: ValidationInfo) -> ScheduleSettings:
-        if (spec := info.data.get("spec")) and spec.activation_type and not schedule.calibration_batches:
-            raise ValueError("calibration_batches: must be above 0, for spec quantizes activations")
-        return schedule
 
 
 def main(argv: Sequence[str]) -> None:
@@ -95,26 +88,30 @@ def main(argv: Sequence[str]) -> None:
     output, overwrite = config.output or Path("outputs/text_to_image", kinds), config.overwrite or config.output is None
     check_destination(output.absolute(), overwrite)
     device = common.device_of(config.trainer)  # settings that this machine cannot train with are an error now
+    common.step_of(config.resume)  # and so is a file that is no checkpoint
 
     pipeline, folder = common.load_pipeline(common.source_of(config))
     model = pipeline.transformer
-    print(common.inspected(model, spec, target))  # here a spec that does not fit is an error
+    qat.inspect(model, spec, target)  # here a spec that does not fit is an error, before anything is encoded
     # Activations are calibrated by what the real sampler brings, at all timesteps.
     sampled = config.schedule.calibration_batches if spec.activation_type else 0
     data = common.diffusion_data(pipeline, folder, config, device, settings.batch_size, sampled)
     del pipeline  # text encoders and autoencoder are out of memory while training
+    print(common.inspected(model, spec, target, data.example))
     prepared_for: dict[str, Any] = {"target": target, "observer": config.observer, "example_inputs": data.example}
     # On CUDA optimum-quanto compiles its float8 kernel when it is first used, for minutes: not for an evaluation.
     served_on = torch.device("cpu") if spec.weights == "float8" else device
-    comparison = common.DiffusionComparison(config, data, spec.torch_dtype)
+    checkpoints = output.with_name(f"{output.name}-checkpoints")
 
+    how: dict[str, Any] = {"settings": common.FitSettings(settings, config.trainer, config.seed), "noise": data.noise}
     tuned, rate = copy.deepcopy(model), settings.float_learning_rate
-    how = (settings, config.trainer, config.seed)
-    common.fit("fine-tuning", tuned, Diffusion(), data.batches, rate, *how)
-    data.evaluation.compare_with(tuned.to(device))
+    kept = common.FineTunedWeights(checkpoints, config, config.resume)
+    if not kept.restore(tuned):
+        kept.save(tuned, common.fit("fine-tuning", tuned, Diffusion(), data.batches, learning_rate=rate, **how))
+    comparison = common.DiffusionComparison(config, data, spec.torch_dtype, tuned, device)
     comparison.judge("float", model, device, 0, None, draws=False)
     comparison.judge(TUNED, tuned, device, settings.steps, rate)
-    quantized = copy.deepcopy(tuned).cpu()
+    quantized = copy.deepcopy(tuned)
     qat.prepare(quantized, spec, config.algorithm, **prepared_for)
     common.calibrate_and_freeze(quantized, data.sampled, sampled, device)
     with TemporaryDirectory() as directory:
@@ -124,13 +121,14 @@ def main(argv: Sequence[str]) -> None:
     schedule = qat.QuantizationSchedule(**config.schedule.model_dump())
     callbacks = [
         qat.QuantizationAwareTraining(spec, config.algorithm, schedule, **prepared_for),
-        *common.checkpoints_in(output.with_name(f"{output.name}-checkpoints"), config.trainer),
+        *common.checkpoints_in(checkpoints, config.trainer),
     ]
     if sampled:
-        qat.prepare(model.cpu(), spec, config.algorithm, **prepared_for)
+        qat.prepare(model, spec, config.algorithm, **prepared_for)
         common.calibrate(model, data.sampled, device)
     task, rate = Diffusion(settings.distillation_weight), settings.learning_rate
-    trainer = common.fit("training", model.cpu(), task, data.batches, rate, *how, callbacks, tuned, config.resume)
+    how |= {"learning_rate": rate, "callbacks": callbacks, "teacher": tuned, "resume": config.resume}
+    trainer = common.fit("training", model.cpu(), task, data.batches, **how)
     common.calibrate_and_freeze(model, data.sampled, sampled, device)
     if not trainer.is_global_zero:
         return  # of several processes, one goes on

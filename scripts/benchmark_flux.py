@@ -4,7 +4,8 @@ Random weights and random inputs of one 1,024 x 1,024 image (4,096 image and 512
 blocks. First the training arms in alternating rounds: plain bfloat16 and each type, time and peak memory a step. Then
 for each type one model is trained for a step, frozen, exported, and loaded again in fresh processes: by diffusers'
 own `AutoModel.from_pretrained` (no code of ours in that process), by `qat.load`, and by optimum-quanto's `requantize`
-on the same tensors. Time is the wall clock's; memory is the peak of the process (``ru_maxrss``) or of CUDA::
+on the same tensors, each until every page has been read. Time is the wall clock's; memory is what the process (the
+kernel's high-water mark) or CUDA held at most::
 
     python -m scripts.benchmark_flux --output docs/results/flux_2b.json
 
@@ -159,25 +160,41 @@ from safetensors.torch import load_file
 config = json.load(open(f"{directory}/config.json"))
 kind = {"float8": "qfloat8_e4m3fn"}.get(name := config.pop("quantization_config")["weights_dtype"], f"q{name}")
 torch.nn.init.kaiming_uniform_ = torch.nn.init.uniform_ = lambda tensor, *_, **__: tensor
-model = diffusers.FluxTransformer2DModel.from_config(config).to(torch.bfloat16)
+made = diffusers.FluxTransformer2DModel.from_config(config).to(torch.bfloat16)
+
+def requantized():
+    state = {}
+    for file in glob.glob(f"{directory}/diffusion*.safetensors"):
+        state.update(load_file(file))
+    names = {key.split(".weight._")[0] for key in state if ".weight._" in key}
+    requantize(made, state, {name: {"weights": kind, "activations": "none"} for name in names})
+    return made
 """,
-        """state = {}
-for file in glob.glob(f"{directory}/diffusion*.safetensors"):
-    state.update(load_file(file))
-names = {key.split(".weight._")[0] for key in state if ".weight._" in key}
-requantize(model, state, {name: {"weights": kind, "activations": "none"} for name in names})""",
+        "requantized()",
     ),
 }
 CHILD = """
-import glob, resource, sys, time
+import glob, pathlib, sys, time
 import torch, diffusers, optimum.quanto
 from diffusers import AutoModel
+
+def memory(field):
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 2**20
+
+def parts(tensor):
+    names = tensor.__tensor_flatten__()[0] if hasattr(tensor, "__tensor_flatten__") else ()
+    return [p for name in names for p in parts(getattr(tensor, name))] or [tensor]
+
 directory = sys.argv[1]
 {before}
-held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+held = memory("VmRSS")
+pathlib.Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins again
 start = time.perf_counter()
-{timed}
-print("RESULT", time.perf_counter() - start, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - held) / 2**20)
+model = {timed}
+for tensor in [part for t in (*model.parameters(), *model.buffers()) for part in parts(t.data)]:
+    tensor.view(torch.uint8).sum() if tensor.ndim else tensor.item()  # reads every page of what may only be mapped
+print("RESULT", time.perf_counter() - start, memory("VmHWM") - held)
 assert {ours} or "qat" not in sys.modules
 """
 LIMIT = 90  # seconds of a load, beyond which it is given up
@@ -262,6 +279,7 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--gradient-checkpointing", action="store_true")
     parser.add_argument("--no-export", action="store_true", help="measure training only")
+    parser.add_argument("--no-training", action="store_true", help="measure freezing, exporting and loading only")
     parser.add_argument("--scratch", type=Path, default=None, help="where the exports go for a moment")
     parser.add_argument("--output", type=Path, default=None, help="write everything as JSON here too")
     arguments = parser.parse_args()
@@ -270,17 +288,23 @@ def main() -> None:
     device = torch.cuda.get_device_name() if arguments.device == "cuda" else "CPU"
     options = {key: value for key, value in vars(arguments).items() if key not in ("output", "scratch")}
     record: dict[str, Any] = {"device": device, "torch": torch.__version__, "options": options}
-    record["training"] = training_rows(arguments)
+    record["training"] = [] if arguments.no_training else training_rows(arguments)
     print(f"{device}; torch {torch.__version__}")
     for row in record["training"]:
         print("training  ", row, flush=True)
     record["exports"] = []
+    write(record, arguments.output)
     for qtype in () if arguments.no_export else arguments.types:
         record["exports"].append(export_row(qtype, arguments))
         print("export    ", json.dumps(record["exports"][-1]), flush=True)
-    if arguments.output is not None:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(record, indent=1) + "\n")
+        write(record, arguments.output)
+
+
+def write(record: dict[str, Any], path: Path | None) -> None:
+    """Write what is measured so far."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

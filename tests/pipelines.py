@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,8 @@ import torch
 from diffusers import (
     AutoencoderDC,
     AutoencoderKL,
+    ChromaPipeline,
+    ChromaTransformer2DModel,
     DDIMScheduler,
     DiffusionPipeline,
     DiTPipeline,
@@ -241,6 +244,32 @@ def sana() -> SanaPipeline:
     )
 
 
+def chroma() -> ChromaPipeline:
+    """Flow matching, packed latents; classifier-free guidance by two calls a step, one after the other."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`FluxPosEmbed` is deprecated", FutureWarning)  # diffusers' own use of it
+        transformer = ChromaTransformer2DModel(
+            patch_size=1,
+            in_channels=16,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=32,
+            num_attention_heads=2,
+            joint_attention_dim=32,
+            axes_dims_rope=(8, 8, 16),
+            approximator_num_channels=16,
+            approximator_hidden_dim=16,
+            approximator_layers=1,
+        )
+    return ChromaPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=autoencoder(shift_factor=0.1, scaling_factor=0.5),
+        text_encoder=t5(),
+        tokenizer=tokenizer(),
+        transformer=transformer,
+    )
+
+
 PIPELINES: dict[str, Callable[[], DiffusionPipeline]] = {
     "flux": flux,
     "flux, guidance-distilled": lambda: flux(guidance=True),
@@ -248,7 +277,10 @@ PIPELINES: dict[str, Callable[[], DiffusionPipeline]] = {
     "pixart": pixart,
     "dit": dit,
     "sana": sana,
+    "chroma": chroma,
 }
+SEQUENTIAL = frozenset({"chroma"})
+"""Those that call their transformer twice a step, with the caption and then without it."""
 
 
 def make(name: str) -> Any:

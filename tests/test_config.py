@@ -9,7 +9,15 @@ import pytest
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
-from qat.config import ConfigError, ModelSource, ScheduleSettings, load_config, parse_arguments, read_yaml
+from qat.config import (
+    ConfigError,
+    ModelSource,
+    OptimizationSettings,
+    ScheduleSettings,
+    load_config,
+    parse_arguments,
+    read_yaml,
+)
 from qat.errors import QatError
 from qat.spec import LayerSpec, QuantSpec
 
@@ -80,6 +88,42 @@ def test_a_file_beats_the_defaults_and_the_command_line_beats_the_file(file: Any
     config = load(path, "--rate", "0.5", "--spec.activations", "int8", "--compile")
     spec = QuantSpec(weights="int4", activations="int8", exclude=("a", "b"))
     assert config == Config(spec=spec, steps=20, rate=0.5, compile=True)
+
+
+class Recipe(Strict):
+    """A configuration whose sections have other defaults than their classes."""
+
+    spec: QuantSpec = QuantSpec(weights="int4", overrides={"a": "int8"}, exclude=("b",))
+    """What is quantized."""
+    algorithm: Annotated[Absmax | Learned, Field(discriminator="kind")] = Learned(scale_lr=0.7)
+    """How scales are found."""
+    optimization: OptimizationSettings = OptimizationSettings(batch_size=32, distillation_weight=1.0)
+    """How long and how fast."""
+
+
+@pytest.mark.parametrize(
+    ("text", "changed"),
+    [
+        (
+            "optimization: {steps: 200}",
+            {"optimization": OptimizationSettings(steps=200, batch_size=32, distillation_weight=1.0)},
+        ),
+        (
+            "spec: {activations: int8, overrides: {c: float}}",
+            {"spec": QuantSpec(weights="int4", activations="int8", overrides={"c": "float"}, exclude=("b",))},
+        ),
+        ("algorithm: {kind: absmax}", {"algorithm": Absmax()}),
+        ("algorithm: {kind: learned}", {"algorithm": Learned(scale_lr=0.7)}),
+    ],
+    ids=["one field", "a mapping is replaced", "another kind", "the same kind"],
+)
+def test_a_part_of_a_section_keeps_the_rest(text: str, changed: dict[str, Any], file: Any) -> None:
+    assert load_config(Recipe, [str(file(text))], "A test.") == Recipe(**changed)
+
+
+def test_another_kind_has_nothing_of_the_one_before(file: Any) -> None:
+    with pytest.raises(ConfigError, match=r"algorithm\.scale_lr: unknown key"):
+        load_config(Recipe, [str(file("algorithm: {kind: absmax, scale_lr: 1}"))], "A test.")
 
 
 @pytest.mark.parametrize("text", ["", "{}", "# nothing\n"], ids=["empty", "empty mapping", "comment"])

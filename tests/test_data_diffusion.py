@@ -84,8 +84,9 @@ def test_noise_is_the_same_for_whoever_starts_from_the_same_seed(encoded: Encode
 
 
 def test_captions_are_dropped_where_a_pipeline_guides() -> None:
-    guided, plain = encoded_for("dit"), encoded_for("flux")
+    guided, plain, sequential = encoded_for("dit"), encoded_for("flux"), encoded_for("chroma")
     assert DiffusionCollate(guided, FLOW).caption_dropout == 0.1
+    assert DiffusionCollate(sequential, FLOW).caption_dropout == 0.1
     assert DiffusionCollate(plain, FLOW).caption_dropout == 0.0
     schedule = NoiseSchedule(DDIMScheduler())
     dropped = [
@@ -171,6 +172,25 @@ def test_sampler_batches_are_the_real_samplers(name: str) -> None:
         assert sum(equal(batch, call) for call in runs[number // 3]) == 1
     with torch.no_grad():
         assert torch.isfinite(pipeline.transformer(**found[0])[0]).all()
+
+
+@pytest.mark.parametrize("count", [4, 5])
+def test_sampler_batches_have_both_calls_of_a_guided_step(count: int) -> None:
+    pipeline = make("chroma")
+    found = sampler_batches(pipeline, ["the digit one"] * 4, count, 16, max_sequence_length=12, steps=6, batch_size=2)
+    assert len(found) == count + count % 2
+    for captioned, empty in zip(found[::2], found[1::2], strict=True):
+        assert torch.equal(captioned["timestep"], empty["timestep"])
+        assert torch.equal(captioned["hidden_states"], empty["hidden_states"])
+        assert not torch.equal(captioned["encoder_hidden_states"], empty["encoder_hidden_states"])
+    assert len({float(batch["timestep"][0]) for batch in found}) >= 2
+
+
+def test_evaluation_timesteps_are_spread_over_all_examples(encoded: Encoded) -> None:
+    for size in (1, 4, 10):  # also where no batch has one of each part
+        batches = list(EvaluationBatches(encoded.evaluation, encoded, FLOW, size))
+        parts = (torch.cat([batch["fraction"] for batch in batches]) + 0.5 / 1000) * 10
+        assert sorted(parts.long().tolist()) == list(range(10))
 
 
 def test_sampler_batches_cover_all_timesteps() -> None:

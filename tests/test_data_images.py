@@ -116,6 +116,42 @@ def test_a_data_set_of_images(kind: str, folder: Path, local: Make, tmp_path: Pa
         load_images(local(source, image_field="said", caption_field="said"))
 
 
+def test_nothing_is_written_into_the_users_folder(folder: Path, local: Make, tmp_path: Path) -> None:
+    features = datasets.Features({"image": datasets.Image(), "caption": datasets.Value("string")})
+    rows = {"image": [str(folder / f"{number}.png") for number in range(10)], "caption": ["a"] * 10}
+    datasets.Dataset.from_dict(rows, features=features).save_to_disk(tmp_path / "set")
+    before = sorted((tmp_path / "set").rglob("*"))
+    assert greys(load_images(local(tmp_path / "set")).train)[0] == 20
+    assert sorted((tmp_path / "set").rglob("*")) == before
+    assert len(list((tmp_path / "cache").rglob("*.arrow"))) == 1
+    assert load_images(local(tmp_path / "set", size=16)).train[0]["image"].size == (16, 16)
+
+
+def test_images_are_upright_and_on_white(tmp_path: Path, local: Make) -> None:
+    made = tmp_path / "images"
+    made.mkdir()
+    half = np.zeros((8, 8, 3), np.uint8)
+    half[:4] = 255  # above
+    turned = Image.fromarray(half)
+    exif = Image.Exif()
+    exif[0x0112] = 3  # to be shown upside down
+    clear = Image.fromarray(np.dstack([half * 0, half[..., 0]]))  # black, opaque above
+    palette = Image.fromarray((half[..., 0] > 0).astype(np.uint8)).convert("P")
+    palette.putpalette([0, 0, 0, 255, 0, 0])
+    for number, (picture, options) in enumerate(
+        [(turned, {}), (turned, {"exif": exif}), (clear, {}), (palette, {"transparency": 0})]
+    ):
+        picture.save(made / f"{number}.png", **options)
+        (made / f"{number}.txt").write_text("half")
+    images = load_images(local(made))
+    assert [np.array(image)[:, 0, 1].tolist() for image in images.train["image"]] == [
+        [0] * 4 + [255] * 4,
+        [0] * 4 + [255] * 4,
+        [0] * 4 + [255] * 4,
+    ]
+    assert np.array(images.evaluation["image"][0])[:, 0, 1].tolist() == [255] * 4 + [0] * 4
+
+
 def test_the_shorter_side_is_kept_and_the_middle_of_the_longer(tmp_path: Path, local: Make) -> None:
     made = tmp_path / "images"
     made.mkdir()
@@ -163,6 +199,40 @@ def test_missing_captions_are_one_error(folder: Path, local: Make) -> None:
     (folder / "metadata.jsonl").write_text('{"file_name": "1.png"}\n{"file_name": "2.png", "caption": ""}\n')
     with pytest.raises(DataError, match=r"2 of 2 images .* no caption .*: fill the column 'caption'"):
         load_images(local(folder))
+
+
+def test_an_image_that_is_named_twice_is_an_error(folder: Path, local: Make) -> None:
+    rows = [{"file_name": f"{number}.png", "caption": f"{number} {part}"} for part in "ab" for number in (1, 2)]
+    (folder / "metadata.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    with pytest.raises(DataError, match=r"has 2 rows for images that it already named \(first: 1\.png, 2\.png\): keep"):
+        load_images(local(folder))
+
+
+@pytest.mark.parametrize(
+    ("captions", "named", "kind"),
+    [
+        ([["a"], ["b"]], "list", "folder"),
+        ([["a"], ["b"]], "list", "data set"),
+        ([0.5, 1.5], "float", "folder"),
+        ([True, False], "bool", "data set"),
+        (["a", 1], "int and str", "folder"),  # a column of a data set has one type
+    ],
+    ids=str,
+)
+def test_captions_of_another_kind_are_an_error(
+    captions: list[Any], named: str, kind: str, folder: Path, local: Make, tmp_path: Path
+) -> None:
+    source = folder
+    if kind == "folder":
+        rows = [{"file_name": f"{number}.png", "caption": caption} for number, caption in enumerate(captions)]
+        (folder / "metadata.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    else:
+        pictures = [str(folder / f"{number}.png") for number in range(2)]
+        made = datasets.Dataset.from_dict({"image": pictures, "caption": captions})
+        source = tmp_path / "set"
+        made.cast_column("image", datasets.Image()).save_to_disk(source)
+    with pytest.raises(DataError, match=f"^data.caption_field: captions must all be .* holds {named}: name another"):
+        load_images(local(source))
 
 
 def test_rows_without_a_caption_are_one_error(folder: Path, local: Make, tmp_path: Path) -> None:

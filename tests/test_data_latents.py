@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import gc
+import shutil
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -54,7 +56,7 @@ def latents_by_hand(name: str, pipeline: Any, image: Any) -> torch.Tensor:
         return (vae.encode(pixels).latent * vae.config.scaling_factor)[0]
     latents = vae.encode(pixels).latent_dist.mode()
     latents = (latents - (vae.config.shift_factor or 0)) * vae.config.scaling_factor
-    if name.startswith("flux"):
+    if name.startswith(("flux", "chroma")):
         return pipeline._pack_latents(latents, 1, *latents.shape[1:])[0]  # type: ignore[no-any-return]
     return latents[0]
 
@@ -113,18 +115,25 @@ def test_the_second_time_comes_from_the_cache(load: Load, monkeypatch: pytest.Mo
         assert all(torch.equal(a[i]["rows"][p], b[i]["rows"][p]) for i in range(len(a)) for p in a[i]["rows"])
 
 
-@pytest.mark.parametrize("change", ["pipeline", "image", "caption", "length"])
-def test_whatever_changes_is_encoded_again(change: str, load: Load, tmp_path: Path) -> None:
+@pytest.mark.parametrize("change", ["pipeline", "image", "caption", "length", "library", "dtype"])
+def test_whatever_changes_is_encoded_again(
+    change: str, load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     encoded_by("flux", load)
     images, data = load("flux")
     if change == "image":
         Image.new("RGB", (16, 16), (1, 2, 3)).save(tmp_path / "images" / "04.png")
     if change == "caption":
         (tmp_path / "images" / "04.txt").write_text("a number seven")
+    if change == "library":
+        monkeypatch.setattr("qat.data.latents.version", lambda _: "99.0")
     images = load_images(data)
     seen: list[str] = []
+    pipeline = make("flux")
+    if change == "dtype":
+        pipeline.to(torch.bfloat16)
     encode(
-        make("flux"),
+        pipeline,
         images,
         data,
         max_sequence_length=11 if change == "length" else 12,
@@ -144,6 +153,82 @@ def test_a_stopped_run_leaves_no_half_cache(load: Load, tmp_path: Path) -> None:
         encoded_by("flux", load, track=stop)
     assert not list((tmp_path / "cache" / "qat-latents").iterdir())
     assert len(encoded_by("flux", load)[0].train) == 9
+
+
+def test_a_process_that_was_slower_takes_what_the_other_made(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    rename = Path.rename
+
+    def late(made: Path, folder: Path) -> Path:
+        shutil.copytree(made, folder)
+        return rename(made, folder)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rename", late)
+        first, _ = encoded_by("flux", load)
+    second, _ = encoded_by("flux", load)
+    assert all(torch.equal(first.train[i]["latents"], second.train[i]["latents"]) for i in range(9))
+
+
+def test_a_folder_that_cannot_be_renamed_is_an_error(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(made: Path, folder: Path) -> Path:
+        raise PermissionError("not here")
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(PermissionError, match="not here"):
+        encoded_by("flux", load)
+
+
+@pytest.mark.parametrize(("pixels", "sizes"), [(16 * 16 * 4, [4, 4, 1]), (1, [1] * 9)], ids=["four", "fewer than one"])
+def test_images_are_encoded_by_their_pixels(
+    pixels: int, sizes: list[int], load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, _ = encoded_by("flux", load, key="one batch")
+    monkeypatch.setattr("qat.data.latents._PIXELS", pixels)
+    monkeypatch.setattr("qat.data.latents._SHARD", 5)
+    pipeline, seen = make("flux"), []
+    monkeypatch.setattr(
+        pipeline.vae, "encode", lambda images, old=pipeline.vae.encode: seen.append(len(images)) or old(images)
+    )
+    parts, _ = encoded_by("flux", load, pipeline)
+    assert seen[1 : 1 + len(sizes)] == sizes
+    assert len(parts.train) == 9
+    for index in range(9):
+        torch.testing.assert_close(parts.train[index]["latents"], whole.train[index]["latents"])
+
+
+def test_a_device_that_is_too_small_says_so(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: Any) -> None:
+        raise torch.OutOfMemoryError("tried to allocate 9 GiB")
+
+    pipeline = make("flux")
+    monkeypatch.setattr(pipeline.vae, "encode", full)
+    with pytest.raises(torch.OutOfMemoryError, match=r"no room on cpu to encode 1 images at data\.size 16: .* 9 GiB"):
+        encoded_by("flux", load, pipeline)
+
+
+@pytest.mark.parametrize("change", ["pack", "scaling", "encode"])
+def test_latents_of_another_layout_are_an_error(change: str, load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline = make("sd3")  # packs none itself
+    if change == "pack":
+        monkeypatch.setattr(pipeline, "_pack_latents", lambda latents, patch_size, patch_size_t: latents, raising=False)
+    if change == "scaling":
+        pipeline.vae._internal_dict = {"shift_factor": 0.0}
+    if change == "encode":
+        monkeypatch.setattr(pipeline.vae, "encode", lambda _: SimpleNamespace(codes=0))
+    with pytest.raises(DataError, match=r"^model: this pipeline's latents are not understood \(AutoencoderKL and SD3"):
+        encoded_by("sd3", load, pipeline)
+
+
+@pytest.mark.parametrize(
+    ("label", "message"),
+    [(1001, "embeddings for the numbers 0 to 1000, and was given 1001"), (1000, "1000 is what DiTPipeline passes for")],
+)
+def test_a_label_that_the_model_does_not_know_is_an_error(label: int, message: str, load: Load) -> None:
+    images, data = load("dit")
+    labels = [3, label, *[5] * (len(images.train) - 2)]
+    train = images.train.remove_columns("caption").add_column("caption", labels)
+    with pytest.raises(DataError, match=rf"^data\.caption_field: .*{message}"):
+        encode(make("dit"), replace(images, train=train), data, key="dit")
 
 
 def test_released_encoders_are_gone_from_memory(load: Load) -> None:

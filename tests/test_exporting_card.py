@@ -64,6 +64,12 @@ def test_a_module_without_configuration_needs_the_float_model(exported: Path) ->
     assert "qat.load(directory, model=float_model)" in code_of(read(exported))
 
 
+def test_the_card_claims_no_training_that_it_does_not_know_of(exported: Path) -> None:
+    card = read(exported)  # of a model that was prepared and frozen
+    assert "They were frozen from a model with fake quantization (`qat`" in card
+    assert "trained" not in card
+
+
 def test_the_serving_dtype_is_asked_for(tmp_path: Path) -> None:
     export(frozen_flux(weights="int4"), tmp_path / "out")
     card = read(tmp_path / "out")

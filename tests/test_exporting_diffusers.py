@@ -158,11 +158,12 @@ class TestStockLoads:
                 for part, (old, new) in enumerate(parts):
                     assert old is None or same(old.to(dtype) if part else old, new), name
 
-    def test_saved_again_and_loaded_again_it_is_the_same(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("weights", TYPES)
+    def test_saved_again_and_loaded_again_it_is_the_same(self, tmp_path: Path, weights: str) -> None:
         # Only tensors are compared: stock code does not align the codes that it saves.
         from diffusers import AutoModel
 
-        export(frozen_flux(weights="int4", exclude=("*.linear",)), tmp_path / "out")
+        export(frozen_flux(weights=weights, exclude=("*.linear",)), tmp_path / "out")
         first = AutoModel.from_pretrained(str(tmp_path / "out"), torch_dtype=torch.bfloat16)
         first.save_pretrained(tmp_path / "again")
         second = AutoModel.from_pretrained(str(tmp_path / "again"), torch_dtype=torch.bfloat16)

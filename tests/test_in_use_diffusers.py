@@ -82,10 +82,13 @@ def test_a_pipeline_draws_with_the_loaded_transformer(tmp_path: Path, weights: s
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_int8_compiles_as_one_graph(tmp_path: Path, dtype: str) -> None:
-    """To rounding; in bfloat16 when the compiler is told to round where eager does, which by default it does not."""
+    """To rounding; in bfloat16 when the compiler is told to round where eager does.
+
+    By default it drops roundings between fused operations, which took this model to 2.1 units from eager.
+    """
     import torch._inductor.config
 
-    model = frozen(small_flux(num_layers=0), "diffusers", weights="int8", dtype=dtype)
+    model = frozen(small_flux(), "diffusers", weights="int8", dtype=dtype)
     export(model, tmp_path / "out")
     loaded, inputs = stock(tmp_path / "out", dtype), flux_inputs(dtype)
     torch.compiler.reset()
@@ -134,5 +137,12 @@ def test_cpu_offload(tmp_path: Path, weights: str) -> None:
     offloaded.enable_model_cpu_offload()
     assert torch.equal(picture(offloaded), there)
     again = picture(offloaded)  # after it was moved back once
-    # Stock float8 goes over to another kernel then, since its first one leaves a mark that rules it out.
-    assert torch.equal(again, there) if weights != "float8" else again.isfinite().all()
+    if weights != "float8":
+        assert torch.equal(again, there)
+        return
+    # Stock float8 goes over to another kernel then, since its first one leaves a mark that rules it out; with the
+    # same weights.
+    kept = dict(stock(out).named_modules())
+    for name, module in offloaded.transformer.named_modules():
+        if hasattr(module, "weight_qtype"):
+            assert torch.equal(module.weight.dequantize().cpu(), kept[name].weight.dequantize()), name

@@ -144,7 +144,8 @@ def test_the_whole_line(spec: list[str], small: list[str], tmp_path: Path, capsy
     assert again.model_dump(mode="json") == resolved
     assert "parameters are quantized; linear weights" in shown.splitlines()[0]
     assert (tmp_path / "out" / "tokenizer.json").is_file()
-    assert [path.name for path in (tmp_path / "out-checkpoints").iterdir()] == ["last.ckpt"]
+    kept = sorted(path.name for path in (tmp_path / "out-checkpoints").iterdir())
+    assert kept == ["fine_tuned.safetensors", "last.ckpt"]
     assert isinstance(qat.load(tmp_path / "out"), LlamaForCausalLM)
 
 
@@ -168,7 +169,7 @@ def test_all_arms_see_the_same_batches_in_the_same_order(small: list[str], monke
     seen: list[list[Any]] = []
     fit = common.fit
 
-    def record(name: str, model: Any, *arguments: Any) -> Any:
+    def record(name: str, model: Any, *arguments: Any, **options: Any) -> Any:
         seen.append([])
 
         def note(module: nn.Module, _: Any, inputs: dict[str, Any]) -> None:
@@ -176,7 +177,7 @@ def test_all_arms_see_the_same_batches_in_the_same_order(small: list[str], monke
                 seen[-1].append(inputs["input_ids"].tolist())
 
         hook = model.register_forward_pre_hook(note, with_kwargs=True)
-        trainer = fit(name, model, *arguments)
+        trainer = fit(name, model, *arguments, **options)
         hook.remove()
         return trainer
 
@@ -199,6 +200,7 @@ def test_all_arms_see_the_same_batches_in_the_same_order(small: list[str], monke
         (["--optimization.learning-rate", "-1"], ConfigError, r"optimization\.learning_rate"),
         (["--optimization.batch-size", "5000"], DataError, "there is no whole batch"),
         (["--resume", "nowhere.ckpt"], ConfigError, "resume: Path does not point to a file"),
+        (["--resume", __file__], ConfigError, r"resume: '.*test_recipes\.py' is no checkpoint of a recipe"),
         (["--trainer.strategy", "nothing"], ConfigError, "trainer: Lightning cannot train with .*strategy='nothing'"),
         (
             ["--spec.activations", "int8", "--schedule.calibration-batches", "0"],
@@ -208,7 +210,7 @@ def test_all_arms_see_the_same_batches_in_the_same_order(small: list[str], monke
     ],
     ids=[
         *("model", "hub name", "data", "block size", "pattern", "schedule", "learning rate"),
-        *("batch size", "checkpoint", "strategy", "calibration"),
+        *("batch size", "checkpoint", "no checkpoint", "strategy", "calibration"),
     ],
 )
 def test_bad_input_is_an_error_before_any_training(
@@ -264,11 +266,12 @@ def test_calibration_happens_on_the_given_device(monkeypatch: pytest.MonkeyPatch
 def test_a_fit_that_ends_too_early_is_an_error(tiny: Path) -> None:
     model = LlamaForCausalLM.from_pretrained(tiny)
     quiet_libraries()
-    settings = OptimizationSettings(steps=3, warmup_steps=1)
-    arguments = (1e-4, settings, TrainerSettings(accelerator="cpu"), 0, [StopEarly()])
+    optimization = OptimizationSettings(steps=3, warmup_steps=1)
+    settings = common.FitSettings(optimization, TrainerSettings(accelerator="cpu"), 0)
+    options: dict[str, Any] = {"learning_rate": 1e-4, "settings": settings, "callbacks": [StopEarly()]}
     batches = common.training_batches([{"input_ids": torch.zeros(8, dtype=torch.long)}] * 6, 2)
     with pytest.raises(TrainingError, match=r"optimization\.steps: training ended after 1 of 3 steps"):
-        common.fit("training", model, CausalLanguageModelling(), batches, *arguments)
+        common.fit("training", model, CausalLanguageModelling(), batches, **options)
 
 
 def test_the_last_weights_are_saved_and_a_run_goes_on_from_them(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import importlib.util
 import json
 import subprocess
@@ -26,7 +25,7 @@ from qat import tasks
 from qat.config import ConfigError, load_config
 from qat.errors import DataError, LoadError, SpecError, TargetError
 from recipes import common, text_to_image
-from recipes.common import training
+from recipes.common import comparison, training
 from tests.pipelines import SIZE, autoencoder, caption_of, clip, make, tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -108,7 +107,8 @@ def test_the_whole_line(
     assert again.model_dump(mode="json") == resolved
     assert isinstance(qat.load(output), FluxTransformer2DModel)
     assert qat.verify(output).target == target
-    assert (tmp_path / "out-checkpoints" / "last.ckpt").is_file()
+    kept = sorted(path.name for path in (tmp_path / "out-checkpoints").iterdir())
+    assert kept == ["fine_tuned.safetensors", "last.ckpt"]
 
     results = json.loads((tmp_path / "out-results.json").read_text())
     assert [row["name"] for row in results] == names
@@ -127,10 +127,9 @@ def test_student_teacher_and_both_arms_see_the_same_noise(small: list[str], monk
     seen: dict[str, list[list[Any]]] = {}
     fit = common.fit
 
-    def record(name: str, model: nn.Module, *arguments: Any) -> Any:
-        teacher = arguments[7] if len(arguments) > 7 else None
+    def record(name: str, model: nn.Module, *arguments: Any, **options: Any) -> Any:
         hooks = []
-        for role, module in ((name, model), (f"{name}: teacher", teacher)):
+        for role, module in ((name, model), (f"{name}: teacher", options.get("teacher"))):
             if module is None:
                 continue
             calls = seen.setdefault(role, [])
@@ -140,7 +139,7 @@ def test_student_teacher_and_both_arms_see_the_same_noise(small: list[str], monk
                     calls.append((kwargs["hidden_states"].tolist(), kwargs["timestep"].tolist()))
 
             hooks.append(module.register_forward_pre_hook(note, with_kwargs=True))
-        trainer = fit(name, model, *arguments)
+        trainer = fit(name, model, *arguments, **options)
         for hook in hooks:
             hook.remove()
         return trainer
@@ -154,26 +153,53 @@ def test_student_teacher_and_both_arms_see_the_same_noise(small: list[str], monk
 
 @pytest.mark.usefixtures("unverified")
 def test_encoders_are_out_of_memory_while_training(small: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    parts: dict[str, weakref.ref[nn.Module]] = {}
+    parts: list[tuple[str, weakref.ref[nn.Module]]] = []
     alive: list[list[str]] = []
     load, fit = common.load_pipeline, common.fit
 
-    def load_and_watch(*arguments: Any) -> Any:
-        pipeline, folder = load(*arguments)
+    def load_and_watch(*arguments: Any, **options: Any) -> Any:
+        pipeline, folder = load(*arguments, **options)
         modules = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
-        parts.update({name: weakref.ref(part) for name, part in modules.items()})
+        parts.extend((name, weakref.ref(part)) for name, part in modules.items())
         return pipeline, folder
 
-    def fit_and_look(*arguments: Any) -> Any:
-        gc.collect()
-        alive.append([name for name, part in parts.items() if part() is not None])
-        return fit(*arguments)
+    def fit_and_look(*arguments: Any, **options: Any) -> Any:
+        alive.append([name for name, part in parts if part() is not None])
+        return fit(*arguments, **options)
 
     monkeypatch.setattr(common, "load_pipeline", load_and_watch)
+    monkeypatch.setattr(comparison, "load_pipeline", load_and_watch)
     monkeypatch.setattr(common, "fit", fit_and_look)
     text_to_image.main(small)
-    assert sorted(parts) == ["text_encoder", "text_encoder_2", "transformer", "vae"]
-    assert alive == [["transformer"], ["transformer"]]
+    names = ["text_encoder", "text_encoder_2", "transformer", "vae"]
+    assert sorted(name for name, _ in parts) == sorted(names * 4)  # to encode with, and for three models that draw
+    assert alive == [["transformer"], ["transformer"]]  # copies that drew are gone too
+
+
+@pytest.mark.usefixtures("unverified")
+@pytest.mark.parametrize("kinds", [["int4"], ["int8", "--spec.activations", "int8"]], ids=["weights", "activations"])
+def test_the_transformer_is_moved_for_encoding_only_where_the_sampler_runs(
+    kinds: list[str], small: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moved: list[str] = []
+    move = nn.Module.to
+
+    def note(module: nn.Module, *arguments: Any, **options: Any) -> Any:
+        moved.append(type(module).__name__)
+        return move(module, *arguments, **options)
+
+    class EndError(Exception):
+        pass
+
+    def look(*_: Any, **__: Any) -> Any:
+        raise EndError
+
+    monkeypatch.setattr(common, "inspected", look)
+    monkeypatch.setattr(nn.Module, "to", note)
+    with pytest.raises(EndError):
+        text_to_image.main([*small, "--spec.weights", *kinds])
+    assert {"AutoencoderKL", "CLIPTextModel", "T5EncoderModel"} <= set(moved)
+    assert ("FluxTransformer2DModel" in moved) == (len(kinds) > 1)
 
 
 @pytest.mark.usefixtures("unverified")
@@ -196,6 +222,15 @@ def test_the_last_weights_are_saved_and_a_run_goes_on_from_them(
     text_to_image.main([*small, "--overwrite", "--resume", str(last), "--optimization.steps", "4"])
     assert starts == [True]
     assert torch.load(last, weights_only=True)["global_step"] == 4
+    fit, names = common.fit, []
+
+    def note(name: str, *arguments: Any, **options: Any) -> Any:
+        names.append(name)
+        return fit(name, *arguments, **options)
+
+    monkeypatch.setattr(common, "fit", note)
+    text_to_image.main([*small, "--overwrite", "--resume", str(last), "--optimization.steps", "4"])
+    assert names == ["training"]  # the float model of equal settings is there
 
 
 @pytest.mark.parametrize(
@@ -207,6 +242,7 @@ def test_the_last_weights_are_saved_and_a_run_goes_on_from_them(
         (["--spec.activations", "int8", "--target", "diffusers"], TargetError, "activations"),
         (["--spec.exclude", "*.nothing"], SpecError, "matches no linear layer"),
         (["--optimization.batch-size", "5000"], DataError, "there is no whole batch"),
+        (["--optimization.temperature", "2"], ConfigError, "Unrecognized options: --optimization.temperature"),
         (["--max-sequence-length", "4000"], DataError, "FluxPipeline cannot make an image"),
         (["--data.size", "15"], DataError, r"AutoencoderKL and FluxTransformer2DModel do not fit at data\.size 15"),
         (
@@ -215,19 +251,22 @@ def test_the_last_weights_are_saved_and_a_run_goes_on_from_them(
             "schedule: calibration_batches: must be above 0",
         ),
     ],
-    ids=["model", "data", "empty source", "activations", "pattern", "batch size", "length", "size", "calibration"],
+    ids=[
+        *("model", "data", "empty source", "activations", "pattern", "batch size", "temperature", "length", "size"),
+        "calibration",
+    ],
 )
 def test_bad_input_is_an_error_before_any_training(
     arguments: list[str], kind: type[Exception], message: str, small: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(common, "fit", lambda *_: pytest.fail("training began"))
+    monkeypatch.setattr(common, "fit", lambda *_, **__: pytest.fail("training began"))
     monkeypatch.setattr(tasks, "evaluate", lambda *_: pytest.fail("work began"))
     with pytest.raises(kind, match=message):
         text_to_image.main([*small, *arguments])
 
 
 def refused(small: list[str], kind: type[Exception], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(common, "fit", lambda *_: pytest.fail("training began"))
+    monkeypatch.setattr(common, "fit", lambda *_, **__: pytest.fail("training began"))
     with pytest.raises(kind, match=message):
         text_to_image.main(small)
 

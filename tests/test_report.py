@@ -65,6 +65,13 @@ def test_results_are_written_for_programs(tmp_path: Path) -> None:
     assert [ResultRow(**row) for row in written] == rows
 
 
+def test_what_is_no_finite_number_is_written_as_null(tmp_path: Path) -> None:
+    metrics = {"loss": 2.0, "loss_bin_0": float("nan"), "loss_bin_1": float("inf")}
+    write_results(tmp_path / "results.json", [ResultRow("float", metrics, 2**20, 0)])
+    written = json.loads((tmp_path / "results.json").read_text(), parse_constant=pytest.fail)
+    assert written[0]["metrics"] == {"loss": 2.0, "loss_bin_0": None, "loss_bin_1": None}
+
+
 def test_results_are_shown_and_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     show_results([ResultRow("float", {"loss": 2.0}, 2**20, 0)], tmp_path / "results.json")
     assert "1.00 MiB" in capsys.readouterr().out

@@ -68,5 +68,15 @@ def test_other_architectures(name: str, config: dict[str, Any], sensitive: str, 
     assert Counter(part is None for part in found.values())[True] > 5
 
 
+def test_a_list_of_projections_is_no_list_of_blocks() -> None:
+    sizes = {"num_attention_heads": 2, "attention_head_dim": 8, "joint_attention_dim": 16, "text_encoder_dim": 8}
+    found = parts("BriaFiboTransformer2DModel", num_layers=1, num_single_layers=1, in_channels=4, **sizes)
+    projections = {path: part for path, part in found.items() if path.startswith("caption_projection.")}
+    assert projections == dict.fromkeys(projections, "outside the blocks")
+    assert len(projections) == 2
+    assert found["transformer_blocks.0.attn.to_q"] is None
+    assert found["single_transformer_blocks.0.proj_mlp"] is None
+
+
 def test_models_of_other_libraries_have_none() -> None:
     assert sensitive_part(nn.ModuleDict({"proj_out": nn.Linear(2, 2)}), "proj_out") is None

@@ -12,13 +12,22 @@ Mappings are given on the command line as ``KEY=VALUE`` words: ``--spec.override
 """
 
 from qat.config.command_line import load_config, parse_arguments
-from qat.config.settings import ModelSource, OptimizationSettings, ScheduleSettings, TrainerSettings
+from qat.config.settings import (
+    LogitOptimization,
+    ModelSource,
+    OptimizationSettings,
+    RecipeSchedule,
+    ScheduleSettings,
+    TrainerSettings,
+)
 from qat.config.validation import ConfigError, read_yaml, validate
 
 __all__ = [
     "ConfigError",
+    "LogitOptimization",
     "ModelSource",
     "OptimizationSettings",
+    "RecipeSchedule",
     "ScheduleSettings",
     "TrainerSettings",
     "load_config",

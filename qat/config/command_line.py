@@ -9,7 +9,7 @@ import io
 import itertools
 import json
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -36,6 +36,9 @@ Model = TypeVar("Model", bound=BaseModel)
 def load_config(model: type[Model], argv: Sequence[str], description: str, *, prog: str | None = None) -> Model:
     """Read a configuration: the model's defaults, overridden by a YAML file, overridden by the command line.
 
+    The file may give a part of a section: the other fields keep the values that ``model`` has there, which may differ
+    from the section's own defaults. A union whose kind the file changes is the file's alone.
+
     Args:
         model: the configuration's class; every field has a default.
         argv: the arguments after the program's name; the first may name a ``.yaml`` or ``.yml`` file.
@@ -49,9 +52,22 @@ def load_config(model: type[Model], argv: Sequence[str], description: str, *, pr
     arguments, default = list(argv), model()
     if arguments and arguments[0].endswith((".yaml", ".yml")):
         path = Path(arguments.pop(0))
-        default = validate(model, read_yaml(path), str(path))
+        default = validate(model, _merged(default, read_yaml(path)), str(path))
     values = parse_arguments(model, arguments, description, prog=prog, default=default)
     return validate(model, values, "command line")
+
+
+def _merged(default: BaseModel, values: Mapping[str, Any]) -> dict[str, Any]:
+    """What a file says over a model's values, section by section; lists and free mappings are replaced as a whole."""
+    merged = {name: getattr(default, name) for name in type(default).model_fields} | dict(values)
+    for name, value in values.items():
+        section = getattr(default, name, None)
+        if not (isinstance(section, BaseModel) and isinstance(value, Mapping)):
+            continue
+        constants = constant_fields(type(section))
+        if all(value.get(key, constant) == constant for key, constant in constants.items()):
+            merged[name] = _merged(section, value)
+    return merged
 
 
 def parse_arguments(

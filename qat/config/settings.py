@@ -6,9 +6,16 @@ import os
 import re
 from typing import Annotated, Literal, Self, TypeAlias
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, model_validator
 
-__all__ = ["ModelSource", "OptimizationSettings", "ScheduleSettings", "TrainerSettings"]
+__all__ = [
+    "LogitOptimization",
+    "ModelSource",
+    "OptimizationSettings",
+    "RecipeSchedule",
+    "ScheduleSettings",
+    "TrainerSettings",
+]
 
 
 def _directory_or_hub_name(source: str) -> str:
@@ -46,7 +53,12 @@ class OptimizationSettings(BaseModel):
     gradient_clip: float | None = Field(default=1.0, gt=0)
     """Largest norm of the gradient; none: no limit."""
     distillation_weight: float = Field(default=0.0, ge=0, le=1)
-    """Share of the loss that is the divergence from a float teacher."""
+    """Share of the loss that is the distance from what a float teacher says."""
+
+
+class LogitOptimization(OptimizationSettings):
+    """The same for models that return logits, where a teacher's distribution can be softened."""
+
     temperature: float = Field(default=1.0, gt=0)
     """Temperature of the distillation."""
 
@@ -63,7 +75,8 @@ class ScheduleSettings(BaseModel):
     observe_until: int | None = Field(default=None, ge=0)
     """Activation observers stop at this step; none: they go on to the end."""
     calibration_batches: int = Field(default=16, ge=0)
-    """Training batches for the calibration before the first step and before freezing; only with activations."""
+    """Batches for the calibration before the first step and before freezing (causal_lm: of training; text_to_image: of
+    the real sampler); only with activations."""
 
     @model_validator(mode="after")
     def _window_is_ordered(self) -> Self:
@@ -73,6 +86,16 @@ class ScheduleSettings(BaseModel):
                 "in order"
             )
         return self
+
+
+def _fits_the_spec(schedule: ScheduleSettings, info: ValidationInfo) -> ScheduleSettings:
+    if (spec := info.data.get("spec")) and spec.activation_type and not schedule.calibration_batches:
+        raise ValueError("calibration_batches: must be above 0, for spec quantizes activations")
+    return schedule
+
+
+RecipeSchedule: TypeAlias = Annotated[ScheduleSettings, AfterValidator(_fits_the_spec)]
+"""A schedule with batches to calibrate with, where the field ``spec`` before it quantizes activations."""
 
 
 class TrainerSettings(BaseModel):

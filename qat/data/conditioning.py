@@ -2,8 +2,9 @@
 
 Every pipeline encodes prompts, builds position ids, scales timesteps and embeds guidance in its own way. Instead of
 writing that again, the pipeline is called and the arguments with which it first calls its transformer are kept; the
-call ends there. Three calls tell the arguments apart: one prompt against two shows which belong to each example (their
-first dimension doubles), and the call without guidance shows which half of a guided call has no caption.
+call ends there. Calls for one prompt, for another and for both show which arguments belong to each example
+(`qat.data.templates`); the call without guidance shows which part of a guided one has no caption, be that half of its
+batch or a second call at the same timestep; and the first two timesteps show how the transformer is told of them.
 
 The pipeline is only ever an object handed in: nothing here imports the library that it comes from.
 """
@@ -12,20 +13,21 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
+from qat.data.templates import Rows, Template, merged_arguments
 from qat.errors import DataError
 
-__all__ = ["Conditioner", "Template", "call_arguments", "calls_of", "record_calls"]
+__all__ = ["Conditioner", "call_arguments", "calls_of", "record_calls", "timestep_of"]
 
-Rows: TypeAlias = dict[str, Tensor]
-"""What belongs to one example, by where it stands among the transformer's arguments; without a batch dimension."""
+Limit: TypeAlias = int | Callable[[Sequence[Mapping[str, Any]]], bool]
+"""When to end a pipeline's call: at so many calls of its transformer, or at those for which this is true."""
 
 
 class _EndOfCallError(Exception):
@@ -33,12 +35,13 @@ class _EndOfCallError(Exception):
 
 
 @contextmanager
-def record_calls(transformer: nn.Module, limit: int | None = None) -> Iterator[list[dict[str, Any]]]:
+def record_calls(transformer: nn.Module, limit: Limit | None = None) -> Iterator[list[dict[str, Any]]]:
     """Collect the arguments of every call of ``transformer``, by name, while the context is open.
 
     Args:
         transformer: what a pipeline calls.
-        limit: end the pipeline's call when the transformer is called for the ``limit``-th time, before it runs.
+        limit: end the pipeline's call when the transformer is called for the ``limit``-th time, before it runs; or
+            when this is true of the calls so far.
 
     >>> layer = nn.Linear(2, 1)
     >>> with record_calls(layer) as calls:
@@ -51,7 +54,7 @@ def record_calls(transformer: nn.Module, limit: int | None = None) -> Iterator[l
 
     def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         calls.append(dict(signature.bind(*args, **kwargs).arguments))
-        if len(calls) == limit:
+        if limit(calls) if callable(limit) else len(calls) == limit:
             raise _EndOfCallError
 
     handle = transformer.register_forward_pre_hook(record, with_kwargs=True)
@@ -91,7 +94,7 @@ def calls_of(
     size: int,
     *,
     max_sequence_length: int | None = None,
-    limit: int | None = None,
+    limit: Limit | None = None,
     seed: int = 0,
     **options: Any,
 ) -> list[dict[str, Any]]:
@@ -102,7 +105,7 @@ def calls_of(
         captions: texts, or integers for a pipeline that takes class labels.
         size: pixels a side.
         max_sequence_length: tokens a caption, where the pipeline takes that; none: its own default.
-        limit: end at so many calls.
+        limit: as for `record_calls`.
         seed: of the first noise.
         options: handed on where the pipeline takes them, such as ``guidance_scale`` and ``num_inference_steps``.
 
@@ -112,8 +115,16 @@ def calls_of(
     options |= {"output_type": "latent", "generator": torch.Generator().manual_seed(seed)}
     given = call_arguments(pipeline, captions, size, max_sequence_length=max_sequence_length, **options)
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]), record_calls(pipeline.transformer, limit) as calls:
+        with (
+            torch.no_grad(),
+            torch.random.fork_rng(devices=[]),
+            _checked_lookups(pipeline.transformer),
+            record_calls(pipeline.transformer, limit) as calls,  # before its arguments are moved
+            _run_where_it_lies(pipeline.transformer),
+        ):
             pipeline(**given)
+    except (DataError, torch.OutOfMemoryError):
+        raise
     except Exception as error:  # whatever the pipeline's own code raises
         raise DataError(
             f"model: {type(pipeline).__name__} cannot make an image of size {size} ({type(error).__name__}: {error}): "
@@ -125,7 +136,7 @@ def calls_of(
 
 
 def _label(pipeline: Any, caption: Any) -> int:
-    if isinstance(caption, int) or str(caption).isdigit():
+    if str(caption).isdigit():
         return int(caption)
     if caption in getattr(pipeline, "labels", {}):
         return int(pipeline.labels[caption])
@@ -135,89 +146,6 @@ def _label(pipeline: Any, caption: Any) -> int:
     )
 
 
-@dataclass(frozen=True)
-class _PerExample:
-    path: str
-
-
-@dataclass(frozen=True)
-class _Repeated:
-    value: Any
-
-
-@dataclass(frozen=True)
-class _Lengths:
-    """A mask that a pipeline passes only for captions of different lengths."""
-
-    dtype: torch.dtype
-
-
-@dataclass(frozen=True)
-class Template:
-    """A transformer's arguments with holes: for latents, timesteps, and what belongs to each example."""
-
-    arguments: Mapping[str, Any]
-    sample: str
-    """The argument that takes the noised latents."""
-    sample_shape: tuple[int, ...]
-    """Of one example."""
-    sample_dtype: torch.dtype
-    timestep_dtype: torch.dtype
-    timestep_divisor: float
-    """The pipeline passes the scheduler's timestep divided by this (below 1: multiplied)."""
-
-    def fill(self, rows: Sequence[Rows], sample: Tensor, timesteps: Tensor) -> dict[str, Any]:
-        """Put a batch of arguments together.
-
-        Args:
-            rows: what `Conditioner.rows` returned, for each example.
-            sample: noised latents, (batch, *sample_shape).
-            timesteps: the scheduler's, (batch,).
-
-        Raises:
-            DataError: captions of different lengths, for a pipeline that passes no mask.
-        """
-        times = timesteps.to(self.timestep_dtype)
-        times = times / self.timestep_divisor if self.timestep_divisor >= 1 else times * (1 / self.timestep_divisor)
-        filled = {name: self._filled(value, rows) for name, value in self.arguments.items()}
-        return {**filled, self.sample: sample, "timestep": times.to(self.timestep_dtype)}
-
-    def _filled(self, value: Any, rows: Sequence[Rows]) -> Any:
-        if isinstance(value, _PerExample):
-            return self._stacked([row[value.path] for row in rows])
-        if isinstance(value, _Repeated):
-            return [value.value] * len(rows)
-        if isinstance(value, _Lengths):
-            lengths = self._lengths(rows)
-            longest = max(lengths)
-            if min(lengths) == longest:
-                return None  # as the pipeline does
-            return torch.stack([torch.arange(longest) < length for length in lengths]).to(value.dtype)
-        if isinstance(value, dict):
-            return {name: self._filled(item, rows) for name, item in value.items()}
-        return value
-
-    def _stacked(self, tensors: Sequence[Tensor]) -> Tensor:
-        lengths = [len(tensor) if tensor.ndim else 0 for tensor in tensors]
-        if len(set(lengths)) == 1:
-            return torch.stack(list(tensors))
-        if not any("mask" in name for name in self.arguments):
-            raise DataError(
-                "max_sequence_length: captions have different lengths and the pipeline passes no mask: give a batch "
-                "size of 1"
-            )
-        longest = max(lengths)
-        return torch.stack([torch.cat([t, t.new_zeros(longest - len(t), *t.shape[1:])]) for t in tensors])
-
-    def _lengths(self, rows: Sequence[Rows]) -> list[int]:
-        """Of each caption, from the first of its tensors that has a length of its own."""
-        for path in rows[0]:
-            lengths = [len(row[path]) if row[path].ndim else 0 for row in rows]
-            if len(set(lengths)) > 1:
-                return lengths
-        return [0] * len(rows)
-
-
 class Conditioner:
     """Records what a pipeline tells its transformer about captions.
 
@@ -225,11 +153,13 @@ class Conditioner:
         pipeline: with its encoders; only its calls are used.
         size: pixels a side.
         max_sequence_length: tokens a caption; none: the pipeline's own default.
-        captions: two captions, of different lengths where there are such, to learn the arguments from.
+        captions: two captions, of different lengths where there are such, to learn the arguments from. The transformer
+            runs with the first one, so that a label it does not know is found here.
 
     Attributes:
         template: how to put a batch of arguments together; holds no part of the pipeline.
-        guided: whether the pipeline runs its transformer with and without the caption at once.
+        guided: whether the pipeline runs its transformer with and without the caption, at once or one after the other.
+        takes_text: whether captions are texts, rather than class labels.
         empty: `Rows` of no caption; none where the pipeline has no such thing.
 
     Raises:
@@ -239,85 +169,148 @@ class Conditioner:
     def __init__(self, pipeline: Any, size: int, max_sequence_length: int | None, captions: tuple[Any, Any]) -> None:
         self._pipeline, self._size, self._length = pipeline, size, max_sequence_length
         self._options: dict[str, Any] = {}
-        default = self._call([captions[0]])
+        accepted = inspect.signature(pipeline.__call__).parameters
+        self.takes_text = "prompt" in accepted
+        *default, later = self._first_step(captions[0])
         sample = next(iter(inspect.signature(pipeline.transformer.forward).parameters))
-        if not isinstance(default.get(sample), Tensor) or not isinstance(default.get("timestep"), Tensor):
+        self.guided = len(default) == 2 or len(default[0][sample]) == 2
+        if self.guided:  # 1 is what all pipelines take for no guidance
+            self._options = {"true_cfg_scale" if "true_cfg_scale" in accepted else "guidance_scale": 1.0}
+        first, both = (self._call(captions[:1]) if self.guided else default[0]), self._call(captions)
+        calls = len(self._first_step(captions[0])) - 1 if len(default) > 1 and self.guided else len(default)
+        if (len(first[sample]), len(both[sample]), calls) != (1, 2, 1):
             raise DataError(
-                f"model: {type(pipeline.transformer).__name__} is called with {sorted(default)}, where latents "
-                f"({sample}) and timestep must be tensors: give another pipeline"
+                f"model: {type(pipeline).__name__} runs its transformer on {len(first[sample])} latents for one "
+                f"caption and {len(both[sample])} for two, in {calls} calls a step, with "
+                f"{self._options or 'its default guidance'}: give another pipeline"
             )
-        self.guided = len(default[sample]) == 2
-        if self.guided:
-            self._options["guidance_scale"] = 1.0  # what all pipelines that double their batch take for no guidance
-        one, two = (default if not self.guided else self._call(captions[:1])), self._call(captions)
-        if (len(one[sample]), len(two[sample])) != (1, 2):
-            raise DataError(
-                f"model: {type(pipeline).__name__} runs its transformer on {len(one[sample])} latents for one caption "
-                f"and {len(two[sample])} for two, with {self._options or 'its default guidance'}: give another pipeline"
-            )
-        arguments = {name: _merge(one[name], two[name], name) for name in one if name not in (sample, "timestep")}
-        divisor = self._divisor(one["timestep"])
         self.template = Template(
-            {name: value for name, value in arguments.items() if value is not None},
+            merged_arguments(first, self._call(captions[1:]), both, (sample, "timestep")),
             sample,
-            tuple(one[sample].shape[1:]),
-            one[sample].dtype,
-            one["timestep"].dtype,
-            divisor,
+            tuple(first[sample].shape[1:]),
+            first[sample].dtype,
+            first["timestep"].dtype,
+            self._divisor(default[0]["timestep"], later["timestep"]),
         )
-        self.empty = self._without_caption(default, self._rows(one))
-
-    def _divisor(self, passed: Tensor) -> float:
-        """The scheduler's first timestep over what the transformer is told: a power of ten, but for rounding."""
-        first, told = float(self._pipeline.scheduler.timesteps[0]), float(passed.flatten()[0])
-        if first <= 0 or told <= 0:
-            raise DataError(
-                f"model: {type(self._pipeline).__name__} passes the timestep {told} for the scheduler's {first}, which "
-                "is no multiple of it: give another pipeline"
-            )
-        power = 10.0 ** round(math.log10(first / told))
-        return power if abs(first / told / power - 1) < 0.01 else first / told
+        self.empty = self._without_caption(default, self.template.rows(first))
 
     def rows(self, caption: Any) -> Rows:
-        """What belongs to a caption, on the CPU."""
-        return self._rows(self._call([caption]))
+        """What belongs to a caption, on the CPU.
+
+        Raises:
+            DataError: the pipeline cannot be run, or an argument that all captions should share depends on this one.
+        """
+        return self.template.rows(self._call([caption]))
+
+    def _settings(self) -> dict[str, Any]:
+        return {"max_sequence_length": self._length, "num_inference_steps": 2, **self._options}
 
     def _call(self, captions: Sequence[Any]) -> dict[str, Any]:
-        settings = {"max_sequence_length": self._length, "num_inference_steps": 2, **self._options}
-        return calls_of(self._pipeline, captions, self._size, limit=1, **settings)[0]
+        return calls_of(self._pipeline, captions, self._size, limit=1, **self._settings())[0]
 
-    def _rows(self, call: Mapping[str, Any], example: int = 0) -> Rows:
-        found: Rows = {}
-        _collect(self.template.arguments, call, example, found)
-        return found
+    def _first_step(self, caption: Any) -> list[dict[str, Any]]:
+        """Record all calls of the first step, and after them the first one of the second step."""
+        calls = calls_of(self._pipeline, [caption], self._size, limit=_second_step, **self._settings())
+        sample = next(iter(inspect.signature(self._pipeline.transformer.forward).parameters))
+        for call in calls:
+            if not isinstance(call.get(sample), Tensor) or not isinstance(call.get("timestep"), Tensor):
+                raise DataError(
+                    f"model: {type(self._pipeline.transformer).__name__} is called with {sorted(call)}, where latents "
+                    f"({sample}) and timestep must be tensors: give another pipeline"
+                )
+        if not _second_step(calls):
+            raise DataError(
+                f"model: {type(self._pipeline).__name__} calls its transformer at one timestep only, in two steps, so "
+                "what it passes for the scheduler's cannot be told: give another pipeline"
+            )
+        return calls
 
-    def _without_caption(self, default: Mapping[str, Any], captioned: Rows) -> Rows | None:
+    def _divisor(self, *passed: Tensor) -> float:
+        """The scheduler's timesteps over what the transformer is told: a power of ten, but for rounding."""
+        steps = list(dict.fromkeys(float(step) for step in self._pipeline.scheduler.timesteps))[:2]
+        told = [float(tensor.flatten()[0]) for tensor in passed]
+        # Both timesteps must be told alike: another rule, such as one minus the noise, has no divisor.
+        if steps[0] <= 0 or told[0] <= 0 or len(steps) < 2 or abs(told[1] / told[0] - steps[1] / steps[0]) > 0.02:
+            raise DataError(
+                f"model: {type(self._pipeline).__name__} passes the timesteps {told} for the scheduler's {steps}, "
+                "which are no multiple of them: give another pipeline"
+            )
+        ratio = steps[0] / told[0]
+        power = 10.0 ** round(math.log10(ratio))
+        return power if abs(ratio / power - 1) < 0.01 else ratio
+
+    def _without_caption(self, default: Sequence[Mapping[str, Any]], captioned: Rows) -> Rows | None:
         if not self.guided:
-            takes_text = "prompt" in inspect.signature(self._pipeline.__call__).parameters
-            return self.rows("") if takes_text else None
-        halves = [self._rows(default, example) for example in (0, 1)]
-        # Which half comes first is the pipeline's choice; the one further from the captioned call has no caption.
-        return max(halves, key=lambda half: sum(float((half[p] - captioned[p]).abs().sum()) for p in captioned))
+            return self.rows("") if self.takes_text else None
+        examples = len(default[0][self.template.sample])
+        halves = [self.template.rows(call, example) for call in default for example in range(examples)]
+
+        def distance(half: Rows) -> float:
+            if any(half[path].shape != captioned[path].shape for path in captioned):
+                return math.inf
+            return sum(float((half[path].double() - captioned[path].double()).abs().sum()) for path in captioned)
+
+        # Which comes first is the pipeline's choice; the one further from the captioned call has no caption.
+        return max(halves, key=distance)
 
 
-def _merge(one: Any, two: Any, path: str) -> Any:
-    """Tell what belongs to each example from what all share, by the calls for one and for two captions."""
-    if isinstance(one, Tensor) and isinstance(two, Tensor):
-        if one.ndim and (len(one), len(two)) == (1, 2):
-            return _PerExample(path)
-        return one.detach().cpu()
-    if one is None and isinstance(two, Tensor) and two.ndim == 2:
-        return _Lengths(two.dtype)
-    if isinstance(one, Mapping) and isinstance(two, Mapping):
-        return {name: _merge(one[name], two.get(name), f"{path}.{name}") for name in one}
-    if isinstance(one, list) and isinstance(two, list) and (len(one), len(two)) == (1, 2):
-        return _Repeated(one[0])
-    return one
+def timestep_of(call: Mapping[str, Any]) -> float | None:
+    """The timestep of a recorded call, as the transformer was told it; none where it was told none."""
+    time = call.get("timestep")
+    return float(time.flatten()[0]) if isinstance(time, Tensor) else None
 
 
-def _collect(template: Mapping[str, Any], call: Mapping[str, Any], example: int, found: Rows) -> None:
-    for name, value in template.items():
-        if isinstance(value, _PerExample):
-            found[value.path] = call[name][example].detach().cpu().clone()
-        elif isinstance(value, dict):
-            _collect(value, call[name], example, found)
+def _second_step(calls: Sequence[Mapping[str, Any]]) -> bool:
+    return timestep_of(calls[0]) != timestep_of(calls[-1])
+
+
+@contextmanager
+def _run_where_it_lies(model: nn.Module) -> Iterator[None]:
+    """Let a pipeline call a model on another device than the pipeline's own, as where only its encoders were moved."""
+    own = next((parameter.device for parameter in model.parameters()), None)
+    came_from: list[torch.device] = []
+
+    def bring(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+        devices = [leaf.device for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        came_from[:] = devices[:1]
+        return None if own is None or set(devices) <= {own} else _on((args, kwargs), own)
+
+    def give_back(_: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        return _on(output, came_from[0]) if came_from and came_from[0] != own else None
+
+    handles = [
+        model.register_forward_pre_hook(bring, with_kwargs=True),
+        model.register_forward_hook(give_back),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _on(value: Any, device: torch.device) -> Any:
+    return tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, value)
+
+
+@contextmanager
+def _checked_lookups(model: nn.Module) -> Iterator[None]:
+    """Refuse what is in no table of embeddings before it is looked up, which some devices do not survive."""
+
+    def check(module: nn.Module, args: tuple[Any, ...]) -> None:
+        size: int = module.num_embeddings  # type: ignore[assignment]
+        if not args or not args[0].numel():
+            return
+        lowest, highest = (int(bound) for bound in args[0].aminmax())
+        if lowest < 0 or highest >= size:
+            raise DataError(
+                f"data.caption_field: the transformer has embeddings for the numbers 0 to {size - 1}, and was given "
+                f"{lowest if lowest < 0 else highest}: name a column of labels that the model knows"
+            )
+
+    handles = [part.register_forward_pre_hook(check) for part in model.modules() if isinstance(part, nn.Embedding)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

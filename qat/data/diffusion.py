@@ -12,6 +12,7 @@ part of its own, which makes the loss of one batch far less a matter of luck.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -19,9 +20,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from torch.utils.data import Dataset
 
-from qat.data.conditioning import Rows, calls_of
+from qat.data.conditioning import calls_of, timestep_of
 from qat.data.latents import Encoded
 from qat.data.noising import NoiseSchedule, stratified
+from qat.data.templates import Rows
 from qat.errors import DataError
 
 __all__ = ["DiffusionCollate", "EvaluationBatches", "sampler_batches"]
@@ -55,29 +57,37 @@ class DiffusionCollate:
         if self.caption_dropout > 0 and encoded.empty is None:
             raise DataError(f"caption_dropout: {caption_dropout} needs a pipeline that can do without: set it to 0")
 
-    def __call__(self, examples: Sequence[dict[str, Any]]) -> Batch:
-        """Return a batch on the CPU, in the dtypes of the recording."""
+    def __call__(self, examples: Sequence[dict[str, Any]], places: Tensor | None = None) -> Batch:
+        """Return a batch on the CPU, in the dtypes of the recording.
+
+        Args:
+            examples: of `Latents`.
+            places: (batch,), where in the noising each stands, from 0 to below 1; none: stratified over the batch.
+        """
         template, schedule, generator = self._encoded.template, self._schedule, self._generator
         latents = torch.stack([example["latents"] for example in examples])
         noise = torch.randn(latents.shape, generator=generator)
         steps = len(schedule.timesteps)
-        places = (stratified(len(examples), generator) * steps).long()
+        numbers = ((stratified(len(examples), generator) if places is None else places) * steps).long()
         dropped = torch.rand(len(examples), generator=generator) < self.caption_dropout
         rows: list[Rows] = [
             self._encoded.empty if drop and self._encoded.empty is not None else example["rows"]
             for example, drop in zip(examples, dropped.tolist(), strict=True)
         ]
-        timesteps = schedule.timesteps[places]
+        timesteps = schedule.timesteps[numbers]
         noised = schedule.noised(latents, noise, timesteps).to(template.sample_dtype)
         return {
             "inputs": template.fill(rows, noised, timesteps),
             "target": schedule.target(latents, noise, timesteps),
-            "fraction": places / steps,
+            "fraction": numbers / steps,
         }
 
 
 class EvaluationBatches:
     """The same batches at every pass: examples in order, noise and timesteps by a seed; captions are kept.
+
+    Timesteps are stratified over all examples, whatever the batch size, so that as many examples as there are parts of
+    the noising have one in each part.
 
     Args:
         examples: `Latents`.
@@ -101,9 +111,10 @@ class EvaluationBatches:
         generator = torch.Generator().manual_seed(self._seed)
         collate = DiffusionCollate(self._encoded, self._schedule, 0.0, generator)
         count: int = len(self._examples)  # type: ignore[arg-type]
+        places = stratified(count, generator)
         for number, start in enumerate(range(0, count, self._batch_size)):
             chosen = range(start, min(start + self._batch_size, count))
-            batch = collate([self._examples[index] for index in chosen])
+            batch = collate([self._examples[index] for index in chosen], places[chosen.start : chosen.stop])
             if self._references:
                 batch["reference"] = self._references[number]
             yield batch
@@ -136,7 +147,8 @@ def sampler_batches(
     """Record what a pipeline's real sampler calls its transformer with, for calibration over all timesteps.
 
     The sampler runs whole, with the pipeline's default guidance, so that latents, timesteps and both branches of
-    guidance are those of serving. Of each run some calls are kept, evenly over its steps, other ones in each run.
+    guidance are those of serving. Of each run some steps are kept, evenly spaced, other ones in each run; of a step all
+    calls, where a pipeline calls its transformer with and without the caption one after the other.
 
     Args:
         pipeline: with its encoders and the float transformer.
@@ -149,7 +161,7 @@ def sampler_batches(
         seed: of the first noise.
 
     Returns:
-        ``count`` mappings of the transformer's arguments, on the CPU.
+        ``count`` mappings of the transformer's arguments, on the CPU; a few more where the last step has several calls.
 
     Raises:
         DataError: the pipeline cannot run this.
@@ -167,11 +179,11 @@ def sampler_batches(
             seed=seed + run,
             num_inference_steps=steps,
         )
-        of_this = min(wanted, count - len(kept), len(calls))
+        taken = [list(group) for _, group in groupby(calls, timestep_of)]
+        of_this = min(-(-min(wanted, count - len(kept)) // len(taken[0])), len(taken))
         offset = (0.5 + run * 0.618) % 1.0  # spreads the places of many runs evenly
-        kept += [
-            _moved(calls[int((part + offset) * len(calls) / of_this)], torch.device("cpu")) for part in range(of_this)
-        ]
+        places = (int((part + offset) * len(taken) / of_this) for part in range(of_this))
+        kept += [_moved(call, torch.device("cpu")) for place in places for call in taken[place]]
         run += 1
     return kept
 

@@ -18,8 +18,9 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,7 @@ __all__ = ["ImageData", "Images", "digits", "load_images"]
 
 EVALUATION_EVERY = 5  # one image in five is held out, where the source has no evaluation split of its own
 DIGIT_SIZE = 32
+_VERSION = "2"  # of how an image becomes a picture of one size
 _WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 # Four of them: no factor in common with EVALUATION_EVERY, so both splits have every template.
 _TEMPLATES = ("the digit {word}", "a handwritten {number}", "the number {word}", "a handwritten {word}")
@@ -195,11 +197,13 @@ def _folder_captions(folder: Path, files: list[Path], data: ImageData) -> dict[P
     """Pair each image with its caption; with a metadata file, only the images that it names count."""
     found: dict[Path, Any] = {}
     without: list[str] = []
+    twice: list[str] = []
     if (metadata := next((folder / name for name in _METADATA if (folder / name).exists()), None)) is not None:
         for row in _read_metadata(metadata):
             name, caption = row.get("file_name"), row.get(data.caption_field)
             if not name or not (folder / name).is_file():
                 raise DataError(f"data.source: {metadata} has the file_name {name!r}, which is no file there")
+            twice += [str(name)] if folder / name in found else []
             found[folder / name] = caption
             without += [str(name)] if caption in (None, "") else []
         remedy = f"fill the column {data.caption_field!r} of {metadata.name}, or name another with data.caption_field"
@@ -209,12 +213,27 @@ def _folder_captions(folder: Path, files: list[Path], data: ImageData) -> dict[P
             found[file] = text.read_text(encoding="utf-8").strip() if text.is_file() else ""
             without += [] if found[file] else [file.name]
         remedy = f"write each into a text file of the image's name, or all into {' or '.join(_METADATA)}"
+    if twice:  # with a row each in both splits, evaluation would be on images that were trained on
+        raise DataError(
+            f"data.source: {metadata} has {len(twice)} rows for images that it already named (first: "
+            f"{', '.join(twice[:3])}): keep one row for each image"
+        )
     if without:
         raise DataError(
             f"data.source: {len(without)} of {len(found)} images in {str(folder)!r} have no caption (first: "
             f"{', '.join(without[:3])}): {remedy}"
         )
+    _check_kinds(found.values(), data)
     return found
+
+
+def _check_kinds(captions: Iterable[Any], data: ImageData) -> None:
+    kinds = {type(caption).__name__ for caption in captions}
+    if kinds - {"str"} and kinds - {"int"}:
+        raise DataError(
+            f"data.caption_field: captions must all be texts, or all integers, but {data.caption_field!r} of "
+            f"{data.source!r} holds {' and '.join(sorted(kinds))}: name another column"
+        )
 
 
 def _read_metadata(path: Path) -> list[dict[str, Any]]:
@@ -261,6 +280,7 @@ def _columns(found: Dataset, data: ImageData) -> Dataset:
             f"data.caption_field: {len(without)} of {len(kept)} rows of {data.source!r} have no caption (first: row "
             f"{without[0]}): fill them, or name another column"
         )
+    _check_kinds(kept["caption"], data)
     return kept.cast_column("image", Image(decode=False))
 
 
@@ -284,14 +304,23 @@ def _generated(rows: Any, arguments: dict[str, Any], data: ImageData) -> Dataset
 def _prepared(source: Dataset, data: ImageData, known_bad: int = 0) -> tuple[Dataset, tuple[str, ...]]:
     """Decode every image and make it the size, leaving out what cannot be read."""
     from datasets import Features, Image, Value
+    from datasets.config import HF_DATASETS_CACHE
 
     features = Features({"image": Image(), "caption": source.features["caption"], "fault": Value("string")})
+    # A file of ours: `map` by itself would write beside the source, which may be a folder of the user's.
+    made = f"{source._fingerprint} {data.size} {_VERSION}"
+    cached = (
+        Path(_cache_dir(data) or HF_DATASETS_CACHE) / "qat-images" / f"{sha256(made.encode()).hexdigest()[:32]}.arrow"
+    )
+    cached.parent.mkdir(parents=True, exist_ok=True)
     done = source.map(
         _resize_row,
         with_indices=True,
         fn_kwargs={"size": data.size},
         remove_columns=source.column_names,
         features=features,
+        cache_file_name=str(cached),
+        new_fingerprint=cached.stem,
         desc="reading images",
     )
     faults = done["fault"]
@@ -315,16 +344,21 @@ def _resize_row(row: dict[str, Any], index: int, size: int) -> dict[str, Any]:
     name = row.get("name") or (encoded or {}).get("path") or f"row {index}"
     try:
         with Image.open(encoded["path"] if encoded["bytes"] is None else io.BytesIO(encoded["bytes"])) as opened:
-            picture = _resized(opened.convert("RGB"), size)
+            picture = _resized(opened, size)
     except Exception as error:  # Pillow's decoders raise all kinds
         return {"image": None, "caption": row["caption"], "fault": f"{name} ({type(error).__name__}: {error})"}
     return {"image": picture, "caption": row["caption"], "fault": ""}
 
 
 def _resized(picture: Picture, size: int) -> Picture:
-    """The shorter side becomes ``size``, the longer one is cropped around its centre."""
-    from PIL import Image
+    """RGB, upright, on white; the shorter side becomes ``size``, the longer one is cropped around its centre."""
+    from PIL import Image, ImageOps
 
+    picture = ImageOps.exif_transpose(picture)
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    picture = picture.convert("RGB")
     scale = size / min(picture.size)
     width, height = (max(size, round(side * scale)) for side in picture.size)
     if (width, height) != picture.size:

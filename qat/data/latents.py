@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -21,8 +22,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from qat.data.conditioning import Conditioner, Rows, Template
+from qat.data.conditioning import Conditioner
 from qat.data.images import ImageData, Images
+from qat.data.templates import Rows, Template
 from qat.errors import DataError
 
 if TYPE_CHECKING:
@@ -33,9 +35,10 @@ __all__ = ["Encoded", "Latents", "encode", "fingerprint", "release_encoders"]
 Track: TypeAlias = Callable[[Iterable[Any], str, int], Iterable[Any]]
 """Shows progress: of these items, under that name, so many."""
 
-_VERSION = "1"  # of what the files hold
-_SHARD = 64  # captions a file
-_BATCH = 16  # images that are encoded at once, and then lie in one file
+_VERSION = "2"  # of what the files hold
+_SHARD = 64  # captions or images a file
+_BATCH = 16  # images that are encoded at once, where they are no more than so many pixels:
+_PIXELS = 2**20
 _SMALL = 2**20  # files up to so many bytes are hashed, larger ones are known by size and time
 
 
@@ -97,7 +100,8 @@ def encode(
     """Encode all images and captions with a pipeline, or take them from the cache.
 
     Args:
-        pipeline: with its encoders and its autoencoder, on the device where they shall run.
+        pipeline: with its encoders and its autoencoder, on the device where they shall run; its transformer, which runs
+            for one step of one caption, may be on another.
         images: what `load_images` returned for ``data``.
         data: the size, and where the cache is.
         max_sequence_length: tokens a caption; none: the pipeline's own default.
@@ -105,23 +109,34 @@ def encode(
         track: shows progress.
 
     Raises:
-        DataError: the pipeline cannot be run at this size, or its autoencoder does not fit its transformer.
+        DataError: the pipeline cannot be run at this size, its autoencoder does not fit its transformer, or a label is
+            none that the transformer knows.
+        torch.OutOfMemoryError: the device is too small.
     """
     parts = {"train": images.train, "evaluation": images.evaluation}
     captions = {name: part["caption"][:] for name, part in parts.items()}
     distinct = list(dict.fromkeys([*captions["train"], *captions["evaluation"]]))
-    by_length = sorted(distinct, key=lambda caption: len(str(caption)))
-    conditioner = Conditioner(pipeline, data.size, max_sequence_length, (by_length[0], by_length[-1]))
+    # The last one is the longest text or the largest label, which the transformer is tried with.
+    by_length = sorted(distinct, key=lambda caption: (len(str(caption)), str(caption)))
+    conditioner = Conditioner(pipeline, data.size, max_sequence_length, (by_length[-1], by_length[0]))
+    first = conditioner.rows(by_length[-1])
+    if not conditioner.takes_text and conditioner.empty is not None and _equal(first, conditioner.empty):
+        raise DataError(
+            f"data.caption_field: {by_length[-1]!r} is what {type(pipeline).__name__} passes for no label: name a "
+            "column of labels that the model knows"
+        )
     to_latents = _Autoencoder(pipeline, conditioner.template, data.size)
     to_latents(images.evaluation[:1]["image"])  # one that does not fit is an error before any work
 
+    kinds = {path: str(tensor.dtype) for path, tensor in first.items()}  # also of what the pipeline is loaded in
     content = [_VERSION, key, str(data.size), str(max_sequence_length), repr(distinct), *map(_pixels, parts.values())]
+    content += [*map(_version, ("diffusers", "transformers")), repr(sorted(kinds.items())), str(to_latents.dtype)]
     folder = _cache_folder(data) / hashlib.sha256("\n".join(content).encode()).hexdigest()[:32]
     if not folder.exists():
         with _whole(folder) as making:
             _write_captions(making, conditioner, distinct, track)
             for name, part in parts.items():
-                _write_latents(making, name, part, to_latents, track)
+                _write_latents(making, name, part, to_latents, data.size, track)
     rows = [_unnamed(shard) for shard in _read(folder, "captions")]
     numbers = {caption: number for number, caption in enumerate(distinct)}
     encoded = {
@@ -153,10 +168,16 @@ class _Autoencoder:
         if not isinstance(vae, nn.Module):
             raise DataError(f"model: {type(pipeline).__name__} has no vae, so images cannot become latents")
         self._vae: Any = vae
-        self._config: Any = vae.config
+        self._config: Any = getattr(vae, "config", None)
         self._template, self._size = template, size
         self._pack = getattr(pipeline, "_pack_latents", None)
         self._names = f"{type(vae).__name__} and {type(pipeline.transformer).__name__}"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the autoencoder."""
+        found: torch.dtype = next(self._vae.parameters()).dtype
+        return found
 
     @torch.no_grad()
     def __call__(self, pictures: Sequence[Any]) -> Tensor:
@@ -172,8 +193,18 @@ class _Autoencoder:
             if self._pack is not None:
                 batch, channels, (height, width) = latents.shape[0], latents.shape[1], latents.shape[-2:]
                 latents = self._pack(latents, batch, channels, height, width)
+        except torch.OutOfMemoryError as error:
+            raise torch.OutOfMemoryError(
+                f"no room on {parameter.device} to encode {len(pictures)} images at data.size {self._size}: give a "
+                f"smaller data.size or a device with more memory ({error})"
+            ) from error
         except RuntimeError as error:
             raise DataError(f"model: {self._names} do not fit at data.size {self._size}: {error}") from error
+        except (AttributeError, IndexError, TypeError, ValueError) as error:  # of a layout of its own
+            raise DataError(
+                f"model: this pipeline's latents are not understood ({self._names}; {type(error).__name__}: {error}): "
+                "give a pipeline with an autoencoder as Flux, Stable Diffusion 3, PixArt or Sana have"
+            ) from error
         if tuple(latents.shape[1:]) != self._template.sample_shape:
             raise DataError(
                 f"model: {self._names} do not fit at data.size {self._size}: the one makes latents of shape {shown}, "
@@ -209,6 +240,17 @@ def _cache_folder(data: ImageData) -> Path:
     return Path(data.cache_dir or datasets.config.HF_DATASETS_CACHE) / "qat-latents"
 
 
+def _version(package: str) -> str:
+    try:
+        return f"{package} {version(package)}"
+    except PackageNotFoundError:
+        return f"no {package}"
+
+
+def _equal(one: Rows, two: Rows) -> bool:
+    return one.keys() == two.keys() and all(torch.equal(one[path], two[path]) for path in one)
+
+
 def _pixels(part: datasets.Dataset) -> str:
     """A digest of the images, as they are stored: after decoding and resizing, in a format without loss."""
     from datasets import Image
@@ -227,8 +269,11 @@ def _whole(folder: Path) -> Iterator[Path]:
     making.mkdir(parents=True)
     try:
         yield making
-        if not folder.exists():  # or another process was faster, with the same content
+        try:
             making.rename(folder)
+        except OSError:
+            if not folder.exists():  # else another process was faster, with the same content
+                raise
     finally:
         shutil.rmtree(making, ignore_errors=True)
 
@@ -243,11 +288,18 @@ def _write_captions(folder: Path, conditioner: Conditioner, captions: Sequence[A
             pending = []
 
 
-def _write_latents(folder: Path, name: str, part: datasets.Dataset, encoder: _Autoencoder, track: Track) -> None:
-    starts = range(0, len(part), _BATCH)
+def _write_latents(
+    folder: Path, name: str, part: datasets.Dataset, encoder: _Autoencoder, size: int, track: Track
+) -> None:
+    batch = max(1, min(_BATCH, _PIXELS // size**2))
+    starts = range(0, len(part), batch)
+    pending: list[Tensor] = []
     for start in track(starts, f"encoding images: {name}", len(starts)):
-        stop = min(start + _BATCH, len(part))
-        _write(folder, name, stop, {"latents": encoder(part[start:stop]["image"])})
+        stop = min(start + batch, len(part))
+        pending.append(encoder(part[start:stop]["image"]))
+        if sum(map(len, pending)) >= _SHARD or stop == len(part):
+            _write(folder, name, stop, {"latents": torch.cat(pending)})
+            pending = []
 
 
 def _write(folder: Path, name: str, number: int, tensors: Mapping[str, Tensor]) -> None:

@@ -106,10 +106,10 @@ def _description(manifest: Manifest, record: FrozenRecord, kinds: list[str]) -> 
     activations = record.spec.activation_type
     inputs = f" Inputs and outputs of these layers are quantized to {activations} too." if activations else ""
     return (
-        f"{len(record.layers)} linear layers hold {' and '.join(kinds)} weights, {form}. The model was trained with "
-        f"quantization in the loop (`qat` {manifest.environment.qat}, algorithm `{record.algorithm}`) and is served in "
+        f"{len(record.layers)} linear layers hold {' and '.join(kinds)} weights, {form}. They were frozen from a model "
+        f"with fake quantization (`qat` {manifest.environment.qat}, algorithm `{record.algorithm}`) and are served in "
         f"**{manifest.dtype}**.{inputs} `qat verify` on this directory checks that it holds, and loads as, what was "
-        "trained."
+        "frozen."
     )
 
 

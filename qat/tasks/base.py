@@ -54,7 +54,8 @@ def move(batch: Batch, device: torch.device, dtype: torch.dtype | None = None) -
         batch: names to anything; what is no tensor stays as it is.
         device: where to.
         dtype: also what floating tensors of two and more dimensions are cast to, as whoever serves a model brings
-            them. One number an example (a timestep, a guidance scale) keeps its dtype: pipelines do not cast it.
+            them. One number an example (a timestep, a guidance scale) keeps its dtype, as with most pipelines; the few
+            that round timesteps to the dtype of the latents first (Flux, QwenImage) have models that would do it next.
 
     >>> move({"a": [torch.ones(2, 2)], "b": None}, torch.device("cpu"), torch.bfloat16)["a"][0].dtype
     torch.bfloat16

@@ -35,7 +35,7 @@ class QuantizedTask(LightningModule):
         scale_learning_rate: of learned scales; default a tenth of it.
         weight_decay: of weights with two and more dimensions.
         warmup_steps: optimizer steps from 0 to the full rate.
-        teacher: a float model, kept out of checkpoints and training.
+        teacher: a float model, kept out of checkpoints and training; a fit leaves it on the CPU, as it does the model.
     """
 
     def __init__(
@@ -79,6 +79,11 @@ class QuantizedTask(LightningModule):
     def on_before_backward(self, loss: Tensor) -> None:
         """Stop before a non-finite loss can reach the weights, with or without the callback."""
         require_finite(loss, self.global_step)
+
+    def on_fit_end(self) -> None:
+        """Move the teacher back to the CPU, where Lightning hands the model back too."""
+        for teacher in self._teacher:
+            teacher.cpu()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Add the batch to the task's metrics."""

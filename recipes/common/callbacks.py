@@ -1,18 +1,20 @@
-"""What a recipe's fit shows and keeps: a progress bar, and a checkpoint of the last weights."""
+"""What a recipe's fit shows, draws and keeps: a progress bar, noise, and a checkpoint of the last weights."""
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from pathlib import Path
 from typing import Any
 
 import lightning
+import torch
 from lightning.pytorch.callbacks import Checkpoint
 
-from qat.config import TrainerSettings
+from qat.config import ConfigError, TrainerSettings
 from qat.report import progress_bar
 
-__all__ = ["LastCheckpoint", "StepProgress", "checkpoints_in"]
+__all__ = ["LastCheckpoint", "SeedNoise", "StepProgress", "checkpoints_in", "mixed_seed", "step_of"]
 
 
 class StepProgress(lightning.Callback):
@@ -41,6 +43,24 @@ class StepProgress(lightning.Callback):
     ) -> None:
         if hasattr(self, "bar"):
             self.bar.stop()
+
+
+def mixed_seed(*numbers: int) -> int:
+    """Return a seed of 32 bits, another one for each combination of numbers."""
+    return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:4], "big")
+
+
+class SeedNoise(lightning.Callback):
+    """Seeds what batches draw noise from by a seed, by the process and by the step that the fit begins at.
+
+    So fits with the same seed draw the same noise, several processes do not, and a resumed run draws fresh noise.
+    """
+
+    def __init__(self, generator: torch.Generator, seed: int) -> None:
+        self.generator, self.seed = generator, seed
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        self.generator.manual_seed(mixed_seed(self.seed, trainer.global_rank, trainer.global_step))
 
 
 class LastCheckpoint(Checkpoint):
@@ -78,3 +98,20 @@ class LastCheckpoint(Checkpoint):
 def checkpoints_in(folder: Path, settings: TrainerSettings) -> list[lightning.Callback]:
     """Make the callback that keeps the newest checkpoint of the configured interval, and the last of all."""
     return [LastCheckpoint(folder, settings.checkpoint_every)]
+
+
+def step_of(checkpoint: Path | None) -> int:
+    """Return the step that a run goes on from, 0 without a checkpoint.
+
+    Raises:
+        ConfigError: the file is no checkpoint; called first, this comes before any work.
+    """
+    if checkpoint is None:
+        return 0
+    try:
+        return int(torch.load(checkpoint, weights_only=True, mmap=True, map_location="cpu")["global_step"])
+    except Exception as error:  # what can be wrong with a file has no common base
+        raise ConfigError(
+            f"resume: {str(checkpoint)!r} is no checkpoint of a recipe ({type(error).__name__}): give the last.ckpt "
+            "that one wrote"
+        ) from error

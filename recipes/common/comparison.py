@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,12 @@ import torch
 from torch import nn
 
 import qat
+from qat.data.latents import release_encoders
 from qat.exporting.card import add_section
 from qat.report import ResultRow, print_table, results_table, track, write_results
 from qat.tasks import Diffusion, evaluate
-from recipes.common.diffusion import DiffusionConfig, DiffusionData, sequence, source_of
+from recipes.common.diffusion import DiffusionData, move_encoders
+from recipes.common.diffusion_config import DiffusionConfig, sequence, source_of
 from recipes.common.models import load_pipeline
 from recipes.common.pictures import draw_images, plot_losses, show_grid
 
@@ -29,14 +32,27 @@ the fine-tuned float model."""
 class DiffusionComparison:
     """Judges models by the same batches, and lets each draw the same images in its pipeline.
 
+    A model is on its device only while it is judged there or draws.
+
     Args:
         config: the pipeline, and how it draws.
         data: to judge by.
         dtype: the serving dtype.
+        reference: whose outputs the others' are compared with; float, on the CPU.
+        device: where it makes them.
     """
 
-    def __init__(self, config: DiffusionConfig, data: DiffusionData, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        config: DiffusionConfig,
+        data: DiffusionData,
+        dtype: torch.dtype,
+        reference: nn.Module,
+        device: torch.device,
+    ) -> None:
         self._config, self._data, self._dtype = config, data, dtype
+        data.evaluation.compare_with(reference.to(device))
+        reference.cpu()
         self._task = Diffusion(compares=True)
         self._rows: list[ResultRow] = []
         self._images: dict[str, list[Any]] = {}
@@ -48,7 +64,7 @@ class DiffusionComparison:
 
         Args:
             name: what tables and pictures call it.
-            model: in float32; a copy of it in the serving dtype draws.
+            model: in float32, on the CPU; a copy of it in the serving dtype draws.
             device: where it is judged.
             steps: what it was trained for.
             rate: at which learning rate.
@@ -56,8 +72,10 @@ class DiffusionComparison:
         """
         size = sum(parameter.numel() for parameter in model.parameters()) * self._dtype.itemsize
         self._rows.append(ResultRow(name, self._scores(name, model.to(device), None), size, steps, rate))
+        model.cpu()
         if draws:
-            self._images[name] = self._draw(copy.deepcopy(model).to(self._dtype), device)
+            self._images[name] = self._draw(copy.deepcopy(model).to(self._dtype).to(device), device)
+        _free_memory()
 
     def judge_export(self, name: str, directory: Path, device: torch.device, steps: int, rate: float) -> None:
         """Add an export, as reloaded; arguments as for `judge`."""
@@ -65,6 +83,8 @@ class DiffusionComparison:
         size = sum(file.stat().st_size for file in directory.glob("*model*.safetensors"))
         self._rows.append(ResultRow(name, self._scores(name, model, self._dtype), size, steps, rate))
         self._images[name] = self._draw(model, device)
+        del model
+        _free_memory()
 
     def _scores(self, name: str, model: nn.Module, dtype: torch.dtype | None) -> dict[str, float]:
         evaluation = self._data.evaluation
@@ -72,13 +92,17 @@ class DiffusionComparison:
 
     def _draw(self, model: nn.Module, device: torch.device) -> list[Any]:
         config = self._config
-        pipeline, _ = load_pipeline(source_of(config), self._dtype)  # encoders and all, as long as it draws
+        # Encoders and all, as long as it draws.
+        pipeline, _ = load_pipeline(source_of(config), self._dtype, transformer=model)
+        move_encoders(pipeline, device)
         options: dict[str, Any] = {
             "num_inference_steps": config.sampler_steps,
             "seed": config.seed,
             **sequence(config),
         }
-        return draw_images(pipeline.to(device), model, self._data.captions, config.data.size, **options)
+        images = draw_images(pipeline, self._data.captions, config.data.size, **options)
+        release_encoders(pipeline)
+        return images
 
     def report(self, baseline: str, output: Path) -> None:
         """Print the table, and write it and the pictures beside the export and into its model card.
@@ -100,6 +124,12 @@ class DiffusionComparison:
         lines += [f"| {row.name} | {row.metrics['loss']:.4g} | {row.metrics['output_mse']:.3g} |" for row in rows]
         pictures = {"Images of each model": images, "Loss along the timesteps": losses}
         add_section(output, "Results", "\n".join([TEXT, "", *lines]), pictures)
+
+
+def _free_memory() -> None:
+    gc.collect()  # parts of a model may refer to each other
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _placed(model: nn.Module, device: torch.device) -> nn.Module:

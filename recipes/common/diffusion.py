@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
 import qat
+from qat.data.conditioning import call_arguments
 from qat.data.diffusion import DiffusionCollate, EvaluationBatches, sampler_batches
-from qat.data.images import ImageData, load_images
+from qat.data.images import load_images
 from qat.data.latents import encode, fingerprint, release_encoders
 from qat.data.noising import NoiseSchedule
 from qat.report import inspect_totals, track
-from recipes.common.training import training_batches
+from recipes.common.batches import require_whole_batch, training_batches
+from recipes.common.diffusion_config import DiffusionConfig, sequence
 
-__all__ = ["DiffusionConfig", "DiffusionData", "diffusion_data", "inspected", "sequence", "source_of"]
+__all__ = ["DiffusionData", "diffusion_data", "inspected", "move_encoders"]
 
-REFERENCE = Path(__file__).parent.parent / "reference_flux"
-REFERENCE_LENGTH = 16
 SHOWN = 8  # images a row of the grid, unless prompts are given
 
 
@@ -33,6 +33,8 @@ class DiffusionData:
 
     batches: DataLoader[Any]
     """To train on."""
+    noise: torch.Generator
+    """What these batches draw their noise from; whoever trains seeds it."""
     evaluation: EvaluationBatches
     """To judge by."""
     example: dict[str, Any]
@@ -43,59 +45,23 @@ class DiffusionData:
     """What to draw."""
 
 
-class DiffusionConfig(Protocol):
-    """What a recipe's configuration says of the data and of the pictures."""
-
-    @property
-    def model(self) -> str | None:
-        """The pipeline's directory or hub name; none: the reference pipeline."""
-
-    @property
-    def data(self) -> ImageData:
-        """The images."""
-
-    @property
-    def max_sequence_length(self) -> int | None:
-        """Tokens a caption; none: the pipeline's own default, or what the reference pipeline was trained with."""
-
-    @property
-    def caption_dropout(self) -> float | None:
-        """See `DiffusionCollate`."""
-
-    @property
-    def prompts(self) -> Sequence[str]:
-        """What to draw; none: captions of the evaluation images."""
-
-    @property
-    def sampler_steps(self) -> int:
-        """Steps of the sampler."""
-
-    @property
-    def seed(self) -> int:
-        """Of the noise to evaluate with, of calibration and of the pictures."""
-
-
-def inspected(model: nn.Module, spec: qat.QuantSpec, target: str) -> str:
-    """Say how much of a model will be quantized, and why which layers stay float.
+def inspected(model: nn.Module, spec: qat.QuantSpec, target: str, example: Mapping[str, Any]) -> str:
+    """Say how much of a model will be quantized, and why which layers stay float; arguments as for `qat.inspect`.
 
     Raises:
         SpecError, TargetError: the spec does not fit the model or the target.
     """
-    report = qat.inspect(model, spec, target)
+    report = qat.inspect(model, spec, target, example_inputs=example)
     reasons = Counter(layer.reason for layer in report.layers if layer.weights is None)
     kept = [f"{count} of {len(report.layers)} linear layers stay float: {why}" for why, count in reasons.items()]
     return "\n".join([inspect_totals(report), *kept])
 
 
-def source_of(config: DiffusionConfig) -> str:
-    """Where the pipeline is."""
-    return config.model or str(REFERENCE)
-
-
-def sequence(config: DiffusionConfig) -> dict[str, Any]:
-    """Return the length of captions in tokens, as an argument."""
-    length = REFERENCE_LENGTH if config.model is None else None
-    return {"max_sequence_length": config.max_sequence_length or length}
+def move_encoders(pipeline: Any, device: torch.device) -> None:
+    """Move every module of a pipeline but its transformer."""
+    for name, part in pipeline.components.items():
+        if isinstance(part, nn.Module) and name != "transformer":
+            part.to(device)
 
 
 def diffusion_data(
@@ -112,23 +78,42 @@ def diffusion_data(
         sampled: batches to record in the real sampler; 0: it does not run.
 
     Raises:
-        DataError: the images, the captions or the pipeline's parts do not fit; before any training.
+        DataError: the images, the captions, the prompts or the pipeline's parts do not fit, or there are fewer images
+            than a batch holds; before any training.
     """
+    _check_prompts(pipeline, config)
     schedule = NoiseSchedule(pipeline.scheduler)
     images = load_images(config.data)
     print(images)
+    require_whole_batch(len(images.train), batch_size)
     key = fingerprint(folder)
-    encoded = encode(pipeline.to(device), images, config.data, key=key, track=track, **sequence(config))
-    batches = training_batches(encoded.train, batch_size, DiffusionCollate(encoded, schedule, config.caption_dropout))
+    move_encoders(pipeline, device)
+    encoded = encode(pipeline, images, config.data, key=key, track=track, **sequence(config))
+    noise = torch.Generator()
+    collate = DiffusionCollate(encoded, schedule, config.caption_dropout, noise)
+    batches = training_batches(encoded.train, batch_size, collate)
     evaluation, few = (
         EvaluationBatches(encoded.evaluation, encoded, schedule, size, config.seed) for size in (batch_size, 2)
     )
     captions = list(dict.fromkeys(images.evaluation["caption"][:]))
     recorded = []
     if sampled:
+        pipeline.transformer.to(device)  # nothing but the sampler runs it
         options: dict[str, Any] = {"steps": config.sampler_steps, "seed": config.seed, **sequence(config)}
         recorded = sampler_batches(pipeline, captions, sampled, config.data.size, **options)
     release_encoders(pipeline)
     pipeline.transformer.cpu()
     example = next(iter(few))["inputs"]
-    return DiffusionData(batches, evaluation, example, recorded, list(config.prompts) or captions[:SHOWN])
+    return DiffusionData(batches, noise, evaluation, example, recorded, list(config.prompts) or captions[:SHOWN])
+
+
+def _check_prompts(pipeline: Any, config: DiffusionConfig) -> None:
+    if not config.prompts:
+        return
+    try:
+        call_arguments(pipeline, config.prompts, config.data.size)
+    except qat.DataError as error:
+        raise qat.DataError(
+            f"prompts: {type(pipeline).__name__} cannot draw {tuple(config.prompts)}: give texts to a pipeline that "
+            "takes prompts, and to one that takes class labels integers or labels that it knows"
+        ) from error

@@ -62,12 +62,15 @@ def _load_error(source: str, error: Exception) -> qat.LoadError:
     return qat.LoadError(f"model: {source!r} {meant}cannot be loaded: {' '.join(str(error).split())}")
 
 
-def load_pipeline(source: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Path]:
+def load_pipeline(
+    source: str, dtype: torch.dtype = torch.float32, *, transformer: nn.Module | None = None
+) -> tuple[Any, Path]:
     """Load a diffusion pipeline.
 
     Args:
         source: a local directory or a hub name.
         dtype: of all its parts; float32 for master weights.
+        transformer: what takes the place of its own, which is then never read; left as it is.
 
     Returns:
         The pipeline, and the folder that holds its files.
@@ -84,7 +87,7 @@ def load_pipeline(source: str, dtype: torch.dtype = torch.float32) -> tuple[Any,
         if not folder.is_dir():
             folder = Path(diffusers.DiffusionPipeline.download(source))
         load: Any = diffusers.DiffusionPipeline.from_pretrained
-        pipeline = load(folder, dtype=dtype)
+        pipeline = load(folder, dtype=dtype, **({} if transformer is None else {"transformer": transformer}))
     except Exception as error:  # what can be wrong with a directory, a file or a download has no common base
         raise _load_error(source, error) from error
     if not isinstance(getattr(pipeline, "transformer", None), nn.Module):

@@ -8,29 +8,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from qat.data.conditioning import call_arguments
 
 __all__ = ["draw_images", "plot_losses", "show_grid"]
 
 
-def draw_images(
-    pipeline: Any, transformer: nn.Module, captions: Sequence[Any], size: int, *, seed: int, **options: Any
-) -> list[Any]:
+def draw_images(pipeline: Any, captions: Sequence[Any], size: int, *, seed: int, **options: Any) -> list[Any]:
     """Draw one image a caption, with the pipeline's default guidance.
 
     Args:
-        pipeline: all but the transformer, in the dtype and on the device of that.
-        transformer: what draws.
+        pipeline: its parts in one dtype, on one device.
         captions: texts, or labels for a pipeline that takes these.
         size: pixels a side.
         seed: of the first noise; each caption has a seed of its own.
         options: ``max_sequence_length``, ``num_inference_steps`` and the like.
     """
-    if next(transformer.parameters()).is_meta:  # what stock code loads says so of tensors that are real
-        transformer = transformer.to("cpu")
-    pipeline.register_modules(transformer=transformer)
     options["generator"] = [torch.Generator().manual_seed(seed + number) for number in range(len(captions))]
     images: list[Any] = pipeline(**call_arguments(pipeline, captions, size, **options)).images
     return images

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,36 +11,25 @@ import lightning
 import torch
 from lightning.pytorch.callbacks import Checkpoint
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
 
 import qat
 from qat.config import ConfigError, OptimizationSettings, TrainerSettings
 from qat.tasks import Task
-from recipes.common.callbacks import StepProgress
+from recipes.common.callbacks import SeedNoise, StepProgress, mixed_seed, step_of
 
-__all__ = ["device_of", "fit", "training_batches"]
+__all__ = ["FitSettings", "device_of", "fit"]
 
 
-def training_batches(
-    examples: Dataset[Any], batch_size: int, collate: Callable[[list[Any]], Any] | None = None
-) -> DataLoader[Any]:
-    """Shuffle examples into whole batches, by torch's global random numbers.
+@dataclass(frozen=True)
+class FitSettings:
+    """What all fits of a run have in common."""
 
-    Args:
-        examples: what to train on.
-        batch_size: examples a batch.
-        collate: puts a batch together; none: torch's own way.
-
-    Raises:
-        DataError: there are fewer examples than one batch holds, so there would be no step at all.
-    """
-    batches = DataLoader(examples, batch_size, shuffle=True, drop_last=True, collate_fn=collate)
-    if len(batches) == 0:
-        raise qat.DataError(
-            f"optimization.batch_size: {batch_size} is more than the {len(examples)} examples to train on, so "  # type: ignore[arg-type]
-            "there is no whole batch: give more data, or a smaller batch_size (or data.block_size)"
-        )
-    return batches
+    optimization: OptimizationSettings
+    """Steps, scales, decay, warm-up, clipping."""
+    trainer: TrainerSettings
+    """What Lightning is told."""
+    seed: int
+    """Two fits with the same seed see the same batches in the same order, with the same noise."""
 
 
 def fit(
@@ -47,15 +37,18 @@ def fit(
     model: nn.Module,
     task: Task,
     batches: Iterable[Any],
+    *,
     learning_rate: float,
-    settings: OptimizationSettings,
-    trainer_settings: TrainerSettings,
-    seed: int,
+    settings: FitSettings,
     callbacks: Sequence[lightning.Callback] = (),
     teacher: nn.Module | None = None,
     resume: Path | None = None,
+    noise: torch.Generator | None = None,
 ) -> lightning.Trainer:
     """Train a model in place.
+
+    A resumed run goes through the data in another order than the run that it goes on from, and with other noise: its
+    later steps are no repetition of the first ones.
 
     Args:
         name: what the progress bar says.
@@ -63,47 +56,49 @@ def fit(
         task: loss and metrics.
         batches: what `training_batches` made.
         learning_rate: the peak rate of the weights.
-        settings: steps, scales, decay, warm-up, clipping.
-        trainer_settings: what Lightning is told.
-        seed: two calls with the same seed see the same batches in the same order.
+        settings: what all fits of a run have in common.
         callbacks: Lightning's; checkpoints are written only when one of them does.
         teacher: a float model to distil from, used where the task has a distillation term.
         resume: a checkpoint to go on from; only tensors and plain data are read from it.
+        noise: what the batches draw their noise from, if they do; seeded here, otherwise in each process.
 
     Returns:
         The trainer, which knows whether this process is the one that goes on alone.
 
     Raises:
+        ConfigError: ``resume`` is no checkpoint.
         TrainingError: the loss became non-finite, or the data ended before all steps were done.
     """
-    lightning.seed_everything(seed, verbose=False)
+    optimization, seed, first_step = settings.optimization, settings.seed, step_of(resume)
+    lightning.seed_everything(mixed_seed(seed, first_step) if first_step else seed, verbose=False)
     model.train()
-    if trainer_settings.gradient_checkpointing:
+    if settings.trainer.gradient_checkpointing:
         _checkpoint_activations(model)
-    trained: Any = torch.compile(model) if trainer_settings.compile else model
+    trained: Any = torch.compile(model) if settings.trainer.compile else model
     module = qat.QuantizedTask(
         trained,
         task,
         learning_rate=learning_rate,
-        scale_learning_rate=settings.scale_learning_rate,
-        weight_decay=settings.weight_decay,
-        warmup_steps=settings.warmup_steps,
-        teacher=teacher if settings.distillation_weight > 0 else None,
+        scale_learning_rate=optimization.scale_learning_rate,
+        weight_decay=optimization.weight_decay,
+        warmup_steps=optimization.warmup_steps,
+        teacher=teacher if optimization.distillation_weight > 0 else None,
     )
     trainer = _trainer(
-        trainer_settings,
-        max_steps=settings.steps,
+        settings.trainer,
+        max_steps=optimization.steps,
         max_epochs=-1,
-        limit_train_batches=settings.steps
-        * trainer_settings.accumulate_grad_batches,  # what the progress bar counts to
-        gradient_clip_val=settings.gradient_clip,
-        callbacks=[StepProgress(name), *callbacks],
+        # No epoch is longer than the fit, so that the last step also ends one.
+        limit_train_batches=optimization.steps * settings.trainer.accumulate_grad_batches,
+        gradient_clip_val=optimization.gradient_clip,
+        # Noise is seeded last, after callbacks that calibrate with batches.
+        callbacks=[StepProgress(name), *callbacks, *([] if noise is None else [SeedNoise(noise, seed)])],
         enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
     )
     trainer.fit(module, batches, ckpt_path=None if resume is None else str(resume), weights_only=True)
-    if trainer.global_step < settings.steps:
+    if trainer.global_step < optimization.steps:
         raise qat.TrainingError(
-            f"optimization.steps: {name} ended after {trainer.global_step} of {settings.steps} steps: give every "
+            f"optimization.steps: {name} ended after {trainer.global_step} of {optimization.steps} steps: give every "
             "process at least one whole batch (more data, or a smaller batch_size)"
         )
     return trainer

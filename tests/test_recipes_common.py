@@ -1,0 +1,222 @@
+"""What recipes share: noise and order of a fit, weights that a resumed run takes over, refusals before any work."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import datasets
+import pytest
+import torch
+from diffusers import FluxTransformer2DModel
+from torch import nn
+
+import qat
+from qat.config import ConfigError, OptimizationSettings, TrainerSettings
+from qat.data.images import Images
+from qat.errors import DataError, LoadError, StateError
+from qat.report import quiet_libraries
+from qat.tasks import Task
+from recipes import common, text_to_image
+from recipes.common import comparison, diffusion, diffusion_config
+from tests.pipelines import make
+
+
+class Echo(Task):
+    """Notes the batches that it is trained on."""
+
+    def __init__(self) -> None:
+        self.seen: list[list[float]] = []
+
+    def inputs(self, batch: Any) -> dict[str, Any]:
+        return {"input": batch}
+
+    def loss(self, outputs: Any, batch: Any, teacher_outputs: Any = None) -> torch.Tensor:
+        self.seen.append(batch.flatten().tolist())
+        loss: torch.Tensor = outputs.square().mean()
+        return loss
+
+    def metrics(self) -> Any:
+        return nn.ModuleDict()
+
+    def update(self, metrics: Any, outputs: Any, batch: Any) -> None:
+        raise StateError("never evaluated")
+
+
+def fitted(steps: int, tmp_path: Path, resume: Path | None = None) -> tuple[list[list[float]], list[list[float]]]:
+    """The examples and the noise of every step, by what is before and after the point in what a task saw."""
+    noise, task = torch.Generator(), Echo()
+
+    def collate(examples: list[int]) -> torch.Tensor:
+        return torch.tensor(examples).float().unsqueeze(1) + torch.rand(len(examples), 1, generator=noise) * 0.999
+
+    batches = common.training_batches(list(range(100)), 4, collate)  # type: ignore[arg-type]
+    optimization = OptimizationSettings(steps=steps, warmup_steps=0)
+    settings = common.FitSettings(optimization, TrainerSettings(accelerator="cpu"), 3)
+    callbacks = common.checkpoints_in(tmp_path, TrainerSettings())
+    model = nn.Linear(1, 1)
+    quiet_libraries()
+    options: dict[str, Any] = {"callbacks": callbacks, "resume": resume, "noise": noise}
+    common.fit("training", model, task, batches, learning_rate=1e-3, settings=settings, **options)
+    return [[x // 1 for x in batch] for batch in task.seen], [[x % 1 for x in batch] for batch in task.seen]
+
+
+def test_fits_of_one_seed_are_alike_and_a_resumed_one_goes_on_with_fresh_data_and_noise(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    examples, noise = fitted(3, tmp_path / "a")
+    torch.rand(7)  # what is drawn elsewhere, such as by a preparation, changes nothing
+    assert fitted(3, tmp_path / "b") == (examples, noise)
+    later, later_noise = fitted(5, tmp_path / "b", tmp_path / "b" / "last.ckpt")
+    assert len(later) == 2
+    assert later[0] not in examples
+    assert later_noise[0] not in noise
+    assert fitted(5, tmp_path / "c", tmp_path / "b" / "last.ckpt") == ([], [])  # it is at its end
+
+
+class Watched(nn.Linear):
+    """Notes where it is moved to."""
+
+    def __init__(self) -> None:
+        super().__init__(1, 1)
+        self.moved: list[str] = []
+
+    def to(self, *arguments: Any, **options: Any) -> Any:
+        self.moved.append(str(arguments[0]))
+        return super().to(*arguments, **options)
+
+    def cpu(self) -> Any:
+        self.moved.append("back")
+        return super().cpu()
+
+
+def test_a_teacher_leaves_the_device_after_the_fit() -> None:
+    quiet_libraries()
+    teacher, batches = Watched(), common.training_batches(torch.ones(8, 1), 4)  # type: ignore[arg-type]
+    optimization = OptimizationSettings(steps=2, warmup_steps=0, distillation_weight=1.0)
+    settings = common.FitSettings(optimization, TrainerSettings(accelerator="cpu"), 0)
+    common.fit("training", nn.Linear(1, 1), Echo(), batches, learning_rate=1e-3, settings=settings, teacher=teacher)
+    assert teacher.moved == ["cpu", "cpu", "back"]
+
+
+def test_a_judged_model_leaves_the_device_before_a_copy_of_it_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluation: Any = SimpleNamespace(compare_with=lambda model: model.moved.append("compared"))
+    monkeypatch.setattr(comparison.DiffusionComparison, "_scores", lambda *_: {"loss": 0.0})
+    drawn: list[Any] = []
+    monkeypatch.setattr(comparison.DiffusionComparison, "_draw", lambda _, model, device: drawn.append(model))
+    model, device = Watched(), torch.device("cpu", 0)
+    data: Any = SimpleNamespace(evaluation=evaluation)
+    judging = common.DiffusionComparison(text_to_image.Config(), data, torch.bfloat16, model, device)
+    assert model.moved == ["cpu:0", "compared", "back"]
+    judging.judge("float", model, device, 0, None)
+    assert model.moved == ["cpu:0", "compared", "back", "cpu:0", "back"]
+    (copied,) = drawn
+    assert copied.moved[5:] == ["torch.bfloat16", "cpu:0"]
+    assert model.weight.dtype == torch.float32
+
+
+def test_each_process_draws_noise_of_its_own() -> None:
+    drawn = []
+    for rank, step in ((0, 0), (1, 0), (0, 7), (0, 0)):
+        generator = torch.Generator()
+        trainer: Any = SimpleNamespace(global_rank=rank, global_step=step)
+        common.SeedNoise(generator, 5).on_train_start(trainer, None)  # type: ignore[arg-type]
+        drawn.append(torch.rand(4, generator=generator).tolist())
+    assert drawn[3] == drawn[0]
+    assert len({tuple(numbers) for numbers in drawn}) == 3
+
+
+def test_a_file_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
+    assert common.step_of(None) == 0
+    (tmp_path / "last.ckpt").write_bytes(b"nothing")
+    with pytest.raises(ConfigError, match=r"resume: '.*last\.ckpt' is no checkpoint of a recipe .*: give the"):
+        common.step_of(tmp_path / "last.ckpt")
+    torch.save({"step": 3}, tmp_path / "last.ckpt")
+    with pytest.raises(ConfigError, match=r"\(KeyError\)"):
+        common.step_of(tmp_path / "last.ckpt")
+
+
+def test_a_resumed_run_takes_over_the_fine_tuned_weights_of_equal_settings(tmp_path: Path) -> None:
+    first, resume = text_to_image.Config(), tmp_path / "a" / "last.ckpt"
+    weights = common.FineTunedWeights(tmp_path / "a", first, None)
+    trained, trainer = nn.Linear(3, 2), SimpleNamespace(is_global_zero=True)
+    assert not weights.restore(nn.Linear(3, 2))  # no run is gone on from
+    weights.save(trained, trainer)  # type: ignore[arg-type]
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["fine_tuned.safetensors"]
+
+    def resumed(**changed: Any) -> common.FineTunedWeights:
+        config = first.model_copy(update={"resume": resume, "overwrite": True, **changed})
+        return common.FineTunedWeights(tmp_path / "b", config, resume)
+
+    model = nn.Linear(3, 2)
+    assert resumed(output=tmp_path).restore(model)
+    assert torch.equal(model.weight, trained.weight)
+    before = nn.Linear(3, 2)
+    kept = before.weight.clone()
+    assert not resumed(seed=1).restore(before)
+    assert torch.equal(before.weight, kept)
+    with pytest.raises(LoadError, match=r"resume: '.*fine_tuned\.safetensors' cannot be read .*: delete it"):
+        resumed().restore(nn.Linear(4, 2))
+
+
+def test_of_several_processes_one_keeps_the_weights(tmp_path: Path) -> None:
+    weights = common.FineTunedWeights(tmp_path / "a", text_to_image.Config(), None)
+    weights.save(nn.Linear(3, 2), SimpleNamespace(is_global_zero=False))  # type: ignore[arg-type]
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("written", [None, str(diffusion_config.REFERENCE), "recipes/reference_flux", "owner/model"])
+def test_the_reference_pipeline_has_its_own_length_however_it_is_named(
+    written: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(diffusion_config.REFERENCE.parent.parent)
+    config = text_to_image.Config(model=written)
+    assert diffusion_config.sequence(config) == {"max_sequence_length": None if written == "owner/model" else 16}
+    longer = text_to_image.Config(model=written, max_sequence_length=9)
+    assert diffusion_config.sequence(longer) == {"max_sequence_length": 9}
+
+
+def test_prompts_that_are_no_labels_are_refused_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(diffusion, "load_images", lambda *_: pytest.fail("work began"))
+    config, cpu = text_to_image.Config(prompts=("1", "a cat")), torch.device("cpu")
+    with pytest.raises(DataError, match=r"^prompts: DiTPipeline cannot draw \('1', 'a cat'\): give .* labels integers"):
+        common.diffusion_data(make("dit"), Path(), config, cpu, 4, 0)
+
+
+def test_too_few_images_are_refused_before_they_are_encoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    few = datasets.Dataset.from_dict({"caption": ["a", "b", "c"]})
+    monkeypatch.setattr(diffusion, "load_images", lambda *_: Images(few, few, ()))
+    monkeypatch.setattr(diffusion, "encode", lambda *_, **__: pytest.fail("work began"))
+    with pytest.raises(DataError, match=r"optimization\.batch_size: 4 is more than the 3 examples to train on"):
+        common.diffusion_data(make("flux"), Path(), text_to_image.Config(), torch.device("cpu"), 4, 0)
+
+
+class ReadsAWeight(nn.Module):
+    """Uses the weight of a layer without calling it, which only a run of the model tells."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.called, self.read = nn.Linear(256, 64), nn.Linear(256, 64)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        outputs: torch.Tensor = self.called(hidden_states) + hidden_states @ self.read.weight.T
+        return outputs
+
+
+def test_what_is_printed_is_what_preparation_decides() -> None:
+    model, example = ReadsAWeight(), {"hidden_states": torch.zeros(2, 256)}
+    shown = common.inspected(model, qat.QuantSpec(weights="int8"), "quanto", example)
+    assert "1 of 2 linear layers stay float" in shown
+    qat.prepare(model, qat.QuantSpec(weights="int8"), example_inputs=example, target="quanto")
+    assert type(model.read) is nn.Linear
+    assert type(model.called) is not nn.Linear
+
+
+def test_a_pipeline_around_a_given_transformer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline = make("flux")
+    pipeline.save_pretrained(tmp_path)
+    monkeypatch.setattr(FluxTransformer2DModel, "from_pretrained", lambda *_, **__: pytest.fail("it was read"))
+    loaded, _ = common.load_pipeline(str(tmp_path), torch.bfloat16, transformer=pipeline.transformer)
+    assert loaded.transformer is pipeline.transformer
+    assert pipeline.transformer.dtype == torch.float32
+    assert loaded.vae.dtype == torch.bfloat16
