@@ -322,11 +322,17 @@ class TestAllOrNothing:
         assert not list(tmp_path.iterdir())
 
     def test_overwrite_replaces_the_whole_directory(self, tmp_path: Path) -> None:
-        (tmp_path / "out").mkdir()
+        export(frozen_layers((16, 32)), tmp_path / "out")
         (tmp_path / "out" / "stale.bin").write_text("old")
         report: ExportReport = export(frozen_llama(weights="int8"), tmp_path / "out", overwrite=True)
         assert {path.name for path in (tmp_path / "out").iterdir()} == set(report.files)
         assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+    def test_what_is_no_export_is_never_replaced(self, tmp_path: Path) -> None:
+        (tmp_path / "notes.txt").write_text("mine")
+        with pytest.raises(ExportError, match=r"holds no qat_manifest.json, so it is no export, and is not replaced"):
+            export(frozen_layers((16, 32)), tmp_path, overwrite=True)
+        assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
 def test_a_new_target_is_one_line_here_and_one_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ def exported(tmp_path: Path) -> Path:
 
 
 def code_of(card: str) -> str:
-    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    code = re.findall(r"```python\n(.*?)```", card, re.DOTALL)[0]
     return str(code)
 
 

@@ -86,6 +86,7 @@ def write_card(directory: Path, manifest: Manifest, record: FrozenRecord) -> Pat
         f"# {name} with {' and '.join(kinds)} weights",
         _description(manifest, record, kinds),
         "## Load it",
+        "`directory` is this one.",
         *_loading(manifest, module, name),
         "## Layers left float",
         *_left_float(record),
@@ -167,11 +168,18 @@ def _loading_diffusers(manifest: Manifest, importing: str, name: str, dtype: str
         else "Stock diffusers with optimum-quanto and accelerate, no other package. Any other `torch_dtype` keeps the "
         "codes but rounds scales, so that outputs are no longer those of training."
     )
+    use = [
+        "from diffusers import DiffusionPipeline",
+        "",
+        f"pipeline = DiffusionPipeline.from_pretrained(base_model, transformer=model, torch_dtype={dtype})",
+    ]
     moved = (
-        'Move it once before it goes into a pipeline as `transformer=model`: `model.to("cuda")`, or `model.to("cpu")`. '
-        "Until then stock diffusers takes a quantized model to be on the meta device."
+        'In a pipeline, whose other parts need the same dtype; `pipeline.to("cuda")` moves them all. Where something '
+        "takes the model to be on the meta device, as stock diffusers says of it until it is moved, "
+        '`model.to("cpu")` helps; '
+        "int4 in groups of 128 then goes over to another kernel, whose last bits differ."
     )
-    return [_python(code), text, moved]
+    return [_python(code), text, moved, _python(use)]
 
 
 def _arguments(manifest: Manifest) -> str:

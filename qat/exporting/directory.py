@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from qat.errors import ExportError, QatError
+from qat.exporting.manifest import MANIFEST_NAME
 
 __all__ = ["atomic_directory", "check_destination"]
 
@@ -24,7 +25,8 @@ def check_destination(destination: Path, overwrite: bool) -> None:
     """Raise when a destination cannot be written, before any work is done.
 
     Raises:
-        ExportError: when it is a file, or a non-empty directory and ``overwrite`` is off.
+        ExportError: when it is a file, a non-empty directory and ``overwrite`` is off, or one that is no export:
+            nothing else is ever removed.
     """
     if destination.is_symlink() or (destination.exists() and not destination.is_dir()):
         raise ExportError(
@@ -34,6 +36,11 @@ def check_destination(destination: Path, overwrite: bool) -> None:
         raise ExportError(
             f"directory {str(destination)!r} exists and is not empty: choose another one, or replace it with "
             f"overwrite=True (on a command line --overwrite)"
+        )
+    if destination.is_dir() and any(destination.iterdir()) and not (destination / MANIFEST_NAME).is_file():
+        raise ExportError(
+            f"directory {str(destination)!r} is not empty and holds no {MANIFEST_NAME}, so it is no export, and is not "
+            f"replaced: choose another one, or empty it yourself"
         )
 
 

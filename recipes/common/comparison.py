@@ -117,6 +117,7 @@ class DiffusionComparison:
         write_results(results, self._rows)
         rows = [replace(row, metrics={key: row.metrics[key] for key in ("loss", "output_mse")}) for row in self._rows]
         print_table(results_table(rows))
+        print("output_mse: squared distance of the outputs from those of the fine-tuned float model, at equal noise")
         show_grid(self._images, self._data.captions, images)
         bins = [f"loss_bin_{number}" for number in range(self._task.bins)]
         plot_losses({row.name: [row.metrics[part] for part in bins] for row in self._rows}, baseline, losses)
@@ -124,6 +125,7 @@ class DiffusionComparison:
         lines += [f"| {row.name} | {row.metrics['loss']:.4g} | {row.metrics['output_mse']:.3g} |" for row in rows]
         pictures = {"Images of each model": images, "Loss along the timesteps": losses}
         add_section(output, "Results", "\n".join([TEXT, "", *lines]), pictures)
+        print(f"pictures: {images}, {losses}; also in the model card {output / 'README.md'}")
 
 
 def _free_memory() -> None:
