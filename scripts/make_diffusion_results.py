@@ -13,10 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,8 +21,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from scripts.recipe_runs import Metrics, run_recipe
+
 TUNED, QUANTIZED, QAT = "float, fine-tuned", "fine-tuned, then quantized", "quantization-aware training"
-Metrics = dict[str, dict[str, float]]
 
 
 @dataclass(frozen=True)
@@ -41,17 +39,8 @@ class Run:
 def execute(run: Run, folder: Path, jobs: int, extra: Sequence[str]) -> Metrics:
     """Metrics by arm."""
     output = folder / f"{run.kind}_{run.seed}_{run.rate}"
-    command = [sys.executable, "-m", "recipes.text_to_image", f"recipes/configs/text_to_image/{run.kind}.yaml", *extra]
-    command += ["--seed", str(run.seed), "--output", str(output)]
-    command += [] if run.rate is None else ["--optimization.learning-rate", str(run.rate)]
-    environment = dict(os.environ)
-    if jobs > 1:
-        environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // jobs))
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if done.returncode != 0:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
-    rows = json.loads(output.with_name(f"{output.name}-results.json").read_text())
-    metrics: Metrics = {row["name"]: row["metrics"] for row in rows}
+    rate = [] if run.rate is None else ["--optimization.learning-rate", str(run.rate)]
+    metrics = run_recipe("text_to_image", run.kind, run.seed, output, jobs, [*extra, *rate])
     print(run, {name: (round(m["loss"], 4), round(m["output_mse"], 4)) for name, m in metrics.items()}, flush=True)
     return metrics
 

@@ -12,15 +12,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from scripts.recipe_runs import run_recipe
 
 FLOAT_RATES = (3e-6, 1e-5, 3e-5, 1e-4)
 QAT_RATES = {
@@ -46,21 +45,14 @@ class Run:
 def execute(run: Run, folder: Path, blocks: int, jobs: int, extra: list[str]) -> dict[str, float]:
     """Losses by arm."""
     output = folder / f"{run.kind}_{run.seed}_{run.float_rate}_{run.qat_rate}"
-    command = [
-        *(sys.executable, "-m", "recipes.causal_lm", f"recipes/configs/causal_lm/{run.kind}.yaml"),
-        *("--seed", str(run.seed), "--output", str(output), "--data.evaluation-blocks", str(blocks)),
+    options = [
+        *("--data.evaluation-blocks", str(blocks)),
         *("--optimization.float-learning-rate", str(run.float_rate)),
         *("--optimization.learning-rate", str(run.qat_rate)),
         *extra,
     ]
-    environment = dict(os.environ)
-    if jobs > 1:
-        environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // jobs))
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if done.returncode != 0:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
-    rows = json.loads(output.with_name(f"{output.name}-results.json").read_text())
-    losses = {row["name"]: row["metrics"]["loss"] for row in rows}
+    metrics = run_recipe("causal_lm", run.kind, run.seed, output, jobs, options)
+    losses = {name: values["loss"] for name, values in metrics.items()}
     print(run, {name: round(loss, 4) for name, loss in losses.items()}, flush=True)
     return losses
 
