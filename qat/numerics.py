@@ -22,6 +22,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from qat.operators import fake_operator, operator
 from qat.qtypes import QTYPES, group_size
 
 __all__ = [
@@ -55,13 +56,13 @@ class _RoundTo(torch.autograd.Function):
         return grads[0], None
 
 
-@torch.library.custom_op("qat::round_to", mutates_args=())
+@operator
 def _round_to(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     # An operator of its own because a compiler is free to drop a narrowing cast that is followed by a widening one.
     return tensor.to(dtype).to(torch.float32, copy=True)
 
 
-@_round_to.register_fake
+@fake_operator("round_to")
 def _(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty_like(tensor, dtype=torch.float32)
 
@@ -97,6 +98,11 @@ def _row_ranges(rows: Tensor) -> tuple[Tensor, Tensor]:
     return low, high
 
 
+def _over(tensor: Tensor, number: float) -> Tensor:
+    """``tensor / number``, rounded once. By a Python number CUDA multiplies with the reciprocal, which rounds twice."""
+    return tensor / tensor.new_full((), number)
+
+
 def absmax_scale(weight: Tensor, qtype: str) -> Tensor:
     """``max|w| / scale_max`` of each row, float32, shape ``(out, 1)``, not yet rounded to a serving dtype.
 
@@ -105,7 +111,7 @@ def absmax_scale(weight: Tensor, qtype: str) -> Tensor:
             [0.5000]])
     """
     low, high = _row_ranges(weight.detach())
-    return torch.maximum(-low, high).float() / QTYPES[qtype].scale_max
+    return _over(torch.maximum(-low, high).float(), QTYPES[qtype].scale_max)
 
 
 def minmax_scale_shift(weight: Tensor, qtype: str) -> tuple[Tensor, Tensor]:
@@ -118,7 +124,7 @@ def minmax_scale_shift(weight: Tensor, qtype: str) -> tuple[Tensor, Tensor]:
     """
     low, high = _row_ranges(grouped(weight.detach(), qtype))
     low, high = low.float(), high.float()
-    return (high - low) / QTYPES[qtype].code_max, -low
+    return _over(high - low, QTYPES[qtype].code_max), -low
 
 
 def weight_range(weight: Tensor, qtype: str) -> tuple[Tensor | None, Tensor]:
@@ -142,8 +148,8 @@ def range_scale_shift(low: Tensor | None, high: Tensor, qtype: str) -> tuple[Ten
     (tensor([[1.]]), tensor([[1.]]))
     """
     if low is None:
-        return high / QTYPES[qtype].scale_max, None
-    return (high - low) / QTYPES[qtype].code_max, -low
+        return _over(high, QTYPES[qtype].scale_max), None
+    return _over(high - low, QTYPES[qtype].code_max), -low
 
 
 _NARROWEST = (

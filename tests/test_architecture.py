@@ -31,7 +31,7 @@ ORDER: tuple[frozenset[str], ...] = tuple(
     frozenset(line.split())
     for line in (
         "errors",
-        "qtypes",
+        "operators qtypes",
         "spec",
         "targets",
         "numerics",

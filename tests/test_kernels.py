@@ -6,7 +6,6 @@ import pytest
 import torch
 from optimum.quanto import qtypes
 from optimum.quanto.tensor import quantize_activation
-from torch import Tensor
 
 from qat import kernels, numerics
 from qat.qtypes import QTYPES
@@ -17,18 +16,12 @@ BLOCK = 2**17
 SHAPES = [(1, 8), (3, 5), (7, 200), (64, 320), (1030, 256), (700, 192), (3, BLOCK // 2 + 32), (2, BLOCK + 64)]
 
 
-def serving(weight: Tensor, qtype: str, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    if QTYPES[qtype].affine:
-        return kernels.affine_scale_shift(weight, qtype, dtype)
-    return kernels.symmetric_scale(weight, qtype, dtype), None
-
-
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("qtype", WEIGHT_TYPES)
 def test_weights_are_those_of_the_specification(qtype: str, dtype: torch.dtype) -> None:
     for seed, shape in enumerate(SHAPES):
         weight = awkward_weight(*shape, seed)
-        scale, shift = serving(weight, qtype, dtype)
+        scale, shift = kernels.serving_range(weight, qtype, dtype)
         scale = scale * (1.0 if seed % 2 else 0.5)
         for out_dtype in {dtype, torch.float32}:
             ours = kernels.fake_quantize_weight(weight, scale, shift, qtype, dtype, out_dtype)
@@ -44,7 +37,7 @@ def test_a_narrow_wide_or_strided_master_gives_the_same_bits(qtype: str, master:
     strided = weight.t().contiguous().t()
     assert not strided.is_contiguous()
     for dtype in DTYPES.values():
-        scale, shift = serving(weight, qtype, dtype)
+        scale, shift = kernels.serving_range(weight, qtype, dtype)
         expected = numerics.fake_quantize(weight, scale, shift, qtype, dtype, master)
         for tensor in (weight, strided):
             assert same_bits(kernels.fake_quantize_weight(tensor, scale, shift, qtype, dtype, master), expected)
@@ -68,7 +61,7 @@ def test_every_float8_number_and_every_midpoint_rounds_as_torch_does() -> None:
 def test_ranges_are_those_of_the_specification(qtype: str, dtype: torch.dtype) -> None:
     for shape in ((1, 8), (5, 256), (6, 320)):
         weight = awkward_weight(*shape)
-        scale, shift = serving(weight, qtype, dtype)
+        scale, shift = kernels.serving_range(weight, qtype, dtype)
         if shift is None:
             expected = numerics.serving_scale(numerics.absmax_scale(weight, qtype), qtype, dtype)
         else:
@@ -78,6 +71,9 @@ def test_ranges_are_those_of_the_specification(qtype: str, dtype: torch.dtype) -
             assert same_bits(shift, numerics.serving_shift(wanted, expected, dtype, tinygemm=tinygemm))
         assert same_bits(scale, expected)
         assert torch.equal(scale.to(dtype).float(), scale)
+        both = kernels.quantize_own_range(weight, qtype, dtype, torch.float32)
+        alone = kernels.fake_quantize_weight(weight, scale, shift, qtype, dtype, torch.float32), scale, shift
+        assert all(ours is wanted or same_bits(ours, wanted) for ours, wanted in zip(both, alone, strict=True))
 
 
 @pytest.mark.parametrize("qtype", WEIGHT_TYPES)
@@ -85,7 +81,7 @@ def test_gradients_of_scales_are_those_of_the_specification(qtype: str) -> None:
     for seed, shape in enumerate(SHAPES):
         weight = awkward_weight(*shape, seed)
         grad = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-        scale, shift = serving(weight, qtype, torch.bfloat16)
+        scale, shift = kernels.serving_range(weight, qtype, torch.bfloat16)
         scale = scale * (1.0 if seed % 2 else 0.5)
         found = kernels.scale_gradients(weight, scale, shift, qtype, grad)
         wanted = numerics.scale_gradients(weight, scale, shift, qtype, grad)
@@ -99,7 +95,7 @@ def test_gradients_of_scales_are_those_of_the_specification(qtype: str) -> None:
 @pytest.mark.parametrize("master", [torch.bfloat16, torch.float64], ids=str)
 def test_gradients_of_scales_of_a_narrow_or_wide_master(master: torch.dtype) -> None:
     weight, grad = awkward_weight(130, 256).to(master), torch.randn(130, 256).to(master)
-    scale, shift = serving(weight, "int4", torch.bfloat16)
+    scale, shift = kernels.serving_range(weight, "int4", torch.bfloat16)
     found = kernels.scale_gradients(weight, scale, shift, "int4", grad)
     wanted = numerics.scale_gradients(weight, scale, shift, "int4", grad)
     torch.testing.assert_close(found[:2], wanted[:2], rtol=1e-5, atol=1e-4)
@@ -139,7 +135,7 @@ def test_inside_range_marks_what_does_not_saturate() -> None:
 def test_operators_leave_their_inputs_alone_and_record_nothing(qtype: str) -> None:
     weight = awkward_weight(5, 256).requires_grad_()
     before = weight.detach().clone()
-    scale, shift = serving(weight.detach(), qtype, torch.bfloat16)
+    scale, shift = kernels.serving_range(weight.detach(), qtype, torch.bfloat16)
     copies = scale.clone(), None if shift is None else shift.clone()
     with torch.no_grad():
         value = kernels.fake_quantize_weight(weight, scale, shift, qtype, torch.bfloat16, torch.float32)
@@ -155,8 +151,10 @@ def operator_arguments() -> dict[str, tuple[object, ...]]:
     return {
         "fake_quantize_weight": (weight, scale, None, "int8", torch.bfloat16, torch.float32, None),
         "fake_quantize_weight affine": (weight, groups, groups, "int4", torch.bfloat16, torch.bfloat16, weight),
-        "symmetric_scale": (weight, "float8", torch.float16),
-        "affine_scale_shift": (weight, "int4", torch.bfloat16),
+        "serving_range": (weight, "float8", torch.float16),
+        "serving_range affine": (weight, "int4", torch.bfloat16),
+        "quantize_own_range": (weight, "float8", torch.float16, torch.float32),
+        "quantize_own_range affine": (weight, "int4", torch.bfloat16, torch.bfloat16),
         "moved_scale_shift": (None, scale, None, scale, "int8", torch.bfloat16, 256),
         "moved_scale_shift affine": (-groups, groups, groups, groups, "int4", torch.bfloat16, 256),
         "scale_gradients": (weight, scale, None, "int8", weight),

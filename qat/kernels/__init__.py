@@ -2,8 +2,8 @@
 
 Fake quantization is an *operator*, not a chain of tensor expressions, for two reasons. A compiler that sees the
 chain drops its narrowing casts and fuses its two roundings, and then trains other weights than are served. And an
-operator can be implemented once per device: in cache-sized blocks on a CPU (`qat.kernels.cpu`), as one Triton
-kernel on CUDA (`qat.kernels.triton`), or plainly as `qat.numerics` says, which is what tests compare both with.
+operator can be implemented once per device: in cache-sized blocks on a CPU (`qat.kernels.cpu`), by Triton on
+CUDA (`qat.kernels.triton`), or plainly as `qat.numerics` says, which is what tests compare both with.
 
 The operators have no gradient of their own; `qat.layers` defines the straight-through gradient around them.
 """
@@ -14,20 +14,29 @@ import torch
 from torch import Tensor
 
 from qat import numerics
+from qat.operators import fake_operator, operator
 from qat.qtypes import QTYPES
 
 __all__ = [
-    "affine_scale_shift",
     "fake_quantize_activation",
     "fake_quantize_weight",
     "inside_range",
     "moved_scale_shift",
+    "quantize_own_range",
     "scale_gradients",
-    "symmetric_scale",
+    "serving_range",
 ]
 
 
-@torch.library.custom_op("qat::fake_quantize_weight", mutates_args=())
+def _runs_triton(weight: Tensor) -> bool:
+    if weight.device.type != "cuda":
+        return False
+    from qat.kernels import triton as triton_kernels
+
+    return triton_kernels.available()
+
+
+@operator
 def _fake_quantize_weight(
     weight: Tensor,
     scale: Tensor,
@@ -41,15 +50,14 @@ def _fake_quantize_weight(
         from qat.kernels import cpu
 
         return cpu.fake_quantize(weight, scale, shift, qtype, dtype, out_dtype)
-    if weight.device.type == "cuda":
+    if _runs_triton(weight):
         from qat.kernels import triton as triton_kernels
 
-        if triton_kernels.available():
-            return triton_kernels.fake_quantize(weight, scale, shift, qtype, dtype, out_dtype)
+        return triton_kernels.fake_quantize(weight, scale, shift, qtype, dtype, out_dtype)
     return numerics.fake_quantize(weight, scale, shift, qtype, dtype, out_dtype)
 
 
-@_fake_quantize_weight.register_fake
+@fake_operator("fake_quantize_weight")
 def _(
     weight: Tensor,
     scale: Tensor,
@@ -87,40 +95,75 @@ def fake_quantize_weight(
     return torch.ops.qat.fake_quantize_weight(weight, scale, shift, qtype, dtype, out_dtype, after)  # type: ignore[no-any-return]
 
 
-@torch.library.custom_op("qat::symmetric_scale", mutates_args=())
-def _symmetric_scale(weight: Tensor, qtype: str, dtype: torch.dtype) -> Tensor:
-    return numerics.serving_scale(numerics.absmax_scale(weight, qtype), qtype, dtype).clone()
+@operator
+def _serving_range(weight: Tensor, qtype: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    shift: Tensor | None
+    if _runs_triton(weight):
+        from qat.kernels import triton as triton_kernels
+
+        _, scale, shift = triton_kernels.own_range(weight, qtype, dtype, None)
+    else:
+        scale, shift = numerics.range_scale_shift(*numerics.weight_range(weight, qtype), qtype)
+        scale, shift = numerics.serving_pair(scale, shift, qtype, dtype, weight.shape[1])
+        scale, shift = scale.clone(), None if shift is None else shift.clone()
+    return scale, scale.new_empty(0) if shift is None else shift
 
 
-@_symmetric_scale.register_fake
-def _(weight: Tensor, qtype: str, dtype: torch.dtype) -> Tensor:
-    return weight.new_empty((weight.shape[0], 1), dtype=torch.float32)
-
-
-def symmetric_scale(weight: Tensor, qtype: str, dtype: torch.dtype) -> Tensor:
-    """The serving scale of the weight's own range, ``max|w| / scale_max`` a row: float32, ``(out, 1)``."""
-    return torch.ops.qat.symmetric_scale(weight, qtype, dtype)  # type: ignore[no-any-return]
-
-
-@torch.library.custom_op("qat::affine_scale_shift", mutates_args=())
-def _affine_scale_shift(weight: Tensor, qtype: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    scale, shift = numerics.serving_pair(*numerics.minmax_scale_shift(weight, qtype), qtype, dtype, weight.shape[1])
-    assert shift is not None
-    return scale.clone(), shift.clone()
-
-
-@_affine_scale_shift.register_fake
-def _(weight: Tensor, qtype: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+@fake_operator("serving_range")
+def _serving_range_shapes(weight: Tensor, qtype: str, dtype: object = None) -> tuple[Tensor, Tensor]:
     groups = numerics.grouped(weight, qtype).shape[0]
-    return weight.new_empty((groups, 1), dtype=torch.float32), weight.new_empty((groups, 1), dtype=torch.float32)
+    scale = weight.new_empty((groups, 1), dtype=torch.float32)
+    return scale, torch.empty_like(scale) if QTYPES[qtype].affine else scale.new_empty(0)
 
 
-def affine_scale_shift(weight: Tensor, qtype: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Serving scale and shift of the weight's own range, min to max a group: float32, ``(groups, 1)`` each."""
-    return torch.ops.qat.affine_scale_shift(weight, qtype, dtype)  # type: ignore[no-any-return]
+def serving_range(weight: Tensor, qtype: str, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """Serving scale and shift of the weight's own range: absmax a row for 8-bit types, min to max a group for others.
+
+    Args:
+        weight: ``(out, in)``, any float dtype.
+        qtype: the target format's name.
+        dtype: the serving dtype.
+
+    Returns:
+        float32, ``(groups, 1)`` each; no shift for 8-bit types. The same bits on every device.
+    """
+    scale, shift = torch.ops.qat.serving_range(weight, qtype, dtype)
+    return scale, shift if QTYPES[qtype].affine else None
 
 
-@torch.library.custom_op("qat::moved_scale_shift", mutates_args=())
+@operator
+def _quantize_own_range(
+    weight: Tensor, qtype: str, dtype: torch.dtype, out_dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    if not _runs_triton(weight):
+        scale, shift = serving_range(weight, qtype, dtype)
+        value: Tensor | None = fake_quantize_weight(weight, scale, shift, qtype, dtype, out_dtype)
+    else:
+        from qat.kernels import triton as triton_kernels
+
+        value, scale, shift = triton_kernels.own_range(weight, qtype, dtype, out_dtype)
+    assert value is not None
+    return value, scale, scale.new_empty(0) if shift is None else shift
+
+
+@fake_operator("quantize_own_range")
+def _(weight: Tensor, qtype: str, dtype: torch.dtype, out_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    return weight.new_empty(weight.shape, dtype=out_dtype), *_serving_range_shapes(weight, qtype)
+
+
+def quantize_own_range(
+    weight: Tensor, qtype: str, dtype: torch.dtype, out_dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`serving_range`, and `fake_quantize_weight` with it: on CUDA the weight is read once for both.
+
+    Returns:
+        the fake-quantized weight in ``out_dtype``, the scale, and the shift (None for 8-bit types).
+    """
+    value, scale, shift = torch.ops.qat.quantize_own_range(weight, qtype, dtype, out_dtype)
+    return value, scale, shift if QTYPES[qtype].affine else None
+
+
+@operator
 def _moved_scale_shift(
     low: Tensor | None,
     high: Tensor,
@@ -135,7 +178,7 @@ def _moved_scale_shift(
     return scale.clone(), scale.new_empty(0) if shift is None else shift.clone()
 
 
-@_moved_scale_shift.register_fake
+@fake_operator("moved_scale_shift")
 def _(
     low: Tensor | None,
     high: Tensor,
@@ -172,7 +215,7 @@ def moved_scale_shift(
     return scale, None if low is None else shift
 
 
-@torch.library.custom_op("qat::scale_gradients", mutates_args=())
+@operator
 def _scale_gradients(
     weight: Tensor, scale: Tensor, shift: Tensor | None, qtype: str, grad: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -180,13 +223,17 @@ def _scale_gradients(
         from qat.kernels import cpu
 
         grad_scale, grad_shift, masked = cpu.scale_gradients(weight, scale, shift, qtype, grad)
+    elif _runs_triton(weight):
+        from qat.kernels import triton as triton_kernels
+
+        grad_scale, grad_shift, masked = triton_kernels.scale_gradients(weight, scale, shift, qtype, grad)
     else:
         grad_scale, grad_shift, inside = numerics.scale_gradients(weight, scale, shift, qtype, grad)
         masked = grad * inside
     return grad_scale, grad_scale.new_empty(0) if grad_shift is None else grad_shift, masked
 
 
-@_scale_gradients.register_fake
+@fake_operator("scale_gradients")
 def _(weight: Tensor, scale: Tensor, shift: Tensor | None, qtype: str, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     grad_shift = scale.new_empty(0) if shift is None else torch.empty_like(scale)
     return torch.empty_like(scale), grad_shift, grad.new_empty(grad.shape)
@@ -204,7 +251,7 @@ def scale_gradients(
     return grad_scale, None if shift is None else grad_shift, masked
 
 
-@torch.library.custom_op("qat::fake_quantize_activation", mutates_args=())
+@operator
 def _fake_quantize_activation(x: Tensor, scale: Tensor, qtype: str, dtype: torch.dtype) -> Tensor:
     kind = QTYPES[qtype]
     scale = scale.to(dtype)
@@ -217,7 +264,7 @@ def _fake_quantize_activation(x: Tensor, scale: Tensor, qtype: str, dtype: torch
     return codes.mul_(scale).to(x.dtype)
 
 
-@_fake_quantize_activation.register_fake
+@fake_operator("fake_quantize_activation")
 def _(x: Tensor, scale: Tensor, qtype: str, dtype: torch.dtype) -> Tensor:
     return torch.empty_like(x)
 

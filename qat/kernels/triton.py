@@ -1,29 +1,35 @@
-"""Fake quantization on CUDA: one Triton kernel that reads the weight once and writes it once.
+"""Fake quantization on CUDA by Triton: each kernel reads the weight once, and writes what it makes once.
 
 The same operations as `qat.numerics`, in the same order and rounding: a true division (Triton's ``/`` is an
-approximation), half-to-even rounding, and no fused multiply-add, which would skip the rounding of the product.
+approximation), half-to-even rounding, and no fused multiply-add, which would skip the rounding of the product. Only
+`scale_gradients` adds in another order.
+
+A weight is worked on as `numerics.grouped` views it, in tiles of whole groups where those are short and of a part of
+one row where they are long: the scale is then read once a row of a tile, and no element needs an index divided.
 """
 
 from __future__ import annotations
 
+import functools
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qat.numerics import grouped
-from qat.qtypes import QTYPES
+from qat.numerics import meets_tinygemm, smallest_scale
+from qat.qtypes import QTYPES, group_size
 
 try:
     import triton
     import triton.language as tl
-    from triton.language.extra import libdevice
 except ImportError:  # a torch without CUDA brings no Triton
     triton = None
 
-__all__ = ["available", "fake_quantize"]
+__all__ = ["available", "fake_quantize", "own_range", "scale_gradients"]
 
-_BLOCK = 2048
+_TILE = 2048  # elements of a tile: sixteen for each thread of four warps
+_WIDEST = 1024  # columns of a tile
 
 
 def available() -> bool:
@@ -34,32 +40,129 @@ def available() -> bool:
 if triton is not None:
 
     @triton.jit  # type: ignore[untyped-decorator]
+    def _tile(first, step, groups, size: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr):  # type: ignore[no-untyped-def]
+        """Row numbers, offsets of the elements, and where both exist, of the tile at column ``step * columns``."""
+        row = first * rows + tl.arange(0, rows)
+        column = step * columns + tl.arange(0, columns)
+        exists = (row < groups)[:, None] & (column < size)[None, :]
+        return row, row.to(tl.int64)[:, None] * size + column[None, :], exists
+
+    @triton.jit  # type: ignore[untyped-decorator]
+    def _position(value, s, z, affine: tl.constexpr, floating: tl.constexpr):  # type: ignore[no-untyped-def]
+        """Where a weight lies among the codes, before rounding; 0 in a group without a range."""
+        if affine:
+            value = value + z
+        x = tl.div_rn(value, s)
+        if not floating:
+            x = tl.where(s == 0.0, 0.0, x)
+        return x
+
+    @triton.jit  # type: ignore[untyped-decorator]
+    def _code(x, floating: tl.constexpr, code_min: tl.constexpr, code_max: tl.constexpr):  # type: ignore[no-untyped-def]
+        """The code at a position, as float32, and the position clamped to the codes; NaN stays NaN."""
+        x = tl.maximum(x, code_min, propagate_nan=tl.PropagateNan.ALL)
+        x = tl.minimum(x, code_max, propagate_nan=tl.PropagateNan.ALL)
+        # The worth of this number's last bit is 1: adding it rounds half to even, and a zero loses its sign, which
+        # integer codes have not.
+        code = x.to(tl.float8e4nv).to(tl.float32) if floating else (x + 12582912.0) - 12582912.0
+        return code, x
+
+    @triton.jit  # type: ignore[untyped-decorator]
+    def _value(code, s, z, affine: tl.constexpr, serving: tl.constexpr):  # type: ignore[no-untyped-def]
+        """What a loader makes of a code, in the serving dtype."""
+        value = (code * s).to(serving)
+        if affine:
+            value = (value.to(tl.float32) - z).to(serving)
+        return value
+
+    @triton.jit  # type: ignore[untyped-decorator]
     def _fake_quantize_kernel(  # type: ignore[no-untyped-def]
-        weight, scale, shift, out, count, size: tl.constexpr, affine: tl.constexpr, floating: tl.constexpr,
-        code_min: tl.constexpr, code_max: tl.constexpr, serving: tl.constexpr, block: tl.constexpr,
+        weight, scale, shift, out, groups, size: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr,
+        affine: tl.constexpr, floating: tl.constexpr, code_min: tl.constexpr, code_max: tl.constexpr,
+        serving: tl.constexpr,
     ):  # fmt: skip
-        """Elementwise over the flattened weight; element i belongs to row ``i // size``."""
-        index = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
-        inside = index < count
-        row = index // size
-        value = tl.load(weight + index, mask=inside, other=0.0).to(tl.float32)
-        s = tl.load(scale + row, mask=inside, other=1.0)
+        row, offset, exists = _tile(tl.program_id(0), tl.program_id(1), groups, size, rows, columns)
+        value = tl.load(weight + offset, mask=exists, other=0.0).to(tl.float32)
+        s = tl.load(scale + row, mask=row < groups, other=1.0)[:, None]
+        z = tl.load(shift + row, mask=row < groups, other=0.0)[:, None]
+        code, _ = _code(_position(value, s, z, affine, floating), floating, code_min, code_max)
+        tl.store(out + offset, _value(code, s, z, affine, serving).to(out.dtype.element_ty), mask=exists)
+
+    @triton.jit
+    def _smaller(a, b):  # type: ignore[no-untyped-def]
+        return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+    @triton.jit
+    def _larger(a, b):  # type: ignore[no-untyped-def]
+        return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+    @triton.jit  # type: ignore[untyped-decorator]
+    def _own_range_kernel(  # type: ignore[no-untyped-def]
+        weight, scale, shift, out, groups, size: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr,
+        affine: tl.constexpr, floating: tl.constexpr, code_min: tl.constexpr, code_max: tl.constexpr,
+        serving: tl.constexpr, divisor: tl.constexpr, smallest: tl.constexpr, tinygemm: tl.constexpr,
+        rebuild: tl.constexpr,
+    ):  # fmt: skip
+        """Scale and shift of each group's own range and, to ``rebuild``, the fake-quantized weight too."""
+        row, offset, exists = _tile(tl.program_id(0), 0, groups, size, rows, columns)
+        value = tl.load(weight + offset, mask=exists, other=0.0).to(tl.float32)
+        low, high = tl.where(exists, value, float("inf")), tl.where(exists, value, float("-inf"))
+        for step in range(1, tl.cdiv(size, columns)):
+            _, offset, exists = _tile(tl.program_id(0), step, groups, size, rows, columns)
+            value = tl.load(weight + offset, mask=exists, other=0.0).to(tl.float32)
+            low = _smaller(low, tl.where(exists, value, float("inf")))
+            high = _larger(high, tl.where(exists, value, float("-inf")))
+        low = tl.reduce(low, 1, _smaller)
+        high = tl.reduce(high, 1, _larger)
+        width = high - low if affine else _larger(-low, high)
+        s = tl.div_rn(width, tl.full((rows,), divisor, tl.float32)).to(serving).to(tl.float32)
+        if smallest > 0.0:
+            s = tl.maximum(s, smallest, propagate_nan=tl.PropagateNan.ALL)
+        z = s
+        tl.store(scale + row, s, mask=row < groups)
         if affine:
-            z = tl.load(shift + row, mask=inside, other=0.0)
-            code = tl.div_rn(value + z, s)
-        else:
-            z = s
-            code = tl.div_rn(value, s)
-        if floating:
-            code = tl.minimum(tl.maximum(code, code_min), code_max)
-            code = code.to(tl.float8e4nv).to(tl.float32)
-        else:
-            code = tl.where(s == 0.0, 0.0, libdevice.rint(code))
-            code = tl.minimum(tl.maximum(code, code_min), code_max) + 0.0  # no -0.0: integer codes have none
-        rebuilt = (code * s).to(serving)
+            z = (-low).to(serving).to(tl.float32)
+            if tinygemm:
+                half = s * 8.0
+                inner = (half - z).to(serving).to(tl.float32)
+                z = z + ((half - inner).to(serving).to(tl.float32) - z)
+            tl.store(shift + row, z, mask=row < groups)
+        if rebuild:
+            s, z = s[:, None], z[:, None]
+            if size > columns:  # a long row is read again, from the cache; a tile of whole groups is still at hand
+                for step in range(tl.cdiv(size, columns)):
+                    _, offset, exists = _tile(tl.program_id(0), step, groups, size, rows, columns)
+                    value = tl.load(weight + offset, mask=exists, other=0.0).to(tl.float32)
+                    code, _ = _code(_position(value, s, z, affine, floating), floating, code_min, code_max)
+                    tl.store(out + offset, _value(code, s, z, affine, serving).to(out.dtype.element_ty), mask=exists)
+            else:
+                code, _ = _code(_position(value, s, z, affine, floating), floating, code_min, code_max)
+                tl.store(out + offset, _value(code, s, z, affine, serving).to(out.dtype.element_ty), mask=exists)
+
+    @triton.jit  # type: ignore[untyped-decorator]
+    def _scale_gradients_kernel(  # type: ignore[no-untyped-def]
+        weight, scale, shift, grad, grad_scale, grad_shift, masked, groups, size: tl.constexpr, rows: tl.constexpr,
+        columns: tl.constexpr, affine: tl.constexpr, floating: tl.constexpr, code_min: tl.constexpr,
+        code_max: tl.constexpr, serving: tl.constexpr,
+    ):  # fmt: skip
+        of_scale = tl.zeros((rows, columns), tl.float32)
+        of_shift = tl.zeros((rows, columns), tl.float32)
+        row = tl.program_id(0) * rows + tl.arange(0, rows)
+        s = tl.load(scale + row, mask=row < groups, other=1.0)[:, None]
+        z = tl.load(shift + row, mask=row < groups, other=0.0)[:, None]
+        for step in range(tl.cdiv(size, columns)):
+            _, offset, exists = _tile(tl.program_id(0), step, groups, size, rows, columns)
+            value = tl.load(weight + offset, mask=exists, other=0.0).to(tl.float32)
+            given = tl.load(grad + offset, mask=exists, other=0.0).to(tl.float32)
+            x = tl.where(s == 0.0, 0.0, _position(value, s, z, affine, floating))
+            code, clamped = _code(x, floating, code_min, code_max)
+            inside = x == clamped
+            tl.store(masked + offset, tl.where(inside, given, 0.0).to(masked.dtype.element_ty), mask=exists)
+            of_scale += given * (code - tl.where(inside, x, 0.0))
+            of_shift -= tl.where(inside, 0.0, given)
+        tl.store(grad_scale + row, tl.sum(of_scale, 1), mask=row < groups)
         if affine:
-            rebuilt = (rebuilt.to(tl.float32) - z).to(serving)
-        tl.store(out + index, rebuilt.to(out.dtype.element_ty), mask=inside)
+            tl.store(grad_shift + row, tl.sum(of_shift, 1), mask=row < groups)
 
 
 _TRITON_DTYPES: dict[torch.dtype, Any] = (
@@ -67,29 +170,90 @@ _TRITON_DTYPES: dict[torch.dtype, Any] = (
 )
 
 
+@functools.cache
+def _form(out_features: int, in_features: int, qtype: str, dtype: torch.dtype) -> tuple[int, int, int, dict[str, Any]]:
+    """Groups of a weight, tiles down and across that cover it, and a kernel's constant arguments."""
+    kind = QTYPES[qtype]
+    size = group_size(qtype, in_features) or in_features
+    groups = out_features * in_features // size
+    columns = min(_WIDEST, triton.next_power_of_2(size))
+    rows = _TILE // columns
+    form = {
+        "size": size,
+        "rows": rows,
+        "columns": columns,
+        "affine": kind.affine,
+        "floating": kind.floating,
+        "code_min": float(kind.code_min),
+        "code_max": float(kind.code_max),
+        "serving": _TRITON_DTYPES[dtype],
+        "enable_fp_fusion": False,  # a fused multiply-add would skip a rounding
+    }
+    return groups, triton.cdiv(groups, rows), triton.cdiv(size, columns), form
+
+
+def _on(tensor: Tensor) -> AbstractContextManager[object]:
+    """The tensor's device as the current one; nothing to do with a single GPU."""
+    return nullcontext() if tensor.device.index == torch.cuda.current_device() else torch.cuda.device(tensor.device)
+
+
 def fake_quantize(
     weight: Tensor, scale: Tensor, shift: Tensor | None, qtype: str, dtype: torch.dtype, out_dtype: torch.dtype
 ) -> Tensor:
     """See `qat.numerics.fake_quantize`: the same arguments, the same bits; tensors on CUDA."""
-    kind = QTYPES[qtype]
     weight = weight.detach().contiguous()
     out = torch.empty_like(weight, dtype=out_dtype)
-    count = weight.numel()
-    grid = (triton.cdiv(count, _BLOCK),)
-    with torch.cuda.device(weight.device):
-        _fake_quantize_kernel[grid](
-            weight,
-            scale,
-            scale if shift is None else shift,
-            out,
-            count,
-            size=grouped(weight, qtype).shape[1],
-            affine=kind.affine,
-            floating=kind.floating,
-            code_min=float(kind.code_min),
-            code_max=float(kind.code_max),
-            serving=_TRITON_DTYPES[dtype],
-            block=_BLOCK,
-            enable_fp_fusion=False,
-        )
+    groups, programs, parts, form = _form(*weight.shape, qtype, dtype)
+    tensors = (weight, scale, scale if shift is None else shift, out)
+    with _on(weight):
+        _fake_quantize_kernel[(programs, parts)](*tensors, groups, **form)
     return out
+
+
+def own_range(
+    weight: Tensor, qtype: str, dtype: torch.dtype, out_dtype: torch.dtype | None
+) -> tuple[Tensor | None, Tensor, Tensor | None]:
+    """Serving scale and shift of the weight's own range, bit for bit those of a CPU, and what they make of the weight.
+
+    Args:
+        weight: ``(out, in)``, on CUDA.
+        qtype: the target format's name.
+        dtype: the serving dtype.
+        out_dtype: dtype of the fake-quantized weight; None: make none.
+
+    Returns:
+        the fake-quantized weight or None, the scale, and the shift (None for 8-bit types).
+    """
+    kind = QTYPES[qtype]
+    weight = weight.detach().contiguous()
+    groups, programs, _, form = _form(*weight.shape, qtype, dtype)
+    scale = torch.empty((groups, 1), dtype=torch.float32, device=weight.device)
+    shift = torch.empty_like(scale) if kind.affine else None
+    out = None if out_dtype is None else torch.empty_like(weight, dtype=out_dtype)
+    tensors = (weight, scale, scale if shift is None else shift, weight if out is None else out)
+    with _on(weight):
+        _own_range_kernel[(programs,)](
+            *tensors,
+            groups,
+            **form,
+            divisor=float(kind.code_max if kind.affine else kind.scale_max),
+            smallest=smallest_scale(dtype) if kind.floating else 0.0,
+            tinygemm=meets_tinygemm(qtype, dtype, weight.shape[1]),
+            rebuild=out is not None,
+        )
+    return out, scale, shift
+
+
+def scale_gradients(
+    weight: Tensor, scale: Tensor, shift: Tensor | None, qtype: str, grad: Tensor
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """See `qat.kernels.scale_gradients`: the same arguments and results, but for the order of the sums."""
+    weight, grad = weight.detach().contiguous(), grad.contiguous()
+    groups, programs, _, form = _form(*weight.shape, qtype, torch.float32)
+    grad_scale, masked = torch.empty_like(scale), torch.empty_like(grad)
+    grad_shift = None if shift is None else torch.empty_like(scale)
+    tensors = (weight, scale, scale if shift is None else shift, grad)
+    made = (grad_scale, grad_scale if grad_shift is None else grad_shift, masked)
+    with _on(weight):
+        _scale_gradients_kernel[(programs,)](*tensors, *made, groups, **form)
+    return grad_scale, grad_shift, masked

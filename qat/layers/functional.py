@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from qat import kernels
 
@@ -31,9 +31,10 @@ class _QuantizedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
+        ctx: Any,
         x: Tensor,
         weight: Tensor,
-        scale: Tensor,
+        scale: Tensor | None,
         shift: Tensor | None,
         bias: Tensor | None,
         input_scale: Tensor | None,
@@ -42,16 +43,15 @@ class _QuantizedLinear(torch.autograd.Function):
         dtype: torch.dtype,
         masked: bool,
     ) -> Tensor:
-        quantized = kernels.fake_quantize_weight(weight, scale, shift, qtype, dtype, x.dtype)
+        if scale is None:
+            quantized, scale, shift = kernels.quantize_own_range(weight, qtype, dtype, x.dtype)
+        else:
+            quantized = kernels.fake_quantize_weight(weight, scale, shift, qtype, dtype, x.dtype)
+        ctx.save_for_backward(x, weight, scale, shift, input_scale)
+        ctx.options = qtype, input_qtype, dtype, masked
         if input_scale is not None:
             x = kernels.fake_quantize_activation(x, input_scale, input_qtype, dtype)
         return torch.nn.functional.linear(x, quantized, bias)
-
-    @staticmethod
-    def setup_context(ctx: FunctionCtx, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, scale, shift, _, input_scale, *options = inputs
-        ctx.save_for_backward(x, weight, scale, shift, input_scale)
-        ctx.options = options  # type: ignore[attr-defined]
 
     @staticmethod
     @once_differentiable
@@ -83,7 +83,7 @@ class _QuantizedLinear(torch.autograd.Function):
 def quantized_linear(
     x: Tensor,
     weight: Tensor,
-    scale: Tensor,
+    scale: Tensor | None,
     shift: Tensor | None,
     bias: Tensor | None,
     *,
@@ -98,7 +98,8 @@ def quantized_linear(
     Args:
         x: ``(..., in)``.
         weight: master weight, ``(out, in)``.
-        scale: serving scale, float32, ``(groups, 1)``; gets LSQ's gradient if it requires one.
+        scale: serving scale, float32, ``(groups, 1)``; gets LSQ's gradient if it requires one. None: scale and shift
+            are those of the weight's own range.
         shift: serving shift likewise, or None for 8-bit types.
         bias: ``(out,)`` or None.
         qtype: the weight's format.

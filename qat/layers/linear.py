@@ -96,7 +96,7 @@ class QLinear(nn.Linear):
         if not self.fake_quantizing:
             return nn.functional.linear(x, self.weight, self.bias)
         quantizer, activation = self.weight_quantizer, self.input_quantizer
-        scale, shift = quantizer.serving(self.weight)
+        scale, shift = (None, None) if quantizer.own_range else quantizer.serving(self.weight)
         quantizes_input = activation is not None and self.quantizing_activations and not self.input_arrives_quantized
         if quantizes_input and activation is not None:
             activation.require_scale()

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -59,7 +59,13 @@ class WeightQuantizer(QuantizerModule, ABC):
         qtype: the target format's name.
         dtype: the serving dtype.
         masked: stop the gradient of weights that lie outside the codes' range (needed once a range clips).
+
+    Attributes:
+        own_range: `serving` is exactly `kernels.serving_range`, so that a forward may find the range and quantize in
+            one pass over the weight without calling it.
     """
+
+    own_range: ClassVar[bool] = False
 
     def __init__(self, qtype: str, dtype: torch.dtype, *, masked: bool = False) -> None:
         super().__init__()

@@ -7,14 +7,12 @@ is wide, which costs little at 8 bits and much at 2.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from qat import kernels
-from qat.numerics import absmax_scale, minmax_scale_shift
-from qat.qtypes import QTYPES
+from qat import kernels, numerics
 from qat.quantizers.base import Algorithm, WeightQuantizer
 
 __all__ = ["StraightThrough"]
@@ -23,18 +21,15 @@ __all__ = ["StraightThrough"]
 class DynamicRange(WeightQuantizer):
     """Absmax for int8 and float8, min to max for int4 and int2, of the weight as it is now."""
 
+    own_range: ClassVar[bool] = True
+
     def scale_shift(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
         """The range of ``weight``, without a gradient."""
-        if QTYPES[self.qtype].affine:
-            return minmax_scale_shift(weight, self.qtype)
-        return absmax_scale(weight, self.qtype), None
+        return numerics.range_scale_shift(*numerics.weight_range(weight, self.qtype), self.qtype)
 
     def serving(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
         """The same as the base class gives, as one opaque operator: equal bits eagerly and compiled, and faster."""
-        weight = weight.detach()
-        if QTYPES[self.qtype].affine:
-            return kernels.affine_scale_shift(weight, self.qtype, self.dtype)
-        return kernels.symmetric_scale(weight, self.qtype, self.dtype), None
+        return kernels.serving_range(weight.detach(), self.qtype, self.dtype)
 
 
 class StraightThrough(Algorithm):
