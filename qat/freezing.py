@@ -20,13 +20,13 @@ from qat.construction import constructed_tensors, differs, unstored_tensors
 from qat.errors import QatError, StateError, TargetError
 from qat.evidence import FrozenRecord, LayerEvidence, layer_evidence, record_frozen
 from qat.layers import QLinear, quantized_layers
+from qat.packing import as_held, keep_bias, pack
 from qat.preparation import Prepared, forget_prepared, prepared_as
-from qat.qtypes import QTYPES, group_size
-from qat.quantizers import Final
+from qat.qtypes import QTYPES
 from qat.quantizers.activation import ActivationQuantizer
 from qat.targets import Target, get_target
 
-__all__ = ["FreezeReport", "as_held", "freeze", "frozen_copy"]
+__all__ = ["FreezeReport", "freeze", "frozen_copy"]
 
 logger = logging.getLogger("qat")
 
@@ -191,8 +191,9 @@ def _freeze_layer(name: str, layer: QLinear, target: Target, model: nn.Module) -
         quantize_input=True,
     )
     frozen.optimizer = None  # would only serve a second quantization, which must never happen
-    packed = as_held(_pack(final, quantizer.qtype, frozen.activation_qtype), target)
-    frozen.weight = nn.Parameter(packed, requires_grad=False)
+    packed = pack(final, quantizer.qtype, frozen.activation_qtype)
+    held = as_held(packed if layer.bias is None else keep_bias(packed), target)
+    frozen.weight = nn.Parameter(held, requires_grad=False)
     if layer.bias is not None:
         frozen.bias = nn.Parameter(layer.bias.detach().to(dtype), requires_grad=False)
     device = layer.weight.device
@@ -207,35 +208,6 @@ def _freeze_layer(name: str, layer: QLinear, target: Target, model: nn.Module) -
         )
     frozen.train(layer.training)
     return frozen, layer_evidence(frozen, trained)
-
-
-def as_held(weight: Any, target: Target) -> Tensor:
-    """A packed weight in the tensor class in which the target's loader holds it on the weight's device.
-
-    The classes hold equal values, but multiply by kernels that round differently. Moving a weight between devices, and
-    even ``.to("cpu")``, makes it one of a kernel's class.
-    """
-    if weight.device.type != "cpu" or not target.plain_on_cpu:
-        return weight.optimize()  # type: ignore[no-any-return]
-    if hasattr(weight, "weight_qbits_tensor") and type(weight).__name__ != "WeightQBitsTensor":
-        weight = weight.weight_qbits_tensor()
-    return weight  # type: ignore[no-any-return]
-
-
-def _pack(final: Final, qtype: str, activation_qtype: Any) -> Any:
-    """The weight in the plain tensor class of the files."""
-    from optimum.quanto import qtypes
-    from optimum.quanto.tensor import WeightQBitsTensor, WeightQBytesTensor
-
-    kind = QTYPES[qtype]
-    codes, scale, shift = final
-    size, stride = codes.size(), codes.stride()
-    if not kind.affine:
-        scale = scale.reshape(()) if codes.shape[0] == 1 else scale  # one row: per-tensor, as quanto has it
-        return WeightQBytesTensor(qtypes[kind.quanto_name], 0, size, stride, codes, scale, activation_qtype)
-    elements = group_size(qtype, codes.shape[1])
-    rows = codes if elements is None else codes.reshape(-1, elements)
-    return WeightQBitsTensor(qtypes[kind.quanto_name], 0, elements, size, stride, rows, scale, shift)
 
 
 def _activation_scale(quantizer: ActivationQuantizer | None, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -20,7 +20,7 @@ from qat.probing import Probe
 from qat.qtypes import QTYPES, group_size
 from qat.sensitivity import sensitive_part
 from qat.spec import LayerSpec, QuantSpec
-from qat.targets import Target, get_target, input_hazard, kernel_hazard
+from qat.targets import Target, get_target, input_hazard, kernel_hazard, loses_bias_on_cuda
 
 __all__ = ["InspectReport", "LayerInspection", "inspect"]
 
@@ -211,6 +211,18 @@ def inspect(model: nn.Module, spec: QuantSpec, target: str = "quanto", *, exampl
         rows = tuple(
             replace(row, bytes_after=row.bytes_after + row.bytes_before) if row.name == name and tie.counted else row
             for row in rows
+        )
+    losing = [
+        row.name
+        for row in rows
+        if decisions[row.name].module.bias is not None
+        and loses_bias_on_cuda(row.weights or "", row.activations, spec.dtype, row.shape)
+    ]
+    if losing:
+        notes.append(
+            f"{len(losing)} float8 layers have a bias that optimum-quanto 0.2.7 leaves out on a CUDA GPU of compute "
+            "capability 8.0 or later: serve them by qat.load, which goes round that kernel, or mark their weights as "
+            "the model card shows; int8 is not affected"
         )
     return InspectReport(
         target=target,

@@ -39,7 +39,7 @@ ORDER: tuple[frozenset[str], ...] = tuple(
         "observers",
         "quantizers",
         "layers",
-        "evidence",
+        "evidence packing",
         "construction sensitivity probing inspection preparation calibration freezing",
         "exporting",
         "verification loading integrations",
@@ -62,7 +62,7 @@ SIDE_ROOM_PACKAGES: dict[str, frozenset[str]] = {
 # Side rooms serve the last two lines and the recipes.
 USERS_OF_SIDE_ROOMS = frozenset({"training", "cli", "__main__", *SIDE_ROOMS})
 
-QUANTO_ROOMS = frozenset({"freezing", "exporting", "loading", "verification", "integrations"})
+QUANTO_ROOMS = frozenset({"freezing", "packing", "exporting", "loading", "verification", "integrations"})
 KERNEL_ROOMS = frozenset({"kernels", "quantizers", "layers"})
 MODEL_LIBRARIES = frozenset({"transformers", "diffusers"})
 

@@ -128,21 +128,40 @@ def test_a_model_frozen_on_a_gpu_is_exported_and_verified(tmp_path: Path, weight
     assert torch.equal(left, right)
 
 
+def marked(model: Any) -> Any:
+    """With the lines of the model card that keep stock float8 from losing biases on a GPU."""
+    from optimum.quanto import qfloat8_e4m3fn
+
+    for module in model.modules():
+        if hasattr(module, "weight_qtype"):
+            module.weight.activation_qtype = qfloat8_e4m3fn
+    return model
+
+
 @needs_cuda
 @pytest.mark.parametrize("weights", TYPES)
 def test_cpu_offload(tmp_path: Path, weights: str) -> None:
     out = exported(tmp_path / "out", weights=weights)
-    there = picture(pipeline(stock(out)).to("cuda"))
+    model = stock(out)
+    there = picture(pipeline(marked(model) if weights == "float8" else model).to("cuda"))
     offloaded = pipeline(qat.load(out))
     offloaded.enable_model_cpu_offload()
-    assert torch.equal(picture(offloaded), there)
-    again = picture(offloaded)  # after it was moved back once
-    if weights != "float8":
-        assert torch.equal(again, there)
-        return
-    # Stock float8 goes over to another kernel then, since its first one leaves a mark that rules it out; with the
-    # same weights.
-    kept = dict(stock(out).named_modules())
-    for name, module in offloaded.transformer.named_modules():
-        if hasattr(module, "weight_qtype"):
-            assert torch.equal(module.weight.dequantize().cpu(), kept[name].weight.dequantize()), name
+    for _ in range(2):  # the second time it was moved back once
+        assert torch.equal(picture(offloaded), there)
+
+
+@needs_cuda
+def test_float8_keeps_its_bias_on_a_gpu_but_for_stock_code(tmp_path: Path) -> None:
+    out = exported(tmp_path / "out", weights="float8")
+    assert "module.weight.activation_qtype = qfloat8_e4m3fn" in (out / "README.md").read_text()
+    name = "transformer_blocks.0.ff.net.0.proj"
+    x = torch.randn(16, 256, dtype=torch.bfloat16, generator=torch.Generator().manual_seed(0))
+    layer = qat.load(out).get_submodule(name)
+    with torch.no_grad():
+        exact = x.double() @ layer.weight.dequantize().double().t()
+        for model, loses in ((qat.load(out, device="cuda"), False), (qat.load(out).cuda(), False),
+                             (marked(stock(out)).cuda(), False), (stock(out).cuda(), True)):  # fmt: skip
+            found = model.get_submodule(name)(x.cuda()).double().cpu()
+            # When this fails for the last one, optimum-quanto has mended its kernel: take the note and the mark away.
+            wanted = exact if loses else exact + layer.bias.double()
+            assert (found - wanted).norm() < 0.01 * exact.norm()

@@ -34,7 +34,7 @@ from qat.exporting.manifest import (
     file_record,
 )
 from qat.exporting.quanto import Content, Job, stored_tensors
-from qat.freezing import as_held
+from qat.packing import as_held
 from qat.targets import get_target
 
 if TYPE_CHECKING:

@@ -18,6 +18,7 @@ from typing import Any
 from qat.errors import ExportError
 from qat.evidence import FrozenRecord
 from qat.exporting.manifest import QMAP_NAME, Manifest
+from qat.targets import loses_bias_on_cuda
 
 __all__ = ["CARD_NAME", "add_section", "write_card"]
 
@@ -88,6 +89,7 @@ def write_card(directory: Path, manifest: Manifest, record: FrozenRecord) -> Pat
         "## Load it",
         "`directory` is this one.",
         *_loading(manifest, module, name),
+        *_biases_on_cuda(manifest, record),
         "## Layers left float",
         *_left_float(record),
     ]
@@ -112,6 +114,31 @@ def _description(manifest: Manifest, record: FrozenRecord, kinds: list[str]) -> 
         f"**{manifest.dtype}**.{inputs} `qat verify` on this directory checks that it holds, and loads as, what was "
         "frozen."
     )
+
+
+def _biases_on_cuda(manifest: Manifest, record: FrozenRecord) -> list[str]:
+    losing = [
+        name
+        for name, layer in record.layers.items()
+        if f"{name}.bias" in manifest.tensors
+        and loses_bias_on_cuda(layer.weights, layer.activations, manifest.dtype, layer.shape)
+    ]
+    if not losing:
+        return []
+    code = [
+        "from optimum.quanto import qfloat8_e4m3fn",
+        "",
+        "for module in model.modules():",
+        '    if hasattr(module, "weight_qtype"):',
+        "        module.weight.activation_qtype = qfloat8_e4m3fn  # rules that kernel out",
+        'model.to("cuda")',
+    ]
+    text = (
+        "optimum-quanto 0.2.7 multiplies float8 weights by a kernel that **leaves out the bias** "
+        f"({len(losing)} layers here) on GPUs of compute capability 8.0 or later. `qat.load` goes round it. Loaded "
+        "otherwise, mark the weights before the model goes to the GPU:"
+    )
+    return ["## On a CUDA GPU", text, _python(code)]
 
 
 def _loading(manifest: Manifest, module: str, name: str) -> list[str]:

@@ -213,6 +213,8 @@ def packed_weight(qmodule: Any, tensors: Mapping[str, Tensor]) -> Any:
     """
     from optimum.quanto import WeightQBitsTensor, WeightQBytesTensor
 
+    from qat.packing import keep_bias
+
     aligned = {slot: _aligned(tensor) if "._data" in slot else tensor for slot, tensor in tensors.items()}
     common = {
         "state_dict": aligned,
@@ -227,6 +229,8 @@ def packed_weight(qmodule: Any, tensors: Mapping[str, Tensor]) -> Any:
         weight = WeightQBytesTensor.load_from_state_dict(activation_qtype=qmodule.activation_qtype, **common)
     else:
         weight = WeightQBitsTensor.load_from_state_dict(group_size=qmodule.weight_group_size, **common)
+    if qmodule.bias is not None:
+        weight = keep_bias(weight)
     return weight.optimize() if _can_optimize(weight) else weight
 
 

@@ -15,6 +15,7 @@ from torch import nn
 
 from qat.errors import LoadError
 from qat.exporting.manifest import Manifest
+from qat.packing import keep_bias
 from qat.targets.diffusers import is_diffusers_model
 
 __all__ = ["attention_arguments", "load_pretrained", "model_class", "read_config"]
@@ -69,6 +70,12 @@ def load_pretrained(directory: Path, manifest: Manifest, device: str | torch.dev
         raise
     except Exception as error:  # nor is there an end to what a load can raise
         raise LoadError(f"{kind.__name__}.from_pretrained({str(directory)!r}) failed: {error}") from error
+    for module in loaded.modules():
+        weight = getattr(module, "weight", None) if hasattr(module, "weight_qtype") else None
+        if weight is not None and module.bias is not None and hasattr(weight, "qtype"):
+            kept = keep_bias(weight)
+            if kept is not weight:
+                module.weight = nn.Parameter(kept, requires_grad=False)
     return loaded.to(device) if torch.device(device).type != "cpu" else loaded
 
 

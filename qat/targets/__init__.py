@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from qat.errors import TargetError
-from qat.targets.base import Target, input_hazard, kernel_hazard
+from qat.targets.base import Target, input_hazard, kernel_hazard, loses_bias_on_cuda
 from qat.targets.diffusers import DIFFUSERS
 from qat.targets.quanto import QUANTO
 from qat.targets.transformers import TRANSFORMERS
 
-__all__ = ["TARGETS", "Target", "get_target", "input_hazard", "kernel_hazard"]
+__all__ = ["TARGETS", "Target", "get_target", "input_hazard", "kernel_hazard", "loses_bias_on_cuda"]
 
 TARGETS: dict[str, Target] = {target.name: target for target in (QUANTO, TRANSFORMERS, DIFFUSERS)}
 

@@ -17,7 +17,7 @@ from qat.spec import LayerSpec, QuantSpec
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Target", "input_hazard", "kernel_hazard", "matches_path_part"]
+__all__ = ["Target", "input_hazard", "kernel_hazard", "loses_bias_on_cuda", "matches_path_part"]
 
 
 def matches_path_part(name: str, keys: Iterable[str]) -> bool:
@@ -38,6 +38,17 @@ def kernel_hazard(layer: LayerSpec, dtype: str, in_features: int, out_features: 
     if layer.weights == "int4" and group_size("int4", in_features) == 128 and out_features % 16 != 0:
         return f"kernel: int4 with bfloat16 in groups of 128 needs out_features ({out_features}) divisible by 16"
     return None
+
+
+def loses_bias_on_cuda(weights: str, activations: str | None, dtype: str, shape: tuple[int, int]) -> bool:
+    """Whether optimum-quanto 0.2.7 multiplies such a weight on CUDA by its Marlin kernel, which never adds a bias.
+
+    The sizes are those of ``WeightQBytesTensor.create``; see `qat.packing.keep_bias`.
+    """
+    if weights != "float8" or activations is not None or dtype == "float32":
+        return False
+    out_features, in_features = shape
+    return (in_features % 64 == 0 and out_features % 128 == 0) or (in_features % 128 == 0 and out_features % 64 == 0)
 
 
 def input_hazard(layer: LayerSpec, dtype: str, x: torch.Tensor) -> str | None:
