@@ -41,8 +41,13 @@ def operator(function: _F) -> _F:
 def fake_operator(name: str) -> Callable[[_F], _F]:
     """What tells a compiler the shapes and dtypes that operator ``name`` returns; a decorator.
 
-    >>> @fake_operator("doubled_for_a_docstring")
+    >>> @operator
+    ... def _tripled_for_a_docstring(x: torch.Tensor) -> torch.Tensor:
+    ...     return x * 3
+    >>> @fake_operator("tripled_for_a_docstring")
     ... def _(x: torch.Tensor) -> torch.Tensor:
     ...     return torch.empty_like(x)
+    >>> torch.ops.qat.tripled_for_a_docstring(torch.ones(2, device="meta")).shape
+    torch.Size([2])
     """
     return torch.library.register_fake(f"qat::{name}", lib=_LIBRARY)  # type: ignore[no-any-return]
