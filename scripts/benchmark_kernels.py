@@ -1,10 +1,11 @@
 """Time of the weight operators, plain and fast, beside a copy of the same weight: what a training step adds a layer.
 
-Each operator is timed on several weights in turn, together larger than any cache, filled with random numbers. The
+Each operator is timed on several weights in turn, together larger than any cache, filled with random numbers (the
+gradient that belongs to them is one and the same). The
 table gives the median time in microseconds, and the part of a plain copy's speed that it reaches when the bytes it
 must move are counted once (the weight read, and what it makes written)::
 
-    python -m scripts.benchmark_kernels --output docs/results/kernels_h200.json
+    python -m scripts.benchmark_kernels --types float8 int4 > docs/results/kernels_h200.txt
     python -m scripts.benchmark_kernels --device cpu --dtype float32 --shapes 1024 1024 3072 1024 --repeats 7
 """
 

@@ -175,3 +175,15 @@ def test_the_tensor_that_must_exist_first_is_not_read() -> None:
     arguments = (weight, scale, None, "int8", torch.float32, torch.float32)
     after = torch.full((3,), float("nan"))
     assert same_bits(kernels.fake_quantize_weight(*arguments), kernels.fake_quantize_weight(*arguments, after=after))
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0)])
+def test_triton_rounds_to_float8_from_compute_capability_8_9_on(
+    capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qat.kernels import triton as kernel
+
+    monkeypatch.setattr(kernel, "triton", object())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    assert kernel.available("float8") is (capability >= (8, 9))
+    assert kernel.available("int4")

@@ -1,4 +1,4 @@
-"""The Triton kernel against its specification, bit for bit; needs a GPU and is skipped without one."""
+"""The Triton kernels against their specification, bit for bit; needs a GPU and is skipped without one."""
 
 import pytest
 import torch

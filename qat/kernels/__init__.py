@@ -28,12 +28,12 @@ __all__ = [
 ]
 
 
-def _runs_triton(weight: Tensor) -> bool:
+def _runs_triton(weight: Tensor, qtype: str) -> bool:
     if weight.device.type != "cuda":
         return False
     from qat.kernels import triton as triton_kernels
 
-    return triton_kernels.available()
+    return triton_kernels.available(qtype)
 
 
 @operator
@@ -50,7 +50,7 @@ def _fake_quantize_weight(
         from qat.kernels import cpu
 
         return cpu.fake_quantize(weight, scale, shift, qtype, dtype, out_dtype)
-    if _runs_triton(weight):
+    if _runs_triton(weight, qtype):
         from qat.kernels import triton as triton_kernels
 
         return triton_kernels.fake_quantize(weight, scale, shift, qtype, dtype, out_dtype)
@@ -98,7 +98,7 @@ def fake_quantize_weight(
 @operator
 def _serving_range(weight: Tensor, qtype: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     shift: Tensor | None
-    if _runs_triton(weight):
+    if _runs_triton(weight, qtype):
         from qat.kernels import triton as triton_kernels
 
         _, scale, shift = triton_kernels.own_range(weight, qtype, dtype, None)
@@ -135,7 +135,7 @@ def serving_range(weight: Tensor, qtype: str, dtype: torch.dtype) -> tuple[Tenso
 def _quantize_own_range(
     weight: Tensor, qtype: str, dtype: torch.dtype, out_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if not _runs_triton(weight):
+    if not _runs_triton(weight, qtype):
         scale, shift = serving_range(weight, qtype, dtype)
         value: Tensor | None = fake_quantize_weight(weight, scale, shift, qtype, dtype, out_dtype)
     else:
@@ -154,7 +154,7 @@ def _(weight: Tensor, qtype: str, dtype: torch.dtype, out_dtype: torch.dtype) ->
 def quantize_own_range(
     weight: Tensor, qtype: str, dtype: torch.dtype, out_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """`serving_range`, and `fake_quantize_weight` with it: on CUDA the weight is read once for both.
+    """`serving_range`, and `fake_quantize_weight` with it: on CUDA in one kernel.
 
     Returns:
         the fake-quantized weight in ``out_dtype``, the scale, and the shift (None for 8-bit types).
@@ -223,7 +223,7 @@ def _scale_gradients(
         from qat.kernels import cpu
 
         grad_scale, grad_shift, masked = cpu.scale_gradients(weight, scale, shift, qtype, grad)
-    elif _runs_triton(weight):
+    elif _runs_triton(weight, qtype):
         from qat.kernels import triton as triton_kernels
 
         grad_scale, grad_shift, masked = triton_kernels.scale_gradients(weight, scale, shift, qtype, grad)

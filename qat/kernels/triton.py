@@ -1,4 +1,4 @@
-"""Fake quantization on CUDA by Triton: each kernel reads the weight once, and writes what it makes once.
+"""Fake quantization on CUDA by Triton: kernels that read the weight once (its range in a long row: twice).
 
 The same operations as `qat.numerics`, in the same order and rounding: a true division (Triton's ``/`` is an
 approximation), half-to-even rounding, and no fused multiply-add, which would skip the rounding of the product. Only
@@ -32,9 +32,9 @@ _TILE = 2048  # elements of a tile: sixteen for each thread of four warps
 _WIDEST = 1024  # columns of a tile
 
 
-def available() -> bool:
-    """Whether Triton can be used here."""
-    return triton is not None
+def available(qtype: str = "int8") -> bool:
+    """Whether Triton can be used here for this type: it rounds to float8 from compute capability 8.9 on."""
+    return triton is not None and (not QTYPES[qtype].floating or torch.cuda.get_device_capability() >= (8, 9))
 
 
 if triton is not None:
@@ -157,7 +157,7 @@ if triton is not None:
             x = tl.where(s == 0.0, 0.0, _position(value, s, z, affine, floating))
             code, clamped = _code(x, floating, code_min, code_max)
             inside = x == clamped
-            tl.store(masked + offset, tl.where(inside, given, 0.0).to(masked.dtype.element_ty), mask=exists)
+            tl.store(masked + offset, (given * inside.to(tl.float32)).to(masked.dtype.element_ty), mask=exists)
             of_scale += given * (code - tl.where(inside, x, 0.0))
             of_shift -= tl.where(inside, 0.0, given)
         tl.store(grad_scale + row, tl.sum(of_scale, 1), mask=row < groups)
