@@ -26,13 +26,11 @@ from qat.operators import fake_operator, operator
 from qat.qtypes import QTYPES, group_size
 
 __all__ = [
-    "absmax_scale",
     "decode",
     "encode",
     "fake_quantize",
     "grouped",
     "meets_tinygemm",
-    "minmax_scale_shift",
     "moved_scale_shift",
     "range_scale_shift",
     "round_to",
@@ -101,30 +99,6 @@ def _row_ranges(rows: Tensor) -> tuple[Tensor, Tensor]:
 def _over(tensor: Tensor, number: float) -> Tensor:
     """``tensor / number``, rounded once. By a Python number CUDA multiplies with the reciprocal, which rounds twice."""
     return tensor / tensor.new_full((), number)
-
-
-def absmax_scale(weight: Tensor, qtype: str) -> Tensor:
-    """``max|w| / scale_max`` of each row, float32, shape ``(out, 1)``, not yet rounded to a serving dtype.
-
-    >>> absmax_scale(torch.tensor([[-254.0, 127.0], [0.0, 63.5]]), "int8")
-    tensor([[2.0000],
-            [0.5000]])
-    """
-    low, high = _row_ranges(weight.detach())
-    return _over(torch.maximum(-low, high).float(), QTYPES[qtype].scale_max)
-
-
-def minmax_scale_shift(weight: Tensor, qtype: str) -> tuple[Tensor, Tensor]:
-    """``((max - min) / (2^b - 1), -min)`` of each group, float32, shape ``(groups, 1)``, not yet rounded.
-
-    >>> minmax_scale_shift(torch.tensor([[-1.0, 2.0], [0.0, 6.0]]), "int2")
-    (tensor([[1.],
-            [2.]]), tensor([[1.],
-            [-0.]]))
-    """
-    low, high = _row_ranges(grouped(weight.detach(), qtype))
-    low, high = low.float(), high.float()
-    return _over(high - low, QTYPES[qtype].code_max), -low
 
 
 def weight_range(weight: Tensor, qtype: str) -> tuple[Tensor | None, Tensor]:

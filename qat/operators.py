@@ -22,8 +22,8 @@ _F = TypeVar("_F", bound=Callable[..., object])
 def operator(function: _F) -> _F:
     """Register ``function`` for all devices as the operator ``torch.ops.qat.<its name without leading underscore>``.
 
-    Its signature becomes the operator's. It returns new tensors, none of them an
-    input or a view of one; `fake_operator` tells a compiler of what shapes.
+    Its signature becomes the operator's. It returns new tensors, none of them an input or a view of
+    one; `fake_operator` tells a compiler of what shapes.
 
     >>> @operator
     ... def _doubled_for_a_docstring(x: torch.Tensor) -> torch.Tensor:

@@ -63,9 +63,11 @@ def test_ranges_are_those_of_the_specification(qtype: str, dtype: torch.dtype) -
         weight = awkward_weight(*shape)
         scale, shift = kernels.serving_range(weight, qtype, dtype)
         if shift is None:
-            expected = numerics.serving_scale(numerics.absmax_scale(weight, qtype), qtype, dtype)
+            expected = numerics.serving_scale(
+                numerics.range_scale_shift(*numerics.weight_range(weight, qtype), qtype)[0], qtype, dtype
+            )
         else:
-            expected, wanted = numerics.minmax_scale_shift(weight, qtype)
+            expected, wanted = numerics.range_scale_shift(*numerics.weight_range(weight, qtype), qtype)
             expected = numerics.serving_scale(expected, qtype, dtype)
             tinygemm = numerics.meets_tinygemm(qtype, dtype, shape[1])
             assert same_bits(shift, numerics.serving_shift(wanted, expected, dtype, tinygemm=tinygemm))

@@ -45,8 +45,10 @@ def serving(weight: Tensor, qtype: str, dtype: torch.dtype, seed: int = 0) -> tu
     """Scale and shift as training finds them; every other seed shrinks the range, so that weights saturate."""
     part = 1.0 if seed % 2 == 0 else 0.7
     if not QTYPES[qtype].affine:
-        return numerics.serving_scale(numerics.absmax_scale(weight, qtype) * part, qtype, dtype), None
-    scale, shift = numerics.minmax_scale_shift(weight, qtype)
+        return numerics.serving_scale(
+            numerics.range_scale_shift(*numerics.weight_range(weight, qtype), qtype)[0] * part, qtype, dtype
+        ), None
+    scale, shift = numerics.range_scale_shift(*numerics.weight_range(weight, qtype), qtype)
     scale = numerics.serving_scale(scale * part, qtype, dtype)
     tinygemm = numerics.meets_tinygemm(qtype, dtype, weight.shape[1])
     return scale, numerics.serving_shift(shift * part, scale, dtype, tinygemm=tinygemm)
@@ -99,12 +101,14 @@ def test_ranges_are_those_of_quantos_optimizers(qtype: str) -> None:
         if QTYPES[qtype].affine:
             if numerics.grouped(weight, qtype).shape[0] == 1:
                 continue  # quanto takes one row's range a column at a time; ours keeps one scale, which loads as well
-            ours = numerics.minmax_scale_shift(weight, qtype)
+            ours = numerics.range_scale_shift(*numerics.weight_range(weight, qtype), qtype)
             theirs = MaxOptimizer()(weight, kind, 0, group_size(qtype, weight.shape[1]))
             assert all(torch.equal(a, b.reshape(a.shape)) for a, b in zip(ours, theirs, strict=True))
         else:
             theirs = AbsmaxOptimizer()(weight, kind, 0)
-            assert torch.equal(numerics.absmax_scale(weight, qtype), theirs.reshape(-1, 1))
+            assert torch.equal(
+                numerics.range_scale_shift(*numerics.weight_range(weight, qtype), qtype)[0], theirs.reshape(-1, 1)
+            )
 
 
 @pytest.mark.parametrize("master", ["float32", "bfloat16", "float16"])
@@ -209,7 +213,7 @@ def through_tinygemm(codes: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tenso
 
 def test_values_survive_tinygemm_at_the_fixed_point_and_only_there() -> None:
     weight = torch.rand(32, 1024) * 0.1 - 0.001  # a shift far below 8 * scale loses its last bits
-    scale, shift = numerics.minmax_scale_shift(weight, "int4")
+    scale, shift = numerics.range_scale_shift(*numerics.weight_range(weight, "int4"), "int4")
     scale = numerics.serving_scale(scale, "int4", torch.bfloat16)
     naive = numerics.serving_shift(shift, scale, torch.bfloat16)
     fixed = numerics.serving_shift(shift, scale, torch.bfloat16, tinygemm=True)

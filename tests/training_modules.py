@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from qat import Algorithm, QuantizationAwareTraining, QuantizationSchedule, QuantSpec, WeightQuantizer, parameter_groups
 from qat.layers import QLinear, quantized_layers
-from qat.numerics import absmax_scale
+from qat.numerics import range_scale_shift, weight_range
 
 INT8 = QuantSpec(weights="int8", dtype="float32")
 INT4 = QuantSpec(weights="int4", dtype="float32")
@@ -46,7 +46,7 @@ class LearnedStepQuantizer(WeightQuantizer):
 
     def __init__(self, weight: Tensor, qtype: str, dtype: torch.dtype) -> None:
         super().__init__(qtype, dtype, masked=True)
-        self.scale = nn.Parameter(absmax_scale(weight.detach(), qtype))
+        self.scale = nn.Parameter(range_scale_shift(*weight_range(weight, qtype), qtype)[0])
 
     def scale_shift(self, weight: Tensor) -> tuple[Tensor, None]:
         return self.scale, None

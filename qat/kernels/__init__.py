@@ -10,6 +10,8 @@ The operators have no gradient of their own; `qat.layers` defines the straight-t
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
@@ -28,12 +30,13 @@ __all__ = [
 ]
 
 
-def _runs_triton(weight: Tensor, qtype: str) -> bool:
+def _triton(weight: Tensor, qtype: str) -> ModuleType | None:
+    """`qat.kernels.triton` where it can work on this weight."""
     if weight.device.type != "cuda":
-        return False
-    from qat.kernels import triton as triton_kernels
+        return None
+    from qat.kernels import triton
 
-    return triton_kernels.available(qtype)
+    return triton if triton.available(qtype) else None
 
 
 @operator
@@ -50,10 +53,8 @@ def _fake_quantize_weight(
         from qat.kernels import cpu
 
         return cpu.fake_quantize(weight, scale, shift, qtype, dtype, out_dtype)
-    if _runs_triton(weight, qtype):
-        from qat.kernels import triton as triton_kernels
-
-        return triton_kernels.fake_quantize(weight, scale, shift, qtype, dtype, out_dtype)
+    if (triton := _triton(weight, qtype)) is not None:
+        return triton.fake_quantize(weight, scale, shift, qtype, dtype, out_dtype)  # type: ignore[no-any-return]
     return numerics.fake_quantize(weight, scale, shift, qtype, dtype, out_dtype)
 
 
@@ -98,10 +99,8 @@ def fake_quantize_weight(
 @operator
 def _serving_range(weight: Tensor, qtype: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     shift: Tensor | None
-    if _runs_triton(weight, qtype):
-        from qat.kernels import triton as triton_kernels
-
-        _, scale, shift = triton_kernels.own_range(weight, qtype, dtype, None)
+    if (triton := _triton(weight, qtype)) is not None:
+        _, scale, shift = triton.own_range(weight, qtype, dtype, None)
     else:
         scale, shift = numerics.range_scale_shift(*numerics.weight_range(weight, qtype), qtype)
         scale, shift = numerics.serving_pair(scale, shift, qtype, dtype, weight.shape[1])
@@ -135,14 +134,11 @@ def serving_range(weight: Tensor, qtype: str, dtype: torch.dtype) -> tuple[Tenso
 def _quantize_own_range(
     weight: Tensor, qtype: str, dtype: torch.dtype, out_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if not _runs_triton(weight, qtype):
-        scale, shift = serving_range(weight, qtype, dtype)
-        value: Tensor | None = fake_quantize_weight(weight, scale, shift, qtype, dtype, out_dtype)
+    if (triton := _triton(weight, qtype)) is not None:
+        value, scale, shift = triton.own_range(weight, qtype, dtype, out_dtype)
     else:
-        from qat.kernels import triton as triton_kernels
-
-        value, scale, shift = triton_kernels.own_range(weight, qtype, dtype, out_dtype)
-    assert value is not None
+        scale, shift = serving_range(weight, qtype, dtype)
+        value = fake_quantize_weight(weight, scale, shift, qtype, dtype, out_dtype)
     return value, scale, scale.new_empty(0) if shift is None else shift
 
 
@@ -223,10 +219,8 @@ def _scale_gradients(
         from qat.kernels import cpu
 
         grad_scale, grad_shift, masked = cpu.scale_gradients(weight, scale, shift, qtype, grad)
-    elif _runs_triton(weight, qtype):
-        from qat.kernels import triton as triton_kernels
-
-        grad_scale, grad_shift, masked = triton_kernels.scale_gradients(weight, scale, shift, qtype, grad)
+    elif (triton := _triton(weight, qtype)) is not None:
+        grad_scale, grad_shift, masked = triton.scale_gradients(weight, scale, shift, qtype, grad)
     else:
         grad_scale, grad_shift, inside = numerics.scale_gradients(weight, scale, shift, qtype, grad)
         masked = grad * inside
