@@ -69,7 +69,7 @@ class Config(BaseModel):
 
 def main(argv: Sequence[str]) -> None:
     config = load_config(Config, argv, str(Config.__doc__), prog=f"{command('causal_lm')} [config.yaml]")
-    from qat.exporting.directory import check_destination  # these take seconds: a wrong option is told before
+    from qat.files.directory import check_destination  # these take seconds: a wrong option is told before
     from qat.tasks import CausalLanguageModelling, evaluate
     from recipes import common
 
@@ -82,11 +82,11 @@ def main(argv: Sequence[str]) -> None:
     common.step_of(config.resume)  # and so is a file that is no checkpoint
 
     model, tokenizer = common.load_language_model(config.model or str(REFERENCE))
-    qat.inspect(model, spec, config.target)  # here a spec that does not fit is an error, before the data is read
+    qat.inspect(model, spec, target=config.target)  # here a spec that does not fit is an error, before the data is read
     with stage("tokenizing"):
         train, evaluation = load_blocks(config.data, tokenizer)
     example = {"input_ids": evaluation[:2]["input_ids"]}
-    print(inspect_totals(qat.inspect(model, spec, config.target, example_inputs=example)))
+    print(inspect_totals(qat.inspect(model, spec, target=config.target, example_inputs=example)))
     prepared_for: dict[str, Any] = {"target": config.target, "observer": config.observer, "example_inputs": example}
     batches = common.training_batches(train, settings.batch_size)
     checkpoints = output.with_name(f"{output.name}-checkpoints")

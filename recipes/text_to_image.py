@@ -76,7 +76,7 @@ class Config(BaseModel):
 
 def main(argv: Sequence[str]) -> None:
     config = load_config(Config, argv, str(Config.__doc__), prog=f"{command('text_to_image')} [config.yaml]")
-    from qat.exporting.directory import check_destination  # these take seconds: a wrong option is told before
+    from qat.files.directory import check_destination  # these take seconds: a wrong option is told before
     from qat.tasks import Diffusion, move
     from recipes import common
 
@@ -92,7 +92,7 @@ def main(argv: Sequence[str]) -> None:
 
     pipeline, folder = common.load_pipeline(common.source_of(config))
     model = pipeline.transformer
-    qat.inspect(model, spec, target)  # here a spec that does not fit is an error, before anything is encoded
+    qat.inspect(model, spec, target=target)  # here a spec that does not fit is an error, before anything is encoded
     # Activations are calibrated by what the real sampler brings, at all timesteps.
     sampled = config.schedule.calibration_batches if spec.activation_type else 0
     data = common.diffusion_data(pipeline, folder, config, device, settings.batch_size, sampled)
@@ -112,7 +112,7 @@ def main(argv: Sequence[str]) -> None:
     comparison.judge("float", model, device, 0, None, draws=False)
     comparison.judge(TUNED, tuned, device, settings.steps, rate)
     quantized = copy.deepcopy(tuned)
-    qat.prepare(quantized, spec, config.algorithm, **prepared_for)
+    qat.prepare(quantized, spec, algorithm=config.algorithm, **prepared_for)
     common.calibrate_and_freeze(quantized, data.sampled, sampled, device)
     with TemporaryDirectory() as directory:
         qat.export(quantized, directory)
@@ -124,7 +124,7 @@ def main(argv: Sequence[str]) -> None:
         *common.checkpoints_in(checkpoints, config.trainer),
     ]
     if sampled:
-        qat.prepare(model, spec, config.algorithm, **prepared_for)
+        qat.prepare(model, spec, algorithm=config.algorithm, **prepared_for)
         common.calibrate(model, data.sampled, device)
     task, rate = Diffusion(settings.distillation_weight), settings.learning_rate
     how |= {"learning_rate": rate, "callbacks": callbacks, "teacher": tuned, "resume": config.resume}
