@@ -10,6 +10,7 @@ shape, a tensor in another dtype than the model's are errors, found in the files
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -150,7 +151,8 @@ def check_headers(manifest: Manifest, headers: Headers) -> list[str]:
     for name, layer in record.layers.items():
         prefix = f"{name}."
         found = {key.removeprefix(prefix): entry for key, (_, entry, _) in headers.items() if key.startswith(prefix)}
-        types, bias = format.recorded(record, name), "bias" in found
+        types = replace(format.recorded(record, name), dtype=getattr(torch, manifest.dtype))
+        bias = "bias" in found
         faults += format.faults(name, types, layer.shape, bias, layer.group_size, found)
         faults += [
             f"{prefix}{key} starts at byte {headers[prefix + key][2]}, which is not a multiple of {ALIGNMENT}"

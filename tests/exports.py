@@ -14,12 +14,12 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from qat.calibration import calibrate
-from qat.evidence import digest
-from qat.exporting.layout import DTYPE_NAMES, Shard, TensorEntry, write_shard
-from qat.exporting.manifest import MANIFEST_NAME, file_record
+from qat.files.manifest import MANIFEST_NAME, file_record
+from qat.files.shards import DTYPE_NAMES, Shard, TensorEntry, write_shard
 from qat.freezing import freeze
 from qat.preparation import prepare
 from qat.spec import QuantSpec
+from qat.tensors import digest
 
 TYPES = ("int8", "float8", "int4", "int2")
 DTYPES = ("float32", "bfloat16")
@@ -47,8 +47,18 @@ def frozen(model: nn.Module, target: str = "quanto", **spec: Any) -> Any:
     prepare(model, QuantSpec(**spec), target=target)
     if spec.get("activations"):
         calibrate(model, [{"input_ids": IDS}])
-    freeze(model)
+    freeze(model, allow_unreached=True)
     return model
+
+
+def unpack_weight(weight: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Codes ``(out, in)``, scale and shift of any of quanto's weight tensors, read without the code under test."""
+    if hasattr(weight, "weight_qbits_tensor") and type(weight).__name__ != "WeightQBitsTensor":
+        weight = weight.weight_qbits_tensor()
+    elif hasattr(weight, "weight_qbytes_tensor") and type(weight).__name__ != "WeightQBytesTensor":
+        weight = weight.weight_qbytes_tensor()
+    data = weight._data.unpack() if hasattr(weight._data, "unpack") else weight._data
+    return data.reshape(weight.shape), weight._scale, getattr(weight, "_shift", None)
 
 
 def frozen_llama(target: str = "quanto", **spec: Any) -> Any:

@@ -15,12 +15,13 @@ import transformers
 from optimum import quanto
 from safetensors.torch import load_file, save_file
 
-from qat.qtypes import QTYPES, group_size
+from qat.formats import QUANTO
 from tests.architectures import ARCHITECTURES, Architecture
 
 HINT = "packed by qat, load with `import qat.integrations.transformers`"
-QUANTO_TYPES = {name: quanto.tensor.qtypes[qtype.quanto_name] for name, qtype in QTYPES.items()}
-TYPES = list(QTYPES)
+QUANTO_NAMES = {"int8": "qint8", "float8": "qfloat8_e4m3fn", "int4": "qint4", "int2": "qint2"}
+QUANTO_TYPES = {name: quanto.tensor.qtypes[stock] for name, stock in QUANTO_NAMES.items()}
+TYPES = list(QUANTO_TYPES)
 DTYPES = [torch.float32, torch.bfloat16]
 UP = "model.layers.0.mlp.up_proj"
 
@@ -80,7 +81,7 @@ def declared(model: Any) -> dict[str, dict[str, Any]]:
         name: {
             "weights": names[module.weight_qtype],
             "activations": names.get(module.activation_qtype),
-            "group_size": group_size(names[module.weight_qtype], module.in_features),
+            "group_size": QUANTO.qtypes[names[module.weight_qtype]].group_size(module.in_features),
         }
         for name, module in model.named_modules()
         if isinstance(module, quanto.QLinear)

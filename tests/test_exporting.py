@@ -12,16 +12,17 @@ from safetensors import safe_open
 from torch import nn
 
 import qat.exporting
-import qat.exporting.layout as layout
-import qat.exporting.quanto as quanto_layout
+import qat.files.shards as layout
 from qat.errors import ExportError, StateError, TargetError
 from qat.exporting import ExportReport, export
-from qat.exporting.examples import flatten_inputs, flatten_outputs, unflatten_inputs
-from qat.exporting.manifest import MANIFEST_NAME, read_manifest
+from qat.exporting.state import ModelState
+from qat.files.examples import flatten_inputs, flatten_outputs, unflatten_inputs
+from qat.files.manifest import MANIFEST_NAME, read_manifest
+from qat.formats import QUANTO
 from qat.freezing import freeze
+from qat.hosts import MODULE, TARGETS, Target
 from qat.preparation import prepare
 from qat.spec import QuantSpec
-from qat.targets import TARGETS, Target
 from tests.exports import (
     IDS,
     TYPES,
@@ -92,15 +93,14 @@ class TestQuantoFiles:
 
     def test_writing_holds_one_converted_layer_at_a_time(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         states = []
-        make = quanto_layout.PackedState
 
-        def remember(*args: Any, **kwargs: Any) -> quanto_layout.PackedState:
-            states.append(make(*args, **kwargs))
+        def remember(*args: Any, **kwargs: Any) -> ModelState:
+            states.append(ModelState(*args, **kwargs))
             return states[-1]
 
-        monkeypatch.setattr(quanto_layout, "PackedState", remember)
+        monkeypatch.setattr(qat.exporting, "ModelState", remember)
         export(frozen_llama(weights="int4", dtype="bfloat16"), tmp_path / "out")
-        assert len(states[0]._held[1]) == 3
+        assert len([key for key in states[0]._held[1] if key.startswith("weight")]) == 3
 
     def test_a_tensor_class_without_keys_is_refused(self, tmp_path: Path) -> None:
         model = frozen_layers((16, 32), (8, 16), weights="int8", overrides={"1": "float"})
@@ -135,7 +135,7 @@ class TestTransformersFiles:
             QuantoConfig(**arguments)
 
     def test_a_module_that_is_no_transformers_model_is_refused(self, tmp_path: Path) -> None:
-        with pytest.raises(ExportError, match="use target='quanto'"):
+        with pytest.raises(TargetError, match="got a Sequential: use target 'quanto'"):
             export(frozen_layers((16, 32), weights="int8"), tmp_path / "out", target="transformers")
 
     def test_the_weights_are_those_of_target_quanto(self, tmp_path: Path) -> None:
@@ -258,7 +258,7 @@ class TestErrors:
         model = small_llama()
         model._keep_in_fp32_modules_strict = {"norm"}
         prepare(model, QuantSpec(weights="int8", dtype="bfloat16"))
-        freeze(model)
+        freeze(model, allow_unreached=True)
         with pytest.raises(TargetError, match=r"qat\.freeze\(model, target='transformers'\)"):
             export(model, tmp_path / "out", target="transformers")
 
@@ -335,8 +335,7 @@ class TestAllOrNothing:
         assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
-def test_a_new_target_is_one_line_here_and_one_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setitem(TARGETS, "mine", Target("mine"))
-    monkeypatch.setitem(qat.exporting.EXPORTERS, "mine", quanto_layout.write)
+def test_a_new_target_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(TARGETS, "mine", Target("mine", QUANTO, MODULE))
     model = frozen_layers((16, 32), weights="int8")
     assert export(model, tmp_path / "out", target="mine").target == "mine"

@@ -11,7 +11,7 @@ from transformers import LlamaForCausalLM
 
 from qat.errors import ExportError
 from qat.exporting import export
-from qat.exporting.manifest import read_manifest
+from qat.files.manifest import read_manifest
 from qat.freezing import freeze
 from qat.preparation import prepare
 from qat.spec import QuantSpec
@@ -19,14 +19,13 @@ from tests.exports import (
     TYPES,
     frozen_llama,
     small_llama,
+    unpack_weight,
 )
 
 
 class TestFloatGrid:
     @pytest.mark.parametrize("weights", TYPES)
     def test_a_stock_load_gives_the_codes_back(self, tmp_path: Path, weights: str) -> None:
-        from qat.evidence import unpack_weight
-
         model = frozen_llama("transformers", weights=weights, dtype="float32")
         report = export(model, tmp_path / "out", float_grid=True)
         assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
@@ -39,7 +38,7 @@ class TestFloatGrid:
     def test_a_range_that_is_not_used_whole_is_refused_and_the_layer_named(self, tmp_path: Path) -> None:
         model = small_llama()
         prepare(model, QuantSpec(weights="int8", dtype="float32"), target="transformers")
-        freeze(model)
+        freeze(model, allow_unreached=True)
         narrow_codes(model.model.layers[0].mlp.up_proj, model, "model.layers.0.mlp.up_proj")
         with pytest.raises(ExportError, match=r"1 of 7 layers: model\.layers\.0\.mlp\.up_proj \(\d+ codes\)"):
             export(model, tmp_path / "out", float_grid=True)
@@ -83,8 +82,10 @@ def narrow_codes(layer: Any, model: nn.Module, name: str) -> None:
     """Make a frozen layer use half of its range, as a learned scale may, and mend its evidence."""
     from dataclasses import replace
 
-    from qat.evidence import frozen_record, layer_evidence, record_frozen
+    from qat.files.evidence import frozen_record, record_frozen
+    from qat.formats import QUANTO
 
     layer.weight._data.copy_(layer.weight._data // 2)
     record = frozen_record(model)
-    record_frozen(model, replace(record, layers={**record.layers, name: layer_evidence(layer)}))
+    evidence = QUANTO.read(layer).evidence(QUANTO.values(layer))
+    record_frozen(model, replace(record, layers={**record.layers, name: evidence}))

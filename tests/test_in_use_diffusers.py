@@ -9,11 +9,10 @@ import pytest
 import torch
 
 import qat
-from qat.evidence import unpack_weight
 from qat.exporting import export
-from qat.exporting.examples import compute_outputs
+from qat.verification.outputs import compute_outputs
 from qat.verification import verify
-from tests.exports import DTYPES, TYPES, flux_inputs, frozen, frozen_flux, small_flux
+from tests.exports import DTYPES, TYPES, flux_inputs, frozen, frozen_flux, small_flux, unpack_weight
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*[qQ]uanto.*deprecated:FutureWarning"),

@@ -12,9 +12,9 @@ from transformers import LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 import qat.loading
 from qat.errors import LoadError
-from qat.evidence import frozen_record, unpack_weight
 from qat.exporting import export
-from qat.exporting.manifest import MANIFEST_NAME, file_record
+from qat.files.evidence import frozen_record
+from qat.files.manifest import MANIFEST_NAME, file_record
 from qat.loading import load
 from tests.exports import (
     DTYPES,
@@ -22,6 +22,7 @@ from tests.exports import (
     TYPES,
     frozen,
     small_llama,
+    unpack_weight,
 )
 
 

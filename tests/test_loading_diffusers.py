@@ -10,9 +10,10 @@ import torch
 
 import qat
 from qat.errors import LoadError
-from qat.evidence import frozen_record, inner_tensors, model_device
 from qat.exporting import export
-from qat.exporting.examples import compute_outputs
+from qat.files.evidence import frozen_record
+from qat.tensors import inner_tensors, model_device
+from qat.verification.outputs import compute_outputs
 from tests.exports import DTYPES, TYPES, flux_inputs, frozen_flux
 
 

@@ -14,7 +14,7 @@ from transformers import BertConfig, BertForSequenceClassification
 import qat.verification
 from qat.errors import LoadError, StateError, VerifyError
 from qat.exporting import export
-from qat.exporting.manifest import MANIFEST_NAME, QMAP_NAME, file_record
+from qat.files.manifest import MANIFEST_NAME, file_record
 from qat.loading import load
 from qat.verification import Check, VerifyReport, verify
 from qat.verification.comparison import meta_faults
@@ -93,7 +93,7 @@ class TestStockLoadersGiveWhatWasFrozen:
         spec = {"weights": "int8", "activations": "int8", "quantize_outputs": False}
         model = frozen(small_llama(), "transformers", **spec)
         export(model, tmp_path / "out", example_inputs={"input_ids": IDS})
-        assert not (tmp_path / "out" / QMAP_NAME).exists()
+        assert not (tmp_path / "out" / "quanto_qmap.json").exists()
         assert verify(tmp_path / "out", model).ok
         loaded = load(tmp_path / "out")
         with torch.no_grad():

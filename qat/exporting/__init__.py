@@ -200,7 +200,8 @@ def _write_float_grid(model: nn.Module, record: FrozenRecord, target: Target, di
     limit = _ONE_FILE if host.leaf_names_only else limit
     files, tensors = write_weights(state, directory, limit, library.weights_stem)
     shown = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
-    note = f"on-grid float32 weights: load with from_pretrained(directory, {host.float_dtype}quantization_config=QuantoConfig({shown}))"
+    given = f"directory, {host.float_dtype}quantization_config=QuantoConfig({shown})"
+    note = f"on-grid float32 weights: load with from_pretrained({given})"
     return _Content(files, tensors, state.tied, library.weights_stem, (note,), arguments)
 
 

@@ -150,7 +150,10 @@ class Format(ABC):
 
     @abstractmethod
     def slots(self, types: LayerTypes, shape: tuple[int, int], bias: bool) -> dict[str, Slot]:
-        """The tensors that a layer is stored as, by their names below the layer's."""
+        """The tensors that a layer is stored as, by their names below the layer's.
+
+        Those of the weight, and no others, have names that begin with ``weight``.
+        """
 
     @abstractmethod
     def pack(self, layer: FrozenLayer) -> dict[str, Tensor]:
@@ -245,6 +248,12 @@ class Format(ABC):
     @abstractmethod
     def declared(self, module: nn.Module) -> LayerTypes:
         """The types of a frozen layer, without reading its weight."""
+
+    def shape(self, module: nn.Module) -> tuple[int, int]:
+        """``(out, in)`` of a frozen layer, without reading its weight."""
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        return weight.shape[0], weight.shape[1]
 
     @abstractmethod
     def read(self, module: nn.Module) -> FrozenLayer:

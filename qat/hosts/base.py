@@ -64,6 +64,8 @@ class Host:
     """Models keep tensors that no file holds as plain attributes too."""
     float_dtype: str = ""
     """What a stock load of a float grid must be told of its dtype, as it stands in the call."""
+    stock_loader: bool = True
+    """Somebody else's loader fills such models; off: only `qat.load` does, and verification uses it."""
     leaves_outputs: bool = False
     """The loader can leave the outputs of layers with quantized inputs float."""
 

@@ -83,7 +83,7 @@ def stock_reload(
         LoadError: when the loader fails, or there is no model to fill.
     """
     loaded = load_pretrained(directory, manifest, target)
-    if loaded is not None:
+    if loaded is not None or not target.host.stock_loader:
         return loaded
     if model is not None:
         skeleton = copy.deepcopy(model).to("cpu")

@@ -62,14 +62,6 @@ def parse_group(group: object) -> PackedGroup:
         raise load_error("quantization_config's group 'qat' in config.json is not valid", faults) from error
 
 
-def load_error(what: str, faults: Sequence[str]) -> LoadError:
-    """One error for all faults, shortened to the first few."""
-    shown = [f"  - {fault}" for fault in faults[:_FAULTS_SHOWN]]
-    if len(faults) > _FAULTS_SHOWN:
-        shown.append(f"  - and {len(faults) - _FAULTS_SHOWN} more")
-    return LoadError("\n".join([f"{what}:", *shown, "Export the model again with qat.export, or restore its files."]))
-
-
 class PackedQuantoConfig(QuantoConfig):
     """The ``quantization_config`` of an exported directory; it writes itself back as it was read.
 

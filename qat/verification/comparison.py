@@ -61,18 +61,18 @@ def tensor_faults(model: nn.Module, manifest: Manifest, record: FrozenRecord, fo
         elif digest(state.fetch(source)) != kept.sha256:
             faults.append(f"{name} differs from what was exported")
     for name in entries:
-        source = manifest.tied.get(name)
-        if source is not None and digest(state.fetch(name)) != manifest.tensors[source].sha256:
-            faults.append(f"{name} is tied to {source}, but differs from it after loading")
+        tied_to = manifest.tied.get(name)
+        if tied_to is not None and digest(state.fetch(name)) != manifest.tensors[tied_to].sha256:
+            faults.append(f"{name} is tied to {tied_to}, but differs from it after loading")
         stock = manifest.float_grid and name.endswith((".input_scale", ".output_scale"))  # no file holds those
-        if source is None and not (stock or name in manifest.tensors or _belongs_to_weight(name, record)):
+        if tied_to is None and not (stock or name in manifest.tensors or _belongs_to_weight(name, record)):
             faults.append(f"{name} is in the reloaded model, but not in the files")
     return faults, count
 
 
 def _belongs_to_weight(name: str, record: FrozenRecord) -> bool:
     layer, dot, rest = name.rpartition(".weight")
-    return bool(dot) and layer in record.layers and (not rest or rest.startswith(("._", "_")))
+    return bool(dot) and layer in record.layers and (not rest or rest[:1] in "._")
 
 
 def reference_faults(

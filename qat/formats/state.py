@@ -1,21 +1,18 @@
-"""The tensors of a frozen model under the keys of its format, fetched one at a time, and the files they go into."""
+"""The tensors of a frozen model under the keys of its format, fetched one at a time."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from qat.errors import ExportError
-from qat.files.manifest import FileRecord, TensorRecord
-from qat.files.shards import ALIGNMENT, DTYPE_NAMES, TensorEntry, plan_shards, read_header, shard_names, write_shard
-from qat.formats import Format
-from qat.hosts.base import write_json
+from qat.files.shards import TensorEntry
+from qat.formats.base import Format
 from qat.tensors import own_tensors, stored_tensors
 
-__all__ = ["ModelState", "write_weights"]
+__all__ = ["ModelState"]
 
 
 class ModelState:
@@ -67,6 +64,8 @@ class ModelState:
                     self.tied[name] = source
                 elif frozen and key == "weight":
                     yield from self._layer(prefix, module, name)
+                elif frozen and key.startswith("weight"):
+                    continue  # written with the weight
                 elif not (prefix in self._float_layers and key in ("input_scale", "output_scale")):
                     yield self._plain(name, tensor)
 
@@ -81,9 +80,7 @@ class ModelState:
         return TensorEntry(name, tensor.dtype, tuple(tensor.shape))
 
     def _layer(self, prefix: str, module: nn.Module, name: str) -> Iterator[TensorEntry]:
-        weight = module.weight
-        assert isinstance(weight, Tensor)
-        shape = (weight.shape[0], weight.shape[1])
+        shape = self._format.shape(module)
         if prefix in self._float_layers:
             self._sources[name] = lambda: self._format.values(module).float()
             yield TensorEntry(name, torch.float32, shape)
@@ -126,42 +123,3 @@ def _kept_names(model: nn.Module, declared: Mapping[str, str] | None) -> dict[in
         if names.setdefault(id(tensor), name) in (declared or ()) and name not in (declared or ()):
             names[id(tensor)] = name
     return names
-
-
-def write_weights(
-    state: ModelState, directory: Path, max_shard_size: int, stem: str
-) -> tuple[dict[str, FileRecord], dict[str, TensorRecord]]:
-    """Write the weight files (and the index, when there are several), and check each by opening it again.
-
-    Raises:
-        ExportError: when a file does not open, or a code tensor is not aligned in it.
-    """
-    shards = plan_shards(state.entries, max_shard_size)
-    names = shard_names(len(shards), stem)
-    files: dict[str, FileRecord] = {}
-    tensors: dict[str, TensorRecord] = {}
-    for name, shard in zip(names, shards, strict=True):
-        written = write_shard(directory / name, shard, state.fetch)
-        files[name] = FileRecord(bytes=written.bytes, sha256=written.sha256)
-        for entry in shard.entries:
-            tensors[entry.name] = TensorRecord(
-                file=name, dtype=DTYPE_NAMES[entry.dtype], shape=entry.shape, sha256=written.tensors[entry.name]
-            )
-        _reopen(directory / name, shard.entries)
-    if len(shards) > 1:
-        weight_map = {entry.name: tensors[entry.name].file for entry in sorted(state.entries, key=lambda e: e.name)}
-        total = sum(shard.nbytes for shard in shards)
-        write_json(
-            directory / f"{stem}.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}
-        )
-    return files, {entry.name: tensors[entry.name] for entry in state.entries}
-
-
-def _reopen(path: Path, planned: tuple[TensorEntry, ...]) -> None:
-    try:
-        entries, starts = read_header(path)
-    except ValueError as error:
-        raise ExportError(f"{path.name} was written but does not open again: {error}; check the disk") from error
-    crooked = [entry.name for entry in planned if entry.is_code and starts.get(entry.name, 0) % ALIGNMENT]
-    if entries.keys() != {entry.name for entry in planned} or crooked:
-        raise ExportError(f"{path.name} was written but holds other keys, or unaligned codes {crooked}; check the disk")

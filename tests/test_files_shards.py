@@ -10,8 +10,8 @@ from safetensors import safe_open
 
 from qat.errors import ExportError
 from qat.exporting import export
-from qat.exporting.layout import TensorEntry, parse_size, plan_shards, shard_names
-from qat.exporting.manifest import read_manifest
+from qat.files.manifest import read_manifest
+from qat.files.shards import TensorEntry, parse_size, plan_shards, shard_names
 from tests.exports import (
     DTYPES,
     TYPES,
@@ -32,7 +32,9 @@ class TestLayout:
             dtype, rows, columns = data.draw(self.floats), data.draw(self.sizes), data.draw(self.sizes)
             packed = data.draw(st.booleans())
             code = "weight._data._data" if packed else "weight._data"
-            entries.append(TensorEntry(f"{i}.{code}", torch.uint8 if packed else torch.int8, (rows, columns)))
+            entries.append(
+                TensorEntry(f"{i}.{code}", torch.uint8 if packed else torch.int8, (rows, columns), is_code=True)
+            )
             entries.append(TensorEntry(f"{i}.weight._scale", dtype, (rows, 1)))
             entries += [TensorEntry(f"{i}.{name}", dtype, ()) for name in ("input_scale", "output_scale")]
             if data.draw(st.booleans()):
@@ -49,21 +51,22 @@ class TestLayout:
             large = [e for e in shard.entries if e.is_code or e.nbytes % 64 == 0]
             assert shard.nbytes <= limit or len(large) == 1
 
-    def test_small_tensors_fill_a_gap_so_that_one_file_is_enough(self) -> None:
-        entries = [TensorEntry(f"{i}.weight._data", torch.int8, (12, 5)) for i in range(2)]  # 60 bytes each
+    def test_one_odd_code_tensor_stands_before_the_small_tensors_of_its_file(self) -> None:
+        entries = [TensorEntry("0.weight._data", torch.int8, (64, 5), is_code=True)]
+        entries += [TensorEntry("1.weight._data", torch.int8, (12, 5), is_code=True)]  # 60 bytes
         entries += [TensorEntry(f"{i}.input_scale", torch.float32, ()) for i in range(2)]
         (shard,) = plan_shards(entries, 10**9)
-        assert [entry.is_code for entry in shard.entries] == [True, False, True, False]
+        assert [entry.is_code for entry in shard.entries] == [True, True, False, False]
 
     def test_odd_code_sizes_cost_a_shard_each(self) -> None:
-        entries = [TensorEntry(f"{i}.weight._data", torch.int8, (37, 37)) for i in range(3)]
+        entries = [TensorEntry(f"{i}.weight._data", torch.int8, (37, 37), is_code=True) for i in range(3)]
         entries += [TensorEntry(f"{i}.weight._scale", torch.float32, (37, 1)) for i in range(3)]
         shards = plan_shards(entries, 10**9)
         assert sum(sum(entry.is_code for entry in shard.entries) for shard in shards) == 3
         assert max(sum(entry.is_code for entry in shard.entries) for shard in shards) == 1
 
     def test_a_model_of_even_sizes_keeps_its_order_in_one_file(self) -> None:
-        entries = [TensorEntry(f"{i}.weight._data", torch.int8, (64, 64)) for i in range(4)]
+        entries = [TensorEntry(f"{i}.weight._data", torch.int8, (64, 64), is_code=True) for i in range(4)]
         (shard,) = plan_shards(entries, 10**9)
         assert shard.entries == tuple(entries)
 

@@ -1,0 +1,121 @@
+"""A new kind of layer is one file: this one. Its weight is stored as ``(in, out)``, as in transformers' Conv1D.
+
+Nothing outside this file is edited: the class stands in the registry, and goes through every verb.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import qat
+from qat.hosts import TARGETS, Host, Target
+from qat.layers import LAYERS, QuantizedLayer
+from qat.layers.functional import quantized_linear
+from qat.quantizers import Quantized
+
+
+class Transposed(nn.Module):
+    """``x W + b`` with ``W`` of shape ``(in, out)``."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(in_features, out_features) * 0.1)
+        self.bias = nn.Parameter(torch.zeros(out_features))
+
+    def forward(self, input: Tensor) -> Tensor:
+        return input @ self.weight + self.bias
+
+
+class QTransposed(QuantizedLayer, Transposed):
+    replaces: ClassVar[type[nn.Module]] = Transposed
+
+    @staticmethod
+    def effective_weight(module: Any) -> Tensor:
+        weight: Tensor = module.weight
+        return weight.t()
+
+    def compute(self, x: Tensor, weight: Quantized | None) -> Tensor:
+        if weight is None:
+            return x @ self.weight + self.bias
+        master = self.effective_weight(self)
+        return quantized_linear(x, master, self.bias, weight, self.weight_quantizer, self.active_input_quantizer())
+
+
+@pytest.fixture(autouse=True)
+def registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(LAYERS, Transposed, QTransposed)
+    # quanto's own loader of plain modules replaces an nn.Linear only, so the target of this test is qat.load's.
+    monkeypatch.setitem(TARGETS, "ours", Target("ours", TARGETS["quanto"].format, Host("module", stock_loader=False)))
+
+
+def floats() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(Transposed(256, 64), nn.ReLU(), nn.Linear(64, 32), nn.ReLU(), Transposed(32, 16))
+
+
+@pytest.mark.parametrize("weights", ["int8", "float8", "int4", "int2"])
+@pytest.mark.parametrize("algorithm", [qat.StraightThrough(), qat.LearnedAffine()], ids=["dynamic", "learned"])
+def test_every_verb(tmp_path: Path, weights: Any, algorithm: Any) -> None:
+    architecture, model = floats(), floats()
+    spec = qat.QuantSpec(weights=weights, dtype="float32")
+    report = qat.inspect(model, spec, target="ours")
+    assert [(row.name, row.kind, row.shape) for row in report.layers] == [
+        ("0", "Transposed", (64, 256)),
+        ("2", "Linear", (32, 64)),
+        ("4", "Transposed", (16, 32)),
+    ]
+    qat.prepare(model, spec, algorithm=algorithm, target="ours")
+    assert qat.prepare(floats(), spec, target="ours").layers == ("0", "2", "4")
+    x, start = torch.randn(8, 256), copy.deepcopy(model[0].weight)
+    optimizer = torch.optim.AdamW(qat.parameter_groups(model, lr=1e-2, scale_lr=1e-3))
+    for _ in range(2):
+        model(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert not torch.equal(model[0].weight, start)
+    layer: Any = model[0]
+    trained = layer.weight_quantizer.quantize(layer.weight.t(), torch.float32).value
+    assert model[0].weight.shape == (256, 64)
+    assert trained.shape == (64, 256)
+    expected = model(x)
+
+    qat.freeze(model)
+    assert torch.equal(model[0].weight.dequantize(), trained)  # type: ignore[operator]
+    served = model(x)
+    assert (served - expected).abs().max() < 1e-5 * expected.abs().max() + 1e-6
+
+    qat.export(model, tmp_path / "out", example_inputs=x)
+    assert qat.verify(tmp_path / "out", reference=model, model=architecture).ok
+    loaded = qat.load(tmp_path / "out", model=architecture)
+    assert torch.equal(loaded(x), served)
+
+
+def test_the_gradient_is_that_of_a_linear_layer_with_the_same_matrix() -> None:
+    torch.manual_seed(0)
+    one, other = nn.Sequential(Transposed(64, 32)), nn.Sequential(nn.Linear(64, 32))
+    other[0].weight.data, other[0].bias.data = one[0].weight.data.t().clone(), one[0].bias.data.clone()
+    x = torch.randn(4, 64)
+    for model in (one, other):
+        qat.prepare(model, qat.QuantSpec(weights="int4", dtype="float32"), algorithm=qat.LearnedAffine(), target="ours")
+        model(x).square().sum().backward()
+    assert torch.equal(one[0].weight.grad.t(), other[0].weight.grad)
+    for name in ("low_move", "high_move"):
+        assert torch.equal(getattr(one[0].weight_quantizer, name).grad, getattr(other[0].weight_quantizer, name).grad)
+
+
+def test_a_float_checkpoint_starts_the_quantizers_afresh() -> None:
+    model, checkpoint = floats(), floats().state_dict()
+    checkpoint["0.weight"] *= 3
+    qat.prepare(model, qat.QuantSpec(weights="int4", dtype="float32"), algorithm=qat.LearnedAffine(), target="ours")
+    model.load_state_dict(checkpoint)
+    fresh = floats()
+    fresh[0].weight.data *= 3
+    qat.prepare(fresh, qat.QuantSpec(weights="int4", dtype="float32"), algorithm=qat.LearnedAffine(), target="ours")
+    x = torch.randn(4, 256)
+    assert torch.equal(model(x), fresh(x))
