@@ -92,8 +92,8 @@ class QuantizedLayer(nn.Module):
             return f"{type(module).__name__} is not exactly nn.{name}: its own forward would be lost"
         if "forward" in vars(module):
             return (
-                f"its object has a forward of its own (as accelerate's hooks and adapters' patches set it), which would "
-                f"run instead of the quantized one: remove the hook or merge the adapter first"
+                "its object has a forward of its own (as accelerate's hooks and adapters' patches set it), which would "
+                "run instead of the quantized one: remove the hook or merge the adapter first"
             )
         if "weight" not in module._parameters:
             return (

@@ -7,8 +7,6 @@ producer's output went through nothing but a relu or a view), the stock layer ig
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 

@@ -117,8 +117,8 @@ class LearnedRange(WeightQuantizer):
             ends = moved_range(low, high, self.low_move, self.high_move)
             return self.by_scale(weight, *self.qtype.scale_shift(*ends), out_dtype)
         options = (self.qtype, self.dtype, weight.shape[1])
-        served = _ServedRange.apply(low, high, self.low_move, self.high_move, *options)  # type: ignore[no-untyped-call]
-        return self.by_served(weight, *served, out_dtype)
+        scale, shift = _ServedRange.apply(low, high, self.low_move, self.high_move, *options)  # type: ignore[no-untyped-call]
+        return self.by_served(weight, scale, shift, out_dtype)
 
 
 class LearnedAffine(Algorithm):
@@ -128,7 +128,7 @@ class LearnedAffine(Algorithm):
 
     >>> import qat
     >>> model = nn.Sequential(nn.Linear(256, 64))
-    >>> _ = qat.prepare(model, qat.QuantSpec(weights="int2"), LearnedAffine())
+    >>> _ = qat.prepare(model, qat.QuantSpec(weights="int2"), algorithm=LearnedAffine())
     >>> [group["name"] for group in qat.parameter_groups(model, lr=2e-4)]
     ['weights', 'vectors', 'scales']
     """
