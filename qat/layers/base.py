@@ -152,15 +152,10 @@ class QuantizedLayer(nn.Module):
         return y
 
     def active_input_quantizer(self) -> ActivationQuantizer | None:
-        """The quantizer that the input goes through now; None where the input comes quantized from its producer.
-
-        Raises:
-            CalibrationError: it has no scale yet.
-        """
+        """The quantizer that the input goes through now; None where the input comes quantized from its producer."""
         quantizer = self.input_quantizer
         if quantizer is None or not self.mode.activations or quantizer.arrives_quantized:
             return None
-        quantizer.require_scale()
         return quantizer
 
     def fresh_state(self, prefix: str, weight: Tensor, algorithm: Algorithm) -> dict[str, Tensor]:
