@@ -13,7 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from qat.quantizers import Algorithm, WeightQuantizer
+from qat.numerics import QType
+from qat.quantizers import Algorithm, Quantized, WeightQuantizer
 
 WEIGHT_TYPES = ("int8", "float8", "int4", "int2")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -84,18 +85,18 @@ def one_sided_weight() -> Tensor:
 class LearnedStepQuantizer(WeightQuantizer):
     """The logarithm of the scale is a parameter, and so is the shift of an affine type."""
 
-    def __init__(self, weight: Tensor, qtype: str, dtype: torch.dtype, start: float) -> None:
+    def __init__(self, weight: Tensor, qtype: QType, dtype: torch.dtype, start: float) -> None:
         super().__init__(qtype, dtype, masked=True)
-        affine = qtype in ("int4", "int2")
+        affine = qtype.name in ("int4", "int2")
         size = next((n for n in (128, 96, 64, 32) if weight.shape[1] % n == 0), None) if weight.shape[1] > 128 else None
         rows = weight.detach().float().reshape(-1, size) if affine and size else weight.detach().float()
         low, high = rows.amin(1, keepdim=True) * start, rows.amax(1, keepdim=True) * start
-        scale = (high - low) / _CODES[qtype][1] if affine else torch.maximum(-low, high) / _CODES[qtype][1]
+        scale = (high - low) / _CODES[qtype.name][1] if affine else torch.maximum(-low, high) / _CODES[qtype.name][1]
         self.log_scale = nn.Parameter(scale.clamp(min=1e-5).log())
         self.shift = nn.Parameter(-low) if affine else None
 
-    def scale_shift(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
-        return self.log_scale.exp(), self.shift
+    def quantize(self, weight: Tensor, out_dtype: torch.dtype) -> Quantized:
+        return self.by_scale(weight, self.log_scale.exp(), self.shift, out_dtype)
 
 
 class LearnedStep(Algorithm):
@@ -105,7 +106,7 @@ class LearnedStep(Algorithm):
     start: float = 0.8
     """Part of the weight's range that the first scale covers; below 1, so that weights saturate."""
 
-    def make(self, weight: Tensor, qtype: str, dtype: torch.dtype) -> LearnedStepQuantizer:
+    def make(self, weight: Tensor, qtype: QType, dtype: torch.dtype) -> LearnedStepQuantizer:
         return LearnedStepQuantizer(weight, qtype, dtype, self.start)
 
 
@@ -173,7 +174,7 @@ def kept_by(forward: Callable[[], Tensor]) -> tuple[Kept, Tensor]:
 
 
 def of_diffusers(model: nn.Module) -> nn.Module:
-    """The same model, told to be one of diffusers: the library goes by the module of a class."""
+    """The same model, told to be one of diffusers: the library goes by the module of a class, and by ``from_config``."""
     kind = type(model)
-    model.__class__ = type(kind.__name__, (kind,), {"__module__": "diffusers.models.made_up"})
+    model.__class__ = type(kind.__name__, (kind,), {"__module__": "diffusers.models.made_up", "from_config": None})
     return model

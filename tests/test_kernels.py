@@ -6,39 +6,49 @@ import pytest
 import torch
 from optimum.quanto import qtypes
 from optimum.quanto.tensor import quantize_activation
+from torch import Tensor
 
-from qat import kernels, numerics
-from qat.qtypes import QTYPES
-from tests.helpers import DTYPES, WEIGHT_TYPES, awkward_weight, same_bits
+from qat import kernels
+from qat.formats import QUANTO
+from qat.formats.quanto_types import QUANTO_NAMES
+from qat.numerics import QType
+from tests.helpers import DTYPES, awkward_weight, same_bits
+
+QTYPES = QUANTO.qtypes
 
 # Blocks of the CPU form hold 2^17 elements: several blocks, a part of one at the end, one row longer than a block.
 BLOCK = 2**17
 SHAPES = [(1, 8), (3, 5), (7, 200), (64, 320), (1030, 256), (700, 192), (3, BLOCK // 2 + 32), (2, BLOCK + 64)]
 
 
+def own_range(weight: Tensor, qtype: QType, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """Serving scale and shift of a weight's own range."""
+    return kernels.quantize_own_range(weight, qtype, dtype, dtype)[1:]
+
+
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("qtype", WEIGHT_TYPES)
-def test_weights_are_those_of_the_specification(qtype: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("qtype", QTYPES.values(), ids=QTYPES)
+def test_weights_are_those_of_the_specification(qtype: QType, dtype: torch.dtype) -> None:
     for seed, shape in enumerate(SHAPES):
         weight = awkward_weight(*shape, seed)
-        scale, shift = kernels.serving_range(weight, qtype, dtype)
+        scale, shift = own_range(weight, qtype, dtype)
         scale = scale * (1.0 if seed % 2 else 0.5)
         for out_dtype in {dtype, torch.float32}:
             ours = kernels.fake_quantize_weight(weight, scale, shift, qtype, dtype, out_dtype)
-            assert same_bits(ours, numerics.fake_quantize(weight, scale, shift, qtype, dtype, out_dtype)), shape
+            assert same_bits(ours, qtype.fake_quantize(weight, scale, shift, dtype, out_dtype)), shape
 
 
 @pytest.mark.parametrize("master", [torch.bfloat16, torch.float16, torch.float64], ids=str)
-@pytest.mark.parametrize("qtype", WEIGHT_TYPES)
-def test_a_narrow_wide_or_strided_master_gives_the_same_bits(qtype: str, master: torch.dtype) -> None:
+@pytest.mark.parametrize("qtype", QTYPES.values(), ids=QTYPES)
+def test_a_narrow_wide_or_strided_master_gives_the_same_bits(qtype: QType, master: torch.dtype) -> None:
     weight = awkward_weight(130, 256).to(master)
     if master is torch.float64:  # values that float32 does not hold
         weight = weight * (1 + 2.0**-27 * torch.randn(130, 256, dtype=master))
     strided = weight.t().contiguous().t()
     assert not strided.is_contiguous()
     for dtype in DTYPES.values():
-        scale, shift = kernels.serving_range(weight, qtype, dtype)
-        expected = numerics.fake_quantize(weight, scale, shift, qtype, dtype, master)
+        scale, shift = own_range(weight, qtype, dtype)
+        expected = qtype.fake_quantize(weight, scale, shift, dtype, master)
         for tensor in (weight, strided):
             assert same_bits(kernels.fake_quantize_weight(tensor, scale, shift, qtype, dtype, master), expected)
 
@@ -52,44 +62,38 @@ def test_every_float8_number_and_every_midpoint_rounds_as_torch_does() -> None:
         0
     )
     ones = torch.ones(1, 1)
-    ours = kernels.fake_quantize_weight(values, ones, None, "float8", torch.float32, torch.float32)
+    ours = kernels.fake_quantize_weight(values, ones, None, QTYPES["float8"], torch.float32, torch.float32)
     assert same_bits(ours, values.clamp(-448, 448).to(torch.float8_e4m3fn).float())
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("qtype", WEIGHT_TYPES)
-def test_ranges_are_those_of_the_specification(qtype: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("qtype", QTYPES.values(), ids=QTYPES)
+def test_ranges_are_those_of_the_specification(qtype: QType, dtype: torch.dtype) -> None:
     for shape in ((1, 8), (5, 256), (6, 320)):
         weight = awkward_weight(*shape)
-        scale, shift = kernels.serving_range(weight, qtype, dtype)
-        if shift is None:
-            expected = numerics.serving_scale(
-                numerics.range_scale_shift(*numerics.weight_range(weight, qtype), qtype)[0], qtype, dtype
-            )
-        else:
-            expected, wanted = numerics.range_scale_shift(*numerics.weight_range(weight, qtype), qtype)
-            expected = numerics.serving_scale(expected, qtype, dtype)
-            tinygemm = numerics.meets_tinygemm(qtype, dtype, shape[1])
-            assert same_bits(shift, numerics.serving_shift(wanted, expected, dtype, tinygemm=tinygemm))
+        scale, shift = own_range(weight, qtype, dtype)
+        expected, wanted = qtype.serve(*qtype.scale_shift(*qtype.weight_range(weight)), dtype, shape[1])
         assert same_bits(scale, expected)
+        assert (shift is not None) is (wanted is not None) is qtype.has_shift
+        assert shift is None or wanted is None or same_bits(shift, wanted)
         assert torch.equal(scale.to(dtype).float(), scale)
         both = kernels.quantize_own_range(weight, qtype, dtype, torch.float32)
         alone = kernels.fake_quantize_weight(weight, scale, shift, qtype, dtype, torch.float32), scale, shift
         assert all(ours is wanted or same_bits(ours, wanted) for ours, wanted in zip(both, alone, strict=True))
 
 
-@pytest.mark.parametrize("qtype", WEIGHT_TYPES)
-def test_gradients_of_scales_are_those_of_the_specification(qtype: str) -> None:
+@pytest.mark.parametrize("qtype", QTYPES.values(), ids=QTYPES)
+def test_gradients_of_scales_are_those_of_the_specification(qtype: QType) -> None:
     for seed, shape in enumerate(SHAPES):
         weight = awkward_weight(*shape, seed)
         grad = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-        scale, shift = kernels.serving_range(weight, qtype, torch.bfloat16)
+        scale, shift = own_range(weight, qtype, torch.bfloat16)
         scale = scale * (1.0 if seed % 2 else 0.5)
         found = kernels.scale_gradients(weight, scale, shift, qtype, grad)
-        wanted = numerics.scale_gradients(weight, scale, shift, qtype, grad)
-        assert torch.equal(found[2], grad * wanted[2]), shape
+        wanted = qtype.scale_gradients(weight, scale, shift, grad)
+        assert torch.equal(found[2], wanted[2]), shape
         # Each is a sum in some order of a group's terms: float32's unit, times the terms' size, times their number.
-        terms = 1e-7 * shape[1] * max(abs(QTYPES[qtype].code_min), QTYPES[qtype].code_max)
+        terms = 1e-7 * shape[1] * max(abs(qtype.code_min), qtype.code_max)
         torch.testing.assert_close(found[0], wanted[0], rtol=1e-5, atol=terms)
         torch.testing.assert_close(found[1], wanted[1], rtol=1e-5, atol=terms)
 
@@ -97,47 +101,43 @@ def test_gradients_of_scales_are_those_of_the_specification(qtype: str) -> None:
 @pytest.mark.parametrize("master", [torch.bfloat16, torch.float64], ids=str)
 def test_gradients_of_scales_of_a_narrow_or_wide_master(master: torch.dtype) -> None:
     weight, grad = awkward_weight(130, 256).to(master), torch.randn(130, 256).to(master)
-    scale, shift = kernels.serving_range(weight, "int4", torch.bfloat16)
-    found = kernels.scale_gradients(weight, scale, shift, "int4", grad)
-    wanted = numerics.scale_gradients(weight, scale, shift, "int4", grad)
+    int4 = QTYPES["int4"]
+    scale, shift = own_range(weight, int4, torch.bfloat16)
+    found = kernels.scale_gradients(weight, scale, shift, int4, grad)
+    wanted = int4.scale_gradients(weight, scale, shift, grad)
     torch.testing.assert_close(found[:2], wanted[:2], rtol=1e-5, atol=1e-4)
     assert found[2].dtype is master
-    assert torch.equal(found[2], grad * wanted[2])
+    assert torch.equal(found[2], wanted[2])
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("qtype", ["int8", "float8"])
-def test_activations_are_quantized_as_quanto_does(qtype: str, dtype: torch.dtype) -> None:
-    kind = qtypes[QTYPES[qtype].quanto_name]
+@pytest.mark.parametrize("qtype", [QTYPES[name] for name in ["int8", "float8"]], ids=lambda qtype: qtype.name)
+def test_activations_are_quantized_as_quanto_does(qtype: QType, dtype: torch.dtype) -> None:
+    quanto_type = qtypes[QUANTO_NAMES[qtype.name]]
     for seed in range(50):
         x = (torch.randn(3, 7, 33) * 10.0 ** (seed % 5 - 2)).to(dtype)
         # Every other scale is too small for the largest magnitudes, so that codes saturate.
-        scale = (x.abs().amax() / QTYPES[qtype].scale_max * (1.0 if seed % 2 else 0.6)).float().to(dtype)
-        theirs = quantize_activation(x, qtype=kind, scale=scale).dequantize()
+        scale = (x.abs().amax() / qtype.steps * (1.0 if seed % 2 else 0.6)).float().to(dtype)
+        theirs = quantize_activation(x, qtype=quanto_type, scale=scale).dequantize()
         ours = kernels.fake_quantize_activation(x, scale.float(), qtype, dtype)
         assert torch.equal(ours, theirs), seed
 
 
 def test_activations_keep_the_dtype_in_which_they_came() -> None:
     x = torch.randn(4, 8)
-    ours = kernels.fake_quantize_activation(x, torch.tensor(0.03125), "int8", torch.bfloat16)
+    ours = kernels.fake_quantize_activation(x, torch.tensor(0.03125), QTYPES["int8"], torch.bfloat16)
     assert ours.dtype is torch.float32
     assert torch.equal(
-        ours, kernels.fake_quantize_activation(x.bfloat16(), torch.tensor(0.03125), "int8", torch.bfloat16).float()
+        ours,
+        kernels.fake_quantize_activation(x.bfloat16(), torch.tensor(0.03125), QTYPES["int8"], torch.bfloat16).float(),
     )
 
 
-def test_inside_range_marks_what_does_not_saturate() -> None:
-    x = torch.tensor([-300.0, -128.0, 0.0, 127.0, 127.5, 300.0])
-    assert kernels.inside_range(x, torch.tensor(1.0), "int8").tolist() == [False, True, True, True, False, False]
-    assert kernels.inside_range(x, torch.tensor(1.0), "float8").all()
-
-
-@pytest.mark.parametrize("qtype", WEIGHT_TYPES)
-def test_operators_leave_their_inputs_alone_and_record_nothing(qtype: str) -> None:
+@pytest.mark.parametrize("qtype", QTYPES.values(), ids=QTYPES)
+def test_operators_leave_their_inputs_alone_and_record_nothing(qtype: QType) -> None:
     weight = awkward_weight(5, 256).requires_grad_()
     before = weight.detach().clone()
-    scale, shift = kernels.serving_range(weight.detach(), qtype, torch.bfloat16)
+    scale, shift = own_range(weight.detach(), qtype, torch.bfloat16)
     copies = scale.clone(), None if shift is None else shift.clone()
     with torch.no_grad():
         value = kernels.fake_quantize_weight(weight, scale, shift, qtype, torch.bfloat16, torch.float32)
@@ -151,17 +151,15 @@ def operator_arguments() -> dict[str, tuple[object, ...]]:
     weight, scale = awkward_weight(6, 256), torch.full((6, 1), 0.01)
     groups = torch.full((12, 1), 0.01)
     return {
-        "fake_quantize_weight": (weight, scale, None, "int8", torch.bfloat16, torch.float32, None),
-        "fake_quantize_weight affine": (weight, groups, groups, "int4", torch.bfloat16, torch.bfloat16, weight),
-        "serving_range": (weight, "float8", torch.float16),
-        "serving_range affine": (weight, "int4", torch.bfloat16),
-        "quantize_own_range": (weight, "float8", torch.float16, torch.float32),
-        "quantize_own_range affine": (weight, "int4", torch.bfloat16, torch.bfloat16),
-        "moved_scale_shift": (None, scale, None, scale, "int8", torch.bfloat16, 256),
-        "moved_scale_shift affine": (-groups, groups, groups, groups, "int4", torch.bfloat16, 256),
-        "scale_gradients": (weight, scale, None, "int8", weight),
-        "scale_gradients affine": (weight, groups, groups, "int4", weight),
-        "fake_quantize_activation": (weight, torch.tensor(0.01), "int8", torch.bfloat16),
+        "fake_quantize_weight": (weight, scale, None, "quanto.int8", torch.bfloat16, torch.float32, None),
+        "fake_quantize_weight affine": (weight, groups, groups, "quanto.int4", torch.bfloat16, torch.bfloat16, weight),
+        "quantize_own_range": (weight, "quanto.float8", torch.float16, torch.float32),
+        "quantize_own_range affine": (weight, "quanto.int4", torch.bfloat16, torch.bfloat16),
+        "moved_scale_shift": (None, scale, None, scale, "quanto.int8", torch.bfloat16, 256),
+        "moved_scale_shift affine": (-groups, groups, groups, groups, "quanto.int4", torch.bfloat16, 256),
+        "scale_gradients": (weight, scale, None, "quanto.int8", weight),
+        "scale_gradients affine": (weight, groups, groups, "quanto.int4", weight),
+        "fake_quantize_activation": (weight, torch.tensor(0.01), "quanto.int8", torch.bfloat16),
         "round_to": (weight, torch.bfloat16),
     }
 
@@ -174,7 +172,7 @@ def test_operators_are_what_a_compiler_is_told(case: str) -> None:
 
 def test_the_tensor_that_must_exist_first_is_not_read() -> None:
     weight, scale = awkward_weight(4, 64), torch.full((4, 1), 0.01)
-    arguments = (weight, scale, None, "int8", torch.float32, torch.float32)
+    arguments = (weight, scale, None, QTYPES["int8"], torch.float32, torch.float32)
     after = torch.full((3,), float("nan"))
     assert same_bits(kernels.fake_quantize_weight(*arguments), kernels.fake_quantize_weight(*arguments, after=after))
 
@@ -187,5 +185,6 @@ def test_triton_rounds_to_float8_from_compute_capability_8_9_on(
 
     monkeypatch.setattr(kernel, "triton", object())
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    assert kernel.available("float8") is (capability >= (8, 9))
-    assert kernel.available("int4")
+    weight = torch.ones(2, 2)
+    assert kernel.supports(weight, "quanto.float8", torch.float32, torch.float32) is (capability >= (8, 9))
+    assert kernel.supports(weight, weight, None, "quanto.int4", torch.float32, torch.float32, None)

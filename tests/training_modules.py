@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from qat import Algorithm, QuantizationAwareTraining, QuantizationSchedule, QuantSpec, WeightQuantizer, parameter_groups
 from qat.layers import QLinear, quantized_layers
-from qat.numerics import range_scale_shift, weight_range
+from qat.numerics import QType
+from qat.quantizers import Quantized
 
 INT8 = QuantSpec(weights="int8", dtype="float32")
 INT4 = QuantSpec(weights="int4", dtype="float32")
@@ -44,12 +45,12 @@ class Tiny(nn.Module):
 class LearnedStepQuantizer(WeightQuantizer):
     """One learned scale a row."""
 
-    def __init__(self, weight: Tensor, qtype: str, dtype: torch.dtype) -> None:
+    def __init__(self, weight: Tensor, qtype: QType, dtype: torch.dtype) -> None:
         super().__init__(qtype, dtype, masked=True)
-        self.scale = nn.Parameter(range_scale_shift(*weight_range(weight, qtype), qtype)[0])
+        self.scale = nn.Parameter(qtype.scale_shift(*qtype.weight_range(weight))[0])
 
-    def scale_shift(self, weight: Tensor) -> tuple[Tensor, None]:
-        return self.scale, None
+    def quantize(self, weight: Tensor, out_dtype: torch.dtype) -> Quantized:
+        return self.by_scale(weight, self.scale, None, out_dtype)
 
 
 class LearnedStep(Algorithm):
@@ -57,7 +58,7 @@ class LearnedStep(Algorithm):
 
     kind: Literal["learned_step"] = "learned_step"
 
-    def make(self, weight: Tensor, qtype: str, dtype: torch.dtype) -> LearnedStepQuantizer:
+    def make(self, weight: Tensor, qtype: QType, dtype: torch.dtype) -> LearnedStepQuantizer:
         return LearnedStepQuantizer(weight, qtype, dtype)
 
 

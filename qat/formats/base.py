@@ -216,6 +216,7 @@ class Format(ABC):
 
     def write_map(self, record: FrozenRecord, directory: Path) -> None:
         """Write the file `map_name`, if the format has one."""
+        return
 
     def map_faults(self, record: FrozenRecord, directory: Path) -> list[str]:
         """Where the file `map_name` differs from what was frozen."""
@@ -269,6 +270,7 @@ class Format(ABC):
 
     def settle(self, module: nn.Module, *, plain_on_cpu: bool) -> None:
         """Bring the weight of a frozen layer back to how `build` leaves it, after moves between devices."""
+        return
 
     def fill(self, model: nn.Module, directory: Path, files: Iterable[str]) -> tuple[nn.Module, str] | None:
         """Fill a float model by the format's own loader of plain modules; None where it has none but `qat.load`.

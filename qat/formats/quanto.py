@@ -1,9 +1,7 @@
 """optimum-quanto's format: all that is known of it and of its kernels (https://github.com/huggingface/optimum-quanto).
 
 Types
-    int8 and float8 (e4m3fn) are symmetric with one scale a row. int4 and int2 are affine with a float shift. If a row is
-    longer than 128, it is cut into groups of the first of 128, 96, 64 and 32 that divides it. The size is not stored:
-    every loader computes it again (``QModuleMixin.__init__``), so no other choice can be loaded.
+    See `qat.formats.quanto_types`.
 
 Keys below a layer's name
     ``weight._data`` and ``weight._scale`` (8 bits); ``weight._data._data``, ``weight._scale`` and ``weight._shift``
@@ -20,7 +18,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -28,7 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from qat.formats.base import Format, FrozenLayer, LayerTypes, Slot
-from qat.numerics import Affine, FrozenWeight, QType, Symmetric
+from qat.formats.quanto_types import QTYPES, QTYPES_OF_QUANTO, QUANTO_NAMES
+from qat.numerics import FrozenWeight, QType
 from qat.tensors import inner_tensors
 
 if TYPE_CHECKING:
@@ -40,38 +38,6 @@ WEIGHT_KEYS = ("weight._data._data", "weight._data", "weight._scale", "weight._s
 """The names below a layer's name from which its weight is rebuilt."""
 
 _ALIGNMENT = 64  # bytes; fresh memory has it
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Grouped(Affine):
-    """int4 and int2."""
-
-    def group_size(self, in_features: int) -> int | None:
-        """See the module's docstring."""
-        if in_features <= 128:
-            return None
-        return next((size for size in (128, 96, 64, 32) if in_features % size == 0), None)
-
-    def anchor(self, dtype: torch.dtype, in_features: int) -> int:
-        """TinyGemm (int4, bfloat16, groups of 128) stores ``8 * scale - shift`` in bfloat16, and converts back."""
-        tinygemm = self.bits == 4 and dtype is torch.bfloat16 and self.group_size(in_features) == 128
-        return 8 if tinygemm else 0
-
-
-def _types() -> dict[str, QType]:
-    float8, uint8 = torch.float8_e4m3fn, torch.uint8
-    types = (
-        Symmetric(format="quanto", name="int8", bits=8, code_min=-128, code_max=127, steps=127, storage=torch.int8),
-        Symmetric(format="quanto", name="float8", bits=8, code_min=-448, code_max=448, steps=448, storage=float8),
-        _Grouped(format="quanto", name="int4", bits=4, code_min=0, code_max=15, steps=15, storage=uint8),
-        _Grouped(format="quanto", name="int2", bits=2, code_min=0, code_max=3, steps=3, storage=uint8),
-    )
-    return {qtype.name: qtype for qtype in types}
-
-
-_TYPES = _types()
-_QUANTO_NAMES = {"int8": "qint8", "float8": "qfloat8_e4m3fn", "int4": "qint4", "int2": "qint2"}
-_NAMES = {quanto: name for name, quanto in _QUANTO_NAMES.items()}
 
 
 def _loses_bias_on_cuda(types: LayerTypes, shape: tuple[int, int]) -> bool:
@@ -89,7 +55,7 @@ def _loses_bias_on_cuda(types: LayerTypes, shape: tuple[int, int]) -> bool:
 
 def _keep_bias(weight: Any) -> Any:
     """Mark the float8 weight of a layer with a bias, so that no move gives it to the kernel that loses biases."""
-    if weight.qtype.name != _QUANTO_NAMES["float8"]:
+    if weight.qtype.name != QUANTO_NAMES["float8"]:
         return weight
     if hasattr(weight, "_workspace"):  # Marlin's; converted back, a weight is marked already
         return weight.weight_qbytes_tensor()
@@ -109,7 +75,7 @@ def _plain(weight: Any) -> Any:
 
 def _can_optimize(weight: Any) -> bool:
     """Whether ``optimize()`` can convert a weight: TinyGemm's packing raises on other row counts."""
-    if weight.qtype.name != _QUANTO_NAMES["int4"] or weight.dtype != torch.bfloat16 or weight._group_size != 128:
+    if weight.qtype.name != QUANTO_NAMES["int4"] or weight.dtype != torch.bfloat16 or weight._group_size != 128:
         return True
     rows: int = weight.shape[0]
     return rows % (16 if weight.device.type == "cpu" else 8) == 0
@@ -123,8 +89,8 @@ def _aligned(codes: Tensor) -> Tensor:
 
 class _Quanto(Format):
     name: ClassVar[str] = "quanto"
-    qtypes: ClassVar[Mapping[str, QType]] = _TYPES
-    activation_qtypes: ClassVar[Mapping[str, QType]] = {name: _TYPES[name] for name in ("int8", "float8")}
+    qtypes: ClassVar[Mapping[str, QType]] = QTYPES
+    activation_qtypes: ClassVar[Mapping[str, QType]] = {name: QTYPES[name] for name in ("int8", "float8")}
     map_name: ClassVar[str] = "quanto_qmap.json"
     library: ClassVar[str] = "optimum-quanto"
     tags: ClassVar[tuple[str, ...]] = ("quanto",)
@@ -194,7 +160,7 @@ class _Quanto(Format):
         return [("On a CUDA GPU", text)]
 
     def card_loading(self) -> list[str]:
-        """quanto's own loader."""
+        """The loader of quanto itself."""
         return [
             f"Without `qat`: `optimum.quanto.requantize` with `{self.map_name}` fills a float model built on the CPU."
         ]
@@ -261,14 +227,14 @@ class _Quanto(Format):
         """A quanto layer on the meta device, to be filled."""
         from optimum.quanto.nn import QLinear
 
-        activations = None if types.activations is None else _QUANTO_NAMES[types.activations.name]
+        activations = None if types.activations is None else QUANTO_NAMES[types.activations.name]
         layer: Any = QLinear(
             shape[1],
             shape[0],
             bias=bias,
             dtype=types.dtype,
             device=torch.device("meta"),
-            weights=_QUANTO_NAMES[types.weights.name],
+            weights=QUANTO_NAMES[types.weights.name],
             activations=activations,
             quantize_input=True,
         )
@@ -328,15 +294,15 @@ class _Quanto(Format):
 
     def values(self, module: nn.Module) -> Tensor:
         """By quanto's own arithmetic, not ours."""
-        return module.weight.dequantize()  # type: ignore[operator,union-attr,no-any-return]
+        return module.weight.dequantize()  # type: ignore[operator]
 
     def declared(self, module: nn.Module) -> LayerTypes:
         """As quanto's attributes say."""
         layer: Any = module
         active = layer.activation_qtype
         return LayerTypes(
-            self.qtypes[_NAMES[layer.weight_qtype.name]],
-            None if active is None else self.activation_qtypes[_NAMES[active.name]],
+            QTYPES_OF_QUANTO[layer.weight_qtype.name],
+            None if active is None else QTYPES_OF_QUANTO[active.name],
             layer.weight.dtype,
         )
 
@@ -385,7 +351,7 @@ class _Quanto(Format):
         from optimum.quanto import AbsmaxOptimizer, MaxOptimizer, qtypes, quantize_weight
 
         weight = layer.weight.dequantize().float()
-        qtype, size = qtypes[_QUANTO_NAMES[layer.types.weights.name]], layer.types.weights.group_size(weight.shape[1])
+        qtype, size = qtypes[QUANTO_NAMES[layer.types.weights.name]], layer.types.weights.group_size(weight.shape[1])
         with torch.no_grad():
             if qtype.bits == 8:
                 scale, shift = AbsmaxOptimizer()(weight, qtype=qtype, axis=0), None
@@ -409,8 +375,8 @@ def _held(weight: Any, plain_on_cpu: bool) -> Any:
 def _map(record: FrozenRecord) -> dict[str, dict[str, str]]:
     return {
         name: {
-            "weights": _QUANTO_NAMES[layer.weights],
-            "activations": "none" if layer.activations is None else _QUANTO_NAMES[layer.activations],
+            "weights": QUANTO_NAMES[layer.weights],
+            "activations": "none" if layer.activations is None else QUANTO_NAMES[layer.activations],
         }
         for name, layer in record.layers.items()
     }

@@ -92,8 +92,8 @@ class QuantizedLayer(nn.Module):
             return f"{type(module).__name__} is not exactly nn.{name}: its own forward would be lost"
         if "forward" in vars(module):
             return (
-                f"its object has a forward of its own (as accelerate's hooks and adapters' patches set it), which would "
-                f"run instead of the quantized one: remove the hook or merge the adapter first"
+                "its object has a forward of its own (as accelerate's hooks and adapters' patches set it), which would "
+                "run instead of the quantized one: remove the hook or merge the adapter first"
             )
         if "weight" not in module._parameters:
             return (
@@ -152,15 +152,10 @@ class QuantizedLayer(nn.Module):
         return y
 
     def active_input_quantizer(self) -> ActivationQuantizer | None:
-        """The quantizer that the input goes through now; None where the input comes quantized from its producer.
-
-        Raises:
-            CalibrationError: it has no scale yet.
-        """
+        """The quantizer that the input goes through now; None where the input comes quantized from its producer."""
         quantizer = self.input_quantizer
         if quantizer is None or not self.mode.activations or quantizer.arrives_quantized:
             return None
-        quantizer.require_scale()
         return quantizer
 
     def fresh_state(self, prefix: str, weight: Tensor, algorithm: Algorithm) -> dict[str, Tensor]:

@@ -143,7 +143,12 @@ def quantized_linear(
 
     Returns:
         ``(..., out)`` in the compute dtype.
+
+    Raises:
+        CalibrationError: the input is quantized, has elements, and there is no scale yet.
     """
+    if activation is not None:
+        activation.require_scale_for(x)
     value, scale, shift = quantized
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(value.dtype)

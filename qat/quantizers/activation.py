@@ -7,8 +7,6 @@ producer's output went through nothing but a relu or a view), the stock layer ig
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -52,9 +50,10 @@ class ActivationQuantizer(QuantizerModule):
 
     @torch.no_grad()
     def observe(self, x: Tensor) -> None:
-        """Record ``x`` and take the scale from all that was seen so far."""
-        self.observer.update(x)
-        self.refresh()
+        """Record ``x`` and take the scale from all that was seen so far; an empty tensor changes nothing."""
+        if x.numel():
+            self.observer.update(x)
+            self.refresh()
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -68,6 +67,11 @@ class ActivationQuantizer(QuantizerModule):
         self.observer.reset()
         self.scale.zero_()
         self.initialized = self.arrives_quantized = False
+
+    def require_scale_for(self, x: Tensor) -> None:
+        """Raise `CalibrationError` when ``x`` has elements and there is no scale for them yet."""
+        if x.numel():
+            self.require_scale()
 
     def require_scale(self) -> None:
         """Raise `CalibrationError` when there is no scale yet."""
@@ -104,8 +108,8 @@ def fake_quantize_output(x: Tensor, quantizer: ActivationQuantizer) -> Tensor:
     """Fake-quantize a layer's output; saturated elements get no gradient. Keeps one byte an element for backward.
 
     Raises:
-        CalibrationError: there is no scale yet.
+        CalibrationError: there is no scale yet, and ``x`` is not empty.
     """
-    quantizer.require_scale()
+    quantizer.require_scale_for(x)
     y: Tensor = _FakeQuantizedOutput.apply(x, quantizer.scale, quantizer.qtype, quantizer.dtype)[0]  # type: ignore[no-untyped-call]
     return y

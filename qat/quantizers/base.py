@@ -1,9 +1,9 @@
 """What a quantizer is, and what an algorithm is.
 
 A *quantizer* is a submodule beside a layer's weight (or at its input or output) that knows how to scale it. It owns
-whatever is learned, as float32 parameters; the layer adds the straight-through gradient and the recomputation. So a new
-algorithm writes one method, `WeightQuantizer.quantize`, as ordinary differentiable code on small tensors, and gets exact
-fake quantization, ``torch.compile``, freezing and export with it.
+whatever is learned, as float32 parameters; the layer adds the straight-through gradient and the recomputation. So a
+new algorithm writes one method, `WeightQuantizer.quantize`, as ordinary differentiable code on small tensors. Exact
+fake quantization, ``torch.compile``, freezing and export come with it.
 
 An *algorithm* is the frozen configuration that makes quantizers.
 """

@@ -128,7 +128,7 @@ class LearnedAffine(Algorithm):
 
     >>> import qat
     >>> model = nn.Sequential(nn.Linear(256, 64))
-    >>> _ = qat.prepare(model, qat.QuantSpec(weights="int2"), LearnedAffine())
+    >>> _ = qat.prepare(model, qat.QuantSpec(weights="int2"), algorithm=LearnedAffine())
     >>> [group["name"] for group in qat.parameter_groups(model, lr=2e-4)]
     ['weights', 'vectors', 'scales']
     """
