@@ -1,6 +1,6 @@
 """`export`: write a frozen model so that the target's loader rebuilds exactly the same numbers.
 
-A short story over format, host and files: the format says under which keys a layer is stored (`state`), the host writes
+A short story over format, host and files: the format says under which keys a layer is stored, the host writes
 ``config.json``, and the files are planned, written, hashed and declared in a manifest. `card` writes what people read.
 """
 
@@ -17,7 +17,6 @@ from torch import nn
 
 from qat.errors import ExportError, TargetError
 from qat.exporting.card import write_card
-from qat.exporting.state import ModelState, write_weights
 from qat.files.directory import atomic_directory, check_destination
 from qat.files.evidence import FrozenRecord, frozen_record
 from qat.files.examples import flatten_inputs
@@ -31,6 +30,8 @@ from qat.files.manifest import (
     file_record,
 )
 from qat.files.shards import TensorEntry, parse_size, plan_shards, write_shard
+from qat.files.weights import write_weights
+from qat.formats.state import ModelState
 from qat.hosts import MODULE, Target, get_target, host_of
 from qat.hosts.construction import constructed_tensors, differs, unstored_tensors
 from qat.hosts.float_grid import check_float_grid
@@ -183,7 +184,7 @@ def _write_packed(model: nn.Module, record: FrozenRecord, target: Target, direct
         notes = ("no config.json: load with qat.load(directory, model=<the float model>) or quanto's requantize",)
     if host.writes_map(record):
         target.format.write_map(record, directory)
-    files, tensors = write_weights(state, directory, limit, library.weights_stem)
+    files, tensors = write_weights(state.entries, state.fetch, directory, limit, library.weights_stem)
     return _Content(files, tensors, state.tied, library.weights_stem, notes)
 
 
@@ -198,7 +199,7 @@ def _write_float_grid(model: nn.Module, record: FrozenRecord, target: Target, di
     library.write_config(model, directory, torch.float32, None)
     # diffusers' `from_single_file`, and other programs, read one file only.
     limit = _ONE_FILE if host.leaf_names_only else limit
-    files, tensors = write_weights(state, directory, limit, library.weights_stem)
+    files, tensors = write_weights(state.entries, state.fetch, directory, limit, library.weights_stem)
     shown = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
     given = f"directory, {host.float_dtype}quantization_config=QuantoConfig({shown})"
     note = f"on-grid float32 weights: load with from_pretrained({given})"

@@ -7,7 +7,6 @@ is called. A plain module (`Host` itself, as `qat.hosts.MODULE`) has no configur
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,13 +18,14 @@ from torch import nn
 from qat.errors import ExportError, LoadError
 from qat.files.evidence import FrozenRecord
 from qat.files.manifest import Manifest
+from qat.files.weights import write_json
 from qat.numerics import QType
 from qat.spec import QuantSpec
 
 if TYPE_CHECKING:
     from qat.formats import Format
 
-__all__ = ["CardLines", "Host", "Reloaded", "last_parts", "matches_path_part", "python_block", "write_json"]
+__all__ = ["CardLines", "Host", "Reloaded", "last_parts", "matches_path_part", "python_block"]
 
 
 class Reloaded(NamedTuple):
@@ -227,8 +227,3 @@ def matches_path_part(name: str, keys: set[str]) -> bool:
 def python_block(lines: list[str]) -> str:
     """Lines of Python as Markdown."""
     return "\n".join(["```python", *lines, "```"])
-
-
-def write_json(path: Path, fields: Mapping[str, Any]) -> None:
-    """Write a small JSON file."""
-    path.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")

@@ -7,11 +7,11 @@ from dataclasses import fields
 
 from torch import nn
 
-from qat.exporting.state import ModelState
 from qat.files.evidence import FrozenRecord
 from qat.files.manifest import Manifest
 from qat.files.shards import DTYPE_NAMES
 from qat.formats import Format
+from qat.formats.state import ModelState
 from qat.tensors import difference, digest, inner_tensors
 
 __all__ = ["layer_faults", "meta_faults", "reference_faults", "tensor_faults"]
