@@ -9,6 +9,9 @@ with its quartiles: what slows the machine for seconds meets an arm and its refe
     python -m scripts.benchmark_speed --shape cpu
     python -m scripts.benchmark_speed --shape 8b --dtype bfloat16 --compile --output docs/results/speed_8b.json
 
+The arm ``learned`` is qat with ranges that are learned. Run by path, with ``PYTHONPATH`` naming another checkout, the
+script measures that one: so two states of the library are compared in turns.
+
 torchao is not installed by default (it makes importing optimum-quanto noisy): ``pip install -e .[benchmark]``.
 """
 
@@ -68,6 +71,11 @@ def arm_qat(model: nn.Module, qtype: str, serving: str) -> None:
     qat.prepare(model, qat.QuantSpec.model_validate({"weights": qtype, "dtype": serving}))
 
 
+def arm_learned(model: nn.Module, qtype: str, serving: str) -> None:
+    spec = qat.QuantSpec.model_validate({"weights": qtype, "dtype": serving})
+    qat.prepare(model, spec, algorithm=qat.LearnedAffine(start="minmax"))
+
+
 def arm_quanto(model: nn.Module, qtype: str, serving: str) -> None:
     from optimum.quanto import qtypes, quantize
 
@@ -93,6 +101,7 @@ def arm_torchao(model: nn.Module, qtype: str, serving: str) -> None:
 ARMS: dict[str, Callable[[nn.Module, str, str], None]] = {
     "float": arm_float,
     "qat": arm_qat,
+    "learned": arm_learned,
     "quanto": arm_quanto,
     "torchao": arm_torchao,
 }
