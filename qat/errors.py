@@ -8,7 +8,6 @@ from __future__ import annotations
 
 __all__ = [
     "CalibrationError",
-    "DataError",
     "ExportError",
     "LoadError",
     "QatError",
@@ -38,10 +37,6 @@ class StateError(QatError, RuntimeError):
 
 class CalibrationError(QatError, RuntimeError):
     """Calibration saw no batches, or never reached a layer."""
-
-
-class DataError(QatError, ValueError):
-    """The data is missing, empty, unreadable, or shorter than one block."""
 
 
 class TrainingError(QatError, RuntimeError):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from qat.data.images import ImageData
+from recipes.data.images import ImageData
 
 __all__ = ["DiffusionConfig", "sequence", "source_of"]
 
@@ -20,6 +20,10 @@ class DiffusionConfig(Protocol):
     @property
     def model(self) -> str | None:
         """The pipeline's directory or hub name; none: the reference pipeline."""
+
+    @property
+    def trust_remote_code(self) -> bool:
+        """Whether code that comes with the pipeline may run."""
 
     @property
     def data(self) -> ImageData:

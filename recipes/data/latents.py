@@ -22,10 +22,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from qat.data.conditioning import Conditioner
-from qat.data.images import ImageData, Images
-from qat.data.templates import Rows, Template
-from qat.errors import DataError
+from recipes.data import DataError
+from recipes.data.conditioning import Conditioner
+from recipes.data.images import ImageData, Images
+from recipes.data.templates import Rows, Template
 
 if TYPE_CHECKING:
     import datasets

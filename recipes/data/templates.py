@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from qat.errors import DataError
+from recipes.data import DataError
 
 __all__ = ["Rows", "Template", "merged_arguments"]
 
