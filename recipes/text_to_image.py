@@ -18,28 +18,21 @@ from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
 
 import qat
 from qat.config import load_config
 from qat.quantizers import AnyAlgorithm
 from qat.report import run_command
 from recipes import command
-from recipes.common.settings import OptimizationSettings, RecipeConfig
-from recipes.data.images import ImageData
+from recipes.common.diffusion_config import DiffusionConfig, source_of
+from recipes.common.settings import OptimizationSettings
 
 TUNED = "float, fine-tuned"
 
 
-class Config(RecipeConfig):
+class Config(DiffusionConfig):
     """A diffusion transformer, from float to a verified quantized checkpoint that stock diffusers loads."""
 
-    data: ImageData = ImageData()
-    """The images and captions to train and to evaluate on."""
-    max_sequence_length: int | None = Field(default=None, ge=1)
-    """Tokens a caption; none: 16 with the reference pipeline, otherwise the pipeline's own default."""
-    caption_dropout: float | None = Field(default=None, ge=0, le=1)
-    """Share of training images that lose their caption; none: a tenth where the pipeline guides without one, else 0."""
     algorithm: AnyAlgorithm = qat.LearnedAffine()
     """How scales are found; post-training quantization takes what it begins with."""
     optimization: OptimizationSettings = OptimizationSettings(
@@ -48,10 +41,6 @@ class Config(RecipeConfig):
     """Steps, learning rates, distillation from the fine-tuned float model."""
     target: Literal["diffusers", "quanto"] | None = None
     """Who will load the export; none: diffusers, or quanto where activations are quantized, which diffusers cannot."""
-    prompts: tuple[str, ...] = ()
-    """What the pictures at the end show; none: eight captions of the evaluation images."""
-    sampler_steps: int = Field(default=20, ge=2)
-    """Steps of the sampler, for the pictures and for calibration."""
 
 
 def main(argv: Sequence[str]) -> None:
@@ -59,7 +48,6 @@ def main(argv: Sequence[str]) -> None:
     from recipes.common.callbacks import checkpoints_in  # these take seconds: a wrong option is told before
     from recipes.common.comparison import DiffusionComparison
     from recipes.common.diffusion import diffusion_data, inspected
-    from recipes.common.diffusion_config import source_of
     from recipes.common.fine_tuned import FineTunedWeights
     from recipes.common.models import load_pipeline, require_packages
     from recipes.common.progress import quiet_libraries
@@ -117,7 +105,7 @@ def main(argv: Sequence[str]) -> None:
     qat.export(model, run.output, example_inputs=example, config=resolved, overwrite=run.overwrite)
     verified = qat.verify(run.output, fresh_process=True)
     comparison.judge_export("quantization-aware training", run.output, run.served_on, settings.steps, rate)
-    comparison.report(TUNED, run.output)
+    comparison.report(TUNED, run)
     print(f"{run.output}: reloaded in a fresh process, compared and found equal ({len(verified.checks)} checks).")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +12,10 @@ import datasets
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import qat
 from qat.config import ConfigError
@@ -224,3 +229,33 @@ def test_a_pipeline_around_a_given_transformer(tmp_path: Path, monkeypatch: pyte
     assert loaded.transformer is pipeline.transformer
     assert pipeline.transformer.dtype == torch.float32
     assert loaded.vae.dtype == torch.bfloat16
+
+
+OWN_CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+class OwnModel(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def test_code_that_comes_with_a_model_runs_only_when_it_is_trusted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it asked"))
+    monkeypatch.setattr("sys.path", [*sys.path])
+    folder = tmp_path / "own_model"
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=2, vocab_size=8)).save_pretrained(folder)
+    backend = Tokenizer(WordLevel({"a": 0}, unk_token="a"))
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="a").save_pretrained(folder)
+    fields = json.loads((folder / "config.json").read_text())
+    own = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    (folder / "config.json").write_text(json.dumps({**fields, "model_type": "own", "auto_map": own}))
+    (folder / "own.py").write_text(OWN_CODE)
+    with pytest.raises(LoadError, match="trust_remote_code"):
+        models.load_language_model(str(folder))
+    model, _ = models.load_language_model(str(folder), trust_remote_code=True)
+    assert type(model).__name__ == "OwnModel"

@@ -11,13 +11,14 @@ import torch
 from torch import nn
 
 import qat
-from qat.exporting.card import add_section
+from qat.exporting.card import CARD_NAME, add_section
 from recipes.common.diffusion import DiffusionData, move_encoders
 from recipes.common.diffusion_config import DiffusionConfig, sequence, source_of
 from recipes.common.models import load_pipeline
 from recipes.common.pictures import draw_images, plot_losses, show_grid
 from recipes.common.progress import track
 from recipes.common.results import ResultRow, show_results
+from recipes.common.run import Run
 from recipes.data.latents import release_encoders
 from recipes.tasks import Diffusion, evaluate
 
@@ -106,17 +107,15 @@ class DiffusionComparison:
         release_encoders(pipeline)
         return images
 
-    def report(self, baseline: str, output: Path) -> None:
+    def report(self, baseline: str, run: Run) -> None:
         """Print the table, and write it and the pictures beside the export and into its model card.
 
         Args:
             baseline: the model that the others are compared with.
-            output: the export.
+            run: whose export it is.
         """
-        results, images, losses = (
-            output.with_name(f"{output.name}-{kind}") for kind in ("results.json", "images.png", "losses.png")
-        )
-        show_results(self._rows, results, ("loss", "output_mse"))
+        images, losses = run.beside("images.png"), run.beside("losses.png")
+        show_results(self._rows, run.beside("results.json"), ("loss", "output_mse"))
         print("output_mse: squared distance of the outputs from those of the fine-tuned float model, at equal noise")
         show_grid(self._images, self._data.captions, images)
         bins = [f"loss_bin_{number}" for number in range(self._task.bins)]
@@ -124,8 +123,8 @@ class DiffusionComparison:
         lines = ["| model | loss | output_mse |", "|---|---|---|"]
         lines += [f"| {row.name} | {row.metrics['loss']:.4g} | {row.metrics['output_mse']:.3g} |" for row in self._rows]
         pictures = {"Images of each model": images, "Loss along the timesteps": losses}
-        add_section(output, "Results", "\n".join([TEXT, "", *lines]), pictures)
-        print(f"pictures: {images}, {losses}; also in the model card {output / 'README.md'}")
+        add_section(run.output, "Results", "\n".join([TEXT, "", *lines]), pictures)
+        print(f"pictures: {images}, {losses}; also in the model card {run.output / CARD_NAME}")
 
 
 def _free_memory() -> None:
@@ -135,5 +134,5 @@ def _free_memory() -> None:
 
 
 def _placed(model: nn.Module, device: torch.device) -> nn.Module:
-    """Move a reloaded model, unless it shall stay on the CPU: moving packed weights may convert them."""
+    """Move a reloaded model, unless it stays on the CPU: moving packed weights may convert them."""
     return model if device.type == "cpu" else model.to(device)

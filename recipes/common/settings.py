@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal, TypeAlias
 
+import tyro
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FilePath, ValidationInfo, field_validator
 
 from qat.observers import ObserverChoice, Percentile
@@ -74,8 +75,8 @@ class LogitOptimization(OptimizationSettings):
 class RecipeSchedule(QuantizationSchedule):
     """When quantization happens; at the end a recipe calibrates again and freezes by itself."""
 
-    finish: Literal[None] = None
-    """Left to the recipe."""
+    finish: Annotated[Literal[None], tyro.conf.Fixed, tyro.conf.Suppress] = None
+    """Left to the recipe: no option."""
 
 
 class TrainerSettings(BaseModel):

@@ -1,4 +1,4 @@
-"""Batches of diffusion training: noised latents, what the model shall say of them, and when in the noising they stand.
+"""Batches of diffusion training: noised latents, what the model is to predict, and their place in the noising.
 
 A batch is ``{"inputs", "target", "fraction"}``: the transformer's arguments, by name and nested as its pipeline passes
 them; the target, of the output's shape; and for each example its timestep's place among the training timesteps, from 0
@@ -43,7 +43,7 @@ class DiffusionCollate:
         generator: for noise, timesteps and dropout; none: torch's global random numbers.
 
     Raises:
-        DataError: captions shall be dropped, but the pipeline has no such thing as no caption.
+        DataError: captions are to be dropped, but the pipeline has no such thing as no caption.
     """
 
     def __init__(

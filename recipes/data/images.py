@@ -163,7 +163,7 @@ def _local_source(path: Path, data: ImageData) -> Dataset:
             return _columns(found, data)
     except DataError:
         raise
-    except Exception as error:  # each builder of datasets raises its own kinds
+    except Exception as error:  # builders of datasets raise errors without a common base
         raise DataError(f"data.source: {str(path)!r} cannot be read: {error.__cause__ or error}") from error
     files = sorted(file for file in path.rglob("*") if file.suffix.lower() in _SUFFIXES)
     if not files:
@@ -209,16 +209,16 @@ def _folder_captions(folder: Path, files: list[Path], data: ImageData) -> dict[P
             f"data.source: {len(without)} of {len(found)} images in {str(folder)!r} have no caption (first: "
             f"{', '.join(without[:3])}): {remedy}"
         )
-    _check_kinds(found.values(), data)
+    _check_types(found.values(), data)
     return found
 
 
-def _check_kinds(captions: Iterable[Any], data: ImageData) -> None:
-    kinds = {type(caption).__name__ for caption in captions}
-    if kinds - {"str"} and kinds - {"int"}:
+def _check_types(captions: Iterable[Any], data: ImageData) -> None:
+    types = {type(caption).__name__ for caption in captions}
+    if types - {"str"} and types - {"int"}:
         raise DataError(
             f"data.caption_field: captions must all be texts, or all integers, but {data.caption_field!r} of "
-            f"{data.source!r} holds {' and '.join(sorted(kinds))}: name another column"
+            f"{data.source!r} holds {' and '.join(sorted(types))}: name another column"
         )
 
 
@@ -253,7 +253,7 @@ def _columns(found: Dataset, data: ImageData) -> Dataset:
             f"data.caption_field: {len(without)} of {len(kept)} rows of {data.source!r} have no caption (first: row "
             f"{without[0]}): fill them, or name another column"
         )
-    _check_kinds(kept["caption"], data)
+    _check_types(kept["caption"], data)
     return kept.cast_column("image", Image(decode=False))
 
 
@@ -313,7 +313,7 @@ def _resize_row(row: dict[str, Any], index: int, size: int) -> dict[str, Any]:
     try:
         with Image.open(encoded["path"] if encoded["bytes"] is None else io.BytesIO(encoded["bytes"])) as opened:
             picture = _resized(opened, size)
-    except Exception as error:  # Pillow's decoders raise all kinds
+    except Exception as error:  # Pillow's decoders raise errors without a common base
         return {"image": None, "caption": row["caption"], "fault": f"{name} ({type(error).__name__}: {error})"}
     return {"image": picture, "caption": row["caption"], "fault": ""}
 

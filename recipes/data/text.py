@@ -232,7 +232,7 @@ def _load_local(path: Path, data: TextData) -> Dataset:
         try:
             with quiet_bars():
                 part = load_dataset(loader, data_files=files, split="train", cache_dir=data.cache_dir, **options)
-        except Exception as error:  # each builder of datasets raises its own kinds
+        except Exception as error:  # builders of datasets raise errors without a common base
             cause = error.__cause__ or error
             raise DataError(f"data.source: {str(path)!r} cannot be read as {loader}: {cause}") from error
         if loader == "text" and data.text_field != "text":
@@ -249,16 +249,16 @@ def _text_column(documents: Dataset, data: TextData) -> Dataset:
     if data.text_field not in documents.column_names:
         columns = ", ".join(documents.column_names) or "none"
         raise DataError(f"data.text_field: {data.source!r} has no column {data.text_field!r}; its columns: {columns}")
-    kind = getattr(documents.features[data.text_field], "dtype", "a nested type")
-    if kind not in ("string", "large_string"):
-        raise DataError(f"data.text_field: column {data.text_field!r} must hold text, it holds {kind}")
+    dtype = getattr(documents.features[data.text_field], "dtype", "a nested type")
+    if dtype not in ("string", "large_string"):
+        raise DataError(f"data.text_field: column {data.text_field!r} must hold text, it holds {dtype}")
     from datasets import Value
 
     documents = documents.select_columns([data.text_field])
     if data.text_field != "text":
         documents = documents.rename_column(data.text_field, "text")
     with quiet_bars():
-        return documents if kind == "large_string" else documents.cast_column("text", Value("large_string"))
+        return documents if dtype == "large_string" else documents.cast_column("text", Value("large_string"))
 
 
 def _not_empty(documents: Dataset, source: str) -> Dataset:
