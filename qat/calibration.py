@@ -1,13 +1,15 @@
 """`calibrate`: scales for activations, from data.
 
-Two passes. The first runs the batches with activations left float and lets the observers record. The second runs one
-batch through a *frozen copy*, as the stock loader would run it, and notes which inputs arrive already quantized: the
+Two passes. The first runs the batches with activations left float and lets the observers record. The second runs them
+through a *frozen copy*, as the stock loader would run it, and notes which inputs arrive already quantized: the
 output of a layer stays quantized through relu, view, dropout and the like, and the next layer then ignores its own
 input scale and takes the producer's. Those layers are marked, so that training skips their input quantization too.
+The second pass needs every batch again, since a batch may not reach every layer; so batches are kept until then.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -15,15 +17,17 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map
 
 from qat.errors import CalibrationError
 from qat.freezing import frozen_copy
-from qat.layers import QLinear, quantized_layers
+from qat.layers import QuantizedLayer, quantized_layers
 from qat.preparation import prepared_as
 from qat.probing import kept_modes, run
+from qat.tensors import map_tensors
 
 __all__ = ["CalibrationReport", "calibrate"]
+
+logger = logging.getLogger("qat")
 
 
 @dataclass(frozen=True)
@@ -68,27 +72,31 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> CalibrationReport:
         return CalibrationReport(0, {}, ())
     with kept_modes(model):
         model.eval()
-        count, last = _observe(model, layers, batches)
-        arriving = _mark_arriving(model, layers, last)
+        outputs = any(layer.output_quantizer is not None for layer in layers.values())
+        count, kept = _observe(model, layers, batches, keep=outputs)
+        arriving = _mark_arriving(model, layers, kept) if outputs else []  # else nothing leaves a layer quantized
     scales = {name: _scales(layer) for name, layer in layers.items()}
     return CalibrationReport(count, scales, tuple(arriving))
 
 
 @torch.no_grad()
-def _observe(model: nn.Module, layers: Mapping[str, QLinear], batches: Iterable[Any]) -> tuple[int, Any]:
+def _observe(
+    model: nn.Module, layers: Mapping[str, QuantizedLayer], batches: Iterable[Any], *, keep: bool
+) -> tuple[int, list[Any]]:
     quantizers = [quantizer for layer in layers.values() for quantizer in layer.activation_quantizers()]
     for quantizer in quantizers:
         quantizer.observer.reset()
         quantizer.arrives_quantized = False
-    count, last = 0, None
+    count, kept = 0, []
     with ExitStack() as stack:
         for layer in layers.values():
-            stack.callback(setattr, layer, "observing", layer.observing)
-            stack.callback(setattr, layer, "quantizing_activations", layer.quantizing_activations)
-            layer.observing, layer.quantizing_activations = True, False
+            stack.callback(setattr, layer, "mode", layer.mode)
+            layer.mode = layer.mode._replace(activations=False, observe=True)
         for batch in batches:
             run(model, batch)
-            count, last = count + 1, batch
+            count += 1
+            if keep:
+                kept.append(batch)
     if count == 0:
         raise CalibrationError("batches: calibration needs at least one batch, got none: pass some training batches")
     if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -102,48 +110,47 @@ def _observe(model: nn.Module, layers: Mapping[str, QLinear], batches: Iterable[
         )
     for quantizer in quantizers:
         quantizer.refresh()
-    return count, last
+    return count, kept
 
 
 @torch.no_grad()
-def _mark_arriving(model: nn.Module, layers: Mapping[str, QLinear], batch: Any) -> list[str]:
-    if all(layer.output_quantizer is None for layer in layers.values()):
-        return []  # nothing leaves a layer quantized
-    duplicate = frozen_copy(model)
+def _mark_arriving(model: nn.Module, layers: Mapping[str, QuantizedLayer], batches: list[Any]) -> list[str]:
+    duplicate, dtype = frozen_copy(model), prepared_as(model).spec.torch_dtype
     seen: dict[str, list[torch.Tensor | None]] = {name: [] for name in layers}
 
     def watch(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            seen[name].append(args[0]._scale if hasattr(args[0], "_scale") else None)
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = args[0] if args else kwargs["input"]
+            if x.numel():
+                seen[name].append(getattr(x, "_scale", None))
 
         return hook
 
     for name in layers:
-        duplicate.get_submodule(name).register_forward_pre_hook(watch(name), prepend=True)
-    run(duplicate, _cast(batch, prepared_as(model).spec.torch_dtype))
+        layer = duplicate.get_submodule(name)
+        layer.register_forward_pre_hook(watch(name), prepend=True, with_kwargs=True)
+    for batch in batches:
+        # As whoever serves the frozen model brings it: in the serving dtype.
+        run(duplicate, map_tensors(lambda x: x.to(dtype) if x.is_floating_point() else x, batch))
     arriving = []
     for name, scales in seen.items():
-        quantizer = layers[name].input_quantizer
-        if quantizer is not None and scales and all(scale is not None for scale in scales):
+        quantizer, quantized = layers[name].input_quantizer, [scale for scale in scales if scale is not None]
+        if quantizer is not None and quantized and len(quantized) == len(scales):
             quantizer.arrives_quantized = True
-            quantizer.scale.copy_(torch.stack([scale.float() for scale in scales if scale is not None]).max())
+            quantizer.scale.copy_(torch.stack([scale.float() for scale in quantized]).max())
             arriving.append(name)
+        elif quantized:
+            logger.warning(
+                "%s: its input arrives quantized in %d of %d calls; training quantizes it in all of them, with its own "
+                "scale: set quantize_outputs=False (target transformers), or exclude the layer",
+                name,
+                len(quantized),
+                len(scales),
+            )
     return arriving
 
 
-def _cast(batch: Any, dtype: torch.dtype) -> Any:
-    """``batch`` with its floating tensors in ``dtype``, as whoever serves the frozen model brings them."""
-
-    def cast(leaf: Any) -> Any:
-        if isinstance(leaf, torch.Tensor):
-            return leaf.to(dtype) if leaf.is_floating_point() else leaf
-        # A tokenizer's mapping is none that torch knows, and so a leaf.
-        return _cast(dict(leaf), dtype) if isinstance(leaf, Mapping) else leaf
-
-    return tree_map(cast, batch)
-
-
-def _scales(layer: QLinear) -> tuple[float, float | None]:
+def _scales(layer: QuantizedLayer) -> tuple[float, float | None]:
     output = layer.output_quantizer
     assert layer.input_quantizer is not None
     return float(layer.input_quantizer.scale), None if output is None else float(output.scale)

@@ -78,7 +78,7 @@ def _inspect(arguments: Inspect) -> None:
     from qat.inspection import inspect
 
     quiet_libraries()
-    report = inspect(build_on_meta(arguments.model_dir), arguments.spec, arguments.target)
+    report = inspect(build_on_meta(arguments.model_dir), arguments.spec, target=arguments.target)
     if arguments.json_:
         print(json.dumps(report.to_json(), indent=1))
     else:
@@ -159,10 +159,10 @@ def _of_diffusers(directory: Path, name: str) -> nn.Module:
     import diffusers
     import torch
 
-    from qat.construction import build
+    from qat.hosts.diffusers import DIFFUSERS
 
     kind = getattr(diffusers, name)
-    return build(kind, kind.load_config(directory), torch.float32, empty=True)
+    return DIFFUSERS.build(kind, kind.load_config(directory), torch.float32, empty=True)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ package still catches it), and its message names the argument, the rule, the val
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 __all__ = [
     "CalibrationError",
     "ExportError",
@@ -53,3 +55,14 @@ class LoadError(QatError, RuntimeError):
 
 class VerifyError(QatError, AssertionError):
     """A reloaded checkpoint differs from the frozen model, or from the evidence that freezing left."""
+
+
+_FAULTS_SHOWN = 8
+
+
+def load_error(what: str, faults: Sequence[str]) -> LoadError:
+    """One `LoadError` for all faults of a directory, shortened to the first few."""
+    shown = [f"  - {fault}" for fault in faults[:_FAULTS_SHOWN]]
+    if len(faults) > _FAULTS_SHOWN:
+        shown.append(f"  - and {len(faults) - _FAULTS_SHOWN} more")
+    return LoadError("\n".join([f"{what}:", *shown, "Export the model again with qat.export, or restore its files."]))

@@ -2,29 +2,30 @@
 
 optimum-quanto's own ``freeze`` derives scales again from the float weight, which loses learned ones and moves codes in
 bfloat16. Here each layer's quantizer is asked for its final codes, scale and shift, and exactly those are packed into
-the tensor class that the target's loader will build. A layer at a time: the float master is dropped before the next one
+the module that the target's loader will build. A layer at a time: the float master is dropped before the next one
 is packed, so memory peaks at the model plus one layer.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
-from qat.construction import constructed_tensors, differs, unstored_tensors
 from qat.errors import QatError, StateError, TargetError
-from qat.evidence import FrozenRecord, LayerEvidence, layer_evidence, record_frozen
-from qat.layers import QLinear, quantized_layers
-from qat.packing import as_held, keep_bias, pack
+from qat.files.evidence import FrozenRecord, LayerEvidence, record_frozen
+from qat.formats import FrozenLayer, LayerTypes
+from qat.hosts import Target, get_target
+from qat.hosts.base import last_parts
+from qat.hosts.construction import constructed_tensors, differs, unstored_tensors
+from qat.layers import QuantizedLayer, layer_class, quantized_layers
 from qat.preparation import Prepared, forget_prepared, prepared_as
-from qat.qtypes import QTYPES
 from qat.quantizers.activation import ActivationQuantizer
-from qat.targets import Target, get_target
 
 __all__ = ["FreezeReport", "freeze", "frozen_copy"]
 
@@ -41,25 +42,30 @@ class FreezeReport:
 
     def __str__(self) -> str:
         """One line."""
-        kinds = sorted({layer.weights for layer in self.layers.values()})
+        types = sorted({layer.weights for layer in self.layers.values()})
         return (
-            f"froze {len(self.layers)} layers ({', '.join(kinds)}) for target {self.target!r}, served in {self.dtype}"
+            f"froze {len(self.layers)} layers ({', '.join(types)}) for target {self.target!r}, served in {self.dtype}"
         )
 
 
-def freeze(model: nn.Module, target: str | None = None) -> FreezeReport:
-    """Replace every prepared layer by a frozen ``optimum.quanto.nn.QLinear``, in place, ready to run and to export.
+def freeze(model: nn.Module, target: str | None = None, *, allow_unreached: bool = False) -> FreezeReport:
+    """Replace every prepared layer by a frozen one of the target's format, in place, ready to run and to export.
 
     All other float parameters and persistent buffers get the dtype in which the target's loader holds them (never by
     ``Module.to``); rotary tables and other buffers that no file holds become what that loader makes them. The model is
-    put into evaluation mode; nothing in it requires a gradient afterwards in the quantized layers.
+    put into evaluation mode; nothing in it requires a gradient afterwards in the quantized layers. ``save_pretrained``
+    of a frozen model raises: `qat.export` writes it.
 
     Args:
         model: a prepared model, the very module that `qat.prepare` was called on.
         target: who will load the export; default the one named at prepare.
+        allow_unreached: freeze layers that never ran since they were prepared. Somebody may have trained around them,
+            with the float weight. Layers in compiled modules, and those that a checkpoint was loaded into, are not
+            asked for: nothing is known of them.
 
     Raises:
-        StateError: the model was not prepared, or training left inf or NaN in a layer. Nothing is changed then.
+        StateError: the model was not prepared, layers never ran, or training left inf or NaN in a layer. Nothing is
+            changed then.
         TargetError: it was prepared for another target, and this one cannot serve it.
         CalibrationError: activations are quantized but were never calibrated. Nothing is changed then.
         QatError: a quantizer's packed codes give other values than its forward did. That is a fault of its algorithm,
@@ -69,58 +75,69 @@ def freeze(model: nn.Module, target: str | None = None) -> FreezeReport:
     >>> from qat import QuantSpec, prepare
     >>> model = nn.Sequential(nn.Linear(256, 64), nn.ReLU(), nn.Linear(64, 16))
     >>> report = prepare(model, QuantSpec(weights="int4", overrides={"2": "int8"}))
+    >>> loss = model(torch.randn(2, 256)).square().mean()  # ... and train
     >>> print(freeze(model))
     froze 2 layers (int4, int8) for target 'quanto', served in bfloat16
     """
-    never = _never_called(model)
-    if never:
-        logger.warning("%d layers were never called, %s: %s", len(never), _NEVER_CALLED, ", ".join(never))
-    return _freeze(model, target)
+    prepared_as(model)
+    unreached = _unreached(model)
+    if unreached and not allow_unreached:
+        raise StateError(
+            f"model: {len(unreached)} prepared layers never ran ({_listed(unreached)}), so nothing shows "
+            "that training used their quantized weight: exclude layers whose weight is read without a call (prepare "
+            "finds them with example_inputs), run the model once, or pass allow_unreached=True"
+        )
+    return _freeze(model, target, unreached)
 
 
-def _freeze(model: nn.Module, target: str | None) -> FreezeReport:
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def _freeze(model: nn.Module, target: str | None, unreached: list[str]) -> FreezeReport:
     prepared = prepared_as(model)
-    room = get_target(target or prepared.target)
+    chosen = get_target(target or prepared.target)
     layers = list(quantized_layers(model))
-    if room.name != prepared.target:
-        _check_other_target(model, room, prepared, layers)
+    if chosen.name != prepared.target:
+        _check_other_target(model, chosen, prepared, layers)
     for _, layer in layers:
         for quantizer in layer.activation_quantizers():
             quantizer.require_scale()
     for name, layer in layers:
         _require_finite(name, layer)
-    notes = (*prepared.notes, *(f"{name}: never called: {_NEVER_CALLED}" for name in _never_called(model)))
-    constructed = constructed_tensors(model, room, prepared.spec.torch_dtype)
+    told = (f"{len(unreached)} layers were frozen although they never ran: {_listed(unreached)}",) if unreached else ()
+    notes = (*prepared.notes, *told)
+    constructed = constructed_tensors(model, chosen, prepared.spec.torch_dtype)
     evidence: dict[str, LayerEvidence] = {}
     for name, layer in layers:
-        frozen, evidence[name] = _freeze_layer(name, layer, room, model)
+        frozen, evidence[name] = _freeze_layer(name, layer, chosen, prepared)
         _replace(model, layer, frozen)
-    quantized = set(evidence)
-    _cast_the_rest(model, quantized, room, constructed)
+    _cast_the_rest(model, set(evidence), chosen, constructed)
     model.eval()
     forget_prepared(model)
-    record = FrozenRecord(prepared.spec, room.name, prepared.algorithm.kind, evidence, notes, prepared.left_float)
+    record = FrozenRecord(prepared.spec, chosen.name, prepared.algorithm.kind, evidence, notes, prepared.left_float)
     record_frozen(model, record)
     _set_config_dtype(model, prepared.spec.dtype)
-    return FreezeReport(room.name, prepared.spec.dtype, evidence)
+    _refuse_saving(model)
+    return FreezeReport(chosen.name, prepared.spec.dtype, evidence)
 
 
 def _check_other_target(
-    model: nn.Module, target: Target, prepared: Prepared, quantized: list[tuple[str, QLinear]]
+    model: nn.Module, target: Target, prepared: Prepared, quantized: list[tuple[str, QuantizedLayer]]
 ) -> None:
     """Raise `TargetError` when ``target`` cannot serve what was prepared for another one."""
-    faults = [*target.model_faults(model), *target.spec_faults(prepared.spec)]
-    reasons = {
-        name: target.layer_fault(model, name, layer.weight_quantizer.qtype, prepared.spec.dtype)
-        for name, layer in quantized
-    }
+    faults = target.faults(model, prepared.spec)
+    if target.format is not get_target(prepared.target).format:
+        faults.append(f"its format {target.format.name!r} has another arithmetic than the one that was trained with")
+    rules = target.rules(model, prepared.spec.torch_dtype)
+    reasons = {name: rules.layer_fault(name, layer.weight_quantizer.qtype) for name, layer in quantized}
     refused = [f"{name} ({reason})" for name, reason in reasons.items() if reason is not None]
     if refused:
         faults.append(f"{len(refused)} quantized layers would have to stay float, such as {', '.join(refused[:2])}")
     names = {name for name, _ in quantized}
-    linear = {name for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, nn.Linear)}
-    shared = _last_parts(names) & _last_parts(linear - names)
-    if target.leaf_names_only and shared:
+    layers = {name for name, module in model.named_modules(remove_duplicate=False) if layer_class(module) is not None}
+    shared = last_parts(names) & last_parts(layers - names)
+    if target.host.leaf_names_only and shared:
         faults.append(
             f"target {target.name!r} tells layers apart by the last part of their name only, but some called "
             f"{sorted(shared)[:4]} are quantized and others not"
@@ -132,37 +149,29 @@ def _check_other_target(
         )
 
 
-def _last_parts(names: set[str]) -> set[str]:
-    return {name.rpartition(".")[2] for name in names}
-
-
 def frozen_copy(model: nn.Module, target: str | None = None) -> nn.Module:
     """A frozen copy of a prepared model; the model itself goes on training."""
     duplicate = copy.deepcopy(model)
-    _freeze(duplicate, target)  # without the warning, which is for the end of training
+    _freeze(duplicate, target, [])  # without the question that is for the end of training
     return duplicate
 
 
-_NEVER_CALLED = (
-    "if its weight is read without calling the layer, training used the float weight; exclude it or pass example_inputs"
-)
-
-
-def _never_called(model: nn.Module) -> list[str]:
-    """Prepared layers that never ran although others did; nothing is known of those within compiled modules."""
-    layers = list(quantized_layers(model))
-    if not any(layer.called for _, layer in layers):
-        return []
+def _unreached(model: nn.Module) -> list[str]:
+    """Prepared layers that never ran; nothing is known of those within compiled modules, or after a load."""
     compiled = tuple(
         f"{name}." if name else ""
         for name, module in model.named_modules()
         if module._compiled_call_impl is not None or type(module).__name__ == "OptimizedModule"
     )
-    return [name for name, layer in layers if not layer.called and not f"{name}.".startswith(compiled)]
+    return [
+        name
+        for name, layer in quantized_layers(model)
+        if layer.reached is False and not f"{name}.".startswith(compiled)
+    ]
 
 
 @torch.no_grad()
-def _require_finite(name: str, layer: QLinear) -> None:
+def _require_finite(name: str, layer: QuantizedLayer) -> None:
     for key, parameter in layer.named_parameters():
         # NaN passes through a minimum and a maximum, and neither needs memory.
         if parameter.numel() and not bool(parameter.amin().isfinite() & parameter.amax().isfinite()):
@@ -173,41 +182,34 @@ def _require_finite(name: str, layer: QLinear) -> None:
 
 
 @torch.no_grad()
-def _freeze_layer(name: str, layer: QLinear, target: Target, model: nn.Module) -> tuple[nn.Module, LayerEvidence]:
-    from optimum.quanto.nn import QLinear as QuantoLinear
-
-    quantizer, dtype = layer.weight_quantizer, layer.weight_quantizer.dtype
-    activations = layer.input_quantizer
-    trained = quantizer.fake_quantized(layer.weight)
-    final = quantizer.final(layer.weight)
-    frozen = QuantoLinear(
-        layer.in_features,
-        layer.out_features,
-        bias=layer.bias is not None,
-        dtype=dtype,
-        device="meta",
-        weights=QTYPES[quantizer.qtype].quanto_name,
-        activations=None if activations is None else QTYPES[activations.qtype].quanto_name,
-        quantize_input=True,
+def _freeze_layer(
+    name: str, layer: QuantizedLayer, target: Target, prepared: Prepared
+) -> tuple[nn.Module, LayerEvidence]:
+    quantizer, activations = layer.weight_quantizer, layer.input_quantizer
+    weight, trained = quantizer.freeze(layer.effective_weight(layer))
+    dtype, device = quantizer.dtype, weight.codes.device
+    bias: Tensor | None = getattr(layer, "bias", None)
+    types = LayerTypes(
+        weight.qtype, None if activations is None else activations.qtype, dtype, prepared.spec.quantize_outputs
     )
-    frozen.optimizer = None  # would only serve a second quantization, which must never happen
-    packed = pack(final, quantizer.qtype, frozen.activation_qtype)
-    held = as_held(packed if layer.bias is None else keep_bias(packed), target)
-    frozen.weight = nn.Parameter(held, requires_grad=False)
-    if layer.bias is not None:
-        frozen.bias = nn.Parameter(layer.bias.detach().to(dtype), requires_grad=False)
-    device = layer.weight.device
-    frozen.input_scale = _activation_scale(layer.input_quantizer, dtype, device)
-    frozen.output_scale = _activation_scale(layer.output_quantizer, dtype, device)
-    if activations is not None and layer.output_quantizer is None:
-        frozen.disable_output_quantization()
-    if not torch.equal(frozen.weight.dequantize(), trained):
+    final = FrozenLayer(
+        weight,
+        None if bias is None else bias.detach().to(dtype),
+        types,
+        _activation_scale(layer.input_quantizer, dtype, device),
+        _activation_scale(layer.output_quantizer, dtype, device),
+    )
+    out_features, in_features = weight.shape
+    frozen = target.format.build(
+        types, (out_features, in_features), target.format.pack(final), plain_on_cpu=target.host.plain_on_cpu
+    )
+    if not torch.equal(target.format.values(frozen), trained):
         raise QatError(
             f"freeze: layer {name!r} dequantizes to other values than its fake-quantized forward used; this is a fault "
-            f"of {type(quantizer).__name__}: its scale_shift must depend on nothing but its state and the weight"
+            f"of {type(quantizer).__name__}: what quantize returns must depend on nothing but its state and the weight"
         )
     frozen.train(layer.training)
-    return frozen, layer_evidence(frozen, trained)
+    return frozen, target.format.read(frozen).evidence(trained)
 
 
 def _activation_scale(quantizer: ActivationQuantizer | None, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -225,20 +227,17 @@ def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
 
 @torch.no_grad()
 def _cast_the_rest(model: nn.Module, quantized: set[str], target: Target, constructed: dict[str, Tensor]) -> None:
-    spec = prepared_as(model).spec
+    rules = target.rules(model, prepared_as(model).spec.torch_dtype)
     for path, module in model.named_modules():
         if path in quantized:
             continue
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter.is_floating_point():
-                full = f"{path}.{name}" if path else name
-                parameter.data = parameter.data.to(target.tensor_dtype(model, full, spec))
+                parameter.data = parameter.data.to(rules.tensor_dtype(f"{path}.{name}" if path else name))
         for name, buffer in module._buffers.items():
-            if buffer is None or not buffer.is_floating_point():
+            if buffer is None or not buffer.is_floating_point() or name in module._non_persistent_buffers_set:
                 continue
-            full = f"{path}.{name}" if path else name
-            if name not in module._non_persistent_buffers_set:
-                module._buffers[name] = buffer.to(target.tensor_dtype(model, full, spec))
+            module._buffers[name] = buffer.to(rules.tensor_dtype(f"{path}.{name}" if path else name))
     for module, key, full, tensor in unstored_tensors(model):
         if full in constructed and differs(tensor, constructed[full]):
             setattr(module, key, constructed[full].to(tensor.device))
@@ -255,3 +254,17 @@ def _set_config_dtype(model: nn.Module, dtype: str) -> None:
         inner = getattr(config, key, None)
         if inner is not None and hasattr(inner, "dtype"):
             inner.dtype = serving
+
+
+def _refuse_saving(model: nn.Module) -> None:
+    """Let ``save_pretrained`` raise: it would write packed keys without the configuration that loads them."""
+    for module in model.modules():
+        if hasattr(type(module), "save_pretrained"):
+            object.__setattr__(module, "save_pretrained", functools.partial(_saving_refused, type(module).__name__))
+
+
+def _saving_refused(name: str, *_: Any, **__: Any) -> NoReturn:
+    raise StateError(
+        f"save_pretrained: this {name} is frozen, and what it would write loads with random weights: "
+        "write it by qat.export(model, directory)"
+    )

@@ -8,28 +8,29 @@ target cannot name it apart from a float one, or quantized activations would har
 
 from __future__ import annotations
 
+import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from math import prod
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from qat.errors import SpecError, StateError, TargetError
+from qat.formats import LayerTypes
+from qat.hosts import Rules, Target, get_target
+from qat.hosts.base import last_parts
+from qat.layers import QuantizedLayer, layer_class
 from qat.probing import Probe
-from qat.qtypes import QTYPES, group_size
-from qat.sensitivity import sensitive_part
 from qat.spec import LayerSpec, QuantSpec
-from qat.targets import Target, get_target, input_hazard, kernel_hazard, loses_bias_on_cuda
 
-__all__ = ["InspectReport", "LayerInspection", "inspect"]
-
-_ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+__all__ = ["FloatWeight", "InspectReport", "LayerInspection", "inspect"]
 
 
 @dataclass(frozen=True)
 class LayerInspection:
-    """One linear layer's fate."""
+    """What becomes of one linear layer."""
 
     name: str
     kind: str
@@ -46,7 +47,18 @@ class LayerInspection:
     bytes_before: int
     """Bytes of the weight in the serving dtype."""
     bytes_after: int
-    """Bytes of the weight as exported: codes, scales and shifts, and the float twin of a weight that was tied."""
+    """Bytes of the weight as exported: codes, scales and shifts, and the float copy of a weight that was tied."""
+
+
+@dataclass(frozen=True)
+class FloatWeight:
+    """A weight of two or more dimensions that is in no layer that can be quantized, and stays float."""
+
+    name: str
+    """Full name of the parameter."""
+    kind: str
+    """Class name of the module that holds it."""
+    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -57,10 +69,22 @@ class InspectReport:
     spec: QuantSpec
     layers: tuple[LayerInspection, ...]
     parameters: int
-    """All parameters of the model as prepared, shared ones once: an untied weight and its twin are two."""
+    """All parameters of the model as prepared, shared ones once: an untied weight and its copy are two."""
     quantized_parameters: int
     notes: tuple[str, ...] = ()
-    """What else a user should know (leaf-name collisions, a tie that will be broken)."""
+    """What else a user should know (leaf-name collisions, a tie that will be broken, weights outside linear layers)."""
+    others: tuple[FloatWeight, ...] = ()
+    """Weights outside linear layers, which stay float: embeddings, convolutions, experts in one parameter."""
+
+    @property
+    def left_float(self) -> dict[str, str]:
+        """Every weight of two and more dimensions that stays float, by its layer's or its own name, with the reason."""
+        layers = {layer.name: layer.reason for layer in self.layers if layer.weights is None}
+        outside = {
+            weight.name.removesuffix(".weight"): f"{len(weight.shape)}-D weight of {weight.kind}: no quantized form"
+            for weight in self.others
+        }
+        return layers | outside
 
     @property
     def quantized_share(self) -> float:
@@ -96,7 +120,7 @@ class InspectReport:
 
     def __str__(self) -> str:
         """A table: one line a layer, then the totals."""
-        width = max([len(layer.name) for layer in self.layers] + [5])
+        width = max(len(name) for name in (*(layer.name for layer in self.layers), *_families(self.others), "layer"))
         lines = [f"{'layer':{width}}  {'shape':>13}  {'weights':8}  {'group':>5}  {'MiB':>15}  reason"]
         for layer in self.layers:
             sizes = f"{layer.bytes_before / 2**20:.2f} -> {layer.bytes_after / 2**20:.2f}"
@@ -106,6 +130,9 @@ class InspectReport:
             lines.append(
                 f"{layer.name:{width}}  {shape:>13}  {kind:8}  {group:>5}  {sizes:>15}  {layer.reason}".rstrip()
             )
+        for family, (kind, count) in _families(self.others).items():
+            share = f"{kind}, stays float: {count / max(1, self.parameters):.1%} of the parameters"
+            lines.append(f"{family:{width}}  {'':>13}  {'float':8}  {'-':>5}  {'':>15}  {share}")
         lines.append(
             f"{self.quantized_share:.1%} of {self.parameters:,} parameters quantized for target {self.target!r}; "
             f"linear weights {self.bytes_before / 2**20:.1f} MiB in {self.spec.dtype} -> "
@@ -114,32 +141,49 @@ class InspectReport:
         return "\n".join([*lines, *self.notes])
 
 
+def _families(weights: Iterable[FloatWeight]) -> dict[str, tuple[str, int]]:
+    """Weights that differ only in the numbers in their names, as one: class of the module and count of elements."""
+    families: dict[str, tuple[str, int]] = {}
+    for weight in weights:
+        family = re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", weight.name)
+        count = families.get(family, ("", 0))[1]
+        families[family] = (weight.kind, count + prod(weight.shape))
+    return families
+
+
 class _Facts:
     """What several decisions need to know of the whole model, gathered once."""
 
-    def __init__(self, model: nn.Module, probe: Probe) -> None:
+    def __init__(self, model: nn.Module, spec: QuantSpec, target: Target, probe: Probe) -> None:
         self.model = model
+        self.spec = spec
         self.probe = probe
+        self.target = target
+        self.rules: Rules = target.rules(model, spec.torch_dtype)
         self.names: dict[int, list[str]] = defaultdict(list)
         for name, module in model.named_modules(remove_duplicate=False):
             self.names[id(module)].append(name)
         self.holders = Counter(
             id(p) for module in model.modules() for p in module._parameters.values() if p is not None
         )
-        tied = getattr(model, "all_tied_weights_keys", None) or {}  # on the meta device objects may not be shared yet
-        self.tied_keys = set(tied) | set(tied.values())
-        self.head = getattr(model, "get_output_embeddings", lambda: None)()
 
-    def tied(self, name: str, module: nn.Linear) -> bool:
+    def tied(self, name: str, weight: Tensor) -> bool:
         """Whether another module holds this layer's weight too."""
-        return f"{name}.weight" in self.tied_keys or self.holders[id(module.weight)] > 1
+        return f"{name}.weight" in self.rules.tied_keys or self.holders[id(weight)] > 1
+
+    def types(self, layer: LayerSpec) -> LayerTypes:
+        """The types of a layer as objects."""
+        outputs = self.spec.quantize_outputs
+        return self.target.format.types(layer.weights, layer.activations, self.spec.torch_dtype, outputs)
 
 
 @dataclass
 class _Decision:
-    """A layer's fate while it is being decided."""
+    """What becomes of a layer, while it is being decided."""
 
-    module: nn.Linear
+    module: nn.Module
+    weight: Tensor
+    """Its effective weight."""
     layer: LayerSpec | None
     reason: str
     explicit: bool
@@ -152,13 +196,13 @@ class _Tie(NamedTuple):
 
     copied: bool
     """The layer gets a copy of the weight; False: on the meta device the two may be separate already."""
-    twin: bool
+    float_copy: bool
     """The weight stays in the file as floats too."""
     counted: bool
     """Those floats are counted with this layer, being in no other row."""
 
 
-def inspect(model: nn.Module, spec: QuantSpec, target: str = "quanto", *, example_inputs: Any = None) -> InspectReport:
+def inspect(model: nn.Module, spec: QuantSpec, *, target: str = "quanto", example_inputs: Any = None) -> InspectReport:
     """Decide for every linear layer of ``model`` what ``spec`` means for it. Changes nothing; works on the meta device.
 
     Args:
@@ -183,94 +227,119 @@ def inspect(model: nn.Module, spec: QuantSpec, target: str = "quanto", *, exampl
         raise SpecError(
             f"spec: must be a QuantSpec, got {spec!r}: write QuantSpec(weights='int8'), or QuantSpec(**spec)"
         )
-    room = get_target(target)
-    faults = [*room.model_faults(model), *room.spec_faults(spec)]
+    chosen = get_target(target)
+    faults = chosen.faults(model, spec)
     if faults:
         raise TargetError("\n".join(faults))
-    linears = dict(_linear_layers(model))
-    spec.check_patterns(linears)
-    probe = Probe(linears)
+    layers = dict(_layers(model, chosen))
+    others = tuple(_other_weights(model, layers))
+    outside = {weight.name.rpartition(".")[0]: weight.kind for weight in others}
+    spec.check_patterns(layers, outside)
+    weights = {name: cls.effective_weight(module) for name, (module, cls) in layers.items()}
+    probe = Probe({name: module for name, (module, _) in layers.items()}, weights)
     if example_inputs is not None:
-        probe.watch(model, linears, example_inputs)
-    facts = _Facts(model, probe)
-    decisions = {name: _decide(facts, name, module, spec, room) for name, module in linears.items()}
-    notes = _resolve_collisions(decisions, room, facts) if room.leaf_names_only else []
-    rows = tuple(_row(name, decision, spec) for name, decision in decisions.items())
+        probe.watch(model, example_inputs)
+    facts = _Facts(model, spec, chosen, probe)
+    decisions = {name: _decide(facts, name, module, cls) for name, (module, cls) in layers.items()}
+    notes = _resolve_collisions(decisions, chosen, facts) if chosen.host.leaf_names_only else []
+    rows = tuple(_row(name, decision, facts) for name, decision in decisions.items())
     if not any(row.weights for row in rows):
         why = sorted({row.reason for row in rows}) or ["the model has no nn.Linear"]
+        held = sorted({f"{weight.kind} ({len(weight.shape)}-D)" for weight in others})
+        elsewhere = f"; its weights are in {', '.join(held[:5])}, which have no quantized form" if held else ""
         raise SpecError(
-            f"spec: no layer of the model would be quantized; reasons: {why[:5]}: change the spec's patterns"
+            f"spec: no layer of the model would be quantized; reasons: {why[:5]}{elsewhere}: change the spec's patterns"
         )
     copied = 0
     for name, tie in _untied(facts, decisions).items():
-        twin = ", and its float twin stays in the file beside the codes" if tie.twin else ""
+        kept = ", and its float copy stays in the file beside the codes" if tie.float_copy else ""
         notes.append(
-            f"{name}: its weight is tied; quantizing it breaks the tie (config.tie_word_embeddings becomes False){twin}"
+            f"{name}: its weight is tied; quantizing it breaks the tie (config.tie_word_embeddings becomes False){kept}"
         )
-        copied += decisions[name].module.weight.numel() if tie.copied else 0
+        copied += decisions[name].weight.numel() if tie.copied else 0
         rows = tuple(
             replace(row, bytes_after=row.bytes_after + row.bytes_before) if row.name == name and tie.counted else row
             for row in rows
         )
-    losing = [
-        row.name
-        for row in rows
-        if decisions[row.name].module.bias is not None
-        and loses_bias_on_cuda(row.weights or "", row.activations, spec.dtype, row.shape)
-    ]
-    if losing:
-        notes.append(
-            f"{len(losing)} float8 layers have a bias that optimum-quanto 0.2.7 leaves out on a CUDA GPU of compute "
-            "capability 8.0 or later: serve them by qat.load, which goes round that kernel, or mark their weights as "
-            "the model card shows; int8 is not affected"
-        )
+    notes += chosen.format.warnings(
+        (facts.types(d.layer), (d.weight.shape[0], d.weight.shape[1]), getattr(d.module, "bias", None) is not None)
+        for d in decisions.values()
+        if d.layer is not None
+    )
+    parameters = sum(parameter.numel() for parameter in model.parameters()) + copied
+    notes += _other_notes(others, parameters)
     return InspectReport(
         target=target,
         spec=spec,
         layers=rows,
-        parameters=sum(parameter.numel() for parameter in model.parameters()) + copied,
+        parameters=parameters,
         quantized_parameters=sum(row.shape[0] * row.shape[1] for row in rows if row.weights),
         notes=tuple(notes),
+        others=others,
     )
 
 
-def _linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+def _layers(model: nn.Module, target: Target) -> Iterator[tuple[str, tuple[nn.Module, type[QuantizedLayer]]]]:
+    """The modules that can become quantized layers, and the class that each becomes."""
     for name, module in model.named_modules():
-        if type(module).__name__ == "QLinear" and isinstance(module, nn.Linear):
+        if isinstance(module, QuantizedLayer) or target.format.is_frozen(module):
             raise StateError(f"model: layer {name!r} is prepared or frozen already: start from a float model")
-        if isinstance(module, nn.Linear):
-            yield name, module
+        cls = layer_class(module)
+        if cls is not None:
+            yield name, (module, cls)
 
 
-def _decide(facts: _Facts, name: str, module: nn.Linear, spec: QuantSpec, target: Target) -> _Decision:
-    layer, reason, explicit = spec.resolve(name)
+def _other_weights(model: nn.Module, layers: Mapping[str, Any]) -> Iterator[FloatWeight]:
+    """Every parameter of two and more dimensions that no layer here owns, each object once."""
+    seen = {id(parameter) for name in layers for parameter in model.get_submodule(name).parameters(recurse=False)}
+    for path, module in model.named_modules():
+        for key, parameter in module._parameters.items():
+            if parameter is None or parameter.ndim < 2 or id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            yield FloatWeight(f"{path}.{key}" if path else key, type(module).__name__, tuple(parameter.shape))
+
+
+def _other_notes(others: Iterable[FloatWeight], parameters: int) -> list[str]:
+    """Say what stays float outside linear layers; embeddings are expected there, and stand in the table."""
+    told = [weight for weight in others if weight.kind != "Embedding"]
+    if not told:
+        return []
+    share = sum(prod(weight.shape) for weight in told) / max(1, parameters)
+    families = sorted(_families(told).items(), key=lambda item: -item[1][1])
+    shown = [f"{name} ({kind}, {count / max(1, parameters):.1%})" for name, (kind, count) in families[:4]]
+    more = f" and {len(families) - 4} more" if len(families) > 4 else ""
+    return [f"{share:.1%} of the parameters are weights outside nn.Linear and stay float: {', '.join(shown)}{more}"]
+
+
+def _decide(facts: _Facts, name: str, module: nn.Module, cls: type[QuantizedLayer]) -> _Decision:
+    weight = cls.effective_weight(module)
+    layer, reason, explicit = facts.spec.resolve(name)
     if layer is None:
-        return _Decision(module, None, reason, explicit)
-    impossible = _impossible(facts, name, module, layer, spec, target)
+        return _Decision(module, weight, None, reason, explicit)
+    impossible = _impossible(facts, name, module, cls, layer)
     if impossible is not None:
-        return _Decision(module, None, impossible, False)
+        return _Decision(module, weight, None, impossible, False)
     if not explicit:
-        if facts.tied(name, module):
-            return _Decision(
-                module, None, "tied to another weight (include it by name to untie and quantize it)", False
-            )
-        if module is facts.head:
+        if facts.tied(name, weight):
+            reason = "tied to another weight (include it by name to untie and quantize it)"
+            return _Decision(module, weight, None, reason, False)
+        if id(module) in facts.rules.heads:
             reason = "output head, float by default (include it by name to quantize it)"
-            return _Decision(module, None, reason, False, could_run=layer)
-        part = sensitive_part(facts.model, name) if layer.activations is not None else None
+            return _Decision(module, weight, None, reason, False, could_run=layer)
+        part = facts.rules.sensitive_part(name) if layer.activations is not None else None
         if part is not None:
             reason = (
                 f"sensitive with quantized activations ({part}), float by default (include it by name to quantize it)"
             )
-            return _Decision(module, None, reason, False, could_run=layer)
-    return _Decision(module, layer, reason, explicit)
+            return _Decision(module, weight, None, reason, False, could_run=layer)
+    return _Decision(module, weight, layer, reason, explicit)
 
 
-def _impossible(
-    facts: _Facts, name: str, module: nn.Linear, layer: LayerSpec, spec: QuantSpec, target: Target
-) -> str | None:
-    if type(module) is not nn.Linear:
-        return f"{type(module).__name__} is not exactly nn.Linear: its own forward would be lost"
+def _impossible(facts: _Facts, name: str, module: nn.Module, cls: type[QuantizedLayer], layer: LayerSpec) -> str | None:
+    fault = cls.adoption_fault(module)
+    if fault is not None:
+        return fault
     if module is facts.model:
         return "it is the model itself, which cannot be replaced in place: put it into a module"
     parent = facts.model.get_submodule(name.rpartition(".")[0])
@@ -280,19 +349,36 @@ def _impossible(
         return f"{facts.probe.read[name]} reads the weight without calling the layer"
     if len(facts.names[id(module)]) > 1:
         return f"registered under several names {facts.names[id(module)]}: loaders replace only one of them"
-    hazards = [target.layer_fault(facts.model, name, layer.weights, spec.dtype)]
-    hazards += [kernel_hazard(layer, spec.dtype, module.in_features, module.out_features)]
-    hazards += [input_hazard(layer, spec.dtype, x) for x in facts.probe.inputs[name]]
+    adapter = _adapter(facts.model, name)
+    if adapter is not None:
+        return f"belongs to the adapter {adapter}: merge it into the model first (in peft: merge_and_unload)"
+    types, weight = facts.types(layer), cls.effective_weight(module)
+    hazards = [facts.rules.layer_fault(name, types.weights)]
+    hazards += [facts.target.format.layer_hazard(types, (weight.shape[0], weight.shape[1]))]
+    hazards += [facts.target.format.input_hazard(types, x) for x in facts.probe.inputs[name]]
     return next((hazard for hazard in hazards if hazard is not None), None)
 
 
+def _adapter(model: nn.Module, name: str) -> str | None:
+    """The layer of peft that a linear layer belongs to as a part of an adapter, or None; told without importing it."""
+    parts = name.split(".")
+    if parts[-1] == "base_layer":
+        return None
+    for depth in range(1, len(parts)):
+        above = ".".join(parts[:depth])
+        module = model.get_submodule(above)
+        if hasattr(module, "base_layer") and type(module).__module__.partition(".")[0] == "peft":
+            return above
+    return None
+
+
 def _resolve_collisions(decisions: dict[str, _Decision], target: Target, facts: _Facts) -> list[str]:
-    """Make layers of one last name share one fate, in place; see the module's docstring."""
+    """Make layers of one last name all quantized or all float, in place; see the module's docstring."""
     families: dict[str, dict[str, _Decision]] = defaultdict(dict)
     for name, decision in decisions.items():
         for alias in facts.names[id(decision.module)]:
-            families[alias.rpartition(".")[2]][name] = decision
-    total = sum(d.module.weight.numel() for d in decisions.values())
+            families[next(iter(last_parts([alias])))][name] = decision
+    total = sum(d.weight.numel() for d in decisions.values())
     notes = []
     for leaf, family in families.items():
         floats = {name: d for name, d in family.items() if d.layer is None}
@@ -317,7 +403,7 @@ def _resolve_collisions(decisions: dict[str, _Decision], target: Target, facts: 
         moved = {name: d for name, d in family.items() if d.layer is not None}
         for d in moved.values():
             d.layer, d.reason = None, f"shares its last name {leaf!r} with {next(iter(floats))}, which must stay float"
-        share = sum(d.module.weight.numel() for d in moved.values()) / max(1, total)
+        share = sum(d.weight.numel() for d in moved.values()) / max(1, total)
         notes.append(
             f"{len(moved)} layers called {leaf!r} ({share:.1%} of linear weights) stay float with {sorted(floats)}"
         )
@@ -326,41 +412,34 @@ def _resolve_collisions(decisions: dict[str, _Decision], target: Target, facts: 
 
 def _untied(facts: _Facts, decisions: Mapping[str, _Decision]) -> dict[str, _Tie]:
     """The tied layers that will be quantized, in the order in which `qat.prepare` unties them."""
-    chosen = Counter(id(d.module.weight) for d in decisions.values() if d.layer is not None)
-    floats = {id(d.module.weight) for d in decisions.values() if d.layer is None}
+    chosen = Counter(id(d.weight) for d in decisions.values() if d.layer is not None)
+    floats = {id(d.weight) for d in decisions.values() if d.layer is None}
     parted: Counter[int] = Counter()
     ties = {}
     for name, decision in decisions.items():
-        key = id(decision.module.weight)
-        if decision.layer is None or not facts.tied(name, decision.module):
+        key = id(decision.weight)
+        if decision.layer is None or not facts.tied(name, decision.weight):
             continue
         holders = facts.holders[key]
-        twin = holders == 1 or chosen[key] < holders
-        ties[name] = _Tie(holders - parted[key] > 1, twin, twin and not parted[key] and key not in floats)
+        kept = holders == 1 or chosen[key] < holders
+        ties[name] = _Tie(holders - parted[key] > 1, kept, kept and not parted[key] and key not in floats)
         parted[key] += 1
     return ties
 
 
-def _row(name: str, decision: _Decision, spec: QuantSpec) -> LayerInspection:
-    module, layer = decision.module, decision.layer
-    out_features, in_features = module.weight.shape
-    before = out_features * in_features * _ITEM_BYTES[spec.dtype]
-    weights = layer.weights if layer is not None else None
-    size = None if weights is None else group_size(weights, in_features)
-    after = before
-    if weights is not None:
-        kind = QTYPES[weights]
-        groups = out_features * (in_features // size if size else 1)
-        codes = -(-groups * kind.bits // 8) * (size or in_features)  # packing fills whole bytes along dim 0, the groups
-        after = codes + groups * _ITEM_BYTES[spec.dtype] * (2 if kind.affine else 1)
+def _row(name: str, decision: _Decision, facts: _Facts) -> LayerInspection:
+    layer = decision.layer
+    out_features, in_features = decision.weight.shape
+    before = out_features * in_features * facts.spec.torch_dtype.itemsize
+    types = None if layer is None else facts.types(layer)
     return LayerInspection(
         name=name,
-        kind=type(module).__name__,
+        kind=type(decision.module).__name__,
         shape=(out_features, in_features),
-        weights=weights,
-        activations=layer.activations if layer is not None else None,
-        group_size=size,
+        weights=None if layer is None else layer.weights,
+        activations=None if layer is None else layer.activations,
+        group_size=None if types is None else types.weights.group_size(in_features),
         reason=decision.reason,
         bytes_before=before,
-        bytes_after=after,
+        bytes_after=before if types is None else facts.target.format.nbytes(types, (out_features, in_features)),
     )

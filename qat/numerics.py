@@ -1,13 +1,15 @@
-"""The arithmetic of quantization: pure functions, and the specification of every faster kernel.
+"""The arithmetic of quantization: pure functions of tensors, and the specification of every faster kernel.
 
-Everything follows one rule, *serving arithmetic in the forward*. A loader computes, in the serving dtype,
+A `QType` is a type of stored values: which codes it has, which elements share a scale, and how a code becomes a value
+again. Its methods follow one rule, *serving arithmetic in the forward*. A loader computes, in the serving dtype,
 
-    value = scale * code            (int8, float8)
-    value = scale * code - shift    (int4, int2; product and difference rounded separately)
+    value = scale * code            (`Symmetric`)
+    value = scale * code - shift    (`Affine`; product and difference rounded separately)
 
 so training computes the same: scale and shift are first rounded to the serving dtype, codes are found in float32
 from those rounded numbers, and the product and the difference are rounded one after the other. Skipping one
-rounding would change about half of the bfloat16 weights.
+rounding would change about half of the bfloat16 weights. A format whose loader computes otherwise overrides
+`QType.serve`, `QType.encode` and `QType.decode`.
 
 A weight is handled as rows of ``(groups, size)``: a whole row, or one group of it. Scales and shifts have the
 shape ``(groups, 1)`` and are always float32 here, holding numbers that the serving dtype can represent.
@@ -19,27 +21,19 @@ serving dtype can hold, because float8 has NaN and 0/0 would be one.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
-from qat.operators import fake_operator, operator
-from qat.qtypes import QTYPES, group_size
+from qat.operators import operator
 
-__all__ = [
-    "decode",
-    "encode",
-    "fake_quantize",
-    "grouped",
-    "meets_tinygemm",
-    "moved_scale_shift",
-    "range_scale_shift",
-    "round_to",
-    "scale_gradients",
-    "serving_pair",
-    "serving_scale",
-    "serving_shift",
-    "weight_range",
-]
+__all__ = ["Affine", "FrozenWeight", "QType", "Symmetric", "moved_range", "qtype_of", "round_to", "smallest_scale"]
+
+_NARROWEST = 2.0**-7  # of the start range: ends that move towards each other stop there, so the scale stays above 0
+_BY_KEY: dict[str, QType] = {}
 
 
 class _RoundTo(torch.autograd.Function):
@@ -54,15 +48,10 @@ class _RoundTo(torch.autograd.Function):
         return grads[0], None
 
 
-@operator
+@operator(lambda tensor, dtype: torch.empty_like(tensor, dtype=torch.float32))
 def _round_to(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     # An operator of its own because a compiler is free to drop a narrowing cast that is followed by a widening one.
     return tensor.to(dtype).to(torch.float32, copy=True)
-
-
-@fake_operator("round_to")
-def _(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.empty_like(tensor, dtype=torch.float32)
 
 
 def round_to(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -70,16 +59,6 @@ def round_to(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     if dtype is torch.float32:
         return tensor.float()
     return _RoundTo.apply(tensor, dtype)  # type: ignore[no-any-return,no-untyped-call]
-
-
-def grouped(weight: Tensor, qtype: str) -> Tensor:
-    """View a weight of shape ``(out, in)`` as ``(groups, size)``, the rows that share one scale.
-
-    >>> grouped(torch.zeros(4, 256), "int4").shape
-    torch.Size([8, 128])
-    """
-    size = group_size(qtype, weight.shape[1])
-    return weight if size is None else weight.reshape(-1, size)
 
 
 def smallest_scale(dtype: torch.dtype) -> float:
@@ -96,58 +75,23 @@ def _row_ranges(rows: Tensor) -> tuple[Tensor, Tensor]:
     return low, high
 
 
-def _over(tensor: Tensor, number: float) -> Tensor:
-    """``tensor / number``, rounded once. By a Python number CUDA multiplies with the reciprocal, which rounds twice."""
-    return tensor / tensor.new_full((), number)
+def moved_range(
+    low: Tensor | None, high: Tensor, low_move: Tensor | None, high_move: Tensor
+) -> tuple[Tensor | None, Tensor]:
+    """The ends of a range that were moved outwards.
 
-
-def weight_range(weight: Tensor, qtype: str) -> tuple[Tensor | None, Tensor]:
-    """The ends of each group's range, float32, ``(groups, 1)``: min and max, or None and ``max|w|`` for 8-bit types.
-
-    >>> weight_range(torch.tensor([[-1.0, 2.0], [0.0, 6.0]]), "int2")
-    (tensor([[-1.],
-            [ 0.]]), tensor([[2.],
-            [6.]]))
-    """
-    low, high = _row_ranges(grouped(weight.detach(), qtype))
-    if QTYPES[qtype].affine:
-        return low.float(), high.float()
-    return None, torch.maximum(-low, high).float()
-
-
-def range_scale_shift(low: Tensor | None, high: Tensor, qtype: str) -> tuple[Tensor, Tensor | None]:
-    """Scale and shift, not yet rounded, whose codes reach from ``low`` to ``high`` (8-bit types: to ``high``).
-
-    >>> range_scale_shift(torch.tensor([[-1.0]]), torch.tensor([[2.0]]), "int2")
-    (tensor([[1.]]), tensor([[1.]]))
-    """
-    if low is None:
-        return _over(high, QTYPES[qtype].scale_max), None
-    return _over(high - low, QTYPES[qtype].code_max), -low
-
-
-_NARROWEST = (
-    2.0**-7
-)  # of the start range: ends that are moved towards each other stop there, and the scale stays above 0
-
-
-def moved_scale_shift(
-    low: Tensor | None, high: Tensor, low_move: Tensor | None, high_move: Tensor, qtype: str
-) -> tuple[Tensor, Tensor | None]:
-    """Scale and shift, not yet rounded, of a range whose ends were moved outwards.
-
-    The unit of a move is half the range's width (8-bit types: ``high``), so that moves of m turn a symmetric range
-    into ``1 + m`` times itself. A range keeps at least 1/128 of its width, straight-through, so that it can recover.
+    The unit of a move is half the range's width (without a low end: ``high``), so that moves of m turn a symmetric
+    range into ``1 + m`` times itself. A range keeps at least 1/128 of its width, straight-through, so that it can
+    recover.
 
     Args:
-        low: the low end at the start, float32, ``(groups, 1)``; None for 8-bit types.
+        low: the low end at the start, float32, ``(groups, 1)``; None for symmetric types.
         high: the high end at the start.
         low_move: how far down the low end went.
         high_move: how far up the high end went.
-        qtype: the target format's name.
 
-    >>> moved_scale_shift(torch.tensor([[-1.0]]), torch.tensor([[1.0]]), torch.zeros(1, 1), torch.ones(1, 1), "int2")
-    (tensor([[1.]]), tensor([[1.]]))
+    >>> moved_range(torch.tensor([[-1.0]]), torch.tensor([[1.0]]), torch.zeros(1, 1), torch.ones(1, 1))
+    (tensor([[-1.]]), tensor([[2.]]))
     """
     unit = high if low is None else (high - low) / 2
     moved_high = high + high_move * unit
@@ -155,138 +99,264 @@ def moved_scale_shift(
     width = moved_high if moved_low is None else moved_high - moved_low
     narrowest = unit * (_NARROWEST if low is None else 2 * _NARROWEST)
     missing = (narrowest - width).clamp(min=0).detach()
-    return range_scale_shift(moved_low, moved_high + missing, qtype)
+    return moved_low, moved_high + missing
 
 
-def meets_tinygemm(qtype: str, dtype: torch.dtype, in_features: int) -> bool:
-    """Whether the format's int4 kernel (bfloat16, groups of 128) will re-associate scale and shift."""
-    return qtype == "int4" and dtype is torch.bfloat16 and group_size(qtype, in_features) == 128
+@dataclass(frozen=True, kw_only=True)
+class QType(ABC):
+    """A type of stored values; abstract. A format makes its own objects of `Symmetric` and `Affine`.
 
+    Two objects with one `key` are the same type: an operator's arguments hold no objects, so types cross by key.
 
-def serving_scale(scale: Tensor, qtype: str, dtype: torch.dtype) -> Tensor:
-    """``scale`` as the serving dtype holds it, float32, straight-through; at least an epsilon for float8."""
-    rounded = round_to(scale, dtype)
-    return rounded.clamp(min=smallest_scale(dtype)) if QTYPES[qtype].floating else rounded
-
-
-def serving_shift(shift: Tensor, scale: Tensor, dtype: torch.dtype, *, tinygemm: bool = False) -> Tensor:
-    """``shift`` as the serving dtype holds it, float32, straight-through.
-
-    Args:
-        shift: float32, ``(groups, 1)``.
-        scale: the serving scale of the same groups.
-        dtype: the serving dtype.
-        tinygemm: move the shift to a fixed point of ``8 * scale - (8 * scale - shift)`` in ``dtype``. optimum-quanto's
-            int4 kernel stores ``8 * scale - shift`` and recovers the shift by the outer difference; at the fixed
-            point that loses nothing, and the values survive moves between kernels and devices.
+    Attributes:
+        has_shift: whether a group has a shift beside its scale.
+        fused: whether the fast kernels compute this arithmetic. A subclass that overrides `serve`, `encode`,
+            `decode` or `scale_gradients` sets it to False; the kernels then call the methods.
     """
-    rounded = round_to(shift, dtype)
-    if not tinygemm:
-        return rounded
-    with torch.no_grad():
-        half = scale * 8  # a power of two: exact in every binary dtype
-        fixed = round_to(half - round_to(half - rounded, dtype), dtype)
-    return rounded + (fixed - rounded.detach())
+
+    has_shift: ClassVar[bool]
+    fused: ClassVar[bool] = True
+
+    format: str
+    """Name of the format that the type belongs to."""
+    name: str
+    """What a spec calls it."""
+    bits: int
+    """Bits of a stored code."""
+    code_min: float
+    """The smallest code."""
+    code_max: float
+    """The largest code."""
+    steps: float
+    """How many scales a range spans: from 0 to its magnitude (symmetric), or from its low to its high end (affine)."""
+    storage: torch.dtype
+    """dtype of a code before it is packed."""
+
+    def __post_init__(self) -> None:
+        _BY_KEY[self.key] = self
+
+    @property
+    def key(self) -> str:
+        """Format and name, by which `qtype_of` finds the type."""
+        return f"{self.format}.{self.name}"
+
+    @property
+    def floating(self) -> bool:
+        """Whether codes are floating-point numbers."""
+        return self.storage.is_floating_point
+
+    def group_size(self, in_features: int) -> int | None:
+        """Elements of a row of ``in_features`` that share one scale; None: the whole row."""
+        return None
+
+    def anchor(self, dtype: torch.dtype, in_features: int) -> int:
+        """The code whose value a kernel of the format stores in place of the shift: 0, or a power of two."""
+        return 0
+
+    def grouped(self, weight: Tensor) -> Tensor:
+        """View a weight of shape ``(out, in)`` as ``(groups, size)``, the rows that share one scale."""
+        size = self.group_size(weight.shape[1])
+        return weight if size is None else weight.reshape(-1, size)
+
+    @abstractmethod
+    def weight_range(self, weight: Tensor) -> tuple[Tensor | None, Tensor]:
+        """The ends of each group's range, float32, ``(groups, 1)``; no low end for symmetric types."""
+
+    def scale_shift(self, low: Tensor | None, high: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Scale and shift, not yet rounded, whose codes reach from ``low`` (None: ``-high``) to ``high``."""
+        width = high if low is None else high - low
+        # By a Python number CUDA multiplies with the reciprocal, which rounds twice.
+        return width / width.new_full((), self.steps), None if low is None else -low
+
+    def serve(
+        self, scale: Tensor, shift: Tensor | None, dtype: torch.dtype, in_features: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """Scale and shift as the serving dtype holds them, float32, straight-through.
+
+        A float8 scale is at least an epsilon. A shift is moved to the fixed point of ``a * scale - (a * scale -
+        shift)`` in ``dtype``, where a is the `anchor`: a kernel that stores the inner difference and recovers the
+        shift by the outer one then loses nothing.
+
+        Args:
+            scale: float32, ``(groups, 1)``.
+            shift: likewise, or None.
+            dtype: the serving dtype.
+            in_features: columns of the weight.
+        """
+        scale = round_to(scale, dtype)
+        if self.floating:
+            scale = scale.clamp(min=smallest_scale(dtype))
+        if shift is None:
+            return scale, None
+        shift = round_to(shift, dtype)
+        anchor = self.anchor(dtype, in_features)
+        if not anchor:
+            return scale, shift
+        with torch.no_grad():
+            part = scale * anchor  # a power of two: exact in every binary dtype
+            fixed = round_to(part - round_to(part - shift, dtype), dtype)
+        return scale, shift + (fixed - shift.detach())
+
+    def _positions(self, weight: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
+        rows = self.grouped(weight.detach()).float()
+        return rows / scale if shift is None else (rows + shift).div_(scale)
+
+    def encode(self, weight: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
+        """Codes of a weight.
+
+        Args:
+            weight: ``(out, in)``, any float dtype.
+            scale: serving scale, float32, ``(groups, 1)``.
+            shift: serving shift likewise, or None.
+
+        Returns:
+            Codes of shape ``(out, in)`` in the dtype `storage`.
+        """
+        codes = self._positions(weight, scale, shift)
+        if not self.floating:
+            codes.round_()
+            codes.masked_fill_(scale == 0, 0)  # 0/0 and x/0: see the module's docstring
+        return codes.clamp_(self.code_min, self.code_max).to(self.storage).reshape(weight.shape)
+
+    def decode(self, codes: Tensor, scale: Tensor, shift: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """Values of codes, ``(out, in)``: ``scale * code - shift`` with the loader's own two roundings.
+
+        Args:
+            codes: ``(out, in)`` as `encode` gives them.
+            scale: serving scale, ``(groups, 1)``.
+            shift: serving shift or None.
+            dtype: serving dtype; also the result's.
+        """
+        values = scale.to(dtype) * self.grouped(codes).to(dtype)
+        if shift is not None:
+            values -= shift.to(dtype)
+        return values.reshape(codes.shape)
+
+    def fake_quantize(
+        self, weight: Tensor, scale: Tensor, shift: Tensor | None, dtype: torch.dtype, out_dtype: torch.dtype
+    ) -> Tensor:
+        """The weight that a loader will rebuild, in ``out_dtype``: ``decode(encode(weight))``, without a gradient."""
+        return self.decode(self.encode(weight, scale, shift), scale, shift, dtype).to(out_dtype)
+
+    def scale_gradients(
+        self, weight: Tensor, scale: Tensor, shift: Tensor | None, grad: Tensor
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Straight-through gradients of ``v = s q(w) - z`` with respect to scale and shift, and the masked ``grad``.
+
+        With ``x = (w + z) / s`` and ``in`` where x lies within the codes' range (LSQ, Esser et al. 2020, eq. 3; LSQ+,
+        Bhalgat et al. 2020, eq. 5-6): ``dv/ds = q - x in``, ``dv/dz = in - 1``, ``dv/dw = in``.
+
+        Returns:
+            ``grad_scale`` and ``grad_shift`` (float32, ``(groups, 1)``; None without a shift), and ``grad * in``.
+        """
+        x = self._positions(weight, scale, shift).masked_fill(scale == 0, 0)
+        rows = self.grouped(grad).float()
+        inside = (x >= self.code_min) & (x <= self.code_max)
+        clamped = x.clamp(self.code_min, self.code_max)
+        codes = clamped.to(self.storage).float() if self.floating else clamped.round()
+        grad_scale = (rows * (codes - torch.where(inside, x, 0.0))).sum(1, keepdim=True)
+        grad_shift = None if shift is None else (rows * (inside.float() - 1.0)).sum(1, keepdim=True)
+        return grad_scale, grad_shift, grad * inside.reshape(weight.shape)
+
+    def fake_quantize_activation(self, x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+        """``scale * clamp(round(x / scale))``, every step rounded to the serving dtype, in the dtype of ``x``.
+
+        Args:
+            x: any shape, any float dtype.
+            scale: float32 scalar.
+            dtype: the serving dtype.
+        """
+        scale = scale.to(dtype)
+        codes = x.to(dtype) / scale  # rounded to the serving dtype before it is rounded to a code, as the loader does
+        if not self.floating:
+            codes.round_()
+        codes.clamp_(self.code_min, self.code_max)
+        if self.floating:
+            codes = codes.to(self.storage).to(dtype)
+        return codes.mul_(scale).to(x.dtype)
+
+    def inside_range(self, x: Tensor, scale: Tensor) -> Tensor:
+        """Where ``x / scale`` lies within the codes' range: bool, the shape of ``x``."""
+        scale = scale.to(x.dtype)
+        return (x >= scale * self.code_min) & (x <= scale * self.code_max)
 
 
-def serving_pair(
-    scale: Tensor, shift: Tensor | None, qtype: str, dtype: torch.dtype, in_features: int
-) -> tuple[Tensor, Tensor | None]:
-    """Scale and shift of a weight with ``in_features`` columns as the serving dtype holds them, straight-through."""
-    scale = serving_scale(scale, qtype, dtype)
-    if shift is None:
-        return scale, None
-    return scale, serving_shift(shift, scale, dtype, tinygemm=meets_tinygemm(qtype, dtype, in_features))
+@dataclass(frozen=True, kw_only=True)
+class Symmetric(QType):
+    """``value = scale * code``, with a range of plus and minus the largest magnitude.
+
+    >>> int8 = Symmetric(
+    ...     format="docs", name="int8", bits=8, code_min=-128, code_max=127, steps=127, storage=torch.int8
+    ... )
+    >>> int8.scale_shift(*int8.weight_range(torch.tensor([[-254.0, 127.0], [0.0, 63.5]])))
+    (tensor([[2.0000],
+            [0.5000]]), None)
+    >>> weight, scale = torch.tensor([[-1.0, 0.6, 99.0]]), torch.tensor([[0.5]])
+    >>> int8.fake_quantize(weight, scale, None, torch.float32, torch.float32)
+    tensor([[-1.0000,  0.5000, 63.5000]])
+    >>> int8.scale_gradients(torch.tensor([[1.25, 200.0]]), torch.tensor([[1.0]]), None, torch.ones(1, 2))
+    (tensor([[126.7500]]), None, tensor([[1., 0.]]))
+    """
+
+    has_shift: ClassVar[bool] = False
+
+    def weight_range(self, weight: Tensor) -> tuple[None, Tensor]:
+        """No low end, and ``max|w|`` of each group."""
+        low, high = _row_ranges(self.grouped(weight.detach()))
+        return None, torch.maximum(-low, high).float()
 
 
-def encode(weight: Tensor, scale: Tensor, shift: Tensor | None, qtype: str) -> Tensor:
-    """Codes of a weight.
+@dataclass(frozen=True, kw_only=True)
+class Affine(QType):
+    """``value = scale * code - shift``, with a range from the smallest to the largest value.
 
-    Args:
-        weight: ``(out, in)``, any float dtype.
-        scale: serving scale, float32, ``(groups, 1)``.
-        shift: serving shift, float32, ``(groups, 1)``; None for 8-bit types.
-        qtype: the target format's name.
-
-    Returns:
-        Codes of shape ``(out, in)``: int8, float8_e4m3fn, or uint8 for the affine types.
-
-    >>> encode(torch.tensor([[-1.0, 0.5, 2.0]]), torch.tensor([[1.0]]), torch.tensor([[1.0]]), "int2")
+    >>> int2 = Affine(format="docs", name="int2", bits=2, code_min=0, code_max=3, steps=3, storage=torch.uint8)
+    >>> int2.scale_shift(*int2.weight_range(torch.tensor([[-1.0, 2.0], [0.0, 6.0]])))
+    (tensor([[1.],
+            [2.]]), tensor([[1.],
+            [-0.]]))
+    >>> codes = int2.encode(torch.tensor([[-1.0, 0.5, 2.0]]), torch.tensor([[1.0]]), torch.tensor([[1.0]]))
+    >>> codes
     tensor([[0, 2, 3]], dtype=torch.uint8)
-    """
-    kind = QTYPES[qtype]
-    codes = _float_codes(grouped(weight.detach(), qtype).float(), scale, shift, qtype)
-    return codes.to(getattr(torch, kind.storage)).reshape(weight.shape)
-
-
-def _float_codes(rows: Tensor, scale: Tensor, shift: Tensor | None, qtype: str) -> Tensor:
-    kind = QTYPES[qtype]
-    codes = (rows / scale) if shift is None else (rows + shift).div_(scale)
-    if not kind.floating:
-        codes.round_()
-        codes.masked_fill_(scale == 0, 0)  # 0/0 and x/0: see the module's docstring
-    return codes.clamp_(kind.code_min, kind.code_max)
-
-
-def decode(codes: Tensor, scale: Tensor, shift: Tensor | None, qtype: str, dtype: torch.dtype) -> Tensor:
-    """Values of codes in the serving dtype: ``scale * code - shift`` with the loader's own two roundings.
-
-    Args:
-        codes: ``(out, in)`` as `encode` gives them.
-        scale: serving scale, float32, ``(groups, 1)``.
-        shift: serving shift or None.
-        qtype: the target format's name.
-        dtype: serving dtype; also the result's.
-
-    >>> codes = torch.tensor([[0, 2, 3]], dtype=torch.uint8)
-    >>> decode(codes, torch.tensor([[1.0]]), torch.tensor([[1.0]]), "int2", torch.float32)
+    >>> int2.decode(codes, torch.tensor([[1.0]]), torch.tensor([[1.0]]), torch.float32)
     tensor([[-1.,  1.,  2.]])
     """
-    rows = grouped(codes, qtype).to(dtype)
-    values = scale.to(dtype) * rows
-    if shift is not None:
-        values -= shift.to(dtype)
-    return values.reshape(codes.shape)
+
+    has_shift: ClassVar[bool] = True
+
+    def weight_range(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Minimum and maximum of each group."""
+        low, high = _row_ranges(self.grouped(weight.detach()))
+        return low.float(), high.float()
 
 
-def fake_quantize(
-    weight: Tensor, scale: Tensor, shift: Tensor | None, qtype: str, dtype: torch.dtype, out_dtype: torch.dtype
-) -> Tensor:
-    """The weight that a loader will rebuild, in ``out_dtype``: ``decode(encode(weight))``.
+@dataclass(frozen=True)
+class FrozenWeight:
+    """One weight as it is final: what lies between training and files, whatever the format."""
 
-    It has no gradient; `qat.layers` defines that.
+    codes: Tensor
+    """``(out, in)``, in the type's `storage` dtype, contiguous."""
+    scale: Tensor
+    """Serving dtype, ``(groups, 1)``."""
+    shift: Tensor | None
+    """Serving dtype, ``(groups, 1)``; None for types without one."""
+    qtype: QType
 
-    >>> weight, scale = torch.tensor([[-1.0, 0.6, 99.0]]), torch.tensor([[0.5]])
-    >>> fake_quantize(weight, scale, None, "int8", torch.float32, torch.float32)
-    tensor([[-1.0000,  0.5000, 63.5000]])
-    """
-    return decode(encode(weight, scale, shift, qtype), scale, shift, qtype, dtype).to(out_dtype)
+    @property
+    def dtype(self) -> torch.dtype:
+        """The serving dtype."""
+        return self.scale.dtype
+
+    @property
+    def shape(self) -> torch.Size:
+        """``(out, in)``."""
+        return self.codes.shape
+
+    def dequantize(self) -> Tensor:
+        """The values in the serving dtype, ``(out, in)``, as a loader computes them."""
+        return self.qtype.decode(self.codes, self.scale, self.shift, self.dtype)
 
 
-def scale_gradients(
-    weight: Tensor, scale: Tensor, shift: Tensor | None, qtype: str, grad: Tensor
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Straight-through gradients of ``v = s q(w) - z`` with respect to scale and shift, and the inside mask.
-
-    With ``x = (w + z) / s`` and ``in`` where x lies within the codes' range (LSQ, Esser et al. 2020, eq. 3; LSQ+,
-    Bhalgat et al. 2020, eq. 5-6): ``dv/ds = q - x in``, ``dv/dz = in - 1``, ``dv/dw = in``.
-
-    Returns:
-        ``grad_scale`` and ``grad_shift`` (float32, ``(groups, 1)``; None without a shift), and ``in`` (bool,
-        ``(out, in)``).
-
-    >>> weight, ones = torch.tensor([[1.25, 200.0]]), torch.ones(1, 2)
-    >>> scale_gradients(weight, torch.tensor([[1.0]]), None, "int8", ones)  # (1 - 1.25) + 127
-    (tensor([[126.7500]]), None, tensor([[ True, False]]))
-    """
-    kind = QTYPES[qtype]
-    rows = grouped(weight.detach(), qtype).float()
-    grad_rows = grouped(grad, qtype).float()
-    x = rows / scale if shift is None else (rows + shift) / scale
-    x = x.masked_fill(scale == 0, 0)
-    inside = (x >= kind.code_min) & (x <= kind.code_max)
-    clamped = x.clamp(kind.code_min, kind.code_max)
-    codes = clamped.to(torch.float8_e4m3fn).float() if kind.floating else clamped.round()
-    grad_scale = (grad_rows * (codes - torch.where(inside, x, 0.0))).sum(1, keepdim=True)
-    grad_shift = None if shift is None else (grad_rows * (inside.float() - 1.0)).sum(1, keepdim=True)
-    return grad_scale, grad_shift, inside.reshape(weight.shape)
+def qtype_of(key: str) -> QType:
+    """The type that an operator's argument names; the only look-up of a type by text below the spec."""
+    return _BY_KEY[key]

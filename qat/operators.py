@@ -3,51 +3,65 @@
 `torch.library.custom_op` does the same, with wrappers for gradients, aliasing and tracing around every call. On the
 host of an H200 they took 40 of the 90 microseconds of a fake quantization, and a training step of a large model makes
 hundreds of them. So these operators are registered without: they have no gradient of their own (`qat.layers` and
-`qat.numerics` define it around them), and never return their inputs.
+`qat.quantizers` define it around them), and never return their inputs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from importlib import import_module
+from typing import Any, TypeVar
 
 import torch
 
-__all__ = ["fake_operator", "operator"]
+__all__ = ["implement", "operator"]
 
 _LIBRARY = torch.library.Library("qat", "FRAGMENT")  # type: ignore[no-untyped-call]
-_F = TypeVar("_F", bound=Callable[..., object])
+_F = TypeVar("_F", bound=Callable[..., Any])
 
 
-def operator(function: _F) -> _F:
-    """Register ``function`` for all devices as the operator ``torch.ops.qat.<its name without leading underscore>``.
+def operator(shapes: Callable[..., Any]) -> Callable[[_F], _F]:
+    """Register a function for all devices as the operator ``torch.ops.qat.<its name without leading underscore>``.
 
-    Its signature becomes the operator's. It returns new tensors, none of them an input or a view of
-    one; `fake_operator` tells a compiler of what shapes.
+    The function's signature becomes the operator's. It returns new tensors, none of them an input or a view of one.
+    `implement` adds a faster form for one kind of device.
 
-    >>> @operator
+    Args:
+        shapes: takes the same arguments and returns empty tensors like the results, for a compiler.
+
+    >>> @operator(torch.empty_like)
     ... def _doubled_for_a_docstring(x: torch.Tensor) -> torch.Tensor:
     ...     return x * 2
     >>> torch.ops.qat.doubled_for_a_docstring(torch.ones(2))
     tensor([2., 2.])
-    """
-    name = function.__name__.lstrip("_")
-    schema = name + torch.library.infer_schema(function, mutates_args=())
-    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
-    _LIBRARY.impl(name, function, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
-    return function
-
-
-def fake_operator(name: str) -> Callable[[_F], _F]:
-    """What tells a compiler the shapes and dtypes that operator ``name`` returns; a decorator.
-
-    >>> @operator
-    ... def _tripled_for_a_docstring(x: torch.Tensor) -> torch.Tensor:
-    ...     return x * 3
-    >>> @fake_operator("tripled_for_a_docstring")
-    ... def _(x: torch.Tensor) -> torch.Tensor:
-    ...     return torch.empty_like(x)
-    >>> torch.ops.qat.tripled_for_a_docstring(torch.ones(2, device="meta")).shape
+    >>> torch.ops.qat.doubled_for_a_docstring(torch.ones(2, device="meta")).shape
     torch.Size([2])
     """
-    return torch.library.register_fake(f"qat::{name}", lib=_LIBRARY)  # type: ignore[no-any-return]
+
+    def register(function: _F) -> _F:
+        name = function.__name__.lstrip("_")
+        schema = name + torch.library.infer_schema(function, mutates_args=())
+        _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
+        _LIBRARY.impl(name, function, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+        torch.library.register_fake(f"qat::{name}", shapes, lib=_LIBRARY)
+        return function
+
+    return register
+
+
+def implement(specification: Callable[..., Any], dispatch_key: str, module: str) -> None:
+    """Let ``module`` compute an operator on one kind of device; it is imported at the first call there.
+
+    Args:
+        specification: the function that `operator` registered. It computes what the module does not support.
+        dispatch_key: torch's name of the device, such as ``"CPU"`` or ``"CUDA"``.
+        module: full name of a module with a function of the operator's name, and a function ``supports`` that takes
+            the operator's arguments.
+    """
+    name = specification.__name__.lstrip("_")
+
+    def call(*args: Any) -> Any:
+        kernels = import_module(module)
+        return (getattr(kernels, name) if kernels.supports(*args) else specification)(*args)
+
+    _LIBRARY.impl(name, call, dispatch_key)  # type: ignore[no-untyped-call]

@@ -5,13 +5,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from qat.errors import StateError
+from qat.hosts import get_target
 from qat.inspection import InspectReport, inspect
-from qat.layers import QLinear, quantized_layers
+from qat.layers import layer_class, quantized_layers
 from qat.observers import ObserverChoice, Percentile
 from qat.quantizers import Algorithm, StraightThrough
 from qat.quantizers.activation import ActivationQuantizer
@@ -34,7 +37,7 @@ class Prepared:
     notes: tuple[str, ...] = ()
     """What inspection remarked, and what was untied; freezing puts it on record."""
     left_float: Mapping[str, str] = field(default_factory=dict)
-    """The linear layers that stay float, each with the reason; freezing puts it on record too."""
+    """The weights that stay float, each with the reason; freezing puts it on record too."""
 
 
 @dataclass(frozen=True)
@@ -55,13 +58,13 @@ class PrepareReport:
 def prepare(
     model: nn.Module,
     spec: QuantSpec,
+    *,
     algorithm: Algorithm | None = None,
     target: str = "quanto",
-    *,
     observer: ObserverChoice | None = None,
     example_inputs: Any = None,
 ) -> PrepareReport:
-    """Turn the linear layers that `qat.inspect` chooses into `QLinear`, in place.
+    """Turn the layers that `qat.inspect` chooses into quantized ones, in place.
 
     Args:
         model: a float model. Its parameters stay the same objects, under the same names.
@@ -81,28 +84,29 @@ def prepare(
     algorithm = algorithm or StraightThrough()
     if not isinstance(algorithm, Algorithm):
         raise StateError(f"algorithm: must be an Algorithm such as StraightThrough(), got {algorithm!r}")
-    report = inspect(model, spec, target, example_inputs=example_inputs)
-    observer = observer or Percentile()
+    report = inspect(model, spec, target=target, example_inputs=example_inputs)
+    observer, format = observer or Percentile(), get_target(target).format
     untied = []
     for row in report.layers:
         if row.weights is None:
             continue
-        linear = model.get_submodule(row.name)
-        assert isinstance(linear, nn.Linear)
-        if _untie(model, linear):
+        module = model.get_submodule(row.name)
+        cls = layer_class(module)
+        assert cls is not None
+        if _untie(model, module):
             untied.append(row.name)
-        quantizer = algorithm.make(linear.weight, row.weights, spec.torch_dtype).to(linear.weight.device)
+        weight = cls.effective_weight(module)
+        types = format.types(row.weights, row.activations, spec.torch_dtype)
+        quantizer = algorithm.make(weight, types.weights, types.dtype).to(weight.device)
         inputs = outputs = None
-        if row.activations is not None:
-            device = linear.weight.device
-            inputs = ActivationQuantizer(row.activations, spec.torch_dtype, observer.make()).to(device)
+        if types.activations is not None:
+            inputs = ActivationQuantizer(types.activations, types.dtype, observer.make()).to(weight.device)
             if spec.quantize_outputs:
-                outputs = ActivationQuantizer(row.activations, spec.torch_dtype, observer.make()).to(device)
-        QLinear.adopt(linear, quantizer, inputs, outputs)
+                outputs = ActivationQuantizer(types.activations, types.dtype, observer.make()).to(weight.device)
+        cls.adopt(module, quantizer, inputs, outputs)
     notes = (*report.notes, *(f"untied: {name}" for name in untied))
-    left_float = {row.name: row.reason for row in report.layers if row.weights is None}
-    setattr(model, _ATTRIBUTE, Prepared(spec, algorithm, target, observer, notes, left_float))
-    model.register_load_state_dict_post_hook(_check_fresh_quantizers)  # type: ignore[no-untyped-call]
+    setattr(model, _ATTRIBUTE, Prepared(spec, algorithm, target, observer, notes, report.left_float))
+    model.register_load_state_dict_pre_hook(_complete_float_checkpoint)  # type: ignore[no-untyped-call]
     return PrepareReport(report, tuple(name for name, _ in quantized_layers(model)), tuple(untied))
 
 
@@ -124,43 +128,63 @@ def forget_prepared(model: nn.Module) -> None:
     delattr(model, _ATTRIBUTE)
 
 
-def _untie(model: nn.Module, linear: nn.Linear) -> bool:
-    """Give ``linear`` a weight of its own if it shares one, and tell the model's config."""
-    holders = {id(m) for m in model.modules() for p in m._parameters.values() if p is linear.weight}
-    if len(holders) < 2:
+def _untie(model: nn.Module, module: Any) -> bool:
+    """Give a layer a weight of its own if it shares one, and tell the configs of the models around it."""
+    weight = module._parameters.get("weight")
+    holders = {id(m) for m in model.modules() for p in m._parameters.values() if p is weight}
+    if weight is None or len(holders) < 2:
         return False
-    linear.weight = nn.Parameter(linear.weight.detach().clone(), requires_grad=linear.weight.requires_grad)
-    config: Any = getattr(model, "config", None)
-    if config is not None and getattr(config, "tie_word_embeddings", False):
-        config.tie_word_embeddings = False
-        if hasattr(model, "all_tied_weights_keys"):
-            model.all_tied_weights_keys = {}  # type: ignore[assignment]
+    module.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
+    for inner in model.modules():
+        config: Any = getattr(inner, "config", None)
+        if config is not None and getattr(config, "tie_word_embeddings", False):
+            config.tie_word_embeddings = False
+            if hasattr(inner, "all_tied_weights_keys"):
+                inner.all_tied_weights_keys = {}  # type: ignore[assignment]
     return True
 
 
-def _check_fresh_quantizers(model: nn.Module, incompatible: Any) -> None:
-    """After a float checkpoint was loaded into a prepared model: all quantizers start afresh, or none may.
+@torch.no_grad()
+def _complete_float_checkpoint(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Before a checkpoint is loaded into a prepared model: give a float one the state of new quantizers.
 
-    Layers whose weight was not loaded (``strict=False``) keep what they have.
+    They are made for the weights of the checkpoint, on their device. Layers whose weight the checkpoint leaves out
+    (``strict=False``) keep what they have.
     """
-    stateful = [
-        (name, layer)
+    layers = [
+        (f"{prefix}{name}." if name else prefix, layer)
         for name, layer in quantized_layers(model)
-        if layer.has_quantizer_state and layer.started_afresh is not None
+        if f"{prefix}{name}.weight".lstrip(".") in state
     ]
-    fresh = [name for name, layer in stateful if layer.started_afresh]
-    if fresh and len(fresh) < len(stateful):
+    fresh: dict[str, Tensor] = {}
+    lacking, stateful = [], 0
+    for name, layer in layers:
+        layer.reached = None  # who trained these weights, and how, is not known
+        own = [key for key in layer.state_dict(prefix=name) if "_quantizer." in key[len(name) :]]
+        if not own:
+            continue
+        stateful += 1
+        if not any(key in state for key in own):
+            lacking.append(name)
+            weight = _float_weight(layer, state, name)
+            fresh |= layer.fresh_state(name, weight, prepared_as(model).algorithm)
+    if lacking and len(lacking) < stateful:
         raise StateError(
-            f"state_dict: quantizer keys may be absent only for all layers together, but {len(fresh)} of "
-            f"{len(stateful)} layers lack theirs (first: {fresh[0]!r}): load a whole float or a whole "
+            f"state_dict: quantizer keys may be absent only for all layers together, but {len(lacking)} of "
+            f"{stateful} layers lack theirs (first: {lacking[0].rstrip('.')!r}): load a whole float or a whole "
             "prepared checkpoint"
         )
-    for _, layer in stateful if fresh else ():
-        layer.start_afresh(prepared_as(model).algorithm)
-    if fresh:
+    if lacking:
+        state.update(fresh)
         logger.warning(
-            "state_dict holds no quantizer state (a float checkpoint): %d quantizers start afresh", len(fresh)
+            "state_dict holds no quantizer state (a float checkpoint): %d quantizers start afresh", len(lacking)
         )
+
+
+def _float_weight(layer: Any, state: dict[str, Any], prefix: str) -> Tensor:
+    """The effective weight of a layer with a checkpoint's parameters."""
+    found = {key: state[f"{prefix}{key}"] for key in layer._parameters if f"{prefix}{key}" in state}
+    return type(layer).effective_weight(SimpleNamespace(**found))
 
 
 def parameter_groups(

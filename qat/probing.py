@@ -37,16 +37,17 @@ def kept_modes(model: nn.Module) -> Iterator[None]:
 class Probe(TorchFunctionMode):
     """What one batch shows: the layouts in which linear layers are read, and weights that are read without a call."""
 
-    def __init__(self, linears: Mapping[str, nn.Linear]) -> None:
+    def __init__(self, layers: Mapping[str, nn.Module], weights: Mapping[str, torch.Tensor]) -> None:
         super().__init__()
-        self.inputs: dict[str, list[torch.Tensor]] = {name: [] for name in linears}
+        self.inputs: dict[str, list[torch.Tensor]] = {name: [] for name in layers}
         self.read: dict[str, str] = {}
         """Layer to the class of the module that reads its weight."""
-        self._names = {id(linear.weight): name for name, linear in linears.items()}
+        self._layers = layers
+        self._names = {id(weight): name for name, weight in weights.items()}
         self._running: list[nn.Module] = []
 
     @torch.no_grad()
-    def watch(self, model: nn.Module, linears: Mapping[str, nn.Linear], batch: Any) -> Probe:
+    def watch(self, model: nn.Module, batch: Any) -> Probe:
         """Run ``batch`` as for evaluation and as for training (some models have two ways), and leave no trace.
 
         Raises:
@@ -54,9 +55,9 @@ class Probe(TorchFunctionMode):
         """
         handles = [m.register_forward_pre_hook(lambda m, _: self._running.append(m)) for m in model.modules()]
         handles += [m.register_forward_hook(lambda *_: self._running.pop() and None) for m in model.modules()]
-        for name, linear in linears.items():
+        for name, layer in self._layers.items():
             handles.append(
-                linear.register_forward_pre_hook(
+                layer.register_forward_pre_hook(
                     lambda _, args, layouts=self.inputs[name]: layouts.extend(map(_layout, args[:1]))
                 )
             )

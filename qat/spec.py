@@ -15,14 +15,17 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from qat.errors import SpecError
-from qat.qtypes import ActivationType, ServingDtype, WeightType
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     import torch
 
-__all__ = ["LayerSpec", "QuantSpec", "Resolution"]
+__all__ = ["ActivationType", "LayerSpec", "QuantSpec", "Resolution", "ServingDtype", "WeightType"]
+
+WeightType = Literal["int8", "float8", "int4", "int2"]
+ActivationType = Literal["int8", "float8"]
+ServingDtype = Literal["float32", "bfloat16", "float16"]
 
 
 class _RaisesSpecError(type(BaseModel)):  # type: ignore[misc]
@@ -173,17 +176,30 @@ class QuantSpec(BaseModel, metaclass=_RaisesSpecError):
             return Resolution(None, "matches no include pattern", False)
         return Resolution(self._layer(self.weights), "", False)
 
-    def check_patterns(self, names: Iterable[str]) -> None:
-        """Raise `SpecError` for every pattern that matches none of ``names``."""
+    def check_patterns(self, names: Iterable[str], others: Mapping[str, str] | None = None) -> None:
+        """Raise `SpecError` for every pattern that matches none of ``names``.
+
+        Args:
+            names: the layers that can be quantized.
+            others: modules with weights that cannot, and their classes; a pattern that matches one is told so.
+        """
         known = list(names)
         faults = []
         for argument, patterns in (("include", self.include), ("exclude", self.exclude), ("overrides", self.overrides)):
             for pattern in patterns:
                 if any(fnmatchcase(name, pattern) for name in known):
                     continue
+                held = [name for name in others or () if fnmatchcase(name, pattern)]
+                if held and argument == "exclude":
+                    continue  # it stays float, as asked
                 tails = {name: name for name in known} | {name.rsplit(".", 1)[-1]: name for name in known}
                 close = [tails[near] for near in get_close_matches(pattern.lstrip("*."), tails, n=3, cutoff=0.6)]
-                hint = f"; did you mean one of {close}?" if close else f"; linear layers here: {known[:5]}..."
+                if held and others is not None:
+                    hint = f", only {held[0]} and the like: a {others[held[0]]}, whose weights have no quantized form"
+                elif close:
+                    hint = f"; did you mean one of {close}?"
+                else:
+                    hint = f"; linear layers here: {known[:5]}..."
                 faults.append(f"{argument}: pattern {pattern!r} matches no linear layer of the model{hint}")
         if faults:
             raise SpecError("\n".join(faults))

@@ -61,11 +61,11 @@ def main(argv: Sequence[str]) -> None:
     quiet_libraries()
     run, spec, settings, schedule = begin("causal_lm", config), config.spec, config.optimization, config.schedule
     model, tokenizer = load_language_model(config.model or str(REFERENCE), trust_remote_code=config.trust_remote_code)
-    qat.inspect(model, spec, config.target)  # here a spec that does not fit is an error, before the data is read
+    qat.inspect(model, spec, target=config.target)  # here a spec that does not fit is an error, before the data is read
     with stage("tokenizing"):
         train, evaluation = load_blocks(config.data, tokenizer)
     example = {"input_ids": evaluation[:2]["input_ids"]}
-    print(inspect_totals(qat.inspect(model, spec, config.target, example_inputs=example)))
+    print(inspect_totals(qat.inspect(model, spec, target=config.target, example_inputs=example)))
     prepared_for: dict[str, Any] = {"target": config.target, "observer": config.observer, "example_inputs": example}
     batches = training_batches(train, settings.batch_size)
     checkpoints = run.beside("checkpoints")

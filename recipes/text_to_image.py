@@ -62,7 +62,7 @@ def main(argv: Sequence[str]) -> None:
     target = config.target or ("quanto" if spec.activation_type else "diffusers")
     pipeline, folder = load_pipeline(source_of(config), trust_remote_code=config.trust_remote_code)
     model = pipeline.transformer
-    qat.inspect(model, spec, target)  # here a spec that does not fit is an error, before anything is encoded
+    qat.inspect(model, spec, target=target)  # here a spec that does not fit is an error, before anything is encoded
     # Activations are calibrated by what the real sampler brings, at all timesteps.
     sampled = schedule.calibration_batches if spec.activation_type else 0
     data = diffusion_data(pipeline, folder, config, run.device, settings.batch_size, sampled)
@@ -80,7 +80,7 @@ def main(argv: Sequence[str]) -> None:
     comparison.judge("float", model, run.device, 0, None, draws=False)
     comparison.judge(TUNED, tuned, run.device, settings.steps, rate)
     quantized = copy.deepcopy(tuned)
-    qat.prepare(quantized, spec, config.algorithm, **prepared_for)
+    qat.prepare(quantized, spec, algorithm=config.algorithm, **prepared_for)
     calibrate_and_freeze(quantized, data.sampled, sampled, run.device)
     with TemporaryDirectory() as directory:
         qat.export(quantized, directory)
@@ -91,7 +91,7 @@ def main(argv: Sequence[str]) -> None:
         *checkpoints_in(checkpoints, config.trainer),
     ]
     if sampled:
-        qat.prepare(model, spec, config.algorithm, **prepared_for)
+        qat.prepare(model, spec, algorithm=config.algorithm, **prepared_for)
         calibrate(model, data.sampled, run.device)
     task, rate = Diffusion(settings.distillation_weight), settings.learning_rate
     how |= {"learning_rate": rate, "callbacks": callbacks, "teacher": tuned, "resume": config.resume}

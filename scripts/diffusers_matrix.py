@@ -29,7 +29,7 @@ from torch import nn
 
 import qat
 from qat.errors import SpecError, TargetError
-from qat.qtypes import WeightType
+from qat.spec import WeightType
 from scripts.architecture_matrix import dequantize, largest_gap
 from scripts.json_workers import Ask, Worker, serve
 from scripts.stock_diffusers import Portrait, outputs_of, portrait_of_outputs, state_portrait

@@ -1,53 +1,46 @@
 """`export`: write a frozen model so that the target's loader rebuilds exactly the same numbers.
 
-One file a target (`quanto`, `transformers`, `diffusers`), one line each in `EXPORTERS`. The quanto layout is shared:
-which tensors there are and under which keys is in `quanto`, where each lies in a file in `layout`, config.json in
-`configuration`, the all-or-nothing directory in `directory`, what the export says about itself in `manifest` for
-programs and in `card` for people, the example and its frozen outputs in `examples`.
+A short story over format, host and files: the format says under which keys a layer is stored (`state`), the host writes
+``config.json``, and the files are planned, written, hashed and declared in a manifest. `card` writes what people read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
-from qat.construction import constructed_tensors, differs, unstored_tensors
 from qat.errors import ExportError, TargetError
-from qat.evidence import frozen_record, layer_evidence, model_device
-from qat.exporting import diffusers, quanto, transformers
 from qat.exporting.card import write_card
-from qat.exporting.directory import atomic_directory, check_destination
-from qat.exporting.examples import compute_outputs, flatten_inputs
-from qat.exporting.layout import TensorEntry, parse_size, plan_shards, write_shard
-from qat.exporting.manifest import (
+from qat.exporting.state import ModelState, write_weights
+from qat.files.directory import atomic_directory, check_destination
+from qat.files.evidence import FrozenRecord, frozen_record
+from qat.files.examples import flatten_inputs
+from qat.files.manifest import (
     EVIDENCE_NAME,
     Environment,
     ExampleRecord,
     FileRecord,
     Manifest,
+    TensorRecord,
     file_record,
 )
-from qat.exporting.quanto import Content, Job, stored_tensors
-from qat.packing import as_held
-from qat.targets import get_target
+from qat.files.shards import TensorEntry, parse_size, plan_shards, write_shard
+from qat.hosts import MODULE, Target, get_target, host_of
+from qat.hosts.construction import constructed_tensors, differs, unstored_tensors
+from qat.hosts.float_grid import check_float_grid
+from qat.tensors import model_device, stored_tensors
+from qat.verification.outputs import compute_outputs
 
-if TYPE_CHECKING:
-    from qat.evidence import FrozenRecord
+__all__ = ["ExportReport", "export"]
 
-__all__ = ["EXPORTERS", "ExportReport", "export"]
-
-EXPORTERS: dict[str, Callable[[Job], Content]] = {
-    "diffusers": diffusers.write,
-    "quanto": quanto.write,
-    "transformers": transformers.write,
-}
 CONFIG_NAME = "qat_config.yaml"
+_ONE_FILE = 1 << 62
 
 
 @dataclass(frozen=True)
@@ -129,18 +122,14 @@ def export(
     ['README.md', 'model.safetensors', 'qat_evidence.safetensors', 'qat_manifest.json', 'quanto_qmap.json']
     """
     record = frozen_record(model)
-    name = record.target if target is None else target
-    if name not in EXPORTERS:
-        get_target(name)
-        raise TargetError(f"target: must be one of {sorted(EXPORTERS)}, which export can write; got {name!r}")
+    to = get_target(target or record.target)
     destination = Path(directory).absolute()
     check_destination(destination, overwrite)
     limit = parse_size(max_shard_size)
-    _check_target(model, record, name)
-    _restore_classes(model, record)
+    _check_target(model, record, to)
     _check_unchanged(model, record)
     with torch.no_grad(), atomic_directory(destination, overwrite) as temporary:
-        content = EXPORTERS[name](Job(model, record, temporary, limit, float_grid))
+        content = (_write_float_grid if float_grid else _write_packed)(model, record, to, temporary, limit)
         _save_processors(processor, temporary)
         if config is not None:
             _write_config(config, temporary)
@@ -151,13 +140,13 @@ def export(
             if path.is_file()
         }
         manifest = Manifest(
-            target=name,
+            target=to.name,
             dtype=record.spec.dtype,
             model_class=f"{type(model).__module__}.{type(model).__qualname__}",
             attn_implementation=getattr(getattr(model, "config", None), "_attn_implementation", None),
             float_grid=float_grid,
             stock_arguments=content.stock_arguments,
-            weights_stem=content.weights_stem,
+            weights_stem=content.stem,
             frozen=record.to_json(),
             environment=Environment.current(model_device(model).type),
             tensors=content.tensors,
@@ -167,71 +156,114 @@ def export(
             config=None if config is None else dict(config),
             notes=(*record.notes, *content.notes),
         )
-        for path in (manifest.write(temporary), write_card(temporary, manifest, record)):
+        for path in (manifest.write(temporary), write_card(temporary, manifest, record, to)):
             files = files | {path.name: file_record(path)}
-    return ExportReport(destination, name, files, manifest.notes)
+    return ExportReport(destination, to.name, files, manifest.notes)
 
 
-def _check_target(model: nn.Module, record: FrozenRecord, name: str) -> None:
+@dataclass(frozen=True)
+class _Content:
+    """What was written, for the manifest."""
+
+    files: dict[str, FileRecord]
+    """Files whose hash was taken while they were written; the others are hashed afterwards."""
+    tensors: dict[str, TensorRecord]
+    tied: dict[str, str]
+    stem: str
+    notes: tuple[str, ...] = ()
+    stock_arguments: dict[str, Any] | None = None
+
+
+def _write_packed(model: nn.Module, record: FrozenRecord, target: Target, directory: Path, limit: int) -> _Content:
+    library, host = host_of(model), target.host
+    state = ModelState(model, target.format, untie=host.unties)
+    settings = host.quantization_config(model, record)
+    notes: tuple[str, ...] = ()
+    if not library.write_config(model, directory, record.spec.torch_dtype, settings):
+        notes = ("no config.json: load with qat.load(directory, model=<the float model>) or quanto's requantize",)
+    if host.writes_map(record):
+        target.format.write_map(record, directory)
+    files, tensors = write_weights(state, directory, limit, library.weights_stem)
+    return _Content(files, tensors, state.tied, library.weights_stem, notes)
+
+
+def _write_float_grid(model: nn.Module, record: FrozenRecord, target: Target, directory: Path, limit: int) -> _Content:
+    """Ordinary float32 weights on the quantization grid, which a stock load quantizes back into the same codes."""
+    if target.host is MODULE:
+        target.host.float_grid_arguments(model, record, record.spec.weights)  # says why not
+    library, host = host_of(model), target.host
+    weights = check_float_grid(model, record, target.format)
+    arguments = host.float_grid_arguments(model, record, weights)
+    state = ModelState(model, target.format, float_layers=record.layers, untie=host.unties)
+    library.write_config(model, directory, torch.float32, None)
+    # diffusers' `from_single_file`, and other programs, read one file only.
+    limit = _ONE_FILE if host.leaf_names_only else limit
+    files, tensors = write_weights(state, directory, limit, library.weights_stem)
+    shown = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
+    note = f"on-grid float32 weights: load with from_pretrained(directory, {host.float_dtype}quantization_config=QuantoConfig({shown}))"
+    return _Content(files, tensors, state.tied, library.weights_stem, (note,), arguments)
+
+
+def _check_target(model: nn.Module, record: FrozenRecord, wanted: Target) -> None:
     """Raise when the target's loader would hold something else than what the model was frozen with."""
-    wanted, frozen = get_target(name), get_target(record.target)
-    faults = wanted.model_faults(model)
+    frozen = get_target(record.target)
+    faults = wanted.host.model_faults(model)
     if faults:
         raise TargetError("; ".join(faults))
-    if name == record.target:
+    _restore_classes(model, record, frozen)
+    if wanted.name == record.target:
         return
-    remedy = f"call qat.freeze(model, target={name!r}) instead and export that model"
-    faults = wanted.spec_faults(record.spec)
+    remedy = f"call qat.freeze(model, target={wanted.name!r}) instead and export that model"
+    faults = wanted.host.spec_faults(record.spec)
     if faults:
-        raise TargetError(f"target {name!r} cannot express what was trained: {'; '.join(faults)}")
+        raise TargetError(f"target {wanted.name!r} cannot express what was trained: {'; '.join(faults)}")
+    dtype = record.spec.torch_dtype
+    old, new = frozen.rules(model, dtype), wanted.rules(model, dtype)
     moved = [
         key
         for key, tensor in stored_tensors(model)
-        if tensor.is_floating_point()
-        and wanted.tensor_dtype(model, key, record.spec) != frozen.tensor_dtype(model, key, record.spec)
+        if tensor.is_floating_point() and new.tensor_dtype(key) != old.tensor_dtype(key)
     ]
-    made = constructed_tensors(model, wanted, record.spec.torch_dtype)
+    made = constructed_tensors(model, wanted, dtype)
     moved += [
         found.name
         for found in unstored_tensors(model)
         if found.name in made and differs(found.tensor, made[found.name])
     ]
-    moved += [
-        f"{key}.weight"
-        for key, layer in _packed_layers(model, record)
-        if type(as_held(layer.weight.data, wanted)) is not type(layer.weight.data)
-    ]
+    if wanted.format is not frozen.format:
+        moved += [f"{name}.weight" for name in record.layers]
+    else:
+        moved += [
+            f"{name}.weight"
+            for name, module in model.named_modules()
+            if name in record.layers and not wanted.format.is_settled(module, plain_on_cpu=wanted.host.plain_on_cpu)
+        ]
     if moved:
         raise TargetError(
-            f"target {name!r} would hold {len(moved)} tensors in another dtype or class, or computed in another dtype, "
-            f"than target {record.target!r}, which the model was frozen for (first: {moved[0]!r}), so that outputs "
-            f"would differ: {remedy}"
+            f"target {wanted.name!r} would hold {len(moved)} tensors in another dtype or class, or computed in another "
+            f"dtype, than target {record.target!r}, which the model was frozen for (first: {moved[0]!r}), so that "
+            f"outputs would differ: {remedy}"
         )
 
 
-def _restore_classes(model: nn.Module, record: FrozenRecord) -> None:
+def _restore_classes(model: nn.Module, record: FrozenRecord, target: Target) -> None:
     """Give the layers of a model that was moved between devices the tensor class of their loader again, in place."""
-    target = get_target(record.target)
-    if target.plain_on_cpu:  # every other loader holds what a move makes
-        for _, layer in _packed_layers(model, record):
-            held = as_held(layer.weight.data, target)
-            if type(held) is not type(layer.weight.data):
-                layer.weight = nn.Parameter(held, requires_grad=False)
-
-
-def _packed_layers(model: nn.Module, record: FrozenRecord) -> Iterator[tuple[str, Any]]:
-    modules = dict(model.named_modules())
-    return ((name, modules[name]) for name in record.layers if hasattr(modules.get(name), "weight_qtype"))
+    for name, module in model.named_modules():
+        if name in record.layers and target.format.is_frozen(module):
+            target.format.settle(module, plain_on_cpu=target.host.plain_on_cpu)
 
 
 def _check_unchanged(model: nn.Module, record: FrozenRecord) -> None:
     """Raise when a frozen layer is no longer what freezing left."""
-    layers = dict(model.named_modules())
+    format, layers = get_target(record.target).format, dict(model.named_modules())
     gone = [name for name in record.layers if name not in layers]
     changed = [
         name
         for name, kept in record.layers.items()
-        if name in layers and not (hasattr(layers[name], "weight_qtype") and layer_evidence(layers[name]) == kept)
+        if name in layers
+        and not (
+            format.is_frozen(layers[name]) and format.read(layers[name]).evidence(format.values(layers[name])) == kept
+        )
     ]
     if gone or changed:
         raise ExportError(

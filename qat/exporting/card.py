@@ -13,18 +13,16 @@ from collections import defaultdict
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
-from typing import Any
 
 from qat.errors import ExportError
-from qat.evidence import FrozenRecord
-from qat.exporting.manifest import QMAP_NAME, Manifest
-from qat.targets import loses_bias_on_cuda
+from qat.files.evidence import FrozenRecord
+from qat.files.manifest import Manifest
+from qat.hosts import HOSTS, Target
 
 __all__ = ["CARD_NAME", "add_section", "write_card"]
 
 CARD_NAME = "README.md"
 _MOST_NAMES = 6
-_LIBRARY = {"diffusers": "diffusers", "transformers": "transformers", "quanto": "optimum-quanto"}
 
 
 def add_section(
@@ -77,19 +75,26 @@ def add_section(
     card.write_text("\n\n".join([written, *filter(None, lines)]) + "\n", encoding="utf-8")
 
 
-def write_card(directory: Path, manifest: Manifest, record: FrozenRecord) -> Path:
+def write_card(directory: Path, manifest: Manifest, record: FrozenRecord, target: Target) -> Path:
     """Write the model card of an export, from what it and freezing say about themselves, and return its path."""
-    kinds = sorted({layer.weights for layer in record.layers.values()})
+    types = sorted({layer.weights for layer in record.layers.values()})
     module, _, name = manifest.model_class.rpartition(".")
-    library = _LIBRARY.get(manifest.target, manifest.target)
+    package = module.partition(".")[0]
+    importing = package if any(host.name == package for host in HOSTS) else module
+    library, loading = target.host.card(manifest, importing, name, target.format)
+    layers = [
+        (target.format.recorded(record, layer), kept.shape, f"{layer}.bias" in manifest.tensors)
+        for layer, kept in record.layers.items()
+    ]
+    tags = ("qat", *target.format.tags, *types)
     parts = [
-        "\n".join(["---", f"library_name: {library}", "tags:", "- qat", "- quanto", *(f"- {k}" for k in kinds), "---"]),
-        f"# {name} with {' and '.join(kinds)} weights",
-        _description(manifest, record, kinds),
+        "\n".join(["---", f"library_name: {library}", "tags:", *(f"- {tag}" for tag in tags), "---"]),
+        f"# {name} with {' and '.join(types)} weights",
+        _description(manifest, record, types, target.format.library),
         "## Load it",
         "`directory` is this one.",
-        *_loading(manifest, module, name),
-        *_biases_on_cuda(manifest, record),
+        *loading,
+        *(part for title, text in target.format.card_sections(layers) for part in (f"## {title}", text)),
         "## Layers left float",
         *_left_float(record),
     ]
@@ -100,122 +105,20 @@ def write_card(directory: Path, manifest: Manifest, record: FrozenRecord) -> Pat
     return path
 
 
-def _description(manifest: Manifest, record: FrozenRecord, kinds: list[str]) -> str:
+def _description(manifest: Manifest, record: FrozenRecord, types: list[str], library: str) -> str:
     form = (
         "as float32 numbers on the quantization grid, which a stock load quantizes back into the same codes"
         if manifest.float_grid
-        else "in optimum-quanto's format"
+        else f"in {library}'s format"
     )
     activations = record.spec.activation_type
     inputs = f" Inputs and outputs of these layers are quantized to {activations} too." if activations else ""
     return (
-        f"{len(record.layers)} linear layers hold {' and '.join(kinds)} weights, {form}. They were frozen from a model "
+        f"{len(record.layers)} linear layers hold {' and '.join(types)} weights, {form}. They were frozen from a model "
         f"with fake quantization (`qat` {manifest.environment.qat}, algorithm `{record.algorithm}`) and are served in "
         f"**{manifest.dtype}**.{inputs} `qat verify` on this directory checks that it holds, and loads as, what was "
         "frozen."
     )
-
-
-def _biases_on_cuda(manifest: Manifest, record: FrozenRecord) -> list[str]:
-    losing = [
-        name
-        for name, layer in record.layers.items()
-        if f"{name}.bias" in manifest.tensors
-        and loses_bias_on_cuda(layer.weights, layer.activations, manifest.dtype, layer.shape)
-    ]
-    if not losing:
-        return []
-    code = [
-        "from optimum.quanto import qfloat8_e4m3fn",
-        "",
-        "for module in model.modules():",
-        '    if hasattr(module, "weight_qtype"):',
-        "        module.weight.activation_qtype = qfloat8_e4m3fn  # rules that kernel out",
-        'model.to("cuda")',
-    ]
-    text = (
-        "optimum-quanto 0.2.7 multiplies float8 weights by a kernel that **leaves out the bias** "
-        f"({len(losing)} layers here) on GPUs of compute capability 8.0 or later. `qat.load` goes round it. Loaded "
-        "otherwise, mark the weights before the model goes to the GPU:"
-    )
-    return ["## On a CUDA GPU", text, _python(code)]
-
-
-def _loading(manifest: Manifest, module: str, name: str) -> list[str]:
-    dtype, package = f"torch.{manifest.dtype}", module.partition(".")[0]
-    importing = package if package in ("diffusers", "transformers") else module
-    if manifest.target == "diffusers":
-        return _loading_diffusers(manifest, importing, name, dtype)
-    if manifest.target == "transformers" and manifest.float_grid:
-        code = [
-            "import torch",
-            f"from {importing} import {name}",
-            "from transformers import QuantoConfig",
-            "",
-            f"quantization = QuantoConfig({_arguments(manifest)})",
-            f"model = {name}.from_pretrained(directory, dtype={dtype}, quantization_config=quantization)",
-        ]
-        return [_python(code), "No package but transformers and optimum-quanto is needed."]
-    if manifest.target == "transformers":
-        code = [
-            "import torch",
-            f"from {importing} import {name}",
-            "import qat.integrations.transformers  # stock transformers cannot read packed weights",
-            "",
-            f"model = {name}.from_pretrained(directory, dtype={dtype})",
-        ]
-        return [_python(code)]
-    code = ["import qat", ""]
-    if any("no config.json" in note for note in manifest.notes):
-        code.append("model = qat.load(directory, model=float_model)  # the float model, to be filled")
-    else:
-        code.append("model = qat.load(directory)")
-    text = f"Without `qat`: `optimum.quanto.requantize` with `{QMAP_NAME}` fills a float model built on the CPU."
-    return [_python(code), text]
-
-
-def _loading_diffusers(manifest: Manifest, importing: str, name: str, dtype: str) -> list[str]:
-    code = ["import torch", f"from {importing} import {name}"]
-    if manifest.float_grid:
-        code += [
-            "from diffusers import QuantoConfig",
-            "",
-            f"quantization = QuantoConfig({_arguments(manifest)})",
-            f"model = {name}.from_pretrained(directory, torch_dtype={dtype}, quantization_config=quantization)",
-        ]
-        text = "Without `quantization_config` the same file loads as a float model that computes the same."
-        return [_python(code), text]
-    code += ["", f"model = {name}.from_pretrained(directory, torch_dtype={dtype})"]
-    text = (
-        "Stock diffusers with optimum-quanto and accelerate, no other package. "
-        f"**Give `torch_dtype={dtype}`:** it is the dtype that the model was trained to be served in, and without one "
-        "diffusers loads float32, which keeps the codes but widens scales, so that outputs are no longer those of "
-        "training."
-        if manifest.dtype != "float32"
-        else "Stock diffusers with optimum-quanto and accelerate, no other package. Any other `torch_dtype` keeps the "
-        "codes but rounds scales, so that outputs are no longer those of training."
-    )
-    use = [
-        "from diffusers import DiffusionPipeline",
-        "",
-        f"pipeline = DiffusionPipeline.from_pretrained(base_model, transformer=model, torch_dtype={dtype})",
-    ]
-    moved = (
-        'In a pipeline, whose other parts need the same dtype; `pipeline.to("cuda")` moves them all. Where something '
-        "takes the model to be on the meta device, as stock diffusers says of it until it is moved, "
-        '`model.to("cpu")` helps; '
-        "int4 in groups of 128 then goes over to another kernel, whose last bits differ."
-    )
-    return [_python(code), text, moved, _python(use)]
-
-
-def _arguments(manifest: Manifest) -> str:
-    arguments: dict[str, Any] = manifest.stock_arguments or {}
-    return ", ".join(f"{key}={value!r}" for key, value in arguments.items())
-
-
-def _python(lines: list[str]) -> str:
-    return "\n".join(["```python", *lines, "```"])
 
 
 def _left_float(record: FrozenRecord) -> list[str]:

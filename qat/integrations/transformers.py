@@ -11,7 +11,7 @@ How it fits into a load, in transformers' order:
 1. ``merge_quantization_configs``: the directory's configuration wins; a `QuantoConfig` given by the user must agree.
 2. ``update_dtype``: the serving dtype, or an error, because scales cannot be cast.
 3. ``_process_model_before_weight_loading``: exactly the declared modules become quanto layers, on the meta device.
-4. ``update_weight_conversions``: key names are settled and the headers of all files are checked (`packed`), since
+4. ``update_weight_conversions``: key names are settled and the headers of all files are checked (`Format.faults`), since
    an error raised later, while tensors are converted, would be swallowed into a report.
 5. ``PackedLoad``: the tensors of one weight become one quanto tensor.
 
@@ -22,6 +22,7 @@ names the library, and nothing else in qat does it.
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,19 +31,12 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.quantizers.quantizer_quanto import QuantoHfQuantizer
 from transformers.utils.quantization_config import QuantoConfig
 
-from qat.errors import LoadError
-from qat.integrations.packed import (
-    WEIGHT_SLOTS,
-    LayerShape,
-    PackedModule,
-    TensorHeader,
-    layer_faults,
-    one_error,
-    packed_weight,
-    read_headers,
-)
-from qat.integrations.transformers_config import PackedQuantoConfig
-from qat.qtypes import QTYPES
+from qat.errors import LoadError, load_error
+from qat.files.shards import TensorEntry, read_headers
+from qat.formats import LayerTypes
+from qat.formats.quanto import QUANTO, WEIGHT_KEYS
+from qat.integrations.transformers_config import PackedModule, PackedQuantoConfig
+from qat.layers import QLinear
 
 if TYPE_CHECKING:
     from torch import nn
@@ -56,7 +50,7 @@ class PackedQuantizer(QuantoHfQuantizer):
 
     quantization_config: PackedQuantoConfig
     # One list for all types, since a model may mix them.
-    serialized_names = {"weight": list(WEIGHT_SLOTS)}  # noqa: RUF012 (transformers declares it so)
+    serialized_names = {"weight": list(WEIGHT_KEYS)}  # noqa: RUF012 (transformers declares it so)
 
     def __new__(cls, quantization_config: QuantoConfig, **kwargs: Any) -> Any:
         """Choose between this class and the stock one."""
@@ -74,7 +68,7 @@ class PackedQuantizer(QuantoHfQuantizer):
         self.group = quantization_config.group()
         self.layers: dict[str, PackedModule] = {}
         self.canonical: dict[str, str] = {}
-        self.headers: dict[str, TensorHeader] | None = None
+        self.headers: dict[str, TensorEntry] | None = None
 
     @property
     def serving_dtype(self) -> torch.dtype:
@@ -121,7 +115,7 @@ class PackedQuantizer(QuantoHfQuantizer):
         owner = self._owner(param_name)
         if owner is None or owner[1] != "weight":
             return param.element_size()
-        return QTYPES[self.layers[owner[0]].weights].bits / 8
+        return QUANTO.qtypes[self.layers[owner[0]].weights].bits / 8
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
         """Nothing is quantized while loading."""
@@ -139,7 +133,10 @@ class PackedQuantizer(QuantoHfQuantizer):
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
         """Replace exactly the declared modules by quanto layers on the meta device."""
-        self.headers = read_headers(checkpoint_files)
+        if not checkpoint_files:
+            raise LoadError("packed weights are read from a directory of safetensors files, and none was found there")
+        headers = read_headers(Path(file) for file in checkpoint_files)
+        self.headers = {key: entry for key, (_, entry, _) in headers.items()}
         modules = dict(model.named_modules(remove_duplicate=False))
         names: dict[int, list[str]] = {}
         for name, module in modules.items():
@@ -152,12 +149,13 @@ class PackedQuantizer(QuantoHfQuantizer):
                 # Another class than the exported one may lack a part, such as the head, as in a float load.
                 if type(model).__name__ in (model.config.architectures or [type(model).__name__]):
                     faults.append(f"{declared_name} is declared, but {type(model).__name__} has no such module")
-            elif type(module) is not torch.nn.Linear:
-                faults.append(f"{declared_name} is declared, but it is a {type(module).__name__}, not an nn.Linear")
+            elif (fault := QLinear.adoption_fault(module)) is not None:
+                faults.append(f"{declared_name} is declared, but {fault}")
             elif place not in self.canonical:
                 self.layers[place] = declared
                 # A layer registered under several names stays one object.
-                qmodule = self._empty_layer(module, declared)
+                shape = (module.out_features, module.in_features)
+                qmodule = QUANTO.empty(self._types(declared), shape, module.bias is not None)
                 for alias in names[id(module)]:
                     self.canonical[alias] = place
                     model.set_submodule(alias, qmodule)
@@ -167,26 +165,11 @@ class PackedQuantizer(QuantoHfQuantizer):
             if self._owner(target) != self._owner(source)
         ]
         if faults:
-            raise one_error("the declared modules do not fit the model", faults)
+            raise load_error("the declared modules do not fit the model", faults)
 
-    def _empty_layer(self, module: nn.Linear, declared: PackedModule) -> nn.Module:
-        from optimum.quanto import QLinear, qtypes
-
-        activations = None if declared.activations is None else qtypes[QTYPES[declared.activations].quanto_name]
-        qmodule: Any = QLinear(
-            module.in_features,
-            module.out_features,
-            bias=module.bias is not None,
-            dtype=self.serving_dtype,
-            device=torch.device("meta"),
-            weights=qtypes[QTYPES[declared.weights].quanto_name],
-            activations=activations,
-            quantize_input=True,
-        )
-        if not self.group.quantize_outputs:
-            qmodule.disable_output_quantization()
-        layer: nn.Module = qmodule
-        return layer
+    def _types(self, declared: PackedModule) -> LayerTypes:
+        outputs = self.group.quantize_outputs
+        return QUANTO.types(declared.weights, declared.activations, self.serving_dtype, outputs)
 
     @staticmethod
     def _name_in_model(name: str, modules: dict[str, nn.Module], model: PreTrainedModel) -> str:
@@ -221,10 +204,10 @@ class PackedQuantizer(QuantoHfQuantizer):
         ]
         for name, declared in self.layers.items():
             module: Any = model.get_submodule(name)
-            size = LayerShape(module.out_features, module.in_features, module.bias is not None)
-            faults += layer_faults(name, declared, size, found[name], self.group.dtype)
+            shape, bias = (module.out_features, module.in_features), module.bias is not None
+            faults += QUANTO.faults(name, self._types(declared), shape, bias, declared.group_size, found[name])
         if faults:
-            raise one_error("the files do not hold what config.json declares", faults)
+            raise load_error("the files do not hold what config.json declares", faults)
         self.headers = None
         return [*renamings, *self._converters()]
 
@@ -234,9 +217,9 @@ class PackedQuantizer(QuantoHfQuantizer):
 
     def _placed(
         self, renamings: list[WeightRenaming], model: PreTrainedModel
-    ) -> tuple[dict[str, dict[str, TensorHeader]], list[str]]:
+    ) -> tuple[dict[str, dict[str, TensorEntry]], list[str]]:
         """Headers by layer and name below it, as transformers will place them, and packed keys of other modules."""
-        found: dict[str, dict[str, TensorHeader]] = {name: {} for name in self.layers}
+        found: dict[str, dict[str, TensorEntry]] = {name: {} for name in self.layers}
         strays = []
         # Renamings remember what they saw, so the rehearsal uses copies.
         renamings, converters = copy.deepcopy(renamings), self._converters()
@@ -262,7 +245,7 @@ class PackedQuantizer(QuantoHfQuantizer):
             if not qmodule.frozen or any(tensor is not None and tensor.is_meta for tensor in tensors):
                 faults.append(f"{name} did not receive its packed tensors")
         if faults:
-            raise one_error("the load is incomplete", faults)
+            raise load_error("the load is incomplete", faults)
 
 
 class PackedLoad(ConversionOps):
@@ -286,12 +269,12 @@ class PackedLoad(ConversionOps):
         """Return the weight of one layer, frozen."""
         name = full_layer_name.removesuffix(".weight")
         qmodule = model.get_submodule(name)
-        weight = packed_weight(qmodule, {slot: tensors[0] for slot, tensors in input_dict.items()})
+        weight = QUANTO.weight(qmodule, {slot: tensors[0] for slot, tensors in input_dict.items()})
         # The other names of a shared layer have no tensors of their own; transformers would fill them anew.
         for alias, canonical in self.hf_quantizer.canonical.items():
             if missing_keys is not None and canonical == self.hf_quantizer.canonical[name] and alias != name:
                 missing_keys -= {f"{alias}.{slot}" for slot in ("weight", "bias", "input_scale", "output_scale")}
-        return {full_layer_name: torch.nn.Parameter(weight, requires_grad=False)}
+        return {full_layer_name: weight}
 
 
 def _register() -> None:

@@ -1,4 +1,4 @@
-"""The ``quantization_config`` that transformers sees for a packed directory.
+"""The ``quantization_config`` that transformers sees for a packed directory, and its group ``qat``.
 
 It stays apart from the quantizer because it is plain data: transformers makes it from config.json, copies it, and
 writes it back in ``save_pretrained``.
@@ -6,18 +6,68 @@ writes it back in ``save_pretrained``.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
+from pydantic import BaseModel, ConfigDict, ValidationError
 from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.quantization_config import QuantizationMethod, QuantoConfig
 
-from qat.errors import LoadError
-from qat.integrations.packed import PackedGroup, parse_group
-from qat.qtypes import QTYPES
+from qat.errors import LoadError, load_error
+from qat.formats.quanto import QUANTO
+from qat.spec import ActivationType, ServingDtype, WeightType
 
-__all__ = ["PackedQuantoConfig"]
+__all__ = ["PackedGroup", "PackedModule", "PackedQuantoConfig", "parse_group"]
 
 _REMEDY = "Leave the argument out: the directory knows how it is packed."
+
+
+class PackedModule(BaseModel):
+    """How one module is packed."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    weights: WeightType
+    """Type of the codes."""
+    activations: ActivationType | None = None
+    """Type of the quantized input and output; None: both stay float."""
+    group_size: int | None = None
+    """Elements of a row that share a scale; None: the whole row."""
+
+
+class PackedGroup(BaseModel):
+    """The group ``qat`` of ``quantization_config``: what the plug-in needs beyond a stock configuration."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: Literal[1]
+    """Version of this group."""
+    dtype: ServingDtype
+    """The serving dtype, which scales and shifts hold and which cannot be cast afterwards."""
+    modules: dict[str, PackedModule]
+    """Every packed module by its full name; no other module is packed."""
+    quantize_outputs: bool = True
+    """Whether layers with an activation type quantize their output too, as stock layers do."""
+
+
+def parse_group(group: object) -> PackedGroup:
+    """Validate the group ``qat``.
+
+    Raises:
+        LoadError: when a field is missing, unknown, or has a value that the format does not know.
+    """
+    try:
+        return PackedGroup.model_validate(group)
+    except ValidationError as error:
+        faults = [f"{'.'.join(map(str, fault['loc'])) or 'qat'}: {fault['msg']}" for fault in error.errors()]
+        raise load_error("quantization_config's group 'qat' in config.json is not valid", faults) from error
+
+
+def load_error(what: str, faults: Sequence[str]) -> LoadError:
+    """One error for all faults, shortened to the first few."""
+    shown = [f"  - {fault}" for fault in faults[:_FAULTS_SHOWN]]
+    if len(faults) > _FAULTS_SHOWN:
+        shown.append(f"  - and {len(faults) - _FAULTS_SHOWN} more")
+    return LoadError("\n".join([f"{what}:", *shown, "Export the model again with qat.export, or restore its files."]))
 
 
 class PackedQuantoConfig(QuantoConfig):
@@ -51,9 +101,9 @@ class PackedQuantoConfig(QuantoConfig):
     def post_init(self) -> None:
         """Validate what the directory declares."""
         self.group()
-        if self.default_weights not in QTYPES:
+        if self.default_weights not in QUANTO.qtypes:
             raise LoadError(
-                f"quantization_config's weights in config.json must begin with one of {', '.join(QTYPES)}; "
+                f"quantization_config's weights in config.json must begin with one of {', '.join(QUANTO.qtypes)}; "
                 f"got {self.weights!r}. Export the model again with qat.export."
             )
 

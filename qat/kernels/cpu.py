@@ -1,7 +1,7 @@
 """Fake quantization on a CPU, and the gradients of its scales, in blocks that stay in the cache.
 
-The plain form of `numerics.fake_quantize` makes six passes over the weight through main memory, that of
-`numerics.scale_gradients` a dozen. Here a block of rows goes through all of them while it sits in the cache, so that
+The plain form of `QType.fake_quantize` makes six passes over the weight through main memory, that of
+`QType.scale_gradients` a dozen. Here a block of rows goes through all of them while it sits in the cache, so that
 memory sees one read and one write. Same operations, same order, same bits.
 """
 
@@ -10,31 +10,41 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qat.numerics import grouped
-from qat.qtypes import QTYPES
+from qat.numerics import qtype_of
 
-__all__ = ["fake_quantize", "scale_gradients"]
+__all__ = ["fake_quantize_weight", "scale_gradients", "supports"]
 
 _BLOCK_ELEMENTS = 1 << 17  # half a MiB of float32: fits the second-level cache of two cores, and feeds both
 
 
-def fake_quantize(
-    weight: Tensor, scale: Tensor, shift: Tensor | None, qtype: str, dtype: torch.dtype, out_dtype: torch.dtype
+def supports(weight: Tensor, scale: Tensor, shift: Tensor | None, qtype: str, *_: object) -> bool:
+    """Whether these functions compute a type's arithmetic."""
+    return qtype_of(qtype).fused
+
+
+def fake_quantize_weight(
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor | None,
+    qtype: str,
+    dtype: torch.dtype,
+    out_dtype: torch.dtype,
+    after: Tensor | None = None,
 ) -> Tensor:
-    """See `qat.numerics.fake_quantize`: the same arguments, the same bits."""
-    kind = QTYPES[qtype]
+    """See `qat.kernels.fake_quantize_weight`: the bits of the specification."""
+    found = qtype_of(qtype)
     weight = weight.detach()
-    rows = grouped(weight, qtype)
+    rows = found.grouped(weight)
     # Types narrower than float32 are promoted exactly by the division; float64 would be divided in float64.
     wide = rows.dtype is torch.float64
     out = torch.empty(rows.shape, dtype=out_dtype)
     narrow = dtype is not torch.float32
     serving_scale = scale.to(dtype).float()
     serving_shift = None if shift is None else shift.to(dtype)
-    constant = not kind.floating and bool((scale == 0).any())
+    constant = not found.floating and bool((scale == 0).any())
     step = max(1, _BLOCK_ELEMENTS // max(1, rows.shape[1]))
     # Scratch for all blocks: the allocator gives large blocks back to the system, and fresh pages cost more than this.
-    buffers = torch.empty((3 if kind.floating else 1, min(step, rows.shape[0]), rows.shape[1]), dtype=torch.float32)
+    buffers = torch.empty((3 if found.floating else 1, min(step, rows.shape[0]), rows.shape[1]), dtype=torch.float32)
     for start in range(0, rows.shape[0], step):
         block = slice(start, start + step)
         row_scale = scale[block]
@@ -44,15 +54,15 @@ def fake_quantize(
             torch.div(values, row_scale, out=codes)
         else:
             torch.add(values, shift[block], out=codes).div_(row_scale)
-        if kind.floating:
-            codes.clamp_(kind.code_min, kind.code_max)
+        if found.floating:
+            codes.clamp_(found.code_min, found.code_max)
             _round_to_float8(codes, *scratch)
         else:
             codes.round_()
             if constant:
                 codes.masked_fill_(row_scale == 0, 0)
             # Adding 0 turns -0.0, which no integer code can store, into the 0.0 that a loader will rebuild.
-            codes.clamp_(kind.code_min, kind.code_max).add_(0.0)
+            codes.clamp_(found.code_min, found.code_max).add_(0.0)
         # Of bfloat16 and float16 numbers the product is exact in float32: the one rounding is the cast that follows.
         codes.mul_(serving_scale[block])
         if serving_shift is None:
@@ -66,16 +76,16 @@ def fake_quantize(
 
 def scale_gradients(
     weight: Tensor, scale: Tensor, shift: Tensor | None, qtype: str, grad: Tensor
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """See `qat.kernels.scale_gradients`: the same arguments and results, but for the order of the sums."""
-    kind = QTYPES[qtype]
-    rows, grad_rows = grouped(weight.detach(), qtype), grouped(grad, qtype)
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `qat.kernels.scale_gradients`: the results of the specification, but for the order of the sums."""
+    found = qtype_of(qtype)
+    rows, grad_rows = found.grouped(weight.detach()), found.grouped(grad)
     masked = torch.empty_like(grad_rows, memory_format=torch.contiguous_format)
     grad_scale = torch.empty_like(scale)
     grad_shift = None if shift is None else torch.empty_like(scale)
     flat = bool((scale == 0).any())
     step = max(1, _BLOCK_ELEMENTS // max(1, rows.shape[1]))
-    buffers = torch.empty((5 if kind.floating else 3, min(step, rows.shape[0]), rows.shape[1]), dtype=torch.float32)
+    buffers = torch.empty((5 if found.floating else 3, min(step, rows.shape[0]), rows.shape[1]), dtype=torch.float32)
     for start in range(0, rows.shape[0], step):
         block = slice(start, start + step)
         given, values, row_scale = grad_rows[block].float(), rows[block].float(), scale[block]
@@ -86,19 +96,19 @@ def scale_gradients(
             torch.add(values, shift[block], out=x).div_(row_scale)
         if flat:
             x.masked_fill_(row_scale == 0, 0)
-        torch.clamp(x, kind.code_min, kind.code_max, out=codes)
+        torch.clamp(x, found.code_min, found.code_max, out=codes)
         # 1 inside the range and 0 outside, as float32: operations on bool are ten times slower here.
         inside = torch.eq(x, codes, out=x)
         masked[block] = torch.mul(given, inside, out=within)
         torch.mul(codes, inside, out=within)  # the position in the range, where x itself may be infinite
-        if kind.floating:
+        if found.floating:
             _round_to_float8(codes, *scratch)
         else:
             codes.round_()
         grad_scale[block] = codes.sub_(within).mul_(given).sum(1, keepdim=True)
         if grad_shift is not None:
             grad_shift[block] = inside.sub_(1.0).mul_(given).sum(1, keepdim=True)
-    return grad_scale, grad_shift, masked.view(grad.shape)
+    return grad_scale, scale.new_empty(0) if grad_shift is None else grad_shift, masked.view(grad.shape)
 
 
 def _round_to_float8(values: Tensor, power: Tensor, sign: Tensor) -> None:

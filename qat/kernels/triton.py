@@ -4,7 +4,7 @@ The same operations as `qat.numerics`, in the same order and rounding: a true di
 approximation), half-to-even rounding, and no fused multiply-add, which would skip the rounding of the product. Only
 `scale_gradients` adds in another order.
 
-A weight is worked on as `numerics.grouped` views it, in tiles of whole groups where those are short and of a part of
+A weight is worked on as `QType.grouped` views it, in tiles of whole groups where those are short and of a part of
 one row where they are long: the scale is then read once a row of a tile, and no element needs an index divided.
 """
 
@@ -17,8 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qat.numerics import meets_tinygemm, smallest_scale
-from qat.qtypes import QTYPES, group_size
+from qat.numerics import qtype_of, smallest_scale
 
 try:
     import triton
@@ -26,15 +25,18 @@ try:
 except ImportError:  # a torch without CUDA brings no Triton
     triton = None
 
-__all__ = ["available", "fake_quantize", "own_range", "scale_gradients"]
+__all__ = ["fake_quantize_weight", "quantize_own_range", "scale_gradients", "supports"]
 
 _TILE = 2048  # elements of a tile: sixteen for each thread of four warps
 _WIDEST = 1024  # columns of a tile
 
 
-def available(qtype: str = "int8") -> bool:
-    """Whether Triton can be used here for this type: it rounds to float8 from compute capability 8.9 on."""
-    return triton is not None and (not QTYPES[qtype].floating or torch.cuda.get_device_capability() >= (8, 9))
+def supports(*args: Any) -> bool:
+    """Whether Triton computes an operator of these arguments: it rounds to float8 from compute capability 8.9 on."""
+    found = qtype_of(next(argument for argument in args if isinstance(argument, str)))
+    if triton is None or not found.fused:
+        return False
+    return not found.floating or torch.cuda.get_device_capability() >= (8, 9)
 
 
 if triton is not None:
@@ -100,10 +102,9 @@ if triton is not None:
     def _own_range_kernel(  # type: ignore[no-untyped-def]
         weight, scale, shift, out, groups, size: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr,
         affine: tl.constexpr, floating: tl.constexpr, code_min: tl.constexpr, code_max: tl.constexpr,
-        serving: tl.constexpr, divisor: tl.constexpr, smallest: tl.constexpr, tinygemm: tl.constexpr,
-        rebuild: tl.constexpr,
+        serving: tl.constexpr, steps: tl.constexpr, smallest: tl.constexpr, anchor: tl.constexpr,
     ):  # fmt: skip
-        """Scale and shift of each group's own range and, to ``rebuild``, the fake-quantized weight too."""
+        """Scale and shift of each group's own range, and the fake-quantized weight."""
         row, offset, exists = _tile(tl.program_id(0), 0, groups, size, rows, columns)
         value = tl.load(weight + offset, mask=exists, other=0.0).to(tl.float32)
         low, high = tl.where(exists, value, float("inf")), tl.where(exists, value, float("-inf"))
@@ -115,29 +116,28 @@ if triton is not None:
         low = tl.reduce(low, 1, _smaller)
         high = tl.reduce(high, 1, _larger)
         width = high - low if affine else _larger(-low, high)
-        s = tl.div_rn(width, tl.full((rows,), divisor, tl.float32)).to(serving).to(tl.float32)
+        s = tl.div_rn(width, tl.full((rows,), steps, tl.float32)).to(serving).to(tl.float32)
         if smallest > 0.0:
             s = tl.maximum(s, smallest, propagate_nan=tl.PropagateNan.ALL)
         z = s
         tl.store(scale + row, s, mask=row < groups)
         if affine:
             z = (-low).to(serving).to(tl.float32)
-            if tinygemm:
-                half = s * 8.0
-                inner = (half - z).to(serving).to(tl.float32)
-                z = z + ((half - inner).to(serving).to(tl.float32) - z)
+            if anchor > 0:
+                part = s * anchor
+                inner = (part - z).to(serving).to(tl.float32)
+                z = z + ((part - inner).to(serving).to(tl.float32) - z)
             tl.store(shift + row, z, mask=row < groups)
-        if rebuild:
-            s, z = s[:, None], z[:, None]
-            if size > columns:  # a long row is read again, from the cache; a tile of whole groups is still at hand
-                for step in range(tl.cdiv(size, columns)):
-                    _, offset, exists = _tile(tl.program_id(0), step, groups, size, rows, columns)
-                    value = tl.load(weight + offset, mask=exists, other=0.0).to(tl.float32)
-                    code, _ = _code(_position(value, s, z, affine, floating), floating, code_min, code_max)
-                    tl.store(out + offset, _value(code, s, z, affine, serving).to(out.dtype.element_ty), mask=exists)
-            else:
+        s, z = s[:, None], z[:, None]
+        if size > columns:  # a long row is read again, from the cache; a tile of whole groups is still at hand
+            for step in range(tl.cdiv(size, columns)):
+                _, offset, exists = _tile(tl.program_id(0), step, groups, size, rows, columns)
+                value = tl.load(weight + offset, mask=exists, other=0.0).to(tl.float32)
                 code, _ = _code(_position(value, s, z, affine, floating), floating, code_min, code_max)
                 tl.store(out + offset, _value(code, s, z, affine, serving).to(out.dtype.element_ty), mask=exists)
+        else:
+            code, _ = _code(_position(value, s, z, affine, floating), floating, code_min, code_max)
+            tl.store(out + offset, _value(code, s, z, affine, serving).to(out.dtype.element_ty), mask=exists)
 
     @triton.jit  # type: ignore[untyped-decorator]
     def _scale_gradients_kernel(  # type: ignore[no-untyped-def]
@@ -173,8 +173,8 @@ _TRITON_DTYPES: dict[torch.dtype, Any] = (
 @functools.cache
 def _form(out_features: int, in_features: int, qtype: str, dtype: torch.dtype) -> tuple[int, int, int, dict[str, Any]]:
     """Groups of a weight, tiles down and across that cover it, and a kernel's constant arguments."""
-    kind = QTYPES[qtype]
-    size = group_size(qtype, in_features) or in_features
+    found = qtype_of(qtype)
+    size = found.group_size(in_features) or in_features
     groups = out_features * in_features // size
     columns = min(_WIDEST, triton.next_power_of_2(size))
     rows = _TILE // columns
@@ -182,10 +182,10 @@ def _form(out_features: int, in_features: int, qtype: str, dtype: torch.dtype) -
         "size": size,
         "rows": rows,
         "columns": columns,
-        "affine": kind.affine,
-        "floating": kind.floating,
-        "code_min": float(kind.code_min),
-        "code_max": float(kind.code_max),
+        "affine": found.has_shift,
+        "floating": found.floating,
+        "code_min": float(found.code_min),
+        "code_max": float(found.code_max),
         "serving": _TRITON_DTYPES[dtype],
         "enable_fp_fusion": False,  # a fused multiply-add would skip a rounding
     }
@@ -197,10 +197,16 @@ def _on(tensor: Tensor) -> AbstractContextManager[object]:
     return nullcontext() if tensor.device.index == torch.cuda.current_device() else torch.cuda.device(tensor.device)
 
 
-def fake_quantize(
-    weight: Tensor, scale: Tensor, shift: Tensor | None, qtype: str, dtype: torch.dtype, out_dtype: torch.dtype
+def fake_quantize_weight(
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor | None,
+    qtype: str,
+    dtype: torch.dtype,
+    out_dtype: torch.dtype,
+    after: Tensor | None = None,
 ) -> Tensor:
-    """See `qat.numerics.fake_quantize`: the same arguments, the same bits; tensors on CUDA."""
+    """See `qat.kernels.fake_quantize_weight`: the bits of the specification; tensors on CUDA."""
     weight = weight.detach().contiguous()
     out = torch.empty_like(weight, dtype=out_dtype)
     groups, programs, parts, form = _form(*weight.shape, qtype, dtype)
@@ -210,50 +216,41 @@ def fake_quantize(
     return out
 
 
-def own_range(
-    weight: Tensor, qtype: str, dtype: torch.dtype, out_dtype: torch.dtype | None
-) -> tuple[Tensor | None, Tensor, Tensor | None]:
-    """Serving scale and shift of the weight's own range, bit for bit those of a CPU, and what they make of the weight.
-
-    Args:
-        weight: ``(out, in)``, on CUDA.
-        qtype: the target format's name.
-        dtype: the serving dtype.
-        out_dtype: dtype of the fake-quantized weight; None: make none.
-
-    Returns:
-        the fake-quantized weight or None, the scale, and the shift (None for 8-bit types).
-    """
-    kind = QTYPES[qtype]
+def quantize_own_range(
+    weight: Tensor, qtype: str, dtype: torch.dtype, out_dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `qat.kernels.quantize_own_range`: the bits of the specification; tensors on CUDA."""
+    found = qtype_of(qtype)
     weight = weight.detach().contiguous()
     groups, programs, _, form = _form(*weight.shape, qtype, dtype)
     scale = torch.empty((groups, 1), dtype=torch.float32, device=weight.device)
-    shift = torch.empty_like(scale) if kind.affine else None
-    out = None if out_dtype is None else torch.empty_like(weight, dtype=out_dtype)
-    tensors = (weight, scale, scale if shift is None else shift, weight if out is None else out)
+    shift = torch.empty_like(scale) if found.has_shift else scale.new_empty(0)
+    out = torch.empty_like(weight, dtype=out_dtype)
     with _on(weight):
         _own_range_kernel[(programs,)](
-            *tensors,
+            weight,
+            scale,
+            shift if found.has_shift else scale,
+            out,
             groups,
             **form,
-            divisor=float(kind.code_max if kind.affine else kind.scale_max),
-            smallest=smallest_scale(dtype) if kind.floating else 0.0,
-            tinygemm=meets_tinygemm(qtype, dtype, weight.shape[1]),
-            rebuild=out is not None,
+            steps=float(found.steps),
+            smallest=smallest_scale(dtype) if found.floating else 0.0,
+            anchor=float(found.anchor(dtype, weight.shape[1])),
         )
     return out, scale, shift
 
 
 def scale_gradients(
     weight: Tensor, scale: Tensor, shift: Tensor | None, qtype: str, grad: Tensor
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """See `qat.kernels.scale_gradients`: the same arguments and results, but for the order of the sums."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `qat.kernels.scale_gradients`: the results of the specification, but for the order of the sums."""
     weight, grad = weight.detach().contiguous(), grad.contiguous()
     groups, programs, _, form = _form(*weight.shape, qtype, torch.float32)
     grad_scale, masked = torch.empty_like(scale), torch.empty_like(grad)
-    grad_shift = None if shift is None else torch.empty_like(scale)
+    grad_shift = scale.new_empty(0) if shift is None else torch.empty_like(scale)
     tensors = (weight, scale, scale if shift is None else shift, grad)
-    made = (grad_scale, grad_scale if grad_shift is None else grad_shift, masked)
+    made = (grad_scale, grad_scale if shift is None else grad_shift, masked)
     with _on(weight):
         _scale_gradients_kernel[(programs,)](*tensors, *made, groups, **form)
     return grad_scale, grad_shift, masked

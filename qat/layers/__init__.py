@@ -1,5 +1,35 @@
-"""Layers with fake quantization, one file each."""
+"""Layers with fake quantization: one file each, and one entry each in `LAYERS`.
 
-from qat.layers.linear import QLinear, quantized_layers
+`LAYERS` names, for an exact class of float module, the class that it becomes. `layer_class` looks there.
+"""
 
-__all__ = ["QLinear", "quantized_layers"]
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import nn
+
+from qat.layers.base import Mode, QuantizedLayer
+from qat.layers.linear import QLinear
+
+__all__ = ["LAYERS", "Mode", "QLinear", "QuantizedLayer", "layer_class", "quantized_layers"]
+
+LAYERS: dict[type[nn.Module], type[QuantizedLayer]] = {nn.Linear: QLinear}
+
+
+def layer_class(module: nn.Module) -> type[QuantizedLayer] | None:
+    """The class that ``module``, or the class that it is derived from, becomes when it is prepared.
+
+    A subclass is found too, so that it can be reported; `QuantizedLayer.adoption_fault` refuses it.
+
+    >>> layer_class(nn.Linear(2, 2)).__name__, layer_class(nn.LayerNorm(2))
+    ('QLinear', None)
+    """
+    return next((LAYERS[base] for base in type(module).__mro__ if base in LAYERS), None)
+
+
+def quantized_layers(module: nn.Module) -> Iterator[tuple[str, QuantizedLayer]]:
+    """Every prepared layer below ``module`` with its full name, each object once."""
+    for name, child in module.named_modules():
+        if isinstance(child, QuantizedLayer):
+            yield name, child

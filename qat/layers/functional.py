@@ -1,29 +1,82 @@
-"""The linear map with a fake-quantized weight, and what it keeps for backward: nothing that `nn.Linear` does not.
+"""Straight-through gradients around fake-quantized weights.
 
-`nn.Linear` keeps its input and its weight. So does this: input, master weight, and two small tensors with scales.
-The fake-quantized weight is computed again in the backward pass, which costs one pass over the weight and saves a
-copy of every weight in the model. The input, if it is quantized too, is likewise quantized again.
+`fake_quantized` is autograd on a weight: its result goes into any operation. That operation keeps it for backward, a
+copy of the weight. `quantized_linear` is the linear map without the copy: it keeps what `nn.Linear` keeps, the input
+and the master weight, and two small tensors with scales. The fake-quantized weight is computed again in the backward
+pass, which costs one pass over the weight. The input, if it is quantized too, is likewise quantized again.
 
 Under autocast, `nn.Linear` pays a cast of the weight to the compute dtype; here the fake quantization is that cast.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from qat import kernels
+from qat.numerics import QType
+from qat.quantizers.activation import ActivationQuantizer
+from qat.quantizers.base import Quantized, WeightQuantizer
 
-__all__ = ["compute_dtype", "quantized_linear"]
+__all__ = ["fake_quantized", "quantized_linear"]
 
 
-def compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
-    """The dtype the matrix product runs in: autocast's where it is on, the weight's otherwise."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+class _Options(NamedTuple):
+    """What the functions below keep of the quantizers, which they must not keep themselves."""
+
+    qtype: QType
+    dtype: torch.dtype
+    masked: bool
+    input_qtype: QType | None
+
+
+def _options(quantizer: WeightQuantizer, activation: ActivationQuantizer | None = None) -> _Options:
+    return _Options(quantizer.qtype, quantizer.dtype, quantizer.masked, activation.qtype if activation else None)
+
+
+def _weight_gradients(
+    ctx: Any, grad: Tensor, weight: Tensor, scale: Tensor, shift: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of master weight, scale and shift (inputs 1 to 3) from that of the fake-quantized weight."""
+    _, needs_weight, needs_scale, needs_shift = ctx.needs_input_grad[:4]
+    grad_scale = grad_shift = None
+    if needs_scale or needs_shift or ctx.options.masked:
+        grad_scale, grad_shift, masked = kernels.scale_gradients(weight, scale, shift, ctx.options.qtype, grad)
+        grad = masked if ctx.options.masked else grad
+    return grad.to(weight.dtype) if needs_weight else None, grad_scale, grad_shift
+
+
+class _FakeQuantized(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, value: Tensor, weight: Tensor, scale: Tensor, shift: Tensor | None, options: _Options
+    ) -> Tensor:
+        ctx.save_for_backward(weight, scale, shift)
+        ctx.options = options
+        return value.view_as(value)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *_weight_gradients(ctx, grad, *ctx.saved_tensors), None
+
+
+def fake_quantized(weight: Tensor, quantized: Quantized, quantizer: WeightQuantizer) -> Tensor:
+    """The fake-quantized weight, with the straight-through gradient to the master weight and to learned scales.
+
+    Args:
+        weight: effective master weight, ``(out, in)``.
+        quantized: what ``quantizer.quantize(weight, dtype)`` returned.
+        quantizer: says the type, and whether gradients outside the range are masked.
+
+    Returns:
+        ``(out, in)`` in the dtype of ``quantized.value``.
+    """
+    value, scale, shift = quantized
+    return _FakeQuantized.apply(value, weight, scale, shift, _options(quantizer))  # type: ignore[no-any-return,no-untyped-call]
 
 
 class _QuantizedLinear(torch.autograd.Function):
@@ -34,88 +87,69 @@ class _QuantizedLinear(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         weight: Tensor,
-        scale: Tensor | None,
+        scale: Tensor,
         shift: Tensor | None,
         bias: Tensor | None,
+        value: Tensor,
         input_scale: Tensor | None,
-        qtype: str,
-        input_qtype: str,
-        dtype: torch.dtype,
-        masked: bool,
+        options: _Options,
     ) -> Tensor:
-        if scale is None:
-            quantized, scale, shift = kernels.quantize_own_range(weight, qtype, dtype, x.dtype)
-        else:
-            quantized = kernels.fake_quantize_weight(weight, scale, shift, qtype, dtype, x.dtype)
         ctx.save_for_backward(x, weight, scale, shift, input_scale)
-        ctx.options = qtype, input_qtype, dtype, masked
-        if input_scale is not None:
-            x = kernels.fake_quantize_activation(x, input_scale, input_qtype, dtype)
-        return torch.nn.functional.linear(x, quantized, bias)
+        ctx.options = options
+        if input_scale is not None and options.input_qtype is not None:
+            x = kernels.fake_quantize_activation(x, input_scale, options.input_qtype, options.dtype)
+        return torch.nn.functional.linear(x, value, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, scale, shift, input_scale = ctx.saved_tensors
-        qtype, input_qtype, dtype, masked = ctx.options
-        needs_x, needs_weight, needs_scale, needs_shift, needs_bias = ctx.needs_input_grad[:5]
+        qtype, dtype, _, input_qtype = ctx.options
+        needs_x, *needs_scales, needs_bias = ctx.needs_input_grad[:5]
         grad_x = grad_weight = grad_scale = grad_shift = grad_bias = None
         rows = grad.reshape(-1, grad.shape[-1])
         if needs_x:
-            quantized = kernels.fake_quantize_weight(weight, scale, shift, qtype, dtype, grad.dtype, after=grad)
-            grad_x = (rows @ quantized).view(x.shape)
+            value = kernels.fake_quantize_weight(weight, scale, shift, qtype, dtype, grad.dtype, after=grad)
+            grad_x = (rows @ value).view(x.shape)
             if input_scale is not None:
-                grad_x = grad_x * kernels.inside_range(x, input_scale, input_qtype)
-        if needs_weight or needs_scale or needs_shift:
+                grad_x = grad_x * input_qtype.inside_range(x, input_scale)
+        if any(needs_scales):
             if input_scale is not None:
                 x = kernels.fake_quantize_activation(x, input_scale, input_qtype, dtype)
             grad_weight = rows.t() @ x.reshape(-1, x.shape[-1])
-            if needs_scale or needs_shift or masked:
-                grad_scale, grad_shift, inside = kernels.scale_gradients(weight, scale, shift, qtype, grad_weight)
-                if masked:
-                    grad_weight = inside
-            grad_weight = grad_weight.to(weight.dtype) if needs_weight else None
+            grad_weight, grad_scale, grad_shift = _weight_gradients(ctx, grad_weight, weight, scale, shift)
         if needs_bias:
             grad_bias = rows.sum(0)
-        return grad_x, grad_weight, grad_scale, grad_shift, grad_bias, None, None, None, None, None
+        return grad_x, grad_weight, grad_scale, grad_shift, grad_bias, None, None, None
 
 
 def quantized_linear(
     x: Tensor,
     weight: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
     bias: Tensor | None,
-    *,
-    qtype: str,
-    dtype: torch.dtype,
-    masked: bool = False,
-    input_scale: Tensor | None = None,
-    input_qtype: str = "",
+    quantized: Quantized,
+    quantizer: WeightQuantizer,
+    activation: ActivationQuantizer | None = None,
 ) -> Tensor:
     """Linear map with the weight, and perhaps the input, fake-quantized.
 
     Args:
         x: ``(..., in)``.
-        weight: master weight, ``(out, in)``.
-        scale: serving scale, float32, ``(groups, 1)``; gets LSQ's gradient if it requires one. None: scale and shift
-            are those of the weight's own range.
-        shift: serving shift likewise, or None for 8-bit types.
+        weight: effective master weight, ``(out, in)``.
         bias: ``(out,)`` or None.
-        qtype: the weight's format.
-        dtype: the serving dtype.
-        masked: no gradient for weights outside the codes' range.
-        input_scale: float32 scalar; quantizes the input, with no gradient for elements that saturate.
-        input_qtype: the input's format, with ``input_scale``.
+        quantized: what ``quantizer.quantize(weight, dtype)`` returned for the compute dtype.
+        quantizer: says the type, and whether gradients outside the range are masked.
+        activation: quantizes the input, with no gradient for elements that saturate.
 
     Returns:
         ``(..., out)`` in the compute dtype.
     """
-    compute = compute_dtype(x, weight)
-    x = x.to(compute) if torch.is_autocast_enabled(x.device.type) else x
+    value, scale, shift = quantized
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(value.dtype)
     if bias is not None:
-        bias = bias.to(compute)
-    y: Tensor = _QuantizedLinear.apply(  # type: ignore[no-untyped-call]
-        x, weight, scale, shift, bias, input_scale, qtype, input_qtype, dtype, masked
-    )
+        bias = bias.to(value.dtype)
+    input_scale = None if activation is None else activation.scale
+    options = _options(quantizer, activation)
+    y: Tensor = _QuantizedLinear.apply(x, weight, scale, shift, bias, value, input_scale, options)  # type: ignore[no-untyped-call]
     return y

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 from pydantic import Field
 
-from qat.quantizers.base import Algorithm, Final, QuantizerModule, WeightQuantizer
+from qat.quantizers.base import Algorithm, Quantized, QuantizerModule, WeightQuantizer
 from qat.quantizers.learned_affine import LearnedAffine
 from qat.quantizers.straight_through import StraightThrough
 
@@ -20,7 +20,7 @@ __all__ = [
     "ALGORITHMS",
     "Algorithm",
     "AnyAlgorithm",
-    "Final",
+    "Quantized",
     "LearnedAffine",
     "QuantizerModule",
     "StraightThrough",

@@ -1,8 +1,8 @@
 """Quantizers for activations: one static scale a tensor, from an observer.
 
 Stock loaders quantize with a stored scalar, so training does too. Where an input arrives already quantized (the
-producer's output went through nothing but a relu or a view), the stock layer ignores its own input scale; `arrives`
-marks those, and training skips their input quantization.
+producer's output went through nothing but a relu or a view), the stock layer ignores its own input scale;
+`ActivationQuantizer.arrives_quantized` marks those, and training skips their input quantization.
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ from torch import Tensor
 
 from qat import kernels
 from qat.errors import CalibrationError
-from qat.numerics import round_to, smallest_scale
+from qat.numerics import QType, round_to, smallest_scale
 from qat.observers import Observer
-from qat.qtypes import QTYPES
 from qat.quantizers.base import QuantizerModule
 
 __all__ = ["ActivationQuantizer", "fake_quantize_output"]
@@ -26,40 +25,30 @@ class ActivationQuantizer(QuantizerModule):
     """A static scale for one activation, and the observer it comes from.
 
     Args:
-        qtype: ``"int8"`` or ``"float8"``.
+        qtype: the type of the codes, a symmetric one.
         dtype: the serving dtype, to which the scale is rounded.
         observer: records the range.
     """
 
     scale: Tensor
-    initialized: Tensor
-    arrives: Tensor
 
-    def __init__(self, qtype: str, dtype: torch.dtype, observer: Observer) -> None:
+    def __init__(self, qtype: QType, dtype: torch.dtype, observer: Observer) -> None:
         super().__init__()
         self.qtype = qtype
         self.dtype = dtype
         self.observer = observer
         self.register_buffer("scale", torch.zeros((), dtype=torch.float32))
-        self.register_buffer("initialized", torch.tensor(False))
-        self.register_buffer("arrives", torch.tensor(False))
-        # Python twins of the two flags: a forward that read a tensor would wait for the device at every layer.
-        self._arrives = False
-        self._ready = False
+        # Python values: a forward that read a tensor would wait for the device at every layer.
+        self.initialized = False
+        self.arrives_quantized = False
 
-    @property
-    def arrives_quantized(self) -> bool:
-        """Whether this activation comes quantized from its producer (a Python bool: the forward branches on it)."""
-        return self._arrives
+    def get_extra_state(self) -> Tensor:
+        """What a checkpoint holds beside the scale: whether it is set, and whether the input arrives quantized."""
+        return torch.tensor([self.initialized, self.arrives_quantized])
 
-    @arrives_quantized.setter
-    def arrives_quantized(self, value: bool) -> None:
-        self._arrives = value
-        self.arrives.fill_(value)
-
-    def _load_from_state_dict(self, *args: Any) -> None:
-        super()._load_from_state_dict(*args)
-        self._arrives, self._ready = bool(self.arrives), bool(self.initialized)
+    def set_extra_state(self, state: Tensor) -> None:
+        """Take over what a checkpoint holds."""
+        self.initialized, self.arrives_quantized = map(bool, state.tolist())
 
     @torch.no_grad()
     def observe(self, x: Tensor) -> None:
@@ -70,36 +59,33 @@ class ActivationQuantizer(QuantizerModule):
     @torch.no_grad()
     def refresh(self) -> None:
         """Take the scale from the observer."""
-        scale = round_to(self.observer.magnitude() / QTYPES[self.qtype].scale_max, self.dtype)
+        scale = round_to(self.observer.magnitude() / self.qtype.steps, self.dtype)
         self.scale.copy_(scale.clamp(min=smallest_scale(self.dtype)))  # a zero scale would divide 0 by 0
-        self._ready = True
-        self.initialized.fill_(True)
+        self.initialized = True
 
     def reset(self) -> None:
         """Forget the scale and all that was observed."""
         self.observer.reset()
         self.scale.zero_()
-        self._ready = False
-        self.initialized.fill_(False)
-        self.arrives_quantized = False
+        self.initialized = self.arrives_quantized = False
 
     def require_scale(self) -> None:
         """Raise `CalibrationError` when there is no scale yet."""
-        if not self._ready:
+        if not self.initialized:
             raise CalibrationError(
                 "activations: a scale was never set: run qat.calibrate(model, batches) before training with quantized "
                 "activations, or let the schedule observe first"
             )
 
     def extra_repr(self) -> str:
-        """The format, for ``print(model)``."""
-        return self.qtype
+        """The type, for ``print(model)``."""
+        return self.qtype.name
 
 
 class _FakeQuantizedOutput(torch.autograd.Function):
     @staticmethod
-    def forward(x: Tensor, scale: Tensor, qtype: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        return kernels.fake_quantize_activation(x, scale, qtype, dtype), kernels.inside_range(x, scale, qtype)
+    def forward(x: Tensor, scale: Tensor, qtype: QType, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        return kernels.fake_quantize_activation(x, scale, qtype, dtype), qtype.inside_range(x, scale)
 
     @staticmethod
     def setup_context(
@@ -115,6 +101,11 @@ class _FakeQuantizedOutput(torch.autograd.Function):
 
 
 def fake_quantize_output(x: Tensor, quantizer: ActivationQuantizer) -> Tensor:
-    """Fake-quantize a layer's output; saturated elements get no gradient. Keeps one byte an element for backward."""
+    """Fake-quantize a layer's output; saturated elements get no gradient. Keeps one byte an element for backward.
+
+    Raises:
+        CalibrationError: there is no scale yet.
+    """
+    quantizer.require_scale()
     y: Tensor = _FakeQuantizedOutput.apply(x, quantizer.scale, quantizer.qtype, quantizer.dtype)[0]  # type: ignore[no-untyped-call]
     return y

@@ -1,10 +1,9 @@
 """What a quantizer is, and what an algorithm is.
 
 A *quantizer* is a submodule beside a layer's weight (or at its input or output) that knows how to scale it. It owns
-whatever is learned, as float32 parameters, and hands out scale and shift; the layer does the rest: the operator, the
-straight-through gradient, the recomputation. So a new algorithm writes one method, `WeightQuantizer.scale_shift`, as
-ordinary differentiable code on small tensors, and gets exact fake quantization, ``torch.compile``, freezing and
-export with it.
+whatever is learned, as float32 parameters; the layer adds the straight-through gradient and the recomputation. So a new
+algorithm writes one method, `WeightQuantizer.quantize`, as ordinary differentiable code on small tensors, and gets exact
+fake quantization, ``torch.compile``, freezing and export with it.
 
 An *algorithm* is the frozen configuration that makes quantizers.
 """
@@ -13,26 +12,27 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
-from qat import kernels, numerics
+from qat import kernels
+from qat.numerics import FrozenWeight, QType
 
-__all__ = ["Algorithm", "Final", "QuantizerModule", "WeightQuantizer"]
+__all__ = ["Algorithm", "Quantized", "QuantizerModule", "WeightQuantizer"]
 
 
-class Final(NamedTuple):
-    """What is written to disk for one weight."""
+class Quantized(NamedTuple):
+    """A fake-quantized weight, and the scales that made it."""
 
-    codes: Tensor
-    """``(out, in)``: int8, float8_e4m3fn or uint8."""
+    value: Tensor
+    """``(out, in)`` in the dtype that was asked for, without a gradient."""
     scale: Tensor
-    """Serving dtype, ``(groups, 1)``."""
+    """Serving scale, float32, ``(groups, 1)``; differentiable where it is learned."""
     shift: Tensor | None
-    """Serving dtype, ``(groups, 1)``; None for 8-bit types."""
+    """Serving shift likewise; None for types without one."""
 
 
 class QuantizerModule(nn.Module):
@@ -53,59 +53,62 @@ class QuantizerModule(nn.Module):
 
 
 class WeightQuantizer(QuantizerModule, ABC):
-    """How one weight is scaled; abstract. Subclasses implement `scale_shift`.
+    """How one weight is scaled; abstract. Subclasses implement `quantize`.
 
     Args:
-        qtype: the target format's name.
+        qtype: the type of the codes.
         dtype: the serving dtype.
         masked: stop the gradient of weights that lie outside the codes' range (needed once a range clips).
-
-    Attributes:
-        own_range: `serving` is exactly `kernels.serving_range`, so that a forward may find the range and quantize in
-            one pass over the weight without calling it.
     """
 
-    own_range: ClassVar[bool] = False
-
-    def __init__(self, qtype: str, dtype: torch.dtype, *, masked: bool = False) -> None:
+    def __init__(self, qtype: QType, dtype: torch.dtype, *, masked: bool = False) -> None:
         super().__init__()
         self.qtype = qtype
         self.dtype = dtype
         self.masked = masked
 
     @abstractmethod
-    def scale_shift(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Scale and shift for ``weight``, before they are rounded to the serving dtype (`serving` does that).
+    def quantize(self, weight: Tensor, out_dtype: torch.dtype) -> Quantized:
+        """Fake-quantize a weight. Most subclasses find a scale and a shift, and return `by_scale` of them.
 
         Args:
-            weight: the master weight, ``(out, in)``, any float dtype.
+            weight: the effective master weight, ``(out, in)``, any float dtype.
+            out_dtype: dtype of the fake-quantized weight.
 
         Returns:
-            float32 tensors of shape ``(groups, 1)``; the shift is None for 8-bit types. Differentiable with respect
-            to the quantizer's own parameters; the gradient that arrives is that of LSQ (Esser et al. 2020, eq. 3).
+            the value without a gradient, and scale and shift, differentiable with respect to the quantizer's own
+            parameters; the gradient that arrives there is that of LSQ (Esser et al. 2020, eq. 3). They depend on
+            nothing but the quantizer's state and ``weight``.
         """
 
-    def serving(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Scale and shift as the serving dtype holds them: float32, ``(groups, 1)``, straight-through."""
-        scale, shift = self.scale_shift(weight)
-        return numerics.serving_pair(scale, shift, self.qtype, self.dtype, weight.shape[1])
+    def by_scale(self, weight: Tensor, scale: Tensor, shift: Tensor | None, out_dtype: torch.dtype) -> Quantized:
+        """Fake-quantize by a scale and a shift that are not yet rounded to the serving dtype.
+
+        Args:
+            weight: ``(out, in)``.
+            scale: float32, ``(groups, 1)``.
+            shift: likewise; None for types without one.
+            out_dtype: dtype of the fake-quantized weight.
+        """
+        return self.by_served(weight, *self.qtype.serve(scale, shift, self.dtype, weight.shape[1]), out_dtype)
+
+    def by_served(self, weight: Tensor, scale: Tensor, shift: Tensor | None, out_dtype: torch.dtype) -> Quantized:
+        """Fake-quantize by a scale and a shift that the serving dtype holds already."""
+        fixed = None if shift is None else shift.detach()
+        value = kernels.fake_quantize_weight(weight.detach(), scale.detach(), fixed, self.qtype, self.dtype, out_dtype)
+        return Quantized(value, scale, shift)
 
     @torch.no_grad()
-    def fake_quantized(self, weight: Tensor) -> Tensor:
-        """The weight that the fake-quantized forward uses now, in the serving dtype, by the training operator."""
-        scale, shift = self.serving(weight)
-        return kernels.fake_quantize_weight(weight, scale, shift, self.qtype, self.dtype, self.dtype)
-
-    @torch.no_grad()
-    def final(self, weight: Tensor) -> Final:
-        """Codes, scale and shift, as they will be stored."""
-        scale, shift = self.serving(weight)
-        codes = numerics.encode(weight, scale, shift, self.qtype)
-        return Final(codes, scale.to(self.dtype), None if shift is None else shift.to(self.dtype))
+    def freeze(self, weight: Tensor) -> tuple[FrozenWeight, Tensor]:
+        """The final codes, and the value that the fake-quantized forward used, in the serving dtype."""
+        value, scale, shift = self.quantize(weight, self.dtype)
+        codes = self.qtype.encode(weight, scale, shift).contiguous()
+        frozen = FrozenWeight(codes, scale.to(self.dtype), None if shift is None else shift.to(self.dtype), self.qtype)
+        return frozen, value
 
     def extra_repr(self) -> str:
-        """The format, for ``print(model)``."""
-        return f"{self.qtype}, dtype={str(self.dtype).removeprefix('torch.')}"
+        """The type, for ``print(model)``."""
+        return f"{self.qtype.name}, dtype={str(self.dtype).removeprefix('torch.')}"
 
 
 class Algorithm(BaseModel):
@@ -115,5 +118,5 @@ class Algorithm(BaseModel):
     kind: Any
 
     @abstractmethod
-    def make(self, weight: Tensor, qtype: str, dtype: torch.dtype) -> WeightQuantizer:
+    def make(self, weight: Tensor, qtype: QType, dtype: torch.dtype) -> WeightQuantizer:
         """A quantizer for ``weight`` (``(out, in)``, read now if a start range is needed), on its device."""

@@ -13,8 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qat import kernels, numerics
-from qat.numerics import grouped
+from qat import kernels
+from qat.numerics import QType
 
 __all__ = ["clipped_range", "weight_error"]
 
@@ -23,39 +23,39 @@ _TOGETHER = tuple(1 - 0.05 * step for step in range(1, 17))  # down to 0.2 of th
 _ALONE = (0.1, 0.05, 0.025)
 
 
-def weight_error(weight: Tensor, low: Tensor | None, high: Tensor, qtype: str, dtype: torch.dtype) -> Tensor:
+def weight_error(weight: Tensor, low: Tensor | None, high: Tensor, qtype: QType, dtype: torch.dtype) -> Tensor:
     """Sum of ``(served - weight)^2`` of each group, in units of its largest magnitude: ``(groups, 1)``, float32.
 
     Args:
         weight: ``(out, in)``.
-        low: low end of each group's range, float32, ``(groups, 1)``; None for 8-bit types.
+        low: low end of each group's range, float32, ``(groups, 1)``; None for symmetric types.
         high: the high end.
-        qtype: the target format's name.
+        qtype: the type of the codes.
         dtype: the serving dtype.
     """
-    scale, shift = numerics.range_scale_shift(low, high, qtype)
-    scale, shift = numerics.serving_pair(scale, shift, qtype, dtype, weight.shape[1])
+    scale, shift = qtype.serve(*qtype.scale_shift(low, high), dtype, weight.shape[1])
     served = kernels.fake_quantize_weight(weight, scale, shift, qtype, dtype, torch.float32)
-    error = grouped(served.sub_(weight), qtype)
+    error = qtype.grouped(served.sub_(weight))
     # In units of the group's own size, the squares of no group overflow or vanish.
-    size = grouped(weight, qtype).abs().amax(1, keepdim=True).float()
+    size = qtype.grouped(weight).abs().amax(1, keepdim=True).float()
     error /= size.clamp_(min=torch.finfo(torch.float32).tiny)
     return error.square_().sum(1, keepdim=True)
 
 
 @torch.no_grad()
-def clipped_range(weight: Tensor, qtype: str, dtype: torch.dtype) -> tuple[Tensor | None, Tensor]:
+def clipped_range(weight: Tensor, qtype: QType, dtype: torch.dtype) -> tuple[Tensor | None, Tensor]:
     """The ends of each group's range that give the smallest `weight_error` found, which is never above min-max's.
 
     Args:
         weight: ``(out, in)``, any float dtype; read in chunks of rows.
-        qtype: the target format's name.
+        qtype: the type of the codes.
         dtype: the serving dtype.
 
     Returns:
-        Low end (None for 8-bit types) and high end: float32, ``(groups, 1)``.
+        Low end (None for symmetric types) and high end: float32, ``(groups, 1)``.
 
-    >>> _, high = clipped_range(torch.tensor([[0.1, -0.2, 0.3, 0.4]]), "int8", torch.float32)
+    >>> from qat.formats import QUANTO
+    >>> _, high = clipped_range(torch.tensor([[0.1, -0.2, 0.3, 0.4]]), QUANTO.qtypes["int8"], torch.float32)
     >>> bool(high <= 0.4)
     True
     """
@@ -65,9 +65,9 @@ def clipped_range(weight: Tensor, qtype: str, dtype: torch.dtype) -> tuple[Tenso
     return torch.cat(lows) if lows else None, torch.cat([high for _, high in found])
 
 
-def _search(weight: Tensor, qtype: str, dtype: torch.dtype) -> tuple[Tensor | None, Tensor]:
-    low, high = numerics.weight_range(weight, qtype)
-    center = torch.zeros_like(high) if low is None else grouped(weight, qtype).float().mean(1, keepdim=True)
+def _search(weight: Tensor, qtype: QType, dtype: torch.dtype) -> tuple[Tensor | None, Tensor]:
+    low, high = qtype.weight_range(weight)
+    center = torch.zeros_like(high) if low is None else qtype.grouped(weight).float().mean(1, keepdim=True)
     ones = torch.ones_like(high)
 
     def ends(low_factor: Tensor, high_factor: Tensor) -> tuple[Tensor | None, Tensor]:

@@ -4,7 +4,7 @@ The parametrisation is the robust one of Xu et al. 2024 (https://arxiv.org/abs/2
 gradients compete, but the ends. Each is the end of a start range plus a learned move in units of half that range's
 width, so that one learning rate fits all groups: a move of 0.01 is one per cent of the range, be it wide or narrow.
 Gradients are those of LSQ and LSQ+ (Esser et al. 2020, https://arxiv.org/abs/1902.08153; Bhalgat et al. 2020,
-https://arxiv.org/abs/2004.09576). 8-bit types have one end, which makes it LSQ relative to the largest magnitude.
+https://arxiv.org/abs/2004.09576). Symmetric types have one end, which makes it LSQ relative to the largest magnitude.
 
 What it trades away: two numbers a group in every checkpoint and optimizer, and, in the backward pass, the reduction
 that gives their gradients. A range clips, so weights outside it get no gradient until the range comes back to them.
@@ -21,16 +21,16 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from qat import kernels, numerics
-from qat.qtypes import QTYPES
-from qat.quantizers.base import Algorithm, WeightQuantizer
+from qat import kernels
+from qat.numerics import QType, moved_range, round_to
+from qat.quantizers.base import Algorithm, Quantized, WeightQuantizer
 from qat.quantizers.clipping import clipped_range
 
 __all__ = ["LearnedAffine"]
 
 
 class _ServedRange(torch.autograd.Function):
-    """Serving scale and shift of a moved range; see `numerics.moved_scale_shift`."""
+    """Serving scale and shift of a moved range; see `kernels.moved_scale_shift`."""
 
     @staticmethod
     def forward(
@@ -38,7 +38,7 @@ class _ServedRange(torch.autograd.Function):
         high: Tensor,
         low_move: Tensor | None,
         high_move: Tensor,
-        qtype: str,
+        qtype: QType,
         dtype: torch.dtype,
         in_features: int,
     ) -> tuple[Tensor, Tensor | None]:
@@ -54,11 +54,10 @@ class _ServedRange(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_scale: Tensor, grad_shift: Tensor | None) -> tuple[Tensor | None, ...]:
         low, high = ctx.saved_tensors
-        kind = QTYPES[ctx.qtype]
         if low is None:
-            return None, None, None, grad_scale * high / kind.scale_max, None, None, None
+            return None, None, None, grad_scale * high / ctx.qtype.steps, None, None, None
         unit = (high - low) / 2
-        grad_high = grad_scale * unit / kind.code_max
+        grad_high = grad_scale * unit / ctx.qtype.steps
         grad_low = grad_high if grad_shift is None else grad_high + grad_shift * unit
         return None, None, grad_low, grad_high, None, None, None
 
@@ -67,9 +66,9 @@ class LearnedRange(WeightQuantizer):
     """A range whose ends move.
 
     Args:
-        low: low end at the start, float32, ``(groups, 1)``; None for 8-bit types.
+        low: low end at the start, float32, ``(groups, 1)``; None for symmetric types.
         high: high end at the start.
-        qtype: the target format's name.
+        qtype: the type of the codes.
         dtype: the serving dtype.
         masked: stop the gradient of weights outside the range.
     """
@@ -80,12 +79,12 @@ class LearnedRange(WeightQuantizer):
     high_move: nn.Parameter
 
     def __init__(
-        self, low: Tensor | None, high: Tensor, qtype: str, dtype: torch.dtype, *, masked: bool = True
+        self, low: Tensor | None, high: Tensor, qtype: QType, dtype: torch.dtype, *, masked: bool = True
     ) -> None:
         super().__init__(qtype, dtype, masked=masked)
         # A range too narrow for the serving dtype is none: zero marks a group that follows its weights.
-        scale, _ = numerics.range_scale_shift(low, high, qtype)
-        flat = numerics.round_to(scale, dtype) == 0
+        scale, _ = qtype.scale_shift(low, high)
+        flat = round_to(scale, dtype) == 0
         self.register_buffer("low_start", None if low is None else low.masked_fill(flat, 0.0))
         self.register_buffer("high_start", high.masked_fill(flat, 0.0))
         self.low_move = None if low is None else nn.Parameter(torch.zeros_like(low))
@@ -106,20 +105,20 @@ class LearnedRange(WeightQuantizer):
     def _start(self, weight: Tensor) -> tuple[Tensor | None, Tensor]:
         if not self._some_flat:
             return self.low_start, self.high_start
-        low, high = numerics.weight_range(weight, self.qtype)
+        low, high = self.qtype.weight_range(weight)
         flat = self._flat()
         high = torch.where(flat, high, self.high_start)
         return None if low is None or self.low_start is None else torch.where(flat, low, self.low_start), high
 
-    def scale_shift(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Those of the moved range; ``weight`` is read only where a group follows it."""
-        return numerics.moved_scale_shift(*self._start(weight), self.low_move, self.high_move, self.qtype)
-
-    def serving(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The same as the base class gives, as one opaque operator: equal bits eagerly and compiled, and faster."""
+    def quantize(self, weight: Tensor, out_dtype: torch.dtype) -> Quantized:
+        """Quantize by the moved range; ``weight`` gives the range only where a group follows it."""
         low, high = self._start(weight)
+        if not self.qtype.fused:  # the gradient of another format's `serve` is not that of `_ServedRange`
+            ends = moved_range(low, high, self.low_move, self.high_move)
+            return self.by_scale(weight, *self.qtype.scale_shift(*ends), out_dtype)
         options = (self.qtype, self.dtype, weight.shape[1])
-        return _ServedRange.apply(low, high, self.low_move, self.high_move, *options)  # type: ignore[no-any-return,no-untyped-call]
+        served = _ServedRange.apply(low, high, self.low_move, self.high_move, *options)  # type: ignore[no-untyped-call]
+        return self.by_served(weight, *served, out_dtype)
 
 
 class LearnedAffine(Algorithm):
@@ -141,10 +140,10 @@ class LearnedAffine(Algorithm):
     mask_saturated: bool = True
     """Stop the gradient of weights outside the range, as LSQ does."""
 
-    def make(self, weight: Tensor, qtype: str, dtype: torch.dtype) -> LearnedRange:
+    def make(self, weight: Tensor, qtype: QType, dtype: torch.dtype) -> LearnedRange:
         """A quantizer whose ranges start from ``weight`` as it is now."""
         if self.start == "minmax" or weight.is_meta:
-            ends = numerics.weight_range(weight, qtype)
+            ends = qtype.weight_range(weight)
         else:
             ends = clipped_range(weight, qtype, dtype)
         return LearnedRange(*ends, qtype, dtype, masked=self.mask_saturated)

@@ -7,29 +7,24 @@ is wide, which costs little at 8 bits and much at 2.
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from qat import kernels, numerics
-from qat.quantizers.base import Algorithm, WeightQuantizer
+from qat import kernels
+from qat.numerics import QType
+from qat.quantizers.base import Algorithm, Quantized, WeightQuantizer
 
 __all__ = ["StraightThrough"]
 
 
 class DynamicRange(WeightQuantizer):
-    """Absmax for int8 and float8, min to max for int4 and int2, of the weight as it is now."""
+    """The range of the weight as it is now: absmax, or minimum to maximum."""
 
-    own_range: ClassVar[bool] = True
-
-    def scale_shift(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The range of ``weight``, without a gradient."""
-        return numerics.range_scale_shift(*numerics.weight_range(weight, self.qtype), self.qtype)
-
-    def serving(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The same as the base class gives, as one opaque operator: equal bits eagerly and compiled, and faster."""
-        return kernels.serving_range(weight.detach(), self.qtype, self.dtype)
+    def quantize(self, weight: Tensor, out_dtype: torch.dtype) -> Quantized:
+        """Find the range and quantize; scale and shift have no gradient."""
+        return Quantized(*kernels.quantize_own_range(weight.detach(), self.qtype, self.dtype, out_dtype))
 
 
 class StraightThrough(Algorithm):
@@ -40,6 +35,6 @@ class StraightThrough(Algorithm):
     mask_saturated: bool = False
     """Stop the gradient of weights outside the range (here only what rounding the scale pushed there)."""
 
-    def make(self, weight: Tensor, qtype: str, dtype: torch.dtype) -> DynamicRange:
+    def make(self, weight: Tensor, qtype: QType, dtype: torch.dtype) -> DynamicRange:
         """A quantizer without state."""
         return DynamicRange(qtype, dtype, masked=self.mask_saturated)

@@ -29,9 +29,9 @@ from torch.utils.data import DataLoader
 
 from qat.calibration import calibrate
 from qat.errors import CalibrationError, StateError, TrainingError
-from qat.evidence import frozen_record
+from qat.files.evidence import frozen_record
 from qat.freezing import freeze
-from qat.layers import quantized_layers
+from qat.layers import Mode, quantized_layers
 from qat.observers import ObserverChoice, Percentile
 from qat.preparation import prepare, prepared_as
 from qat.quantizers import Algorithm, StraightThrough
@@ -147,7 +147,7 @@ class QuantizationAwareTraining(Callback):
             return
         if not any(quantized_layers(model)):
             extras = {"observer": self.observer, "example_inputs": self.example_inputs}
-            report = prepare(model, self.spec, self.algorithm, self.target, **extras)
+            report = prepare(model, self.spec, algorithm=self.algorithm, target=self.target, **extras)
             logger.info("prepared %d layers", len(report.layers))
             for note in (*report.inspection.notes, *(f"untied: {name}" for name in report.untied)):
                 logger.warning("%s", note)
@@ -295,9 +295,8 @@ class QuantizationAwareTraining(Callback):
         if self._phase == (quantizing, observing):
             return
         for _, layer in quantized_layers(self.model_of(pl_module)):
-            layer.fake_quantizing, layer.observing = quantizing, observing
             # An observer that records gives its scale in that same forward; before that there is none to quantize with.
-            layer.quantizing_activations = observing or not _uncalibrated(layer)
+            layer.mode = Mode(quantizing, observing or not _uncalibrated(layer), observing)
         self._phase = (quantizing, observing)
 
     def _calibrate(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -335,7 +334,7 @@ def _activations(module: nn.Module) -> Iterator[ActivationQuantizer]:
 
 
 def _uncalibrated(module: nn.Module) -> bool:
-    return any(not bool(quantizer.initialized) for quantizer in _activations(module))
+    return any(not quantizer.initialized for quantizer in _activations(module))
 
 
 def _monitoring(trainer: Trainer) -> list[ModelCheckpoint]:

@@ -14,6 +14,7 @@ Four questions, each answered by checks of their own in the report:
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
@@ -27,13 +28,16 @@ import torch
 from torch import nn
 
 from qat.errors import LoadError, StateError, VerifyError
-from qat.evidence import frozen_record, model_device
-from qat.exporting.examples import compute_outputs, output_faults, read_example
-from qat.exporting.manifest import QMAP_NAME, Environment, ExampleRecord, Manifest, read_manifest
-from qat.exporting.quanto import qmap_faults
-from qat.loading import check_files, check_headers, frozen_record_of, read_headers
+from qat.files.evidence import FrozenRecord, frozen_record
+from qat.files.examples import read_example
+from qat.files.manifest import Environment, ExampleRecord, Manifest, read_manifest
+from qat.hosts import Target, get_target
+from qat.hosts.base import Reloaded
+from qat.hosts.stock import stock_reload
+from qat.loading import check_files, check_headers, fill, frozen_record_of, skeleton, weight_headers
+from qat.tensors import model_device
 from qat.verification.comparison import layer_faults, meta_faults, reference_faults, tensor_faults
-from qat.verification.reload import reload
+from qat.verification.outputs import compute_outputs, output_faults
 
 __all__ = ["Check", "VerificationError", "VerifyReport", "verify"]
 
@@ -159,20 +163,20 @@ def _in_fresh_process(directory: Path) -> VerifyReport:
 def _checks(
     directory: Path, manifest: Manifest, reference: nn.Module | None, inputs: Any, model: nn.Module | None
 ) -> Iterator[Check]:
-    record = frozen_record_of(manifest)
+    record, target = frozen_record_of(manifest), get_target(manifest.target)
+    format = target.format
     faults = check_files(directory, manifest, hashes=True)
     yield _check("files", faults, f"{len(manifest.files)} files, sizes and hashes as written")
     try:
-        headers = read_headers(directory, manifest)
-        faults = check_headers(manifest, headers)
-        faults += qmap_faults(record, directory) if QMAP_NAME in manifest.files else []
+        faults = check_headers(manifest, weight_headers(directory, manifest))
+        faults += format.map_faults(record, directory) if format.map_name in manifest.files else []
     except LoadError as error:
         faults = [str(error)]
     yield _check("keys", faults, f"{len(manifest.tensors)} tensors, dtypes, packed shapes and alignment as declared")
     if faults:
         return  # a loader could answer with garbage, or end the process
     try:
-        loaded, loader = reload(directory, manifest, record, model)
+        loaded, loader = _reload(directory, manifest, target, record, model)
     except Exception as error:  # a stock loader can fail in any way
         yield Check("load", False, f"the target's own loader failed: {type(error).__name__}: {error}")
         return
@@ -180,17 +184,29 @@ def _checks(
     yield _check("load", faults, loader)
     if faults:
         return
-    faults = layer_faults(loaded, record, codes_only=manifest.float_grid)
+    faults = layer_faults(loaded, record, format, codes_only=manifest.float_grid)
     what = "codes" if manifest.float_grid else "codes, scale, shift and dequantized weight"
     yield _check("layers", faults, f"{len(record.layers)} layers: {what} equal those of freezing")
-    faults, count = tensor_faults(loaded, manifest, record)
+    faults, count = tensor_faults(loaded, manifest, record, format)
     yield _check("tensors", faults, f"{count} other tensors equal those exported")
     if manifest.example is not None:
         yield _stored_outputs(loaded, directory, manifest, manifest.example)
     if reference is not None:
-        faults = list(reference_faults(loaded, reference, record, codes_only=manifest.float_grid))
+        faults = list(reference_faults(loaded, reference, record, format, codes_only=manifest.float_grid))
         yield _check("reference layers", faults, f"{len(record.layers)} layers and all else equal the live ones")
         yield from _reference_outputs(loaded, reference, directory, manifest, inputs)
+
+
+def _reload(
+    directory: Path, manifest: Manifest, target: Target, record: FrozenRecord, model: nn.Module | None
+) -> Reloaded:
+    """Load by the target's own loader; by ours for a format that has no other."""
+    reloaded = stock_reload(directory, manifest, target, record, model)
+    if reloaded is not None:
+        return reloaded
+    loaded = skeleton(directory, manifest) if model is None else copy.deepcopy(model)
+    fill(loaded, directory, manifest, record, torch.device("cpu"))
+    return Reloaded(loaded.eval(), "qat.load, the only loader of this target")
 
 
 def _check(name: str, faults: Sequence[str], good: str) -> Check:

@@ -53,7 +53,7 @@ def inspected(model: nn.Module, spec: qat.QuantSpec, target: str, example: Mappi
     Raises:
         SpecError, TargetError: the spec does not fit the model or the target.
     """
-    report = qat.inspect(model, spec, target, example_inputs=example)
+    report = qat.inspect(model, spec, target=target, example_inputs=example)
     reasons = Counter(layer.reason for layer in report.layers if layer.weights is None)
     kept = [f"{count} of {len(report.layers)} linear layers stay float: {why}" for why, count in reasons.items()]
     return "\n".join([inspect_totals(report), *kept])

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from qat.exporting.directory import check_destination
+from qat.files.directory import check_destination
 from recipes.common.callbacks import step_of
 from recipes.common.settings import RecipeConfig
 from recipes.common.training import device_of

@@ -20,12 +20,11 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from qat.errors import LoadError
-from qat.qtypes import ServingDtype
+from qat.spec import ServingDtype
 
 __all__ = [
     "EVIDENCE_NAME",
     "MANIFEST_NAME",
-    "QMAP_NAME",
     "Environment",
     "ExampleRecord",
     "FileRecord",
@@ -37,7 +36,6 @@ __all__ = [
 
 MANIFEST_NAME = "qat_manifest.json"
 EVIDENCE_NAME = "qat_evidence.safetensors"
-QMAP_NAME = "quanto_qmap.json"
 _DECIDES_ROUNDING = ("torch", "quanto", "transformers", "diffusers", "cpu_capability", "threads", "device")
 
 
@@ -162,6 +160,11 @@ class Manifest(_Frozen):
     """The resolved recipe configuration, when one was given."""
     notes: tuple[str, ...] = ()
     """What a reader should know."""
+
+    @property
+    def shown_arguments(self) -> str:
+        """`stock_arguments` as they stand in a call."""
+        return ", ".join(f"{key}={value!r}" for key, value in (self.stock_arguments or {}).items())
 
     def write(self, directory: Path) -> Path:
         """Write the manifest and return its path."""

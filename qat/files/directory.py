@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from qat.errors import ExportError, QatError
-from qat.exporting.manifest import MANIFEST_NAME
+from qat.files.manifest import MANIFEST_NAME
 
 __all__ = ["atomic_directory", "check_destination"]
 

@@ -1,4 +1,4 @@
-"""Building a model from its configuration alone, as its loader does, and the tensors that only this can give.
+"""The tensors that no file holds, as a target's loader makes them.
 
 Rotary tables, embedding scales and the like are in no file: every loader computes them while it builds the model, each
 in a dtype of its own. Casting a model, as Lightning's ``bf16-true`` does, leaves it with others than its loader makes;
@@ -7,17 +7,15 @@ so freezing takes them from a model that is built the same way, without memory f
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from qat.targets import Target
-from qat.targets.diffusers import is_diffusers_model
+from qat.hosts.targets import Target, host_of
 
-__all__ = ["Unstored", "build", "can_build", "constructed_tensors", "differs", "unstored_tensors"]
+__all__ = ["Unstored", "constructed_tensors", "differs", "unstored_tensors"]
 
 
 class Unstored(NamedTuple):
@@ -31,47 +29,12 @@ class Unstored(NamedTuple):
     tensor: Tensor
 
 
-def can_build(kind: type) -> bool:
-    """Whether a class is one of transformers or diffusers, which their configuration builds."""
-    return hasattr(kind, "_from_config") or _is_diffusers(kind)
-
-
-def build(kind: Any, config: Any, dtype: torch.dtype, *, empty: bool) -> nn.Module:
-    """Build a model as its library's loader does.
-
-    Args:
-        kind: a class of transformers, or one of diffusers.
-        config: its configuration, which is not changed.
-        dtype: the serving dtype; diffusers makes it torch's default while a model is built.
-        empty: leave parameters on the meta device; buffers are real.
-    """
-    from accelerate import init_empty_weights
-
-    config, default = copy.deepcopy(config), torch.get_default_dtype()
-    if _is_diffusers(kind):
-        torch.set_default_dtype(dtype)
-    try:
-        with torch.random.fork_rng(devices=[]):
-            make = kind.from_config if _is_diffusers(kind) else lambda config: kind._from_config(config, dtype=dtype)
-            if not empty:
-                return make(config)  # type: ignore[no-any-return]
-            with init_empty_weights(include_buffers=False):
-                return make(config)  # type: ignore[no-any-return]
-    finally:
-        torch.set_default_dtype(default)
-
-
-def _is_diffusers(kind: type) -> bool:
-    return is_diffusers_model(kind) and hasattr(kind, "from_config")
-
-
 def unstored_tensors(model: nn.Module) -> Iterator[Unstored]:
     """The floating and complex tensors of a model that no file holds.
 
-    These are buffers that are not persistent; in models of diffusers also tensors that are plain attributes, which is
-    how some of them keep rotary tables.
+    These are buffers that are not persistent; in models of some libraries also tensors that are plain attributes.
     """
-    attributes = is_diffusers_model(model)
+    attributes = host_of(model).attribute_tensors
     for path, module in model.named_modules():
         found = {key: module._buffers[key] for key in module._non_persistent_buffers_set}
         if attributes:
@@ -90,17 +53,18 @@ def constructed_tensors(model: nn.Module, target: Target, dtype: torch.dtype) ->
     configuration builds.
     """
     config: Any = getattr(model, "config", None)
+    library = host_of(model)
     names = {unstored.name for unstored in unstored_tensors(model)}
-    if not names or config is None or not can_build(type(model)):
+    if not names or config is None or not library.can_build(type(model)):
         return {}
 
-    def built(kind: torch.dtype) -> dict[str, Tensor]:
-        twin = build(type(model), config, kind, empty=True)
-        return {unstored.name: unstored.tensor for unstored in unstored_tensors(twin) if unstored.name in names}
+    def built(dtype: torch.dtype) -> dict[str, Tensor]:
+        other = library.build(type(model), config, dtype, empty=True)
+        return {unstored.name: unstored.tensor for unstored in unstored_tensors(other) if unstored.name in names}
 
     try:
         served = built(dtype)
-        if dtype is torch.float32 or not target.initialises_buffers or is_diffusers_model(model):
+        if dtype is torch.float32 or not target.host.initialises_buffers:
             return served
         return {name: tensor.to(served[name].dtype) for name, tensor in built(torch.float32).items()}
     except TypeError:  # a class that its config alone does not build has no such loader

@@ -2,16 +2,12 @@
 
 Kernels that read packed weights want them aligned: on CPU ``torch._weight_int8pack_mm`` crashes or answers wrongly
 when the codes do not start on a 16-byte boundary, and stock loaders hand out views of the memory-mapped file, so that
-the file's own offsets decide. Here every *code tensor* (its key ends in ``_data``) starts on a 64-byte boundary.
+the file's own offsets decide. Here every *code tensor* starts on a 64-byte boundary.
 
 The format allows neither holes nor padding tensors (a loader would report unexpected keys), only a header that may be
-filled with spaces. So alignment is a matter of order:
-
-1. tensors whose size is a multiple of 64 bytes (nearly all codes) follow one another;
-2. a code tensor of another size is filled up to the next multiple of 64 with small tensors that the file holds anyway
-   (scales, biases, the scalar activation scales): a subset sum on residues modulo 64;
-3. what nothing fills up ends its shard. A file is therefore sometimes cut in two below ``max_shard_size``; a code
-   tensor with an odd number of bytes always costs this, for no two-byte or four-byte tensor can mend an odd offset.
+filled with spaces. So alignment is a matter of order: tensors whose size is a multiple of 64 bytes come first, and
+nearly all codes are such. A code tensor of another size must be the last code tensor of its file: it ends a shard, and
+the first one is followed by the small tensors. Such sizes need dimensions that are no multiples of 8, so they are rare.
 
 Planning is pure: it sees names, dtypes and shapes. Writing streams one tensor at a time.
 """
@@ -24,7 +20,6 @@ import math
 import os
 import re
 import struct
-from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +27,7 @@ from typing import Any
 
 import torch
 
-from qat.errors import ExportError
+from qat.errors import ExportError, LoadError
 
 __all__ = [
     "ALIGNMENT",
@@ -44,6 +39,7 @@ __all__ = [
     "plan_shards",
     "raw_bytes",
     "read_header",
+    "read_headers",
     "shard_names",
     "write_shard",
 ]
@@ -74,16 +70,13 @@ class TensorEntry:
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
+    is_code: bool = False
+    """Whether it holds codes, which must be aligned."""
 
     @property
     def nbytes(self) -> int:
         """Size in the file."""
         return math.prod(self.shape) * self.dtype.itemsize
-
-    @property
-    def is_code(self) -> bool:
-        """Whether this is a code tensor, which must be aligned."""
-        return self.name.endswith("._data")
 
 
 @dataclass(frozen=True)
@@ -166,108 +159,50 @@ def plan_shards(entries: Iterable[TensorEntry], max_shard_size: int) -> tuple[Sh
                 f"tensor {entry.name!r} has dtype {entry.dtype}, which a safetensors file cannot hold here; supported: "
                 f"{', '.join(str(dtype).removeprefix('torch.') for dtype in DTYPE_NAMES)}"
             )
-    pool = _Fillers(entry for entry in entries if not entry.is_code and entry.nbytes % ALIGNMENT)
-    units: list[tuple[TensorEntry, ...]] = []
-    tails: list[TensorEntry] = []
-    for entry in entries:
-        if entry.nbytes % ALIGNMENT == 0:
-            units.append((entry,))
-        elif entry.is_code:
-            fillers = pool.fill(entry.nbytes)
-            if fillers is None:
-                tails.append(entry)
-            else:
-                units.append((entry, *fillers))
-    loose = sorted(pool.rest(), key=lambda entry: -entry.dtype.itemsize)
-    return tuple(Shard(tuple(shard)) for shard in _fill_shards(units, tails, loose, max_shard_size))
-
-
-class _Fillers:
-    """Small tensors by residue modulo 64, from which subsets of a wanted sum are taken."""
-
-    def __init__(self, entries: Iterable[TensorEntry]) -> None:
-        self._by_kind: dict[tuple[int, int], list[TensorEntry]] = defaultdict(list)
-        for entry in entries:
-            self._by_kind[entry.dtype.itemsize, entry.nbytes % ALIGNMENT].append(entry)
-        for same in self._by_kind.values():
-            # Small ones first: a large bias is better left to the model's order than used to fill a gap.
-            same.sort(key=lambda entry: (-entry.nbytes, entry.name))
-        self._recipes: dict[int, Counter[tuple[int, int]]] = {}
-
-    def fill(self, nbytes: int) -> tuple[TensorEntry, ...] | None:
-        """Take tensors that bring ``nbytes`` to a multiple of 64, or none when no subset does."""
-        residue = nbytes % ALIGNMENT
-        recipe = self._recipes.get(residue)
-        if recipe is None or any(len(self._by_kind[kind]) < count for kind, count in recipe.items()):
-            recipe = self._search(residue)
-        if recipe is None:
-            return None
-        self._recipes[residue] = recipe
-        kinds = sorted(recipe.elements(), reverse=True)  # wide elements first, so that narrow ones do not displace them
-        return tuple(self._by_kind[kind].pop() for kind in kinds)
-
-    def _search(self, residue: int) -> Counter[tuple[int, int]] | None:
-        """Bounded subset sum: the fewest tensors whose sizes add up to ``-residue`` modulo 64.
-
-        Only element sizes that divide the residue are of use, and using no others keeps each element aligned.
-        """
-        best: dict[int, Counter[tuple[int, int]]] = {0: Counter()}
-        for kind, available in self._by_kind.items():
-            itemsize, step = kind
-            if residue % itemsize or not available:
-                continue
-            longest = min(len(available), ALIGNMENT // math.gcd(step, ALIGNMENT) - 1)
-            found = dict(best)
-            for total, recipe in best.items():
-                for count in range(1, longest + 1):
-                    reached = (total + count * step) % ALIGNMENT
-                    if reached not in found or found[reached].total() > recipe.total() + count:
-                        found[reached] = recipe + Counter({kind: count})
-            best = found
-        return best.get(-residue % ALIGNMENT)
-
-    def rest(self) -> list[TensorEntry]:
-        """What was never taken."""
-        return [entry for same in self._by_kind.values() for entry in reversed(same)]
+    whole = [entry for entry in entries if entry.nbytes % ALIGNMENT == 0]
+    tails = [entry for entry in entries if entry.is_code and entry.nbytes % ALIGNMENT]
+    loose = [entry for entry in entries if not entry.is_code and entry.nbytes % ALIGNMENT]
+    # Wide elements first, so that narrow ones do not displace them; then by size modulo 64, as earlier exports have it.
+    residues = list(dict.fromkeys(entry.nbytes % ALIGNMENT for entry in loose))
+    loose.sort(key=lambda entry: entry.name, reverse=True)
+    loose.sort(key=lambda entry: (-entry.dtype.itemsize, residues.index(entry.nbytes % ALIGNMENT), entry.nbytes))
+    return tuple(Shard(tuple(shard)) for shard in _fill_shards(whole, tails, loose, max_shard_size))
 
 
 def _fill_shards(
-    units: Sequence[tuple[TensorEntry, ...]],
-    tails: Sequence[TensorEntry],
-    loose: Sequence[TensorEntry],
-    limit: int,
+    whole: Sequence[TensorEntry], tails: Sequence[TensorEntry], loose: Sequence[TensorEntry], limit: int
 ) -> list[list[TensorEntry]]:
-    """Cut units, loose tensors and unfilled codes (tails, one at most a shard) into shards of at most ``limit``."""
+    """Cut tensors into shards of at most ``limit``; tails are the code tensors that end one."""
     shards: list[list[TensorEntry]] = [[]]
     sizes = [0]
 
-    def add(group: Sequence[TensorEntry], index: int = -1) -> None:
-        shards[index].extend(group)
-        sizes[index] += sum(entry.nbytes for entry in group)
+    def add(entry: TensorEntry, index: int = -1) -> None:
+        shards[index].append(entry)
+        sizes[index] += entry.nbytes
 
-    def open_shard(group: Sequence[TensorEntry]) -> None:
-        if shards[-1] and sizes[-1] + sum(entry.nbytes for entry in group) > limit:
+    def open_shard(nbytes: int) -> None:
+        if shards[-1] and sizes[-1] + nbytes > limit:
             shards.append([])
             sizes.append(0)
 
-    for unit in units:
-        open_shard(unit)
-        add(unit)
+    for entry in whole:
+        open_shard(entry.nbytes)
+        add(entry)
     waiting = list(tails)
     after = sizes[-1] + sum(entry.nbytes for entry in (*loose, *waiting[:1]))
     if waiting and after <= limit and all(waiting[0].nbytes % entry.dtype.itemsize == 0 for entry in loose):
-        add([waiting.pop(0)])  # loose tensors may follow it: their elements stay aligned
+        add(waiting.pop(0))  # loose tensors may follow it: their elements stay aligned
     for entry in loose:
-        open_shard([entry])
-        add([entry])
+        open_shard(entry.nbytes)
+        add(entry)
     for entry in waiting:
-        room = (i for i, size in enumerate(sizes) if size % ALIGNMENT == 0 and size + entry.nbytes <= limit)
-        index = next(room, None)
+        fits = (i for i, size in enumerate(sizes) if size % ALIGNMENT == 0 and size + entry.nbytes <= limit)
+        index = next(fits, None)
         if index is None:
             shards.append([])
             sizes.append(0)
             index = -1
-        add([entry], index)
+        add(entry, index)
     return [shard for shard in shards if shard] or [[]]
 
 
@@ -334,21 +269,37 @@ def read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, int]]:
     Raises:
         ValueError: when the file is not a whole safetensors file (too short, header unreadable, data truncated).
     """
-    names = {name: dtype for dtype, name in DTYPE_NAMES.items()}
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        prefix = file.read(8)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
-        if not 2 <= length <= size - 8:
-            raise ValueError(f"{path.name} is not a whole safetensors file: {size} bytes, header of {length} bytes")
+    from safetensors import SafetensorError, safe_open
+
+    dtypes = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+    entries, starts = {}, {}
+    try:
+        with path.open("rb") as file:
+            position = 8 + struct.unpack("<Q", file.read(8))[0]
+        with safe_open(path, framework="pt") as opened:
+            for name in opened.offset_keys():  # the format has no holes, so that the order gives the offsets
+                view = opened.get_slice(name)
+                entries[name] = TensorEntry(name, dtypes[view.get_dtype()], tuple(view.get_shape()))
+                starts[name] = position
+                position += entries[name].nbytes
+    except (SafetensorError, struct.error, KeyError) as error:
+        raise ValueError(f"{path.name} is not a whole safetensors file that qat can read: {error}") from error
+    return entries, starts
+
+
+def read_headers(files: Iterable[Path]) -> dict[str, tuple[str, TensorEntry, int]]:
+    """Read the headers of several files: for each key the file's name, the tensor's description and its offset.
+
+    Raises:
+        LoadError: when a file is missing or not a whole safetensors file.
+    """
+    found: dict[str, tuple[str, TensorEntry, int]] = {}
+    for path in files:
         try:
-            fields = json.loads(file.read(length))
-            fields.pop("__metadata__", None)
-            entries = {n: TensorEntry(n, names[f["dtype"]], tuple(f["shape"])) for n, f in fields.items()}
-            spans = {name: tuple(field["data_offsets"]) for name, field in fields.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path.name} has an unreadable safetensors header: {error}") from error
-    end = max((span[1] for span in spans.values()), default=0)
-    if 8 + length + end != size:
-        raise ValueError(f"{path.name} has {size} bytes where its header promises {8 + length + end}: truncated")
-    return entries, {name: 8 + length + span[0] for name, span in spans.items()}
+            entries, starts = read_header(path)
+        except (OSError, ValueError) as error:
+            raise LoadError(
+                f"{path.name} in {str(path.parent)!r} cannot be read: {error}; copy or export it again"
+            ) from error
+        found |= {key: (path.name, entry, starts[key]) for key, entry in entries.items()}
+    return found

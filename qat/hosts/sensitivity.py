@@ -16,8 +16,6 @@ import re
 
 from torch import nn
 
-from qat.targets.diffusers import is_diffusers_model
-
 __all__ = ["sensitive_part"]
 
 _MODULATION_CLASS = re.compile(r"AdaLayerNorm|Norm(Zero|Single|Continuous)|Modulation")
@@ -28,17 +26,15 @@ def sensitive_part(model: nn.Module, name: str) -> str | None:
     """Say in which sensitive part of a model of diffusers a linear layer stands.
 
     Args:
-        model: any model; those of other libraries have no sensitive parts.
+        model: a model of diffusers.
         name: full name of one of its linear layers.
 
     Returns:
         ``"modulation"``, ``"outside the blocks"``, or None for a layer that is not sensitive.
 
-    >>> sensitive_part(nn.Sequential(nn.Linear(4, 4)), "0") is None
-    True
+    >>> sensitive_part(nn.Sequential(nn.Linear(4, 4)), "0")
+    'outside the blocks'
     """
-    if not is_diffusers_model(model):
-        return None
     parts = name.split(".")
     module, blocks = model, False
     for depth, part in enumerate(parts[:-1]):

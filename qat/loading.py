@@ -1,11 +1,10 @@
 """`load`: an exported directory becomes a model ready for inference, whatever the target.
 
-For the quanto layout this is a loader of our own. It builds the model without memory for its parameters (buffers that
-are not stored, such as rotary tables, are real and as constructed under the serving dtype), puts frozen quanto layers
-where the evidence says, and assigns the tensors of the memory-mapped files without a copy. Unlike quanto's own it is
-strict: a missing or unexpected key, a code tensor of another dtype or packed shape, a tensor in another dtype than
-the model's are errors, found in the files' headers before anything is read. Directories for transformers go through
-`from_pretrained` with the plug-in, those for diffusers through the stock one.
+Directories of a host with a loader of its own go through that. For plain modules this is a loader of our own. It builds
+the model without memory for its parameters (buffers that are not stored, such as rotary tables, are real and as
+constructed under the serving dtype), puts frozen layers where the evidence says, and assigns the tensors of the
+memory-mapped files without a copy. It is strict: a missing or unexpected key, a code tensor of another dtype or packed
+shape, a tensor in another dtype than the model's are errors, found in the files' headers before anything is read.
 """
 
 from __future__ import annotations
@@ -16,20 +15,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from qat.construction import build
-from qat.errors import LoadError
-from qat.evidence import FrozenRecord, LayerEvidence, inner_tensors, record_frozen
-from qat.exporting.layout import DTYPE_NAMES, TensorEntry, read_header
-from qat.exporting.manifest import Manifest, file_record, read_manifest
-from qat.exporting.quanto import stored_tensors
-from qat.integrations.packed import LayerShape, PackedModule, TensorHeader, layer_faults, one_error, packed_weight
-from qat.loading.stock import load_pretrained, model_class, read_config
-from qat.qtypes import QTYPES
-from qat.targets.diffusers import is_diffusers_model
+from qat.errors import LoadError, load_error
+from qat.files.evidence import FrozenRecord, LayerEvidence, record_frozen
+from qat.files.manifest import Manifest, file_record, read_manifest
+from qat.files.shards import ALIGNMENT, DTYPE_NAMES, TensorEntry, read_headers
+from qat.hosts import Target, get_target
+from qat.hosts.stock import library_and_class, load_pretrained
+from qat.layers import layer_class
+from qat.tensors import inner_tensors, stored_tensors
 
-__all__ = ["check_files", "check_headers", "frozen_record_of", "load", "read_headers"]
+__all__ = ["check_files", "check_headers", "fill", "frozen_record_of", "load", "skeleton", "weight_headers"]
+
+Headers = Mapping[str, tuple[str, TensorEntry, int]]
 
 
 def load(
@@ -67,6 +66,7 @@ def load(
     """
     path = Path(directory)
     manifest = read_manifest(path)
+    target = get_target(manifest.target)
     if model is not None and manifest.float_grid:
         raise LoadError(
             f"model: {str(path)!r} holds float weights (float_grid=True), which only the stock loader quantizes again, "
@@ -74,18 +74,19 @@ def load(
         )
     faults = check_files(path, manifest, hashes=verify_hashes)
     if faults:
-        raise one_error(f"{str(path)!r} is not what was exported", faults)
-    headers = read_headers(path, manifest)
-    faults = check_headers(manifest, headers)
+        raise load_error(f"{str(path)!r} is not what was exported", faults)
+    faults = check_headers(manifest, weight_headers(path, manifest))
     if faults:
-        raise one_error(f"the weight files in {str(path)!r} do not hold what the manifest declares", faults)
+        raise load_error(f"the weight files in {str(path)!r} do not hold what the manifest declares", faults)
     record = frozen_record_of(manifest)
-    if model is None and manifest.target != "quanto":
-        loaded = load_pretrained(path, manifest, device)
+    reloaded = load_pretrained(path, manifest, target) if model is None else None
+    if reloaded is not None:
+        loaded = reloaded.model
         _leave_meta(loaded)
+        loaded = loaded.to(device) if torch.device(device).type != "cpu" else loaded
     else:
-        loaded = model if model is not None else _skeleton(path, manifest)
-        _fill(loaded, path, manifest, record, torch.device(device))
+        loaded = model if model is not None else skeleton(path, manifest)
+        fill(loaded, path, manifest, record, torch.device(device))
     loaded.requires_grad_(False)
     record_frozen(loaded, record)
     return loaded.eval()
@@ -117,88 +118,92 @@ def check_files(directory: Path, manifest: Manifest, *, hashes: bool) -> list[st
     return faults
 
 
-def read_headers(directory: Path, manifest: Manifest) -> dict[str, tuple[str, TensorEntry, int]]:
-    """Read the headers of all weight files: for each key the file, the tensor's description and its offset.
+def weight_headers(directory: Path, manifest: Manifest) -> dict[str, tuple[str, TensorEntry, int]]:
+    """Read the headers of all weight files, also of those that the manifest does not name.
 
     Raises:
         LoadError: when a file is missing or not a whole safetensors file.
     """
-    found: dict[str, tuple[str, TensorEntry, int]] = {}
     present = {path.name for path in directory.glob(f"{manifest.weights_stem}*.safetensors")}
-    for name in sorted({tensor.file for tensor in manifest.tensors.values()} | present):
-        try:
-            entries, starts = read_header(directory / name)
-        except (OSError, ValueError) as error:
-            raise LoadError(f"{name} in {str(directory)!r} cannot be read: {error}; copy or export it again") from error
-        found |= {key: (name, entry, starts[key]) for key, entry in entries.items()}
-    return found
+    return read_headers(
+        directory / name for name in sorted({tensor.file for tensor in manifest.tensors.values()} | present)
+    )
 
 
-def check_headers(manifest: Manifest, headers: Mapping[str, tuple[str, TensorEntry, int]]) -> list[str]:
+def check_headers(manifest: Manifest, headers: Headers) -> list[str]:
     """Compare the keys, dtypes and shapes in the files with the manifest, and quantized layers with their evidence."""
     faults = [f"{name} is missing" for name in manifest.tensors if name not in headers]
     faults += [f"{name} is unexpected" for name in headers if name not in manifest.tensors]
     for name, kept in manifest.tensors.items():
         if name not in headers:
             continue
-        file, entry, start = headers[name]
+        file, entry, _ = headers[name]
         if file != kept.file:
             faults.append(f"{name} lies in {file} instead of {kept.file}")
         if (DTYPE_NAMES[entry.dtype], entry.shape) != (kept.dtype, kept.shape):
             faults.append(
                 f"{name} is {DTYPE_NAMES[entry.dtype]} {list(entry.shape)} instead of {kept.dtype} {list(kept.shape)}"
             )
-        if entry.is_code and start % 64:
-            faults.append(f"{name} starts at byte {start}, which is not a multiple of 64")
     if manifest.float_grid:
         return faults
-    for name, layer in frozen_record_of(manifest).layers.items():
+    record, format = frozen_record_of(manifest), get_target(manifest.target).format
+    for name, layer in record.layers.items():
         prefix = f"{name}."
-        mine = {key.removeprefix(prefix): entry for key, (_, entry, _) in headers.items() if key.startswith(prefix)}
-        found = {key: TensorHeader(DTYPE_NAMES[entry.dtype], entry.shape) for key, entry in mine.items()}
-        declared = PackedModule.model_validate(
-            {"weights": layer.weights, "activations": layer.activations, "group_size": layer.group_size}
-        )
-        size = LayerShape(*layer.shape, bias="bias" in found)
-        faults += layer_faults(name, declared, size, found, manifest.dtype)
+        found = {key.removeprefix(prefix): entry for key, (_, entry, _) in headers.items() if key.startswith(prefix)}
+        types, bias = format.recorded(record, name), "bias" in found
+        faults += format.faults(name, types, layer.shape, bias, layer.group_size, found)
+        faults += [
+            f"{prefix}{key} starts at byte {headers[prefix + key][2]}, which is not a multiple of {ALIGNMENT}"
+            for key, slot in format.slots(types, layer.shape, bias).items()
+            if slot.is_code and key in found and headers[prefix + key][2] % ALIGNMENT
+        ]
     return faults
 
 
-def _skeleton(directory: Path, manifest: Manifest) -> nn.Module:
-    """The model without memory for parameters; buffers are real."""
+def skeleton(directory: Path, manifest: Manifest) -> nn.Module:
+    """The model without memory for parameters; buffers are real.
+
+    Raises:
+        LoadError: there is no ``config.json``, or it does not build the class, or not what is in the files.
+    """
     if not (directory / "config.json").is_file():
         raise LoadError(
             f"{str(directory)!r} has no config.json to build the model from: pass the float model as model="
         )
-    kind = model_class(manifest)
+    library, cls = library_and_class(manifest)
     try:
         # Buffers are real: those that no file holds, such as rotary tables, are only computed here.
-        built = build(kind, read_config(kind, directory, manifest), getattr(torch, manifest.dtype), empty=True)
+        config = library.read_config(cls, directory, manifest)
+        built = library.build(cls, config, getattr(torch, manifest.dtype), empty=True)
+    except LoadError:
+        raise
     except Exception as error:  # a configuration can be wrong in as many ways as there are models
-        raise LoadError(f"config.json in {str(directory)!r} does not build a {kind.__name__}: {error}") from error
-    if (directory / "generation_config.json").is_file():
-        from transformers import GenerationConfig
-
-        built.generation_config = GenerationConfig.from_pretrained(directory)  # type: ignore[assignment]
+        raise LoadError(f"config.json in {str(directory)!r} does not build a {cls.__name__}: {error}") from error
+    library.read_generation_config(built, directory)
     wrong = [
         f"{name} is {manifest.tensors[name].dtype} in the files and {tensor.dtype} in the model"
         for name, tensor in built.named_parameters()
         if name in manifest.tensors
         and manifest.tensors[name].dtype != DTYPE_NAMES[tensor.dtype]
-        and not is_diffusers_model(built)  # whose classes may build a parameter in float32, and hold it as loaded
+        and not library.attribute_tensors  # whose classes may build a parameter in float32, and hold it as loaded
     ]
     if wrong:
-        raise one_error(f"config.json in {str(directory)!r} does not fit the files", wrong)
+        raise load_error(f"config.json in {str(directory)!r} does not fit the files", wrong)
     return built
 
 
-def _fill(model: nn.Module, directory: Path, manifest: Manifest, record: FrozenRecord, device: torch.device) -> None:
-    """Put frozen layers and all stored tensors into a float model."""
+def fill(model: nn.Module, directory: Path, manifest: Manifest, record: FrozenRecord, device: torch.device) -> None:
+    """Put frozen layers and all stored tensors into a float model, in place.
+
+    Raises:
+        LoadError: the files do not fit the model. Nothing is changed then.
+    """
+    target = get_target(manifest.target)
     names: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(id(module), []).append(name)
     places = {name: module for name, module in model.named_modules(remove_duplicate=False) if name in record.layers}
-    faults = _layer_faults(places, record)
+    faults = _place_faults(places, manifest, record)
     own = {name: tensor for name, tensor in stored_tensors(model) if name.rpartition(".")[0] not in record.layers}
     plain = {name: tensor for name, tensor in manifest.tensors.items() if not _in_layers(name, record.layers)}
     faults += [f"the files have {name}, which the model has not" for name in plain if name not in own]
@@ -208,25 +213,33 @@ def _fill(model: nn.Module, directory: Path, manifest: Manifest, record: FrozenR
         if name in own and tuple(own[name].shape) != kept.shape:
             faults.append(f"{name} has shape {list(kept.shape)} in the files and {list(own[name].shape)} in the model")
     if faults:
-        raise one_error(f"the files in {str(directory)!r} do not fit the model", faults)
-    with _Tensors(directory, manifest) as tensors:
-        for name, layer in record.layers.items():
-            old = places[name]
-            new = _frozen_layer(name, layer, old, tensors, device, record.spec.quantize_outputs)
-            for alias in names[id(old)]:
-                _set_module(model, alias, new)
-        loaded: dict[str, Any] = {}
-        for name in own:
-            source = manifest.tied.get(name, name)
-            if source not in loaded:
-                loaded[source] = _like(own[name], tensors(source).to(device))
-            parent, _, key = name.rpartition(".")
-            _assign(model.get_submodule(parent), key, loaded[source])
+        raise load_error(f"the files in {str(directory)!r} do not fit the model", faults)
+    tensors = _Tensors(directory, manifest)
+    for name, layer in record.layers.items():
+        old = places[name]
+        new = _frozen_layer(target, record, name, layer, tensors.below(name, device))
+        for alias in names[id(old)]:
+            model.set_submodule(alias, new)
+    loaded: dict[str, Any] = {}
+    for name in own:
+        source = manifest.tied.get(name, name)
+        if source not in loaded:
+            loaded[source] = _like(own[name], tensors(source).to(device))
+        parent, _, key = name.rpartition(".")
+        _assign(model.get_submodule(parent), key, loaded[source])
     if device.type != "cpu":
         model.to(device)
     stranded = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
     if stranded:
-        raise one_error("the load is incomplete", [f"{name} is still on the meta device" for name in stranded])
+        raise load_error("the load is incomplete", [f"{name} is still on the meta device" for name in stranded])
+
+
+def _frozen_layer(
+    target: Target, record: FrozenRecord, name: str, layer: LayerEvidence, tensors: Mapping[str, Tensor]
+) -> nn.Module:
+    return target.format.build(
+        target.format.recorded(record, name), layer.shape, tensors, plain_on_cpu=target.host.plain_on_cpu
+    )
 
 
 def _leave_meta(model: nn.Module) -> None:
@@ -240,7 +253,7 @@ def _leave_meta(model: nn.Module) -> None:
             module._parameters["weight"] = nn.Parameter(weight.detach(), requires_grad=False)
 
 
-def _like(old: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+def _like(old: Tensor, value: Tensor) -> Tensor:
     """As the frozen model held it, which is as the file has it, whatever the model was built in."""
     return nn.Parameter(value, requires_grad=False) if isinstance(old, nn.Parameter) else value
 
@@ -249,15 +262,19 @@ def _in_layers(name: str, layers: Mapping[str, LayerEvidence]) -> bool:
     return any(name[:i] in layers for i, character in enumerate(name) if character == ".")
 
 
-def _layer_faults(places: Mapping[str, nn.Module], record: FrozenRecord) -> list[str]:
+def _place_faults(places: Mapping[str, nn.Module], manifest: Manifest, record: FrozenRecord) -> list[str]:
     faults = [f"the files have layer {name}, which the model has not" for name in record.layers if name not in places]
     for name, module in places.items():
-        shape = record.layers[name].shape
-        if not isinstance(module, nn.Linear):
-            faults.append(f"layer {name} is a {type(module).__name__} in the model, not an nn.Linear")
-        elif (module.out_features, module.in_features) != shape:
-            size = (module.out_features, module.in_features)
-            faults.append(f"layer {name} is {size} in the model, {shape} in the files")
+        cls = layer_class(module)
+        if cls is None:
+            faults.append(f"layer {name} is a {type(module).__name__} in the model, which is no layer to quantize")
+            continue
+        found, shape = tuple(cls.effective_weight(module).shape), record.layers[name].shape
+        if found != shape:
+            faults.append(f"layer {name} is {found} in the model, {shape} in the files")
+        elif (getattr(module, "bias", None) is None) != (f"{name}.bias" not in manifest.tensors):
+            has, lacks = ("files", "model") if module.bias is None else ("model", "files")
+            faults.append(f"layer {name} has a bias in the {has} but none in the {lacks}: the model is another one")
     return faults
 
 
@@ -268,60 +285,19 @@ class _Tensors:
         self._directory, self._manifest = directory, manifest
         self._files: dict[str, Any] = {}
 
-    def __enter__(self) -> _Tensors:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._files.clear()  # tensors that were handed out keep their mapping alive
-
-    def __call__(self, name: str) -> torch.Tensor:
+    def __call__(self, name: str) -> Tensor:
         from safetensors import safe_open
 
         file = self._manifest.tensors[name].file
         if file not in self._files:
             self._files[file] = safe_open(self._directory / file, framework="pt")
-        tensor: torch.Tensor = self._files[file].get_tensor(name)
+        tensor: Tensor = self._files[file].get_tensor(name)
         return tensor
 
-    def below(self, layer: str) -> dict[str, torch.Tensor]:
+    def below(self, layer: str, device: torch.device) -> dict[str, Tensor]:
         """All tensors of a layer, by their names below it."""
         names = [name for name in self._manifest.tensors if name.startswith(f"{layer}.")]
-        return {name.removeprefix(f"{layer}."): self(name) for name in names}
-
-
-def _frozen_layer(
-    name: str, layer: LayerEvidence, old: Any, tensors: _Tensors, device: torch.device, quantize_outputs: bool
-) -> nn.Module:
-    """A frozen quanto layer, filled from the files; built on the meta device, so that nothing is initialised."""
-    from optimum.quanto import QLinear, qtypes
-
-    stored = {key: tensor.to(device) for key, tensor in tensors.below(name).items()}
-    if (old.bias is None) != ("bias" not in stored):
-        has, lacks = ("files", "model") if old.bias is None else ("model", "files")
-        raise LoadError(f"layer {name} has a bias in the {has} but none in the {lacks}: the model is another one")
-    new: Any = QLinear(
-        old.in_features,
-        old.out_features,
-        bias=old.bias is not None,
-        dtype=stored["weight._scale"].dtype,
-        device="meta",
-        weights=qtypes[QTYPES[layer.weights].quanto_name],
-        activations=None if layer.activations is None else qtypes[QTYPES[layer.activations].quanto_name],
-        quantize_input=True,
-    )
-    new.weight = nn.Parameter(packed_weight(new, stored), requires_grad=False)
-    if old.bias is not None:
-        new.bias = nn.Parameter(stored["bias"], requires_grad=False)
-    new.input_scale, new.output_scale = stored["input_scale"], stored["output_scale"]
-    if not quantize_outputs:
-        new.disable_output_quantization()
-    frozen: nn.Module = new
-    return frozen
-
-
-def _set_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, key = name.rpartition(".")
-    model.get_submodule(parent)._modules[key] = module
+        return {name.removeprefix(f"{layer}."): self(name).to(device) for name in names}
 
 
 def _assign(module: nn.Module, key: str, value: Any) -> None:

@@ -1,0 +1,167 @@
+"""The tensors of a frozen model under the keys of its format, fetched one at a time, and the files they go into."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from qat.errors import ExportError
+from qat.files.manifest import FileRecord, TensorRecord
+from qat.files.shards import ALIGNMENT, DTYPE_NAMES, TensorEntry, plan_shards, read_header, shard_names, write_shard
+from qat.formats import Format
+from qat.hosts.base import write_json
+from qat.tensors import own_tensors, stored_tensors
+
+__all__ = ["ModelState", "write_weights"]
+
+
+class ModelState:
+    """The tensors of a frozen model, by the keys under which they are stored.
+
+    A layer whose weight is in a kernel's own order is brought back to the stored one when it is fetched, and only one
+    such layer is held at any moment.
+
+    Attributes:
+        entries: dtype and shape of every tensor that is written, in the model's order.
+        tied: names that share another tensor and are not written, with the name that is.
+    """
+
+    def __init__(
+        self, model: nn.Module, format: Format, *, float_layers: Collection[str] = (), untie: bool = False
+    ) -> None:
+        """Look at a frozen model.
+
+        Args:
+            model: the frozen model.
+            format: of its quantized weights.
+            float_layers: names of quantized layers that are written as float32 weights, without activation scales.
+            untie: write a tensor for each module that holds it, for a loader that ties none again.
+
+        Raises:
+            ExportError: when a tensor has no data (meta device) or a class that safetensors cannot hold.
+        """
+        self._format = format
+        self._float_layers = frozenset(float_layers)
+        self._sources: dict[str, Callable[[], Tensor]] = {}
+        self._held: tuple[nn.Module | None, dict[str, Tensor]] = (None, {})
+        self.tied: dict[str, str] = {}
+        self.entries: tuple[TensorEntry, ...] = tuple(self._walk(model, untie))
+
+    def fetch(self, name: str) -> Tensor:
+        """The tensor of a name, as it is to be written."""
+        return self._sources[name]()
+
+    def _walk(self, model: nn.Module, untie: bool) -> Iterator[TensorEntry]:
+        declared = _declared_ties(model)
+        kept = _kept_names(model, declared)
+        first: dict[int, str] = {}
+        for prefix, module in model.named_modules(remove_duplicate=False):
+            frozen = self._format.is_frozen(module)
+            for key, tensor in own_tensors(module):
+                name = f"{prefix}.{key}" if prefix else key
+                source = f"{first.setdefault(id(module), prefix)}.{key}" if untie and prefix else kept[id(tensor)]
+                if name != source and (declared is None or name in declared):
+                    self.tied[name] = source
+                elif frozen and key == "weight":
+                    yield from self._layer(prefix, module, name)
+                elif not (prefix in self._float_layers and key in ("input_scale", "output_scale")):
+                    yield self._plain(name, tensor)
+
+    def _plain(self, name: str, tensor: Tensor) -> TensorEntry:
+        if type(tensor) not in (Tensor, nn.Parameter) or type(tensor.data) is not Tensor:
+            raise ExportError(
+                f"tensor {name!r} is a {type(tensor.data).__name__}, which safetensors cannot hold; "
+                f"gather or convert it to a plain tensor before qat.export"
+            )
+        _check_data(name, tensor)
+        self._sources[name] = tensor.detach
+        return TensorEntry(name, tensor.dtype, tuple(tensor.shape))
+
+    def _layer(self, prefix: str, module: nn.Module, name: str) -> Iterator[TensorEntry]:
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        shape = (weight.shape[0], weight.shape[1])
+        if prefix in self._float_layers:
+            self._sources[name] = lambda: self._format.values(module).float()
+            yield TensorEntry(name, torch.float32, shape)
+            return
+        types = self._format.declared(module)
+        base = name.removesuffix("weight")
+        for key, slot in self._format.slots(types, shape, bias=False).items():
+            if key.startswith("weight"):
+                self._sources[base + key] = lambda key=key: self._packed(module)[key]  # type: ignore[misc]
+                yield TensorEntry(base + key, slot.dtype, slot.shape, slot.is_code)
+
+    def _packed(self, module: nn.Module) -> dict[str, Tensor]:
+        if self._held[0] is not module:
+            tensors = self._format.pack(self._format.read(module))
+            for key, tensor in tensors.items():
+                _check_data(key, tensor)
+            self._held = (module, tensors)
+        return self._held[1]
+
+
+def _check_data(name: str, tensor: Tensor) -> None:
+    if tensor.is_meta:
+        raise ExportError(f"tensor {name!r} is on the meta device and has no data: load or initialise the model first")
+
+
+def _declared_ties(model: nn.Module) -> Mapping[str, str] | None:
+    """The names that a model of a library ties again on load, or none for other modules."""
+    ties = getattr(model, "all_tied_weights_keys", None)
+    return ties if isinstance(ties, Mapping) else None
+
+
+def _kept_names(model: nn.Module, declared: Mapping[str, str] | None) -> dict[int, str]:
+    """For each tensor the one name it is written under: where there are several, one that no loader restores.
+
+    A library's model ties again what it declares, and nothing else; any other module is filled in place, where
+    names share their tensor already.
+    """
+    names: dict[int, str] = {}
+    for name, tensor in stored_tensors(model):
+        if names.setdefault(id(tensor), name) in (declared or ()) and name not in (declared or ()):
+            names[id(tensor)] = name
+    return names
+
+
+def write_weights(
+    state: ModelState, directory: Path, max_shard_size: int, stem: str
+) -> tuple[dict[str, FileRecord], dict[str, TensorRecord]]:
+    """Write the weight files (and the index, when there are several), and check each by opening it again.
+
+    Raises:
+        ExportError: when a file does not open, or a code tensor is not aligned in it.
+    """
+    shards = plan_shards(state.entries, max_shard_size)
+    names = shard_names(len(shards), stem)
+    files: dict[str, FileRecord] = {}
+    tensors: dict[str, TensorRecord] = {}
+    for name, shard in zip(names, shards, strict=True):
+        written = write_shard(directory / name, shard, state.fetch)
+        files[name] = FileRecord(bytes=written.bytes, sha256=written.sha256)
+        for entry in shard.entries:
+            tensors[entry.name] = TensorRecord(
+                file=name, dtype=DTYPE_NAMES[entry.dtype], shape=entry.shape, sha256=written.tensors[entry.name]
+            )
+        _reopen(directory / name, shard.entries)
+    if len(shards) > 1:
+        weight_map = {entry.name: tensors[entry.name].file for entry in sorted(state.entries, key=lambda e: e.name)}
+        total = sum(shard.nbytes for shard in shards)
+        write_json(
+            directory / f"{stem}.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}
+        )
+    return files, {entry.name: tensors[entry.name] for entry in state.entries}
+
+
+def _reopen(path: Path, planned: tuple[TensorEntry, ...]) -> None:
+    try:
+        entries, starts = read_header(path)
+    except ValueError as error:
+        raise ExportError(f"{path.name} was written but does not open again: {error}; check the disk") from error
+    crooked = [entry.name for entry in planned if entry.is_code and starts.get(entry.name, 0) % ALIGNMENT]
+    if entries.keys() != {entry.name for entry in planned} or crooked:
+        raise ExportError(f"{path.name} was written but holds other keys, or unaligned codes {crooked}; check the disk")

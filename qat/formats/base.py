@@ -1,0 +1,287 @@
+"""What a format is: how a stored weight is made of numbers. A format knows nothing about models.
+
+It says which types there are and how their values are computed (`QType`), which tensors a layer is stored as and under
+which keys, and which module runs a frozen layer. Four records pass through it::
+
+    FrozenLayer --pack--> tensors --build--> module --read--> FrozenLayer
+
+`pack` and `build` meet at the stored tensors, so a layer that was just frozen and one that was loaded from files are
+built by the same code.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from qat.errors import ExportError, SpecError
+from qat.files.evidence import FrozenRecord, LayerEvidence
+from qat.files.shards import DTYPE_NAMES, TensorEntry
+from qat.numerics import FrozenWeight, QType
+from qat.tensors import digest
+
+__all__ = ["Format", "FrozenLayer", "LayerTypes", "Slot"]
+
+
+@dataclass(frozen=True)
+class LayerTypes:
+    """The types of one layer, resolved from the strings of a spec."""
+
+    weights: QType
+    activations: QType | None
+    """The type of its inputs and outputs, or None."""
+    dtype: torch.dtype
+    """The serving dtype."""
+    outputs: bool = True
+    """Whether a layer with an activation type quantizes its output too."""
+
+
+@dataclass(frozen=True)
+class FrozenLayer:
+    """One linear layer as it is final."""
+
+    weight: FrozenWeight
+    bias: Tensor | None
+    """``(out,)`` in the serving dtype."""
+    types: LayerTypes
+    input_scale: Tensor
+    """Scalar in the serving dtype; 1 without an activation type."""
+    output_scale: Tensor
+    """Likewise."""
+
+    def evidence(self, value: Tensor) -> LayerEvidence:
+        """Digests of the layer.
+
+        Args:
+            value: the dequantized weight in the serving dtype, ``(out, in)``.
+        """
+        weight, active = self.weight, self.types.activations
+        out_features, in_features = weight.shape
+        return LayerEvidence(
+            weights=weight.qtype.name,
+            activations=None if active is None else active.name,
+            shape=(out_features, in_features),
+            group_size=weight.qtype.group_size(in_features),
+            codes=digest(weight.codes),
+            scale=digest(weight.scale),
+            shift=None if weight.shift is None else digest(weight.shift),
+            weight=digest(value),
+            input_scale=None if active is None else float(self.input_scale),
+            output_scale=None if active is None else float(self.output_scale),
+        )
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One stored tensor of a layer: its dtype, and the shapes that a loader takes (the first one is written)."""
+
+    dtype: torch.dtype
+    shapes: tuple[tuple[int, ...], ...]
+    is_code: bool = False
+    """Whether it holds codes, which kernels want aligned."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape that is written."""
+        return self.shapes[0]
+
+
+class Format(ABC):
+    """A way to store quantized weights; abstract."""
+
+    name: ClassVar[str]
+    qtypes: ClassVar[Mapping[str, QType]]
+    """Types of weights by the name that a spec uses."""
+    activation_qtypes: ClassVar[Mapping[str, QType]]
+    """Types of activations likewise."""
+    map_name: ClassVar[str | None] = None
+    """A file beside the weights in which the format says which layer has which type."""
+
+    def types(self, weights: str, activations: str | None, dtype: torch.dtype, outputs: bool = True) -> LayerTypes:
+        """Resolve the names that a spec uses; below the spec, types are objects.
+
+        Raises:
+            SpecError: the format has no such type.
+        """
+        for argument, name, known in (
+            ("weights", weights, self.qtypes),
+            ("activations", activations, self.activation_qtypes),
+        ):
+            if name is not None and name not in known:
+                raise SpecError(f"{argument}: format {self.name!r} has {sorted(known)}, got {name!r}: choose one")
+        active = None if activations is None else self.activation_qtypes[activations]
+        return LayerTypes(self.qtypes[weights], active, dtype, outputs)
+
+    library: ClassVar[str]
+    """Name of the package that reads the format, for model cards."""
+    tags: ClassVar[tuple[str, ...]] = ()
+    """Tags of a model card."""
+
+    # -- what can be served -------------------------------------------------------------------------------------------
+
+    def layer_hazard(self, types: LayerTypes, shape: tuple[int, int]) -> str | None:
+        """Why the format's kernels cannot run a layer of this shape (``(out, in)``), or None."""
+        return None
+
+    def input_hazard(self, types: LayerTypes, x: Tensor) -> str | None:
+        """Why the format's kernels cannot read ``x`` as the input of such a layer, or None."""
+        return None
+
+    def warnings(self, layers: Iterable[tuple[LayerTypes, tuple[int, int], bool]]) -> list[str]:
+        """What a user should know of these layers: types, shape, and whether there is a bias."""
+        return []
+
+    def card_sections(self, layers: Iterable[tuple[LayerTypes, tuple[int, int], bool]]) -> list[tuple[str, str]]:
+        """Sections of a model card on the same subject: title and Markdown."""
+        return []
+
+    def card_loading(self) -> list[str]:
+        """How a plain module is filled without `qat`, in Markdown."""
+        return []
+
+    # -- files --------------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def slots(self, types: LayerTypes, shape: tuple[int, int], bias: bool) -> dict[str, Slot]:
+        """The tensors that a layer is stored as, by their names below the layer's."""
+
+    @abstractmethod
+    def pack(self, layer: FrozenLayer) -> dict[str, Tensor]:
+        """The stored tensors of a layer, as `slots` declares them."""
+
+    def nbytes(self, types: LayerTypes, shape: tuple[int, int]) -> int:
+        """Bytes of a stored weight: codes, scales and shifts."""
+        weight = (slot for key, slot in self.slots(types, shape, bias=False).items() if key.startswith("weight"))
+        return sum(prod(slot.shape) * slot.dtype.itemsize for slot in weight)
+
+    def recorded(self, record: FrozenRecord, name: str) -> LayerTypes:
+        """The types of a layer that was frozen."""
+        layer, spec = record.layers[name], record.spec
+        return self.types(layer.weights, layer.activations, spec.torch_dtype, spec.quantize_outputs)
+
+    def faults(
+        self,
+        name: str,
+        types: LayerTypes,
+        shape: tuple[int, int],
+        bias: bool,
+        group_size: int | None,
+        found: Mapping[str, TensorEntry],
+    ) -> list[str]:
+        """Say where the stored tensors of a layer do not fit what is declared for it.
+
+        Loaders are lenient: codes of the wrong type are read as other numbers, a missing bias stays uninitialised
+        memory. All of that can be seen in the headers of the files, before one tensor is read.
+
+        Args:
+            name: the layer's full name, for the messages.
+            types: what is declared of it.
+            shape: ``(out, in)`` of the layer in the model.
+            bias: whether it has one there.
+            group_size: what is declared of its groups.
+            found: what the headers say, by the tensors' names below the layer's.
+        """
+        weights, dtype = types.weights.name, str(types.dtype).removeprefix("torch.")
+        computed = types.weights.group_size(shape[1])
+        if group_size != computed:
+            return [
+                f"{name} is declared with group_size={group_size}, but loaders of the format use {computed} "
+                f"for {weights} and {shape[1]} input features"
+            ]
+        if "weight" in found:
+            return [f"{name} is declared {weights}, but the files hold a float weight for it ({name}.weight)"]
+        slots = self.slots(types, shape, bias)
+        missing, unexpected = sorted(slots.keys() - found.keys()), sorted(found.keys() - slots.keys())
+        faults = [f"{name}.{key} is missing (needed for {weights})" for key in missing]
+        faults += [f"{name}.{key} does not belong to a layer declared {weights}" for key in unexpected]
+        for key in sorted(slots.keys() & found.keys()):
+            slot, entry = slots[key], found[key]
+            if entry.dtype != slot.dtype or entry.shape not in slot.shapes:
+                shapes = " or ".join(str(list(shape)) for shape in sorted(slot.shapes))
+                faults.append(
+                    f"{name}.{key} is {DTYPE_NAMES[entry.dtype]} {list(entry.shape)}, but {weights} weights served in "
+                    f"{dtype} need {DTYPE_NAMES[slot.dtype]} {shapes}"
+                )
+        return faults
+
+    def write_map(self, record: FrozenRecord, directory: Path) -> None:
+        """Write the file `map_name`, if the format has one."""
+
+    def map_faults(self, record: FrozenRecord, directory: Path) -> list[str]:
+        """Where the file `map_name` differs from what was frozen."""
+        return []
+
+    # -- modules ------------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def build(
+        self,
+        types: LayerTypes,
+        shape: tuple[int, int],
+        tensors: Mapping[str, Tensor],
+        *,
+        plain_on_cpu: bool = False,
+    ) -> nn.Module:
+        """The module that runs a frozen linear layer, made of its stored tensors, on their device.
+
+        Args:
+            types: its types.
+            shape: ``(out, in)``.
+            tensors: as `pack` gives them, or as a file holds them.
+            plain_on_cpu: leave codes on a CPU as they are stored, instead of in a kernel's own order.
+        """
+
+    @abstractmethod
+    def is_frozen(self, module: nn.Module) -> bool:
+        """Whether a module holds a quantized weight of this format."""
+
+    @abstractmethod
+    def declared(self, module: nn.Module) -> LayerTypes:
+        """The types of a frozen layer, without reading its weight."""
+
+    @abstractmethod
+    def read(self, module: nn.Module) -> FrozenLayer:
+        """What a frozen linear layer holds, on whichever device it is now."""
+
+    def values(self, module: nn.Module) -> Tensor:
+        """What the weight of a frozen layer dequantizes to when it runs, ``(out, in)``, in the serving dtype."""
+        return self.read(module).weight.dequantize()
+
+    def is_settled(self, module: nn.Module, *, plain_on_cpu: bool) -> bool:
+        """Whether `settle` would leave a frozen layer as it is."""
+        return True
+
+    def settle(self, module: nn.Module, *, plain_on_cpu: bool) -> None:
+        """Bring the weight of a frozen layer back to how `build` leaves it, after moves between devices."""
+
+    def fill(self, model: nn.Module, directory: Path, files: Iterable[str]) -> tuple[nn.Module, str] | None:
+        """Fill a float model by the format's own loader of plain modules; None where it has none but `qat.load`.
+
+        Args:
+            model: built on the CPU, its tensors in the dtypes of the files.
+            directory: the exported directory.
+            files: names of the weight files.
+
+        Returns:
+            the model, and the name of the loader.
+        """
+        return None
+
+    def load_language_model(self, directory: Path, **arguments: Any) -> tuple[nn.Module, str] | None:
+        """Load a causal language model by the format's own loader; None where it has none."""
+        return None
+
+    def stock_codes(self, layer: FrozenLayer) -> Tensor:
+        """The codes that a stock load derives from a layer's values in float32: ``(out, in)``.
+
+        Raises:
+            ExportError: no stock load quantizes into this format.
+        """
+        raise ExportError(f"float_grid=True: no stock load quantizes into format {self.name!r}: export packed weights")

@@ -1,0 +1,419 @@
+"""optimum-quanto's format: all that is known of it and of its kernels (https://github.com/huggingface/optimum-quanto).
+
+Types
+    int8 and float8 (e4m3fn) are symmetric with one scale a row. int4 and int2 are affine with a float shift. If a row is
+    longer than 128, it is cut into groups of the first of 128, 96, 64 and 32 that divides it. The size is not stored:
+    every loader computes it again (``QModuleMixin.__init__``), so no other choice can be loaded.
+
+Keys below a layer's name
+    ``weight._data`` and ``weight._scale`` (8 bits); ``weight._data._data``, ``weight._scale`` and ``weight._shift``
+    (packed along dim 0); ``bias``; ``input_scale`` and ``output_scale``, which are 1 when they are not used.
+
+Tensor classes
+    A plain class holds what is stored. Moving a weight, even by ``.to("cpu")``, may turn it into a kernel's own class,
+    whose products round differently. `build` and `settle` make the class that the loader of a target holds.
+
+Every measured fault of optimum-quanto 0.2.7 and torch 2.13 that a layer must avoid is a hazard here, and has a test.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from qat.formats.base import Format, FrozenLayer, LayerTypes, Slot
+from qat.numerics import Affine, FrozenWeight, QType, Symmetric
+from qat.tensors import inner_tensors
+
+if TYPE_CHECKING:
+    from qat.files.evidence import FrozenRecord
+
+__all__ = ["QUANTO", "WEIGHT_KEYS"]
+
+WEIGHT_KEYS = ("weight._data._data", "weight._data", "weight._scale", "weight._shift")
+"""The names below a layer's name from which its weight is rebuilt."""
+
+_ALIGNMENT = 64  # bytes; fresh memory has it
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Grouped(Affine):
+    """int4 and int2."""
+
+    def group_size(self, in_features: int) -> int | None:
+        """See the module's docstring."""
+        if in_features <= 128:
+            return None
+        return next((size for size in (128, 96, 64, 32) if in_features % size == 0), None)
+
+    def anchor(self, dtype: torch.dtype, in_features: int) -> int:
+        """TinyGemm (int4, bfloat16, groups of 128) stores ``8 * scale - shift`` in bfloat16, and converts back."""
+        tinygemm = self.bits == 4 and dtype is torch.bfloat16 and self.group_size(in_features) == 128
+        return 8 if tinygemm else 0
+
+
+def _types() -> dict[str, QType]:
+    float8, uint8 = torch.float8_e4m3fn, torch.uint8
+    types = (
+        Symmetric(format="quanto", name="int8", bits=8, code_min=-128, code_max=127, steps=127, storage=torch.int8),
+        Symmetric(format="quanto", name="float8", bits=8, code_min=-448, code_max=448, steps=448, storage=float8),
+        _Grouped(format="quanto", name="int4", bits=4, code_min=0, code_max=15, steps=15, storage=uint8),
+        _Grouped(format="quanto", name="int2", bits=2, code_min=0, code_max=3, steps=3, storage=uint8),
+    )
+    return {qtype.name: qtype for qtype in types}
+
+
+_TYPES = _types()
+_QUANTO_NAMES = {"int8": "qint8", "float8": "qfloat8_e4m3fn", "int4": "qint4", "int2": "qint2"}
+_NAMES = {quanto: name for name, quanto in _QUANTO_NAMES.items()}
+
+
+def _loses_bias_on_cuda(types: LayerTypes, shape: tuple[int, int]) -> bool:
+    """Whether quanto multiplies such a weight on CUDA by its Marlin kernel, whose linear function never adds a bias.
+
+    See ``MarlinF8QBytesLinearFunction.forward`` in ``optimum/quanto/tensor/weights/marlin/fp8/qbits.py``; the sizes
+    are those of ``WeightQBytesTensor.create``. It leaves weights alone that say they serve quantized activations, and
+    nothing else reads that mark of a weight, so `_keep_bias` sets it.
+    """
+    if not types.weights.floating or types.activations is not None or types.dtype is torch.float32:
+        return False
+    out_features, in_features = shape
+    return (in_features % 64 == 0 and out_features % 128 == 0) or (in_features % 128 == 0 and out_features % 64 == 0)
+
+
+def _keep_bias(weight: Any) -> Any:
+    """Mark the float8 weight of a layer with a bias, so that no move gives it to the kernel that loses biases."""
+    if weight.qtype.name != _QUANTO_NAMES["float8"]:
+        return weight
+    if hasattr(weight, "_workspace"):  # Marlin's; converted back, a weight is marked already
+        return weight.weight_qbytes_tensor()
+    if weight.activation_qtype is None:
+        weight.activation_qtype = weight.qtype
+    return weight
+
+
+def _plain(weight: Any) -> Any:
+    """A weight in the plain class, whatever kernel's class it is in."""
+    if hasattr(weight, "weight_qbits_tensor") and type(weight).__name__ != "WeightQBitsTensor":
+        return weight.weight_qbits_tensor()
+    if hasattr(weight, "weight_qbytes_tensor") and type(weight).__name__ != "WeightQBytesTensor":
+        return weight.weight_qbytes_tensor()
+    return weight
+
+
+def _can_optimize(weight: Any) -> bool:
+    """Whether ``optimize()`` can convert a weight: TinyGemm's packing raises on other row counts."""
+    if weight.qtype.name != _QUANTO_NAMES["int4"] or weight.dtype != torch.bfloat16 or weight._group_size != 128:
+        return True
+    rows: int = weight.shape[0]
+    return rows % (16 if weight.device.type == "cpu" else 8) == 0
+
+
+def _aligned(codes: Tensor) -> Tensor:
+    # Views of a memory-mapped file lie wherever the file put them; torch's int8 kernel on a CPU crashes or gives
+    # wrong numbers unless codes start on a 16-byte boundary.
+    return codes.clone() if codes.device.type == "cpu" and codes.data_ptr() % _ALIGNMENT else codes
+
+
+class _Quanto(Format):
+    name: ClassVar[str] = "quanto"
+    qtypes: ClassVar[Mapping[str, QType]] = _TYPES
+    activation_qtypes: ClassVar[Mapping[str, QType]] = {name: _TYPES[name] for name in ("int8", "float8")}
+    map_name: ClassVar[str] = "quanto_qmap.json"
+    library: ClassVar[str] = "optimum-quanto"
+    tags: ClassVar[tuple[str, ...]] = ("quanto",)
+
+    # -- what can be served -------------------------------------------------------------------------------------------
+
+    def layer_hazard(self, types: LayerTypes, shape: tuple[int, int]) -> str | None:
+        """Shapes that the bfloat16 kernels of a CPU cannot run; one of them ends the process."""
+        out_features, in_features = shape
+        weights = types.weights
+        if types.dtype is not torch.bfloat16:
+            return None
+        if weights.storage is torch.int8 and in_features % 4 == 0 and in_features % 16 != 0:
+            return (
+                f"kernel: int8 with bfloat16 on a CPU crashes when in_features ({in_features}) is not a multiple of 16"
+            )
+        if weights.anchor(types.dtype, in_features) and out_features % 16 != 0:
+            return f"kernel: int4 with bfloat16 in groups of 128 needs out_features ({out_features}) divisible by 16"
+        return None
+
+    def input_hazard(self, types: LayerTypes, x: Tensor) -> str | None:
+        """Layouts that the bfloat16 kernels of a CPU cannot read.
+
+        They flatten the input to rows without a copy where its strides allow that, and then want it contiguous: int4
+        wholly (a pooler that reads ``hidden[:, 0]`` fails), int8 within a row.
+        """
+        if types.dtype is not torch.bfloat16 or x.numel() == 0:
+            return None
+        rows = x.detach().reshape(-1, x.shape[-1])
+        if types.weights.anchor(types.dtype, x.shape[-1]) and not rows.is_contiguous():
+            return (
+                "kernel: int4 with bfloat16 in groups of 128 raises on a CPU when the input is not contiguous, as here"
+            )
+        int8 = types.weights.storage is torch.int8
+        if int8 and x.shape[-1] % 4 == 0 and len(rows) > 1 and rows.stride(-1) != 1:
+            return "kernel: int8 with bfloat16 raises on a CPU when the input is not contiguous within a row, as here"
+        return None
+
+    def warnings(self, layers: Iterable[tuple[LayerTypes, tuple[int, int], bool]]) -> list[str]:
+        """float8 layers with a bias on a CUDA GPU."""
+        losing = sum(bias and _loses_bias_on_cuda(types, shape) for types, shape, bias in layers)
+        if not losing:
+            return []
+        return [
+            f"{losing} float8 layers have a bias that optimum-quanto 0.2.7 leaves out on a CUDA GPU of compute "
+            "capability 8.0 or later: serve them by qat.load, which goes round that kernel, or mark their weights as "
+            "the model card shows; int8 is not affected"
+        ]
+
+    def card_sections(self, layers: Iterable[tuple[LayerTypes, tuple[int, int], bool]]) -> list[tuple[str, str]]:
+        """The same, with the lines that mend it."""
+        losing = sum(bias and _loses_bias_on_cuda(types, shape) for types, shape, bias in layers)
+        if not losing:
+            return []
+        text = (
+            "optimum-quanto 0.2.7 multiplies float8 weights by a kernel that **leaves out the bias** "
+            f"({losing} layers here) on GPUs of compute capability 8.0 or later. `qat.load` goes round it. Loaded "
+            "otherwise, mark the weights before the model goes to the GPU:\n\n"
+            "```python\n"
+            "from optimum.quanto import qfloat8_e4m3fn\n\n"
+            "for module in model.modules():\n"
+            '    if hasattr(module, "weight_qtype"):\n'
+            "        module.weight.activation_qtype = qfloat8_e4m3fn  # rules that kernel out\n"
+            'model.to("cuda")\n'
+            "```"
+        )
+        return [("On a CUDA GPU", text)]
+
+    def card_loading(self) -> list[str]:
+        """quanto's own loader."""
+        return [
+            f"Without `qat`: `optimum.quanto.requantize` with `{self.map_name}` fills a float model built on the CPU."
+        ]
+
+    # -- files --------------------------------------------------------------------------------------------------------
+
+    def slots(self, types: LayerTypes, shape: tuple[int, int], bias: bool) -> dict[str, Slot]:
+        """See the module's docstring for the keys."""
+        out_features, in_features = shape
+        qtype, dtype = types.weights, types.dtype
+        rows = out_features * in_features // (qtype.group_size(in_features) or in_features)
+        scalar = ((),)
+        slots = {}
+        if qtype.has_shift:
+            width = out_features * in_features // rows
+            packed = (-(-rows // (8 // qtype.bits)), width)  # packing fills whole bytes along dim 0
+            slots["weight._data._data"] = Slot(torch.uint8, (packed,), is_code=True)
+            slots["weight._scale"] = slots["weight._shift"] = Slot(dtype, ((rows, 1),))
+        else:
+            slots["weight._data"] = Slot(qtype.storage, ((out_features, in_features),), is_code=True)
+            # One row has a scale of its own for all: a scalar, as quanto has it.
+            slots["weight._scale"] = Slot(dtype, ((rows, 1),) if rows > 1 else ((), (1, 1)))
+        if bias:
+            slots["bias"] = Slot(dtype, ((out_features,),))
+        return slots | {"input_scale": Slot(dtype, scalar), "output_scale": Slot(dtype, scalar)}
+
+    def pack(self, layer: FrozenLayer) -> dict[str, Tensor]:
+        """Codes of 4 and 2 bits are packed by quanto itself."""
+        weight = layer.weight
+        if weight.shift is not None:
+            from optimum.quanto.tensor.packed import PackedTensor
+
+            rows = weight.qtype.grouped(weight.codes).contiguous()
+            packed = PackedTensor.pack(rows, weight.qtype.bits)._data
+            tensors = {"weight._data._data": packed, "weight._scale": weight.scale, "weight._shift": weight.shift}
+        else:
+            scale = weight.scale.reshape(()) if weight.shape[0] == 1 else weight.scale
+            tensors = {"weight._data": weight.codes, "weight._scale": scale}
+        if layer.bias is not None:
+            tensors["bias"] = layer.bias
+        return tensors | {"input_scale": layer.input_scale, "output_scale": layer.output_scale}
+
+    def write_map(self, record: FrozenRecord, directory: Path) -> None:
+        """``quanto_qmap.json``: the types of every layer, in quanto's names."""
+        (directory / self.map_name).write_text(json.dumps(_map(record), indent=2) + "\n", encoding="utf-8")
+
+    def map_faults(self, record: FrozenRecord, directory: Path) -> list[str]:
+        """Compare ``quanto_qmap.json``, which quanto's loader trusts, with the evidence that freezing left."""
+        wanted = _map(record)
+        try:
+            found = json.loads((directory / self.map_name).read_text(encoding="utf-8"))
+            names = sorted(wanted.keys() | found.keys())
+        except (OSError, ValueError, AttributeError) as error:
+            return [f"{self.map_name} cannot be read: {error}"]
+        return [
+            f"{self.map_name} declares {name} as {found.get(name)}, freezing left {wanted.get(name)}"
+            for name in names
+            if wanted.get(name) != found.get(name)
+        ]
+
+    # -- modules ------------------------------------------------------------------------------------------------------
+
+    def empty(self, types: LayerTypes, shape: tuple[int, int], bias: bool) -> Any:
+        """A quanto layer on the meta device, to be filled."""
+        from optimum.quanto.nn import QLinear
+
+        activations = None if types.activations is None else _QUANTO_NAMES[types.activations.name]
+        layer: Any = QLinear(
+            shape[1],
+            shape[0],
+            bias=bias,
+            dtype=types.dtype,
+            device=torch.device("meta"),
+            weights=_QUANTO_NAMES[types.weights.name],
+            activations=activations,
+            quantize_input=True,
+        )
+        layer.optimizer = None  # would only serve a second quantization, which must never happen
+        if not types.outputs:
+            layer.disable_output_quantization()
+        return layer
+
+    def weight(self, layer: Any, tensors: Mapping[str, Tensor], *, plain_on_cpu: bool = False) -> nn.Parameter:
+        """The weight of a layer from its stored tensors, in the class in which it runs.
+
+        Args:
+            layer: the ``QLinear`` that will hold it; its own weight may be on the meta device.
+            tensors: those named in `WEIGHT_KEYS`.
+            plain_on_cpu: see `build`.
+        """
+        from optimum.quanto import WeightQBitsTensor, WeightQBytesTensor
+
+        stored = {key: _aligned(value) if "._data" in key else value for key, value in tensors.items()}
+        common = {
+            "state_dict": stored,
+            "prefix": "weight.",
+            "qtype": layer.weight_qtype,
+            "axis": 0,
+            "size": layer.weight.size(),
+            "stride": layer.weight.stride(),
+            "missing_keys": [],
+        }
+        if layer.weight_qtype.bits == 8:
+            weight = WeightQBytesTensor.load_from_state_dict(activation_qtype=layer.activation_qtype, **common)
+        else:
+            weight = WeightQBitsTensor.load_from_state_dict(group_size=layer.weight_group_size, **common)
+        weight = weight if layer.bias is None else _keep_bias(weight)
+        return nn.Parameter(_held(weight, plain_on_cpu), requires_grad=False)
+
+    def build(
+        self,
+        types: LayerTypes,
+        shape: tuple[int, int],
+        tensors: Mapping[str, Tensor],
+        *,
+        plain_on_cpu: bool = False,
+    ) -> nn.Module:
+        """A frozen ``optimum.quanto.nn.QLinear``."""
+        layer = self.empty(types, shape, "bias" in tensors)
+        parts = {key: tensors[key] for key in WEIGHT_KEYS if key in tensors}
+        layer.weight = self.weight(layer, parts, plain_on_cpu=plain_on_cpu)
+        if "bias" in tensors:
+            layer.bias = nn.Parameter(tensors["bias"], requires_grad=False)
+        layer.input_scale, layer.output_scale = tensors["input_scale"], tensors["output_scale"]
+        frozen: nn.Module = layer
+        return frozen
+
+    def is_frozen(self, module: nn.Module) -> bool:
+        """Whether it is one of quanto's modules, with packed weights."""
+        return getattr(module, "weight_qtype", None) is not None and bool(getattr(module, "frozen", False))
+
+    def values(self, module: nn.Module) -> Tensor:
+        """By quanto's own arithmetic, not ours."""
+        return module.weight.dequantize()  # type: ignore[operator,union-attr,no-any-return]
+
+    def declared(self, module: nn.Module) -> LayerTypes:
+        """As quanto's attributes say."""
+        layer: Any = module
+        active = layer.activation_qtype
+        return LayerTypes(
+            self.qtypes[_NAMES[layer.weight_qtype.name]],
+            None if active is None else self.activation_qtypes[_NAMES[active.name]],
+            layer.weight.dtype,
+        )
+
+    def read(self, module: nn.Module) -> FrozenLayer:
+        """What any of quanto's linear layers holds."""
+        layer: Any = module
+        weight, types = _plain(layer.weight), self.declared(module)
+        data = weight._data.unpack() if hasattr(weight._data, "unpack") else weight._data
+        scale = weight._scale.reshape(1, 1) if weight._scale.ndim == 0 else weight._scale
+        frozen = FrozenWeight(data.reshape(weight.shape), scale, getattr(weight, "_shift", None), types.weights)
+        return FrozenLayer(frozen, layer.bias, types, layer.input_scale, layer.output_scale)
+
+    def is_settled(self, module: nn.Module, *, plain_on_cpu: bool) -> bool:
+        """Whether the tensor class is the one that the loader holds."""
+        weight: Any = module.weight
+        return type(_held(weight, plain_on_cpu)) is type(weight.data)
+
+    def settle(self, module: nn.Module, *, plain_on_cpu: bool) -> None:
+        """Undo what a move between devices did to the tensor class."""
+        layer: Any = module
+        kept = layer.weight if layer.bias is None else _keep_bias(layer.weight)
+        held = _held(kept, plain_on_cpu)
+        if type(held) is not type(layer.weight.data):
+            layer.weight = nn.Parameter(held, requires_grad=False)
+
+    def fill(self, model: nn.Module, directory: Path, files: Iterable[str]) -> tuple[nn.Module, str]:
+        """``optimum.quanto.requantize``."""
+        from optimum.quanto import requantize
+        from safetensors.torch import load_file
+
+        state: dict[str, Tensor] = {}
+        for file in files:
+            state |= load_file(directory / file)
+        requantize(model, state, json.loads((directory / self.map_name).read_text(encoding="utf-8")))
+        return model.eval(), "optimum.quanto.requantize on a model built on CPU"
+
+    def load_language_model(self, directory: Path, **arguments: Any) -> tuple[nn.Module, str]:
+        """``QuantizedModelForCausalLM.from_pretrained``."""
+        from optimum.quanto import QuantizedModelForCausalLM
+
+        wrapper: Any = QuantizedModelForCausalLM.from_pretrained(str(directory), **arguments)
+        return wrapper._wrapped, "QuantizedModelForCausalLM.from_pretrained"
+
+    def stock_codes(self, layer: FrozenLayer) -> Tensor:
+        """The codes that quanto derives from a layer's values in float32, by its default optimizers: ``(out, in)``."""
+        from optimum.quanto import AbsmaxOptimizer, MaxOptimizer, qtypes, quantize_weight
+
+        weight = layer.weight.dequantize().float()
+        qtype, size = qtypes[_QUANTO_NAMES[layer.types.weights.name]], layer.types.weights.group_size(weight.shape[1])
+        with torch.no_grad():
+            if qtype.bits == 8:
+                scale, shift = AbsmaxOptimizer()(weight, qtype=qtype, axis=0), None
+            else:
+                scale, shift = MaxOptimizer()(weight, qtype=qtype, axis=0, group_size=size)
+            again = _plain(
+                quantize_weight(weight, qtype=qtype, axis=0, scale=scale, shift=shift, group_size=size, optimized=False)
+            )
+        codes = again._data.unpack() if hasattr(again._data, "unpack") else again._data
+        return codes.reshape(weight.shape)  # type: ignore[no-any-return]
+
+
+def _held(weight: Any, plain_on_cpu: bool) -> Any:
+    """A weight in the class in which a target's loader holds it on the weight's device."""
+    # Stock diffusers leaves the wrapper on the meta device; its parts say where the data is.
+    if plain_on_cpu and inner_tensors(weight)[0].device.type == "cpu":
+        return _plain(weight) if hasattr(weight, "weight_qbits_tensor") else weight
+    return weight.optimize() if _can_optimize(weight) else weight
+
+
+def _map(record: FrozenRecord) -> dict[str, dict[str, str]]:
+    return {
+        name: {
+            "weights": _QUANTO_NAMES[layer.weights],
+            "activations": "none" if layer.activations is None else _QUANTO_NAMES[layer.activations],
+        }
+        for name, layer in record.layers.items()
+    }
+
+
+QUANTO = _Quanto()

@@ -1,0 +1,232 @@
+"""What a host is: the library that builds a model and loads it. A host knows nothing about numbers.
+
+A host is asked in two roles. As the *library of a class* it builds a model from its configuration and writes that
+configuration. As the *loader of a target* it says what it can express, in which dtype it holds each tensor, and how it
+is called. A plain module (`Host` itself, as `qat.hosts.MODULE`) has no configuration, and every name of its own.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import nn
+
+from qat.errors import ExportError, LoadError
+from qat.files.evidence import FrozenRecord
+from qat.files.manifest import Manifest
+from qat.numerics import QType
+from qat.spec import QuantSpec
+
+if TYPE_CHECKING:
+    from qat.formats import Format
+
+__all__ = ["CardLines", "Host", "Reloaded", "last_parts", "matches_path_part", "python_block", "write_json"]
+
+
+class Reloaded(NamedTuple):
+    """A model from a directory, and how it was loaded."""
+
+    model: nn.Module
+    how: str
+
+
+class CardLines(NamedTuple):
+    """How a model card says that a directory is loaded."""
+
+    library: str
+    """Name of the library, for the card's header."""
+    parts: list[str]
+    """Paragraphs and code, in order."""
+
+
+@dataclass(frozen=True)
+class Host:
+    """A library of models; this base is that of plain modules. Subclasses override what differs."""
+
+    name: str
+    weights_stem: str = "model"
+    """How the names of weight files begin."""
+    leaf_names_only: bool = False
+    """The loader names float layers by the last part of their module name only."""
+    initialises_buffers: bool = False
+    """Buffers that no file holds get their values after the model is built, in float32 and cast; otherwise while it is
+    built, in the serving dtype."""
+    plain_on_cpu: bool = False
+    """The loader leaves packed weights on a CPU as they are stored, instead of in a kernel's own order."""
+    unties: bool = False
+    """The loader ties nothing again, so that a shared tensor is written for each module that holds it."""
+    attribute_tensors: bool = False
+    """Models keep tensors that no file holds as plain attributes too."""
+    float_dtype: str = ""
+    """What a stock load of a float grid must be told of its dtype, as it stands in the call."""
+    leaves_outputs: bool = False
+    """The loader can leave the outputs of layers with quantized inputs float."""
+
+    # -- as the library of a class ------------------------------------------------------------------------------------
+
+    def owns(self, model: Any) -> bool:
+        """Whether a model, or a class, is one of this library; told without importing it."""
+        cls = model if isinstance(model, type) else type(model)
+        return any(base.__module__.partition(".")[0] == self.name for base in cls.__mro__)
+
+    def can_build(self, cls: type) -> bool:
+        """Whether a configuration alone builds models of this class."""
+        return False
+
+    def build(self, cls: Any, config: Any, dtype: torch.dtype, *, empty: bool) -> nn.Module:
+        """Build a model as its library's loader does.
+
+        Args:
+            cls: a class of this library.
+            config: its configuration, which is not changed.
+            dtype: the serving dtype.
+            empty: leave parameters on the meta device; buffers are real.
+        """
+        raise LoadError(f"model: no configuration builds a {cls.__name__}: pass the float model as model=")
+
+    def read_config(self, cls: Any, directory: Path, manifest: Manifest) -> Any:
+        """Read the ``config.json`` of a directory."""
+        raise LoadError(f"{str(directory)!r}: no configuration builds a {cls.__name__}: pass the float model as model=")
+
+    def config_fields(self, model: Any, dtype: torch.dtype) -> dict[str, Any] | None:
+        """The fields of ``config.json``; None for models that no configuration builds."""
+        return None
+
+    def write_config(
+        self, model: Any, directory: Path, dtype: torch.dtype, quantization_config: Mapping[str, Any] | None
+    ) -> bool:
+        """Write ``config.json`` and, for models that generate, ``generation_config.json``; the model is left as it is.
+
+        Returns:
+            whether there is a ``config.json`` now.
+        """
+        fields = self.config_fields(model, dtype)
+        if fields is None:
+            return False
+        if quantization_config is not None:
+            fields["quantization_config"] = dict(quantization_config)
+        write_json(directory / "config.json", fields)
+        generation: Any = getattr(model, "generation_config", None)
+        if generation is not None and model.can_generate():
+            try:
+                generation.save_pretrained(directory)
+            except ValueError as error:
+                raise ExportError(
+                    f"the model's generation_config does not validate ({error}); mend model.generation_config first"
+                ) from error
+        return True
+
+    def read_generation_config(self, model: Any, directory: Path) -> None:
+        """Give a model that generates what ``generation_config.json`` says."""
+
+    def computes_in_float32(self, model: nn.Module, name: str, dtype: torch.dtype) -> bool:
+        """Whether a model's forward computes with its tensor or module ``name`` in float32, whatever is served."""
+        return False
+
+    def sensitive_part(self, model: nn.Module, name: str) -> str | None:
+        """In which part of a model that quantized activations harm a linear layer stands, or None."""
+        return None
+
+    def is_language_model(self, cls: type) -> bool:
+        """Whether a class is the library's causal language model for its configuration."""
+        return False
+
+    # -- as the loader of a target ------------------------------------------------------------------------------------
+
+    def spec_faults(self, spec: QuantSpec) -> list[str]:
+        """What the spec asks for that the loader cannot express, each with its remedy."""
+        if spec.quantize_outputs or self.leaves_outputs:
+            return []
+        return ["quantize_outputs=False: this target's loader always quantizes outputs: leave it True"]
+
+    def model_faults(self, model: nn.Module) -> list[str]:
+        """Why the loader cannot load such a model at all, each with its remedy."""
+        return []
+
+    def kept_in_float32(self, model: nn.Module, name: str, dtype: torch.dtype) -> bool:
+        """Whether the loader holds the tensor or module called ``name`` in float32 when serving ``dtype``."""
+        return False
+
+    def layer_fault(self, model: nn.Module, name: str, weights: QType, dtype: torch.dtype) -> str | None:
+        """Why the loader cannot hold the linear layer called ``name`` with such weights, or None."""
+        return "kept in float32 by the loader" if self.kept_in_float32(model, name, dtype) else None
+
+    def writes_map(self, record: FrozenRecord) -> bool:
+        """Whether the format's own file of types stands beside the weights."""
+        return True
+
+    def quantization_config(self, model: nn.Module, record: FrozenRecord) -> dict[str, Any] | None:
+        """What ``config.json`` tells the loader about the weights.
+
+        Raises:
+            ExportError: the loader cannot tell quantized layers from float ones.
+        """
+        return None
+
+    def float_grid_arguments(self, model: nn.Module, record: FrozenRecord, weights: str) -> dict[str, Any]:
+        """Arguments of the ``QuantoConfig`` with which a stock load turns on-grid floats into the codes again.
+
+        Raises:
+            ExportError: there are none.
+        """
+        raise ExportError(
+            "float_grid=True writes weights for a stock load that quantizes; this target has no such load: "
+            "use target='transformers' or 'diffusers'"
+        )
+
+    def load(self, cls: Any, directory: Path, manifest: Manifest) -> nn.Module | None:
+        """Load a directory as users of the library do; None for plain modules, which have no such call."""
+        return None
+
+    def load_notes(self, manifest: Manifest) -> str:
+        """What a report says behind the name of the call."""
+        return ""
+
+    def card(self, manifest: Manifest, module: str, cls: str, format: Format) -> CardLines:
+        """How a model card says that a directory is loaded.
+
+        Args:
+            manifest: of the export.
+            module: from where the model's class is imported.
+            cls: its name.
+            format: of the weights.
+        """
+        code = ["import qat", ""]
+        if any("no config.json" in note for note in manifest.notes):
+            code.append("model = qat.load(directory, model=float_model)  # the float model, to be filled")
+        else:
+            code.append("model = qat.load(directory)")
+        return CardLines(format.library, [python_block(code), *format.card_loading()])
+
+
+def last_parts(names: Iterable[str]) -> set[str]:
+    """The last parts of dotted names, by which some loaders name layers.
+
+    >>> sorted(last_parts(["blocks.0.to_q", "blocks.1.to_q", "head"]))
+    ['head', 'to_q']
+    """
+    return {name.rpartition(".")[2] for name in names}
+
+
+def matches_path_part(name: str, keys: set[str]) -> bool:
+    """Whether one of ``keys`` is a whole part, or a run of parts, of the dotted ``name``.
+
+    >>> matches_path_part("decoder.wo.weight", {"wo"}), matches_path_part("decoder.wolf", {"wo"})
+    (True, False)
+    """
+    return any(f".{key}." in f".{name}." for key in keys)
+
+
+def python_block(lines: list[str]) -> str:
+    """Lines of Python as Markdown."""
+    return "\n".join(["```python", *lines, "```"])
+
+
+def write_json(path: Path, fields: Mapping[str, Any]) -> None:
+    """Write a small JSON file."""
+    path.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")

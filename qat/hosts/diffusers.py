@@ -1,0 +1,224 @@
+"""The host diffusers: ``AutoModel.from_pretrained`` with ``QuantoConfig``, stock, no code of ours.
+
+One weight type a model, no activations. ``modules_to_not_convert`` matches the last part of a module's name, so two
+layers of one last name are both quantized or both float. Modules in ``_keep_in_fp32_modules`` are cast before the
+loader's float8 check and then fail in forward: their linear layers stay float. A linear layer whose own last name is
+in that list is never replaced, whatever the dtype.
+
+Loaded with ``torch_dtype`` of the serving dtype, the model holds the very numbers that were frozen; without one,
+diffusers loads float32: codes stay the same, but scales widen, so that weights are no longer rounded to the serving
+dtype. ``from_single_file`` reads a float grid as a float model, but in diffusers 0.42 it takes every file for packed as
+soon as it is given a ``QuantoConfig``, and raises on float weights.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from qat.errors import ExportError
+from qat.files.evidence import FrozenRecord
+from qat.files.manifest import Manifest
+from qat.hosts.base import CardLines, Host, last_parts, python_block
+from qat.hosts.sensitivity import sensitive_part
+from qat.numerics import QType
+from qat.spec import LayerSpec, QuantSpec
+
+if TYPE_CHECKING:
+    from qat.formats import Format
+
+__all__ = ["DIFFUSERS"]
+
+
+@dataclass(frozen=True)
+class _Diffusers(Host):
+    def can_build(self, cls: type) -> bool:
+        """Whether it is a model with a configuration."""
+        return self.owns(cls) and hasattr(cls, "from_config")
+
+    def build(self, cls: Any, config: Any, dtype: torch.dtype, *, empty: bool) -> nn.Module:
+        """As ``from_pretrained`` does before it loads: with the serving dtype as torch's default."""
+        from accelerate import init_empty_weights
+
+        config, default = copy.deepcopy(config), torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            with torch.random.fork_rng(devices=[]):
+                if not empty:
+                    return cls.from_config(config)  # type: ignore[no-any-return]
+                with init_empty_weights(include_buffers=False):
+                    return cls.from_config(config)  # type: ignore[no-any-return]
+        finally:
+            torch.set_default_dtype(default)
+
+    def read_config(self, cls: Any, directory: Path, manifest: Manifest) -> Any:
+        """The fields of ``config.json``."""
+        return cls.load_config(directory)
+
+    def config_fields(self, model: Any, dtype: torch.dtype) -> dict[str, Any] | None:
+        """What ``save_config`` writes, without the path that the float model came from."""
+        if not self.can_build(type(model)) or getattr(model, "config", None) is None:
+            return None
+        shown = copy.copy(model)  # to_json_string writes into the dictionary that it shows
+        shown._internal_dict = copy.deepcopy(model._internal_dict)
+        fields: dict[str, Any] = json.loads(shown.to_json_string())
+        return {key: value for key, value in fields.items() if key not in ("_name_or_path", "quantization_config")}
+
+    def computes_in_float32(self, model: nn.Module, name: str, dtype: torch.dtype) -> bool:
+        """What a class keeps in float32, its forward computes with in float32."""
+        return self.kept_in_float32(model, name, dtype)
+
+    def sensitive_part(self, model: nn.Module, name: str) -> str | None:
+        """See `qat.hosts.sensitivity`."""
+        return sensitive_part(model, name)
+
+    def spec_faults(self, spec: QuantSpec) -> list[str]:
+        """Activations and a second weight type."""
+        faults = super().spec_faults(spec)
+        if spec.activation_type is not None:
+            faults.append(
+                f"activations={spec.activation_type!r}: diffusers' QuantoConfig has no activations: use None, or "
+                "target 'quanto'"
+            )
+        others = {value.weights if isinstance(value, LayerSpec) else value for value in spec.overrides.values()}
+        mixed = sorted(others - {"float", spec.weights})
+        if mixed:
+            faults.append(
+                f"overrides: diffusers loads one weight type a model ({spec.weights!r} here), got also {mixed}: "
+                "use 'float' for those layers, or target 'quanto'"
+            )
+        return faults
+
+    def model_faults(self, model: nn.Module) -> list[str]:
+        """A model of any other library."""
+        if self.owns(model):
+            return []
+        return [
+            f"model: target 'diffusers' loads models of diffusers, got a {type(model).__name__}: pass the pipeline's "
+            "transformer itself, or use target 'quanto' or 'transformers'"
+        ]
+
+    def kept_in_float32(self, model: nn.Module, name: str, dtype: torch.dtype) -> bool:
+        """As diffusers casts: any part of the path that a class keeps in float32."""
+        return dtype is not torch.float32 and not _kept(model).isdisjoint(name.split("."))
+
+    def layer_fault(self, model: nn.Module, name: str, weights: QType, dtype: torch.dtype) -> str | None:
+        """As diffusers replaces and casts; float8 codes would be cast when float32 is served, too."""
+        kept = _kept(model)
+        leaf = name.rpartition(".")[2]
+        if leaf in kept:
+            return f"the loader never quantizes layers called {leaf!r} in a {type(model).__name__}"
+        casts = dtype is not torch.float32 or weights.floating
+        return "kept in float32 by the loader" if casts and not kept.isdisjoint(name.split(".")) else None
+
+    def writes_map(self, record: FrozenRecord) -> bool:
+        """Nobody would read it."""
+        return False
+
+    def quantization_config(self, model: nn.Module, record: FrozenRecord) -> dict[str, Any] | None:
+        """The stock fields."""
+        return {
+            "quant_method": "quanto",
+            "weights_dtype": record.spec.weights,
+            "modules_to_not_convert": _modules_to_not_convert(model, record),
+        }
+
+    def float_grid_arguments(self, model: nn.Module, record: FrozenRecord, weights: str) -> dict[str, Any]:
+        """The type, and the last parts of the names of float layers."""
+        skipped = _modules_to_not_convert(model, record)
+        return {"weights_dtype": weights, **({"modules_to_not_convert": skipped} if skipped else {})}
+
+    def load(self, cls: Any, directory: Path, manifest: Manifest) -> nn.Module:
+        """``from_pretrained``."""
+        from diffusers import QuantoConfig
+
+        arguments: dict[str, Any] = {"torch_dtype": getattr(torch, manifest.dtype)}
+        if manifest.stock_arguments is not None:
+            arguments["quantization_config"] = QuantoConfig(**manifest.stock_arguments)  # type: ignore[no-untyped-call]
+        with warnings.catch_warnings():
+            # The notice, at every load, that diffusers will drop its quanto backend in its release 1.0.
+            warnings.filterwarnings("ignore", message=".*[qQ]uanto.*deprecated", category=FutureWarning)
+            loaded: nn.Module = cls.from_pretrained(str(directory), **arguments)
+        return loaded
+
+    def load_notes(self, manifest: Manifest) -> str:
+        """That the dtype must be given."""
+        without = "" if manifest.dtype == "float32" else "; without one diffusers loads float32, and outputs differ"
+        return f" with torch_dtype=torch.{manifest.dtype}{without}"
+
+    def card(self, manifest: Manifest, module: str, cls: str, format: Format) -> CardLines:
+        """``from_pretrained``, and the use in a pipeline."""
+        dtype = f"torch.{manifest.dtype}"
+        code = ["import torch", f"from {module} import {cls}"]
+        if manifest.float_grid:
+            code += [
+                "from diffusers import QuantoConfig",
+                "",
+                f"quantization = QuantoConfig({manifest.shown_arguments})",
+                f"model = {cls}.from_pretrained(directory, torch_dtype={dtype}, quantization_config=quantization)",
+            ]
+            text = "Without `quantization_config` the same file loads as a float model that computes the same."
+            return CardLines(self.name, [python_block(code), text])
+        code += ["", f"model = {cls}.from_pretrained(directory, torch_dtype={dtype})"]
+        text = (
+            "Stock diffusers with optimum-quanto and accelerate, no other package. "
+            f"**Give `torch_dtype={dtype}`:** it is the dtype that the model was trained to be served in, and without "
+            "one diffusers loads float32, which keeps the codes but widens scales, so that outputs are no longer those "
+            "of training."
+            if manifest.dtype != "float32"
+            else "Stock diffusers with optimum-quanto and accelerate, no other package. Any other `torch_dtype` keeps "
+            "the codes but rounds scales, so that outputs are no longer those of training."
+        )
+        use = [
+            "from diffusers import DiffusionPipeline",
+            "",
+            f"pipeline = DiffusionPipeline.from_pretrained(base_model, transformer=model, torch_dtype={dtype})",
+        ]
+        moved = (
+            'In a pipeline, whose other parts need the same dtype; `pipeline.to("cuda")` moves them all. Where '
+            "something takes the model to be on the meta device, as stock diffusers says of it until it is moved, "
+            '`model.to("cpu")` helps; '
+            "int4 in groups of 128 then goes over to another kernel, whose last bits differ."
+        )
+        return CardLines(self.name, [python_block(code), text, moved, python_block(use)])
+
+
+def _kept(model: Any) -> set[str]:
+    kept = getattr(model, "_keep_in_fp32_modules", None) or ()
+    return {kept} if isinstance(kept, str) else set(kept)
+
+
+def _modules_to_not_convert(model: nn.Module, record: FrozenRecord) -> list[str]:
+    """The last parts of the names of all linear layers that are float.
+
+    Raises:
+        ExportError: when a quantized layer has such a last part too, or another type than the spec's.
+    """
+    linear = [name for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, nn.Linear)]
+    floats = last_parts(name for name in linear if name not in record.layers)
+    lost = [name for name in record.layers if not floats.isdisjoint(last_parts([name]))]
+    lost += [name for name, layer in record.layers.items() if layer.weights != record.spec.weights]
+    if lost:
+        raise ExportError(
+            f"target='diffusers' cannot express {len(lost)} layers (first: {lost[0]!r}): diffusers has one weight type "
+            "and names float layers by the last part of their name; prepare with target='diffusers'"
+        )
+    return sorted(floats)
+
+
+DIFFUSERS = _Diffusers(
+    "diffusers",
+    weights_stem="diffusion_pytorch_model",
+    leaf_names_only=True,
+    plain_on_cpu=True,
+    unties=True,
+    attribute_tensors=True,
+    float_dtype="torch_dtype=torch.float32, ",
+)

@@ -1,0 +1,60 @@
+"""Will a stock load turn on-grid float weights back into the codes they came from?
+
+A stock load with a ``QuantoConfig``, in transformers and in diffusers, quantizes float weights on the way in, with
+scales that it derives afresh: absmax a row for 8-bit types, min-max a group for the others. Codes come back only where
+each row or group uses its whole range. So the stock path is simulated, layer by layer, with quanto's own optimizers in
+float32 (`Format.stock_codes`); whatever would change is an error that names the layers. Which arguments a load needs,
+so that it replaces exactly the quantized modules, is for the hosts to say.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from qat.errors import ExportError
+from qat.files.evidence import FrozenRecord
+from qat.formats import Format
+
+__all__ = ["check_float_grid"]
+
+
+def check_float_grid(model: nn.Module, record: FrozenRecord, format: Format) -> str:
+    """Check that a stock float32 load gives every code back, and return the one weight type of the model.
+
+    Raises:
+        ExportError: when the spec is more than a stock load can express, or codes would change; it names the layers.
+    """
+    if record.spec.dtype != "float32":
+        raise ExportError(
+            f"float_grid=True needs dtype='float32' in the spec, for a stock load re-derives scales in the dtype it "
+            f"loads in and {record.spec.dtype} moves codes; freeze with dtype='float32' or export packed weights"
+        )
+    kinds = sorted({layer.weights for layer in record.layers.values()})
+    if len(kinds) != 1:
+        raise ExportError(f"float_grid=True: a stock load has one weight type for all layers; this model has {kinds}")
+    active = [name for name, layer in record.layers.items() if layer.activations is not None]
+    if active:
+        raise ExportError(
+            f"float_grid=True: a stock load cannot quantize activations, but {_named(active)} do; "
+            f"export packed weights (float_grid=False) or train with activations=None"
+        )
+    changed = {}
+    for name in record.layers:
+        layer = format.read(model.get_submodule(name))
+        count = int((layer.weight.codes.to(torch.float32) != format.stock_codes(layer).to(torch.float32)).sum())
+        if count:
+            changed[name] = count
+    if changed:
+        worst = _named([f"{name} ({count} codes)" for name, count in changed.items()])
+        raise ExportError(
+            f"float_grid=True: a stock load would change codes in {len(changed)} of {len(record.layers)} layers: "
+            f"{worst}; their rows or groups do not use the whole range of the scale. Export packed weights "
+            f"(float_grid=False), or train with an algorithm that takes its range from the weights"
+        )
+    return kinds[0]
+
+
+def _named(names: list[str], most: int = 5) -> str:
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest

@@ -1,0 +1,110 @@
+"""The loaders that a directory was written for, called as their users call them."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from qat.errors import LoadError
+from qat.files.evidence import FrozenRecord
+from qat.files.manifest import Manifest
+from qat.files.shards import DTYPE_NAMES
+from qat.hosts.base import Host, Reloaded
+from qat.hosts.targets import HOSTS, Target, host_of
+from qat.hosts.transformers import attention_arguments
+from qat.tensors import stored_tensors
+
+__all__ = ["library_and_class", "load_pretrained", "stock_reload"]
+
+
+def library_and_class(manifest: Manifest) -> tuple[Host, Any]:
+    """The class named in the manifest: of a known library, or one that the caller has imported already.
+
+    Nothing else is imported by a name that a file gives.
+
+    Raises:
+        LoadError: when it is neither.
+    """
+    module, _, name = manifest.model_class.rpartition(".")
+    library = module.partition(".")[0]
+    known = any(host.name == library for host in HOSTS)
+    found = getattr(importlib.import_module(library), name, None) if known else None
+    found = found or getattr(sys.modules.get(module), name, None)
+    if found is None:
+        raise LoadError(
+            f"the exported model is a {manifest.model_class}, which is neither a class of transformers or diffusers "
+            f"nor imported here: import it first, or pass a float model of it as model="
+        )
+    return host_of(found), found
+
+
+def load_pretrained(directory: Path, manifest: Manifest, target: Target) -> Reloaded | None:
+    """Load a directory by its host's own call; None for plain modules, which have none.
+
+    Raises:
+        LoadError: when the loader fails.
+    """
+    if type(target.host) is Host:
+        return None
+    _, cls = library_and_class(manifest)
+    try:
+        loaded = target.host.load(cls, directory, manifest)
+    except LoadError:
+        raise
+    except Exception as error:  # nor is there an end to what a load can raise
+        raise LoadError(f"{cls.__name__}.from_pretrained({str(directory)!r}) failed: {error}") from error
+    if loaded is None:
+        return None
+    for module in loaded.modules():
+        if target.format.is_frozen(module):
+            target.format.settle(module, plain_on_cpu=target.host.plain_on_cpu)
+    return Reloaded(loaded, f"{type(loaded).__name__}.from_pretrained{target.host.load_notes(manifest)}")
+
+
+def stock_reload(
+    directory: Path, manifest: Manifest, target: Target, record: FrozenRecord, model: nn.Module | None
+) -> Reloaded | None:
+    """Load a directory for verification, by the target's own loader; None where it has none but `qat.load`.
+
+    Args:
+        directory: the export.
+        manifest: what it says of itself.
+        target: who loads.
+        record: its evidence.
+        model: a float model of the exported architecture, for directories without ``config.json``; it is copied.
+
+    Raises:
+        LoadError: when the loader fails, or there is no model to fill.
+    """
+    loaded = load_pretrained(directory, manifest, target)
+    if loaded is not None:
+        return loaded
+    if model is not None:
+        skeleton = copy.deepcopy(model).to("cpu")
+    elif (directory / "config.json").is_file():
+        library, cls = library_and_class(manifest)
+        if library.is_language_model(cls):
+            found = target.format.load_language_model(directory, **attention_arguments(manifest))
+            if found is not None:
+                return Reloaded(*found)
+        # On CPU, not meta: quanto's loader fills the buffers of a meta model with garbage.
+        config = library.read_config(cls, directory, manifest)
+        skeleton = library.build(cls, config, getattr(torch, manifest.dtype), empty=False)
+    else:
+        raise LoadError(f"{str(directory)!r} has no config.json: pass the float model as model=")
+    dtypes = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+    for name, tensor in stored_tensors(skeleton):  # the loader may copy into the model, whose dtypes then decide
+        kept = manifest.tensors.get(name)
+        if kept is not None:
+            tensor.data = tensor.data.to(dtypes[kept.dtype])
+        elif name.rpartition(".")[0] in record.layers:
+            tensor.data = tensor.data.to(getattr(torch, manifest.dtype))
+    files = sorted({tensor.file for tensor in manifest.tensors.values()})
+    filled = target.format.fill(skeleton, directory, files)
+    return None if filled is None else Reloaded(*filled)

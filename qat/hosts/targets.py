@@ -1,0 +1,134 @@
+"""The targets: named pairs of a format and a host, and what a target's rules say of one model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from qat.errors import TargetError
+from qat.formats import QUANTO, Format
+from qat.hosts.base import Host
+from qat.hosts.diffusers import DIFFUSERS
+from qat.hosts.transformers import TRANSFORMERS
+from qat.numerics import QType
+from qat.spec import QuantSpec
+
+__all__ = ["HOSTS", "MODULE", "TARGETS", "Rules", "Target", "get_target", "host_of", "inner_models"]
+
+MODULE = Host("module")
+HOSTS: tuple[Host, ...] = (DIFFUSERS, TRANSFORMERS)
+
+
+def host_of(model: Any) -> Host:
+    """The library of a model, or of a class; `MODULE` where it is of none that is known.
+
+    >>> host_of(nn.Linear(2, 2)).name
+    'module'
+    """
+    return next((host for host in HOSTS if host.owns(model)), MODULE)
+
+
+def inner_models(model: nn.Module) -> Iterator[tuple[str, nn.Module, Host]]:
+    """The models of known libraries inside a module, itself included: full name, module, library."""
+    for name, module in model.named_modules():
+        host = host_of(module)
+        if host is not MODULE and host.can_build(type(module)):
+            yield name, module, host
+
+
+@dataclass(frozen=True)
+class Target:
+    """Who will load an export."""
+
+    name: str
+    format: Format
+    host: Host
+
+    def faults(self, model: nn.Module, spec: QuantSpec) -> list[str]:
+        """Why the target cannot load such a model, or express such a spec; each with its remedy."""
+        return [*self.host.model_faults(model), *self.host.spec_faults(spec)]
+
+    def rules(self, model: nn.Module, dtype: torch.dtype) -> Rules:
+        """What the target's loader, and the classes inside the model, say of its layers and tensors."""
+        return Rules(self, model, dtype)
+
+
+class Rules:
+    """The rules of a target's host, and of every library model inside one module.
+
+    Args:
+        target: who will load.
+        model: any module.
+        dtype: the serving dtype.
+
+    Attributes:
+        heads: ids of the output heads of all models inside.
+        tied_keys: full names of parameters that a model inside ties.
+    """
+
+    def __init__(self, target: Target, model: nn.Module, dtype: torch.dtype) -> None:
+        self.target, self.model, self.dtype = target, model, dtype
+        self.inner = list(inner_models(model))
+        self.heads: set[int] = set()
+        self.tied_keys: set[str] = set()
+        for name, module in model.named_modules():
+            head = getattr(module, "get_output_embeddings", lambda: None)()
+            if head is not None:
+                self.heads.add(id(head))
+            tied = getattr(module, "all_tied_weights_keys", None) or {}  # on the meta device objects may not be shared
+            prefix = f"{name}." if name else ""
+            self.tied_keys |= {f"{prefix}{key}" for key in (*tied, *tied.values())}
+
+    def layer_fault(self, name: str, weights: QType) -> str | None:
+        """Why the loader cannot hold the linear layer called ``name`` with such weights, or None."""
+        fault = self.target.host.layer_fault(self.model, name, weights, self.dtype)
+        if fault is None and self._computes_in_float32(name):
+            return "kept in float32 by the class of the model that holds it"
+        return fault
+
+    def tensor_dtype(self, name: str) -> torch.dtype:
+        """The dtype in which the loader holds the float tensor called ``name``."""
+        kept = self.target.host.kept_in_float32(self.model, name, self.dtype) or self._computes_in_float32(name)
+        return torch.float32 if kept else self.dtype
+
+    def sensitive_part(self, name: str) -> str | None:
+        """In which part of a model inside, that quantized activations harm, the linear layer ``name`` stands."""
+        parts = (host.sensitive_part(module, rest) for rest, module, host in self._around(name))
+        return next((part for part in parts if part is not None), None)
+
+    def _computes_in_float32(self, name: str) -> bool:
+        return any(host.computes_in_float32(module, rest, self.dtype) for rest, module, host in self._around(name))
+
+    def _around(self, name: str) -> Iterator[tuple[str, nn.Module, Host]]:
+        """The models inside that hold ``name``, with its name in each."""
+        for prefix, module, host in self.inner:
+            if not prefix or name.startswith(f"{prefix}."):
+                yield name[len(prefix) + 1 :] if prefix else name, module, host
+
+
+TARGETS: dict[str, Target] = {
+    target.name: target
+    for target in (
+        Target("quanto", QUANTO, MODULE),
+        Target("transformers", QUANTO, TRANSFORMERS),
+        Target("diffusers", QUANTO, DIFFUSERS),
+    )
+}
+
+
+def get_target(name: str) -> Target:
+    """The target called ``name``.
+
+    Raises:
+        TargetError: there is none of that name.
+
+    >>> get_target("quanto").format.name
+    'quanto'
+    """
+    if name not in TARGETS:
+        raise TargetError(f"target: must be one of {sorted(TARGETS)}, got {name!r}")
+    return TARGETS[name]

@@ -1,0 +1,211 @@
+"""The host transformers: ``from_pretrained`` with the plug-in `qat.integrations.transformers`.
+
+The plug-in reads each module's type from the directory, so mixed types, activations, and outputs left float are
+expressible. Stock transformers cannot read packed weights: it would leave them random and print a table. So ``weights``
+in the ``quantization_config`` is deliberately no type name: a stock ``QuantoConfig`` raises on it and shows the text,
+which says what to import. What the plug-in needs is in the group ``qat``.
+
+What the loader adds is its own rule for dtypes: modules in ``_keep_in_fp32_modules`` stay float32 when float16 is asked
+for, those in ``_keep_in_fp32_modules_strict`` also with bfloat16 (``PreTrainedModel._get_dtype_plan``, transformers 5).
+Models are built on the meta device, so that buffers which no file holds are computed afterwards, by ``_init_weights``.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from qat.errors import ExportError
+from qat.files.evidence import FrozenRecord
+from qat.files.manifest import Manifest
+from qat.hosts.base import CardLines, Host, matches_path_part, python_block
+from qat.spec import QuantSpec
+
+if TYPE_CHECKING:
+    from qat.formats import Format
+
+__all__ = ["TRANSFORMERS", "attention_arguments"]
+
+PLUGIN = "qat.integrations.transformers"
+
+
+def attention_arguments(manifest: Manifest) -> dict[str, str]:
+    """The attention implementation the model was trained with, where every machine has it."""
+    kept = manifest.attn_implementation
+    return {"attn_implementation": kept} if kept in ("eager", "sdpa") else {}
+
+
+@dataclass(frozen=True)
+class _Transformers(Host):
+    def can_build(self, cls: type) -> bool:
+        """Whether it is a model with a configuration."""
+        return hasattr(cls, "_from_config")
+
+    def build(self, cls: Any, config: Any, dtype: torch.dtype, *, empty: bool) -> nn.Module:
+        """As ``from_pretrained`` does before it loads."""
+        from accelerate import init_empty_weights
+
+        config = copy.deepcopy(config)
+        with torch.random.fork_rng(devices=[]):
+            if not empty:
+                return cls._from_config(config, dtype=dtype)  # type: ignore[no-any-return]
+            with init_empty_weights(include_buffers=False):
+                return cls._from_config(config, dtype=dtype)  # type: ignore[no-any-return]
+
+    def read_config(self, cls: Any, directory: Path, manifest: Manifest) -> Any:
+        """By the class's own configuration class, which runs no code of the directory."""
+        return cls.config_class.from_pretrained(directory, **attention_arguments(manifest))
+
+    def config_fields(self, model: Any, dtype: torch.dtype) -> dict[str, Any] | None:
+        """What ``save_pretrained`` writes, with the serving dtype."""
+        if not self.can_build(type(model)) or getattr(model, "config", None) is None:
+            return None
+        config: Any = copy.deepcopy(model.config)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        config.dtype = dtype
+        for key in getattr(config, "sub_configs", ()):
+            if getattr(config, key, None) is not None:
+                getattr(config, key).dtype = dtype
+        config.architectures = [type(model).__name__]
+        if getattr(config, "tie_word_embeddings", False) and not _embeddings_are_tied(model):
+            config.tie_word_embeddings = False
+        fields: dict[str, Any] = json.loads(config.to_json_string(use_diff=True))
+        return fields
+
+    def read_generation_config(self, model: Any, directory: Path) -> None:
+        """By transformers' own class."""
+        if (directory / "generation_config.json").is_file():
+            from transformers import GenerationConfig
+
+            model.generation_config = GenerationConfig.from_pretrained(directory)
+
+    def is_language_model(self, cls: Any) -> bool:
+        """Whether ``AutoModelForCausalLM`` builds this class."""
+        from transformers import AutoModelForCausalLM
+
+        mapping: Any = AutoModelForCausalLM._model_mapping
+        config = getattr(cls, "config_class", None)
+        return config in mapping and mapping[config] is cls
+
+    def spec_faults(self, spec: QuantSpec) -> list[str]:
+        """None: the plug-in is ours."""
+        return []
+
+    def model_faults(self, model: nn.Module) -> list[str]:
+        """A model of any other library, or a wrapper around one of this library."""
+        if self.owns(model) and self.can_build(type(model)):
+            return []
+        inside = [name for name, module in model.named_modules() if self.owns(module) and self.can_build(type(module))]
+        remedy = f"pass the model inside it, {inside[0]!r}" if inside else "use target 'quanto'"
+        return [f"model: target 'transformers' loads models of transformers, got a {type(model).__name__}: {remedy}"]
+
+    def kept_in_float32(self, model: nn.Module, name: str, dtype: torch.dtype) -> bool:
+        """As the loader's dtype plan has it."""
+        kept: set[str] = set()
+        if dtype is torch.float16:
+            kept |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
+        if dtype in (torch.float16, torch.bfloat16):
+            kept |= set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+        return matches_path_part(name, kept)
+
+    def writes_map(self, record: FrozenRecord) -> bool:
+        """Not where outputs stay float: quanto's own loader would quantize them whatever its map says."""
+        return record.spec.quantize_outputs
+
+    def quantization_config(self, model: nn.Module, record: FrozenRecord) -> dict[str, Any] | None:
+        """The stock fields, and the group ``qat`` for the plug-in."""
+        linear = (name for name, module in model.named_modules() if isinstance(module, nn.Linear))
+        return {
+            "quant_method": "quanto",
+            "weights": f"{record.spec.weights}: packed by qat, load with `import {PLUGIN}`",
+            "activations": record.spec.activation_type,
+            "modules_to_not_convert": [name for name in linear if name not in record.layers],
+            "qat": {
+                "format": 1,
+                "dtype": record.spec.dtype,
+                "quantize_outputs": record.spec.quantize_outputs,
+                "modules": {
+                    name: {"weights": layer.weights, "activations": layer.activations, "group_size": layer.group_size}
+                    for name, layer in record.layers.items()
+                },
+            },
+        }
+
+    def float_grid_arguments(self, model: nn.Module, record: FrozenRecord, weights: str) -> dict[str, Any]:
+        """The type, and the modules to skip where the default does not skip exactly the float ones."""
+        from transformers.quantizers.base import HfQuantizer
+        from transformers.quantizers.quantizers_utils import should_convert_module
+
+        quantized = set(record.layers)
+        linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+        stay_float = [name for name in linear if name not in quantized]
+        replaced: set[str] = set()
+        for listed in (None, stay_float):
+            skip = HfQuantizer.get_modules_to_not_convert(
+                model,  # type: ignore[arg-type]
+                None if listed is None else list(listed),
+                getattr(model, "_keep_in_fp32_modules", None),
+            )
+            replaced = {name for name in linear if should_convert_module(name, skip)}
+            if replaced == quantized:
+                return {"weights": weights} | ({} if listed is None else {"modules_to_not_convert": listed})
+        wrong = sorted(replaced ^ quantized)
+        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise ExportError(
+            "float_grid=True: no modules_to_not_convert makes a stock load replace exactly the quantized layers; it "
+            f"matches names by their ending, and would differ in {', '.join(wrong[:5])}{more}; export packed weights "
+            "(float_grid=False)"
+        )
+
+    def load(self, cls: Any, directory: Path, manifest: Manifest) -> nn.Module:
+        """``from_pretrained``, with the plug-in, which leaves float grids to the stock classes."""
+        from transformers import QuantoConfig
+
+        importlib.import_module(PLUGIN)
+        arguments: dict[str, Any] = {"dtype": getattr(torch, manifest.dtype), **attention_arguments(manifest)}
+        if manifest.stock_arguments is not None:
+            arguments["quantization_config"] = QuantoConfig(**manifest.stock_arguments)
+        loaded: nn.Module = cls.from_pretrained(directory, **arguments)
+        return loaded
+
+    def card(self, manifest: Manifest, module: str, cls: str, format: Format) -> CardLines:
+        """``from_pretrained``."""
+        dtype = f"torch.{manifest.dtype}"
+        if manifest.float_grid:
+            code = [
+                "import torch",
+                f"from {module} import {cls}",
+                "from transformers import QuantoConfig",
+                "",
+                f"quantization = QuantoConfig({manifest.shown_arguments})",
+                f"model = {cls}.from_pretrained(directory, dtype={dtype}, quantization_config=quantization)",
+            ]
+            text = ["No package but transformers and optimum-quanto is needed."]
+        else:
+            code = [
+                "import torch",
+                f"from {module} import {cls}",
+                f"import {PLUGIN}  # stock transformers cannot read packed weights",
+                "",
+                f"model = {cls}.from_pretrained(directory, dtype={dtype})",
+            ]
+            text = []
+        return CardLines(self.name, [python_block(code), *text])
+
+
+def _embeddings_are_tied(model: Any) -> bool:
+    inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
+    if inputs is None or outputs is None:
+        return True
+    return getattr(inputs, "weight", None) is getattr(outputs, "weight", None)
+
+
+TRANSFORMERS = _Transformers("transformers", initialises_buffers=True, leaves_outputs=True)

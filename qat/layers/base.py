@@ -1,0 +1,201 @@
+"""`QuantizedLayer`: what every layer with fake quantization has in common.
+
+A layer keeps the names of its float parameters, so a float checkpoint loads straight into a prepared model, and holds
+everything of quantization in submodules. `QuantizedLayer.adopt` turns an existing module into one *in place*: the
+object stays the same, so hooks, optimizers that already hold its parameters, and a layer that is registered under
+several names all stay as they were.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator
+from typing import Any, ClassVar, NamedTuple, Self
+
+import torch
+from torch import Tensor, nn
+
+from qat.errors import StateError
+from qat.quantizers.activation import ActivationQuantizer, fake_quantize_output
+from qat.quantizers.base import Algorithm, Quantized, WeightQuantizer
+
+__all__ = ["Mode", "QuantizedLayer"]
+
+_MASTER_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class Mode(NamedTuple):
+    """What a prepared layer does in its forward."""
+
+    weights: bool = True
+    """Fake-quantize the weight; off: a plain float forward, activations included."""
+    activations: bool = True
+    """Fake-quantize inputs and outputs too, where the layer has quantizers for them."""
+    observe: bool = False
+    """Let the observers of activations record."""
+
+
+class QuantizedLayer(nn.Module):
+    """A layer with a fake-quantized weight and, if asked, fake-quantized inputs and outputs; abstract.
+
+    A subclass derives from this and from the float class that it `replaces`. It says what its weight is as a matrix
+    (`effective_weight`) and how its forward uses the fake-quantized form (`compute`). It stands in `qat.layers.LAYERS`.
+
+    Attributes:
+        weight_quantizer: scales the weight.
+        input_quantizer: scales the input, or None.
+        output_quantizer: scales the output, or None.
+        mode: what the forward does.
+        reached: whether the layer has run, outside compiled code, since it was prepared; None: a checkpoint was loaded
+            since, and nothing is known.
+    """
+
+    replaces: ClassVar[type[nn.Module]]
+    frozen_as_linear: ClassVar[bool] = True
+    """Whether a frozen layer is a format's linear layer with the same matrix and bias."""
+
+    weight_quantizer: WeightQuantizer
+    input_quantizer: ActivationQuantizer | None
+    output_quantizer: ActivationQuantizer | None
+    mode: Mode
+    reached: bool | None
+
+    @staticmethod
+    def effective_weight(module: Any) -> Tensor:
+        """The matrix ``(out, in)`` that is quantized: a view of a parameter, or computed from several.
+
+        Args:
+            module: a float module of the class that this one replaces, or a prepared one.
+        """
+        weight: Tensor = module.weight
+        return weight
+
+    @abstractmethod
+    def compute(self, x: Tensor, weight: Quantized | None) -> Tensor:
+        """The layer's function.
+
+        Args:
+            x: ``(..., in)``.
+            weight: the fake-quantized weight in the compute dtype, with its scale and shift; None: use the float one.
+        """
+
+    @classmethod
+    def adoption_fault(cls, module: nn.Module) -> str | None:
+        """Why a module cannot become such a layer, or None. What it is must be all that it does.
+
+        >>> from qat.layers import QLinear
+        >>> QLinear.adoption_fault(nn.Linear(4, 4)) is None
+        True
+        """
+        name = cls.replaces.__name__
+        if type(module) is not cls.replaces:
+            return f"{type(module).__name__} is not exactly nn.{name}: its own forward would be lost"
+        if "forward" in vars(module):
+            return (
+                f"its object has a forward of its own (as accelerate's hooks and adapters' patches set it), which would "
+                f"run instead of the quantized one: remove the hook or merge the adapter first"
+            )
+        if "weight" not in module._parameters:
+            return (
+                "its weight is no parameter of its own but computed before each forward (as pruning and weight_norm "
+                "do), and would be stale when frozen: make it permanent first, as with torch.nn.utils.prune.remove"
+            )
+        weight = module._parameters["weight"]
+        if weight is None or type(weight) is not nn.Parameter or type(weight.data) is not Tensor:
+            return f"its weight is a {type(weight).__name__}, not a plain nn.Parameter: prepare before it is converted"
+        if weight.dtype not in _MASTER_DTYPES:
+            return f"its weight has dtype {weight.dtype}: a master weight is float32, bfloat16 or float16"
+        if weight.ndim != 2 or not weight.numel():
+            return f"its weight has shape {tuple(weight.shape)}, which is no matrix with elements: prepare it unsharded"
+        return None
+
+    @classmethod
+    def adopt(
+        cls,
+        module: nn.Module,
+        weight_quantizer: WeightQuantizer,
+        input_quantizer: ActivationQuantizer | None = None,
+        output_quantizer: ActivationQuantizer | None = None,
+    ) -> Self:
+        """Turn ``module`` into a layer of this class, in place, and return it.
+
+        Raises:
+            StateError: it is not really what it seems to be, see `adoption_fault`.
+        """
+        fault = cls.adoption_fault(module)
+        if fault is not None:
+            raise StateError(f"module: {fault}")
+        module.__class__ = cls
+        assert isinstance(module, cls)
+        module.weight_quantizer = weight_quantizer
+        module.input_quantizer = input_quantizer
+        module.output_quantizer = output_quantizer
+        module.mode = Mode()
+        module.reached = False
+        return module
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``(..., in)`` to ``(..., out)``."""
+        mode = self.mode
+        if not torch.compiler.is_compiling():  # compiled code under activation checkpointing may not set attributes
+            self.reached = True
+        if mode.observe and self.input_quantizer is not None:
+            self.input_quantizer.observe(input)
+        weight = self.effective_weight(self)
+        dtype = _compute_dtype(input, weight)
+        y = self.compute(input, self.weight_quantizer.quantize(weight, dtype) if mode.weights else None)
+        if self.output_quantizer is not None:
+            if mode.observe:
+                self.output_quantizer.observe(y)
+            if mode.weights and mode.activations:
+                y = fake_quantize_output(y, self.output_quantizer)
+        return y
+
+    def active_input_quantizer(self) -> ActivationQuantizer | None:
+        """The quantizer that the input goes through now; None where the input comes quantized from its producer.
+
+        Raises:
+            CalibrationError: it has no scale yet.
+        """
+        quantizer = self.input_quantizer
+        if quantizer is None or not self.mode.activations or quantizer.arrives_quantized:
+            return None
+        quantizer.require_scale()
+        return quantizer
+
+    def fresh_state(self, prefix: str, weight: Tensor, algorithm: Algorithm) -> dict[str, Tensor]:
+        """What a checkpoint would hold of newly made quantizers, on the device of ``weight``.
+
+        Args:
+            prefix: the layer's name in the checkpoint, with a dot at its end, or empty.
+            weight: the effective weight that they are made for.
+            algorithm: makes the weight's quantizer.
+        """
+        quantizer = self.weight_quantizer
+        states = {"weight_quantizer": algorithm.make(weight, quantizer.qtype, quantizer.dtype).state_dict()}
+        for name in ("input_quantizer", "output_quantizer"):
+            module: ActivationQuantizer | None = getattr(self, name)
+            if module is not None:
+                states[name] = {
+                    key: torch.zeros_like(v, device=weight.device) for key, v in module.state_dict().items()
+                }
+        return {f"{prefix}{name}.{key}": value for name, state in states.items() for key, value in state.items()}
+
+    def activation_quantizers(self) -> Iterator[ActivationQuantizer]:
+        """The quantizers of the input and of the output, as far as there are any."""
+        return (quantizer for quantizer in (self.input_quantizer, self.output_quantizer) if quantizer is not None)
+
+    def quantizer_parameters(self) -> Iterator[nn.Parameter]:
+        """Everything the quantizers learn."""
+        for quantizer in (self.weight_quantizer, *self.activation_quantizers()):
+            yield from quantizer.parameters()
+
+    def extra_repr(self) -> str:
+        """Shape and type, for ``print(model)``."""
+        return f"{super().extra_repr()}, weights={self.weight_quantizer.qtype.name}"
+
+
+def _compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
+    """The dtype a matrix product runs in: autocast's where it is on, the weight's otherwise."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype

@@ -1,0 +1,113 @@
+"""What a model's tensors are, where they are, and how two of them differ; nothing here knows a format or a library."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+__all__ = [
+    "Difference",
+    "difference",
+    "digest",
+    "inner_tensors",
+    "map_tensors",
+    "model_device",
+    "own_tensors",
+    "stored_tensors",
+]
+
+
+def digest(tensor: Tensor) -> str:
+    """sha256 of a tensor's values as raw bytes, row-major; shape and dtype do not enter.
+
+    >>> digest(torch.zeros(2, 2)) == digest(torch.zeros(4))
+    True
+    """
+    plain = tensor.detach().cpu().contiguous()
+    return hashlib.sha256(plain.reshape(-1).view(torch.uint8).numpy().data).hexdigest()
+
+
+def inner_tensors(tensor: Tensor) -> list[Tensor]:
+    """The plain tensors that hold a tensor's data: itself, or the parts of a quantized one.
+
+    Stock diffusers leaves the wrapper of a loaded weight on the meta device; only the parts say where the data is.
+    """
+    flatten = getattr(tensor, "__tensor_flatten__", None)
+    if flatten is None:
+        return [tensor]
+    return [part for name in flatten()[0] for part in inner_tensors(getattr(tensor, name))]
+
+
+def model_device(model: nn.Module) -> torch.device:
+    """The device of a model's first parameter or buffer; the CPU for a model without any."""
+    tensors = (*model.parameters(), *model.buffers())
+    return inner_tensors(tensors[0])[0].device if tensors else torch.device("cpu")
+
+
+def own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """A module's own parameters and persistent buffers, by name."""
+    for name, parameter in module._parameters.items():
+        if parameter is not None:
+            yield name, parameter
+    for name, buffer in module._buffers.items():
+        if buffer is not None and name not in module._non_persistent_buffers_set:
+            yield name, buffer
+
+
+def stored_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter and persistent buffer under every name it has, quantized weights as one tensor."""
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        for key, tensor in own_tensors(module):
+            yield (f"{prefix}.{key}" if prefix else key), tensor
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], batch: Any) -> Any:
+    """Apply ``function`` to every tensor in nested containers; a tokenizer's mapping becomes a dict.
+
+    >>> map_tensors(torch.neg, {"x": (torch.ones(1), None)})
+    {'x': (tensor([-1.]), None)}
+    """
+
+    def apply(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return function(leaf)
+        return map_tensors(function, dict(leaf)) if isinstance(leaf, Mapping) else leaf
+
+    return tree_map(apply, batch)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """By how much two tensors differ; prints as a few words."""
+
+    count: int
+    total: int
+    largest: float
+    forms: str = ""
+    """Both dtypes and shapes, where these differ and numbers cannot be compared."""
+
+    @property
+    def comparable(self) -> bool:
+        """Whether the tensors have one dtype and shape."""
+        return not self.forms
+
+    def __str__(self) -> str:
+        return self.forms or f"{self.count} of {self.total} numbers differ, by up to {self.largest:.3g}"
+
+
+def difference(expected: Tensor, given: Tensor) -> Difference | None:
+    """How ``given`` differs from ``expected``, or None when they are equal bit for bit."""
+    if (given.shape, given.dtype) != (expected.shape, expected.dtype):
+        forms = f"{given.dtype} {tuple(given.shape)} instead of {expected.dtype} {tuple(expected.shape)}"
+        return Difference(expected.numel(), expected.numel(), float("inf"), forms)
+    if digest(given) == digest(expected):
+        return None
+    a, b = expected.detach().cpu().double(), given.detach().cpu().double()
+    gap = (a - b).abs().nan_to_num(nan=float("inf"))  # a NaN on one side is no small difference
+    return Difference(int((a != b).sum()), a.numel(), gap.max().item())

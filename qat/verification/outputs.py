@@ -1,0 +1,81 @@
+"""Outputs of a model on example inputs, and their comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qat.files.examples import flatten_outputs
+from qat.files.shards import ALIGNMENT
+from qat.probing import kept_modes, run
+from qat.tensors import difference, map_tensors, model_device
+
+__all__ = ["compute_outputs", "output_faults"]
+
+
+@contextmanager
+def _bare(model: nn.Module) -> Iterator[None]:
+    """Hide what trainers leave on modules: a ``forward`` of the object's own, which no reload has.
+
+    HF Trainer and accelerate put autocast around ``model.forward`` and leave it there.
+    """
+    patched = [(module, vars(module).pop("forward")) for module in model.modules() if "forward" in vars(module)]
+    try:
+        yield
+    finally:
+        for module, forward in patched:
+            module.__dict__["forward"] = forward
+
+
+def compute_outputs(model: nn.Module, inputs: Any) -> dict[str, Tensor]:
+    """Run a model on example inputs, as a reload would: in evaluation mode, without gradients and without autocast.
+
+    Args:
+        model: is run on the device where it is, and left in the modes it had. What draws noise gets a fixed seed.
+        inputs: a mapping (keyword arguments), a tuple or list (positional ones), or one tensor, on any device.
+
+    Returns:
+        The outputs' tensors, named as by `flatten_outputs`.
+    """
+    device = model_device(model)
+
+    def place(tensor: Tensor) -> Tensor:
+        # Views of a memory-mapped file lie anywhere, and torch's int8 kernel on a CPU ends the process when its input
+        # does not start on a 16-byte boundary.
+        crooked = tensor.device.type == "cpu" and tensor.data_ptr() % ALIGNMENT
+        return tensor.to(device, copy=bool(crooked))
+
+    inputs = map_tensors(place, inputs)
+    plain = torch.autocast(device.type, enabled=False)
+    with _bare(model), kept_modes(model), torch.no_grad(), torch.random.fork_rng(devices=[]), plain:
+        model.eval()
+        torch.manual_seed(0)
+        outputs = run(model, inputs)
+    return flatten_outputs(outputs)
+
+
+def output_faults(
+    found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], tolerance: float = 0.0
+) -> tuple[list[str], float]:
+    """Compare outputs: bit for bit, or within a tolerance relative to each tensor's largest value.
+
+    Returns:
+        One sentence for each tensor that differs, and the largest relative difference of all.
+    """
+    if found.keys() != wanted.keys():
+        return [f"outputs are {sorted(found)}, not {sorted(wanted)}"], float("inf")
+    faults, worst = [], 0.0
+    for key, expected in wanted.items():
+        given = found[key]
+        gap = difference(expected, given)
+        if gap is None:
+            continue
+        share = gap.largest / max(expected.double().abs().nan_to_num().max().item(), 1e-30) if gap.comparable else 1e30
+        worst = max(worst, share)
+        if not share <= tolerance:
+            faults.append(f"{key}: {gap} ({share:.2g} of the largest)" if gap.comparable else f"{key}: {gap}")
+    return faults, worst
