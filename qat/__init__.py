@@ -33,7 +33,9 @@ _HOMES = {
     "qat.preparation": ("PrepareReport", "parameter_groups", "prepare"),
     "qat.quantizers": ("Algorithm", "AnyAlgorithm", "LearnedAffine", "StraightThrough", "WeightQuantizer"),
     "qat.spec": ("LayerSpec", "QuantSpec"),
-    "qat.training": ("QuantizationAwareTraining", "QuantizationSchedule", "QuantizedTask"),
+    "qat.training.callback": ("QuantizationAwareTraining",),
+    "qat.training.schedule": ("QuantizationSchedule",),
+    "qat.training.task": ("QuantizedTask",),
     "qat.verification": ("VerifyReport", "verify"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}

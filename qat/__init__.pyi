@@ -23,9 +23,9 @@ from qat.quantizers import StraightThrough as StraightThrough
 from qat.quantizers import WeightQuantizer as WeightQuantizer
 from qat.spec import LayerSpec as LayerSpec
 from qat.spec import QuantSpec as QuantSpec
-from qat.training import QuantizationAwareTraining as QuantizationAwareTraining
-from qat.training import QuantizationSchedule as QuantizationSchedule
-from qat.training import QuantizedTask as QuantizedTask
+from qat.training.callback import QuantizationAwareTraining as QuantizationAwareTraining
+from qat.training.schedule import QuantizationSchedule as QuantizationSchedule
+from qat.training.task import QuantizedTask as QuantizedTask
 from qat.verification import VerifyReport as VerifyReport
 from qat.verification import verify as verify
 

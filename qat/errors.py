@@ -10,7 +10,6 @@ from collections.abc import Sequence
 
 __all__ = [
     "CalibrationError",
-    "DataError",
     "ExportError",
     "LoadError",
     "QatError",
@@ -40,10 +39,6 @@ class StateError(QatError, RuntimeError):
 
 class CalibrationError(QatError, RuntimeError):
     """Calibration saw no batches, or never reached a layer."""
-
-
-class DataError(QatError, ValueError):
-    """The data is missing, empty, unreadable, or shorter than one block."""
 
 
 class TrainingError(QatError, RuntimeError):

@@ -1,39 +1,22 @@
 """What is shown at the terminal: tables, one-line errors, and nothing from other libraries.
 
-Commands and recipes share this: a function for each kind of result that makes a rich table of it, `run_command`, which
+Commands and recipes share this: a function for each kind of report that makes a rich table of it, `run_command`, which
 turns a user's mistake into one line and an exit code, and `quiet_libraries`, which silences, by name, the messages of
 other libraries that say nothing about the user's run. A library must never do the last two; a program's edge may.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import signal
 import sys
-import time
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from datetime import timedelta
+from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
-from math import isfinite
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, NoReturn
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 from rich.text import Text
 
@@ -44,81 +27,16 @@ if TYPE_CHECKING:
     from qat.verification import VerifyReport
 
 __all__ = [
-    "ResultRow",
     "inspect_table",
     "inspect_totals",
     "print_table",
-    "progress_bar",
     "quiet_libraries",
-    "results_table",
     "run_command",
-    "show_results",
     "show_size",
-    "stage",
-    "track",
     "verify_table",
-    "write_results",
 ]
 
-Item = TypeVar("Item")
-
-_UNHELPFUL_WARNINGS = (
-    "You defined a `validation_step` but have no `val_dataloader`",  # a task module can validate, a recipe need not
-    r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning's own use of torch
-    r"Checkpoint directory .* exists and is not empty",  # a second run of the same recipe
-    r"The '.*_dataloader' does not have many workers",  # token blocks in memory need none
-    "Be aware that when using `ckpt_path`, callbacks",  # a run resumed with another interval of checkpoints
-    "The dirpath has changed from",  # a run resumed for another output
-)
 WIDTH_OF_FILES = 160  # columns where the output is no terminal, which has no width of its own
-
-
-@dataclass(frozen=True)
-class ResultRow:
-    """One line of a recipe's result table."""
-
-    name: str
-    """What was judged."""
-    metrics: dict[str, float]
-    """Metric name to value; the same names in every row."""
-    bytes_on_disk: int
-    """Size of the weight files."""
-    steps: int
-    """Optimizer steps of training on top of the model that the recipe started from."""
-    learning_rate: float | None = None
-    """The peak learning rate of those steps; None where there were none."""
-
-
-def results_table(rows: Sequence[ResultRow], title: str | None = None) -> Table:
-    """Make the table that a recipe ends with, one line a model."""
-    table = Table(title=title, title_justify="left")
-    table.add_column("model", no_wrap=True)
-    names = list(rows[0].metrics) if rows else []
-    for name in [*names, "on disk", "steps", "learning rate"]:
-        table.add_column(name, justify="right", no_wrap=True)
-    for row in rows:
-        values = [f"{row.metrics[name]:.4f}" for name in names]
-        rate = "-" if row.learning_rate is None else f"{row.learning_rate:.3g}"
-        table.add_row(row.name, *values, show_size(row.bytes_on_disk), str(row.steps), rate)
-    return table
-
-
-def write_results(path: Path, rows: Sequence[ResultRow]) -> None:
-    """Write the rows of a result table as JSON, for scripts that compare runs.
-
-    A metric that is no finite number, such as the loss of a timestep bin that no image fell into, is written as null:
-    JSON has no such numbers.
-    """
-    written = [asdict(row) for row in rows]
-    for row in written:
-        row["metrics"] = {name: value if isfinite(value) else None for name, value in row["metrics"].items()}
-    path.write_text(json.dumps(written, indent=1, allow_nan=False) + "\n")
-
-
-def show_results(rows: Sequence[ResultRow], path: Path) -> None:
-    """Print the result table, and write it as JSON."""
-    print_table(results_table(rows))
-    write_results(path, rows)
 
 
 def inspect_table(report: InspectReport) -> Table:
@@ -196,68 +114,6 @@ def print_table(table: Table) -> None:
     console.print(table)
 
 
-class _ProgressLines(Progress):
-    """Progress where nobody watches: a line when a stage begins, and one with its time when it ends."""
-
-    def start(self) -> None:
-        """Draw nothing."""
-
-    def add_task(self, description: str, *args: Any, **options: Any) -> TaskID:
-        """Begin a stage."""
-        self._say(f"{description} ...")
-        return super().add_task(description, *args, **options)
-
-    def stop(self) -> None:
-        """End all stages: finished ones, and those that an error stopped."""
-        for task in self.tasks:
-            count = f"{task.completed:.0f} of {task.total:.0f}" if task.total is not None else f"{task.completed:.0f}"
-            took = _duration(task.elapsed or 0)
-            note = f", {task.fields['note']}" if task.fields.get("note") else ""
-            ended = f"{count} in {took}" if task.finished else f"stopped at {count} after {took}"
-            self._say(f"{task.description}: {ended}{note}")
-            self.remove_task(task.id)
-
-    def _say(self, line: str) -> None:
-        if not self.disable:
-            print(line, file=sys.stderr, flush=True)
-
-
-def progress_bar() -> Progress:
-    """Make a progress display on the standard error stream; a task may have a field ``note``, shown at its end.
-
-    In a file or a pipe a task is two lines, one when it begins and one when the display stops.
-    """
-    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    display = Progress if console.is_interactive else _ProgressLines
-    return display(*columns, TextColumn("{task.fields[note]}"), console=console)
-
-
-def track(items: Iterable[Item], description: str, total: int) -> Iterable[Item]:
-    """Yield ``items`` while a progress bar counts them."""
-    with progress_bar() as bar:
-        task = bar.add_task(description, total=total, note="")
-        for item in items:
-            yield item
-            bar.advance(task)  # rich's own `track` counts in a thread that ends where nothing is drawn
-
-
-@contextmanager
-def stage(description: str) -> Iterator[None]:
-    """Frame work that another library shows on a terminal: elsewhere, by a line when it begins and one when it ends."""
-    if Console(stderr=True).is_interactive:
-        yield
-        return
-    start = time.monotonic()
-    print(f"{description} ...", file=sys.stderr, flush=True)
-    yield
-    print(f"{description}: done in {_duration(time.monotonic() - start)}", file=sys.stderr, flush=True)
-
-
-def _duration(seconds: float) -> timedelta:
-    return timedelta(seconds=round(seconds))
-
-
 def run_command(main: Callable[[], object]) -> NoReturn:
     """Run a program and exit: 0 when it returns, 1 when a verification failed, 2 on a user's mistake.
 
@@ -287,10 +143,8 @@ def run_command(main: Callable[[], object]) -> NoReturn:
 
 def quiet_libraries() -> None:
     """Silence, in this process, what other libraries say about themselves; their errors still come through."""
-    for name in ("lightning.pytorch", "lightning.fabric", "transformers", "datasets", "torch.utils.flop_counter"):
+    for name in ("transformers", "torch.utils.flop_counter"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    for message in _UNHELPFUL_WARNINGS:
-        warnings.filterwarnings("ignore", message=message)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the tokenizer would warn in every forked process
     from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars  # type: ignore[attr-defined]
 

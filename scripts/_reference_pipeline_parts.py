@@ -23,7 +23,7 @@ SIZE = 32
 LATENT_CHANNELS = 4
 LIBRARY: Any = diffusers  # whose classes, loaded lazily, have no attributes for a type checker
 Autoencoder = Any
-HOLD_OUT_EVERY = 5  # as in qat.data.images, which is not imported where there are no datasets
+HOLD_OUT_EVERY = 5  # as in recipes.data.images, which is not imported where there are no datasets
 
 
 @dataclass
@@ -52,7 +52,7 @@ class Digits:
 def read_digits(folder: Path | None) -> Digits:
     """The digits of a folder that `write_images` made, or scikit-learn's."""
     if folder is None:
-        from qat.data.images import digits
+        from recipes.data.images import digits
 
         rows: list[dict[str, Any]] = list(digits())
     else:
@@ -66,7 +66,7 @@ def read_digits(folder: Path | None) -> Digits:
 
 def write_images(folder: Path) -> None:
     """scikit-learn's digits as PNG files with a metadata.jsonl, as ``datasets``' image folders have it."""
-    from qat.data.images import digits
+    from recipes.data.images import digits
 
     folder.mkdir(parents=True, exist_ok=True)
     lines = []

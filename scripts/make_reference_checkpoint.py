@@ -20,7 +20,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from qat.data.text import standard_library_documents
+from recipes.data.text import standard_library_documents
 
 END_OF_TEXT = "<|endoftext|>"
 

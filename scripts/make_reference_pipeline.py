@@ -80,8 +80,8 @@ It was trained with 16 text tokens, hence `max_sequence_length=16`. One caption 
 ![One column for each digit, one row for each seed, 20 steps, no guidance](samples.png)
 
 **Data.** scikit-learn's digits (UCI, Optical Recognition of Handwritten Digits, CC BY 4.0), enlarged from 8x8 pixels,
-with the captions of `qat/data/images.py`: {training_images:,} images to train on, slightly turned, scaled and moved;
-each fifth, {evaluation_images} in all, is held out, and the recipe evaluates on those.
+with the captions of `recipes/data/images.py`: {training_images:,} images to train on, slightly turned, scaled and
+moved; each fifth, {evaluation_images} in all, is held out, and the recipe evaluates on those.
 
 **Training.** `{command}`:
 seed {seed}, {autoencoder_steps:,} steps of {autoencoder_batch} images for the autoencoder (mean squared error on the

@@ -11,15 +11,13 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from qat.config import (
     ConfigError,
-    ModelSource,
-    OptimizationSettings,
-    ScheduleSettings,
     load_config,
     parse_arguments,
     read_yaml,
 )
 from qat.errors import QatError
 from qat.spec import LayerSpec, QuantSpec
+from recipes.common.settings import OptimizationSettings
 
 
 class Strict(BaseModel):
@@ -297,41 +295,3 @@ def test_reading_a_configuration_needs_no_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
-
-
-class WithModel(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    model: ModelSource | None = None
-    schedule: ScheduleSettings = ScheduleSettings()
-
-
-@pytest.mark.parametrize("source", ["gpt2", "owner/model-1.0_b"])
-def test_what_can_be_a_hub_name_is_left_to_the_hub(source: str) -> None:
-    assert load_config(WithModel, ["--model", source], "A test.").model == source
-
-
-def test_a_directory_is_found_in_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path))
-    (tmp_path / "models" / "a" / "b").mkdir(parents=True)
-    assert load_config(WithModel, ["--model", "~/models/a/b"], "A test.").model == str(tmp_path / "models" / "a" / "b")
-
-
-@pytest.mark.parametrize("source", ["./model", "/no/model", "~/no_model", "~nobody/model", "a/b/c", "model/", ""])
-def test_a_path_that_does_not_exist_is_no_hub_name(source: str) -> None:
-    with pytest.raises(ConfigError, match="model: must be a directory that exists, or a hub name such as"):
-        load_config(WithModel, ["--model", source], "A test.")
-
-
-def test_a_file_is_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "model").touch()
-    with pytest.raises(ConfigError, match=r"must be a directory that exists.*got 'model'"):
-        load_config(WithModel, ["--model", "model"], "A test.")
-
-
-def test_a_schedule_is_ordered_and_ends_where_its_recipe_ends() -> None:
-    with pytest.raises(ConfigError, match=r"observe_until \(3\) must come after observe_from \(5\)"):
-        load_config(WithModel, ["--schedule.observe-from", "5", "--schedule.observe-until", "3"], "A test.")
-    with pytest.raises(ConfigError, match=r"Unrecognized options: --schedule\.finish"):
-        load_config(WithModel, ["--schedule.finish", "last"], "A test.")

@@ -11,7 +11,6 @@ BUILTINS = {
     "TargetError": ValueError,
     "StateError": RuntimeError,
     "CalibrationError": RuntimeError,
-    "DataError": ValueError,
     "TrainingError": RuntimeError,
     "ExportError": RuntimeError,
     "LoadError": RuntimeError,

@@ -14,18 +14,20 @@ import lightning
 import pytest
 import torch
 import yaml
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers.models import WordLevel
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import qat
-from qat import tasks
-from qat.config import ConfigError, OptimizationSettings, TrainerSettings, load_config, read_yaml
-from qat.errors import DataError, ExportError, LoadError, QatError, TrainingError
-from qat.report import quiet_libraries
-from qat.tasks import CausalLanguageModelling
-from recipes import causal_lm, common
-from recipes.common import training
+from qat.config import ConfigError, load_config, read_yaml
+from qat.errors import ExportError, LoadError, QatError, TrainingError
+from recipes import causal_lm, tasks
+from recipes.common import callbacks, models, training
+from recipes.common.progress import quiet_libraries
+from recipes.common.settings import OptimizationSettings, TrainerSettings
+from recipes.data import DataError
+from recipes.tasks import CausalLanguageModelling
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.py") if path.stem != "__init__")
@@ -39,7 +41,7 @@ class StopEarly(lightning.Callback):
         trainer.should_stop = True
 
 
-class StepCounter(common.StepProgress):
+class StepCounter(callbacks.StepProgress):
     """A progress bar that keeps what it counted."""
 
     steps: ClassVar[list[int]] = []
@@ -55,7 +57,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny")
     torch.manual_seed(0)
     words = {f"w{number}": number for number in range(63)} | {"<end>": 63}
-    backend = Tokenizer(models.WordLevel(words, unk_token="<end>"))
+    backend = Tokenizer(WordLevel(words, unk_token="<end>"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>").save_pretrained(folder)
     config = LlamaConfig(
@@ -167,7 +169,7 @@ def test_without_the_comparison(arguments: list[str], small: list[str], capsys: 
 
 def test_all_arms_see_the_same_batches_in_the_same_order(small: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[list[Any]] = []
-    fit = common.fit
+    fit = training.fit
 
     def record(name: str, model: Any, *arguments: Any, **options: Any) -> Any:
         seen.append([])
@@ -181,7 +183,7 @@ def test_all_arms_see_the_same_batches_in_the_same_order(small: list[str], monke
         hook.remove()
         return trainer
 
-    monkeypatch.setattr(common, "fit", record)
+    monkeypatch.setattr(training, "fit", record)
     causal_lm.main([*small, "--spec.weights", "int8", "--spec.activations", "int8"])
     fine_tuned, quantized = seen
     assert len(fine_tuned) == 3
@@ -226,7 +228,7 @@ def test_an_output_that_is_not_empty_is_an_error_before_any_training(
 ) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").touch()
-    monkeypatch.setattr(common, "load_language_model", lambda *_: pytest.fail("work began"))
+    monkeypatch.setattr(models, "load_language_model", lambda *_: pytest.fail("work began"))
     with pytest.raises(ExportError, match=r"not empty: choose another one, or .* \(on a command line --overwrite\)"):
         causal_lm.main(small)
     assert (tmp_path / "out" / "mine.txt").exists()
@@ -236,16 +238,16 @@ def test_an_output_that_is_not_empty_is_an_error_before_any_training(
 def test_a_device_that_is_not_there_is_an_error_before_any_work(
     small: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(common, "load_language_model", lambda *_: pytest.fail("work began"))
+    monkeypatch.setattr(models, "load_language_model", lambda *_: pytest.fail("work began"))
     with pytest.raises(ConfigError, match=r"^trainer: Lightning cannot train with accelerator='gpu'.*change these"):
         causal_lm.main([*small, "--trainer.accelerator", "gpu"])
 
 
 def test_the_device_is_the_one_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert common.device_of(TrainerSettings(accelerator="cpu")) == torch.device("cpu")
+    assert training.device_of(TrainerSettings(accelerator="cpu")) == torch.device("cpu")
     second = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("cuda", 1)))
     monkeypatch.setattr(training, "_trainer", lambda *_, **__: second)
-    assert common.device_of(TrainerSettings()) == torch.device("cuda", 1)
+    assert training.device_of(TrainerSettings()) == torch.device("cuda", 1)
 
 
 def test_calibration_happens_on_the_given_device(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -259,7 +261,7 @@ def test_calibration_happens_on_the_given_device(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(qat, "freeze", lambda model: None)
     monkeypatch.setattr(nn.Module, "cpu", lambda model: seen.append("back"))
     batches = [{"input_ids": torch.zeros(1, 4)}] * 3
-    common.calibrate_and_freeze(nn.Linear(4, 4, bias=False), batches, 2, torch.device("meta"))
+    training.calibrate_and_freeze(nn.Linear(4, 4, bias=False), batches, 2, torch.device("meta"))
     assert seen == ["meta", "meta", "meta", "back"]
 
 
@@ -267,11 +269,11 @@ def test_a_fit_that_ends_too_early_is_an_error(tiny: Path) -> None:
     model = LlamaForCausalLM.from_pretrained(tiny)
     quiet_libraries()
     optimization = OptimizationSettings(steps=3, warmup_steps=1)
-    settings = common.FitSettings(optimization, TrainerSettings(accelerator="cpu"), 0)
+    settings = training.FitSettings(optimization, TrainerSettings(accelerator="cpu"), 0)
     options: dict[str, Any] = {"learning_rate": 1e-4, "settings": settings, "callbacks": [StopEarly()]}
-    batches = common.training_batches([{"input_ids": torch.zeros(8, dtype=torch.long)}] * 6, 2)
+    batches = training.training_batches([{"input_ids": torch.zeros(8, dtype=torch.long)}] * 6, 2)
     with pytest.raises(TrainingError, match=r"optimization\.steps: training ended after 1 of 3 steps"):
-        common.fit("training", model, CausalLanguageModelling(), batches, **options)
+        training.fit("training", model, CausalLanguageModelling(), batches, **options)
 
 
 def test_the_last_weights_are_saved_and_a_run_goes_on_from_them(

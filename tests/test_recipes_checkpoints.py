@@ -9,8 +9,8 @@ import lightning
 import pytest
 import torch
 
-from qat.config import TrainerSettings
-from recipes.common import LastCheckpoint, checkpoints_in
+from recipes.common.callbacks import LastCheckpoint, checkpoints_in
+from recipes.common.settings import TrainerSettings
 from tests.training_modules import ResumableLoader, UserModule, assert_equal_state, loader, quantization, quiet_trainer
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,20 +12,24 @@ import datasets
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import qat
-from qat.config import ConfigError, OptimizationSettings, TrainerSettings
-from qat.data.images import Images
-from qat.errors import DataError, LoadError, StateError
-from qat.report import quiet_libraries
-from qat.tasks import Task
-from recipes import common, text_to_image
-from recipes.common import comparison, diffusion, diffusion_config
+from qat.config import ConfigError
+from qat.errors import LoadError, StateError
+from recipes import text_to_image
+from recipes.common import callbacks, comparison, diffusion, diffusion_config, fine_tuned, models, training
+from recipes.common.progress import quiet_libraries
+from recipes.common.settings import OptimizationSettings, TrainerSettings
+from recipes.data import DataError
+from recipes.data.images import Images
 from tests.pipelines import make
 
 
-class Echo(Task):
+class Echo:
     """Notes the batches that it is trained on."""
 
     def __init__(self) -> None:
@@ -51,14 +57,17 @@ def fitted(steps: int, tmp_path: Path, resume: Path | None = None) -> tuple[list
     def collate(examples: list[int]) -> torch.Tensor:
         return torch.tensor(examples).float().unsqueeze(1) + torch.rand(len(examples), 1, generator=noise) * 0.999
 
-    batches = common.training_batches(list(range(100)), 4, collate)  # type: ignore[arg-type]
+    batches = training.training_batches(list(range(100)), 4, collate)  # type: ignore[arg-type]
     optimization = OptimizationSettings(steps=steps, warmup_steps=0)
-    settings = common.FitSettings(optimization, TrainerSettings(accelerator="cpu"), 3)
-    callbacks = common.checkpoints_in(tmp_path, TrainerSettings())
+    settings = training.FitSettings(optimization, TrainerSettings(accelerator="cpu"), 3)
     model = nn.Linear(1, 1)
     quiet_libraries()
-    options: dict[str, Any] = {"callbacks": callbacks, "resume": resume, "noise": noise}
-    common.fit("training", model, task, batches, learning_rate=1e-3, settings=settings, **options)
+    options: dict[str, Any] = {
+        "callbacks": callbacks.checkpoints_in(tmp_path, TrainerSettings()),
+        "resume": resume,
+        "noise": noise,
+    }
+    training.fit("training", model, task, batches, learning_rate=1e-3, settings=settings, **options)
     return [[x // 1 for x in batch] for batch in task.seen], [[x % 1 for x in batch] for batch in task.seen]
 
 
@@ -92,10 +101,10 @@ class Watched(nn.Linear):
 
 def test_a_teacher_leaves_the_device_after_the_fit() -> None:
     quiet_libraries()
-    teacher, batches = Watched(), common.training_batches(torch.ones(8, 1), 4)  # type: ignore[arg-type]
+    teacher, batches = Watched(), training.training_batches(torch.ones(8, 1), 4)  # type: ignore[arg-type]
     optimization = OptimizationSettings(steps=2, warmup_steps=0, distillation_weight=1.0)
-    settings = common.FitSettings(optimization, TrainerSettings(accelerator="cpu"), 0)
-    common.fit("training", nn.Linear(1, 1), Echo(), batches, learning_rate=1e-3, settings=settings, teacher=teacher)
+    settings = training.FitSettings(optimization, TrainerSettings(accelerator="cpu"), 0)
+    training.fit("training", nn.Linear(1, 1), Echo(), batches, learning_rate=1e-3, settings=settings, teacher=teacher)
     assert teacher.moved == ["cpu", "cpu", "back"]
 
 
@@ -106,7 +115,7 @@ def test_a_judged_model_leaves_the_device_before_a_copy_of_it_draws(monkeypatch:
     monkeypatch.setattr(comparison.DiffusionComparison, "_draw", lambda _, model, device: drawn.append(model))
     model, device = Watched(), torch.device("cpu", 0)
     data: Any = SimpleNamespace(evaluation=evaluation)
-    judging = common.DiffusionComparison(text_to_image.Config(), data, torch.bfloat16, model, device)
+    judging = comparison.DiffusionComparison(text_to_image.Config(), data, torch.bfloat16, model, device)
     assert model.moved == ["cpu:0", "compared", "back"]
     judging.judge("float", model, device, 0, None)
     assert model.moved == ["cpu:0", "compared", "back", "cpu:0", "back"]
@@ -120,33 +129,33 @@ def test_each_process_draws_noise_of_its_own() -> None:
     for rank, step in ((0, 0), (1, 0), (0, 7), (0, 0)):
         generator = torch.Generator()
         trainer: Any = SimpleNamespace(global_rank=rank, global_step=step)
-        common.SeedNoise(generator, 5).on_train_start(trainer, None)  # type: ignore[arg-type]
+        callbacks.SeedNoise(generator, 5).on_train_start(trainer, None)  # type: ignore[arg-type]
         drawn.append(torch.rand(4, generator=generator).tolist())
     assert drawn[3] == drawn[0]
     assert len({tuple(numbers) for numbers in drawn}) == 3
 
 
 def test_a_file_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
-    assert common.step_of(None) == 0
+    assert callbacks.step_of(None) == 0
     (tmp_path / "last.ckpt").write_bytes(b"nothing")
     with pytest.raises(ConfigError, match=r"resume: '.*last\.ckpt' is no checkpoint of a recipe .*: give the"):
-        common.step_of(tmp_path / "last.ckpt")
+        callbacks.step_of(tmp_path / "last.ckpt")
     torch.save({"step": 3}, tmp_path / "last.ckpt")
     with pytest.raises(ConfigError, match=r"\(KeyError\)"):
-        common.step_of(tmp_path / "last.ckpt")
+        callbacks.step_of(tmp_path / "last.ckpt")
 
 
 def test_a_resumed_run_takes_over_the_fine_tuned_weights_of_equal_settings(tmp_path: Path) -> None:
     first, resume = text_to_image.Config(), tmp_path / "a" / "last.ckpt"
-    weights = common.FineTunedWeights(tmp_path / "a", first, None)
+    weights = fine_tuned.FineTunedWeights(tmp_path / "a", first, None)
     trained, trainer = nn.Linear(3, 2), SimpleNamespace(is_global_zero=True)
     assert not weights.restore(nn.Linear(3, 2))  # no run is gone on from
     weights.save(trained, trainer)  # type: ignore[arg-type]
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["fine_tuned.safetensors"]
 
-    def resumed(**changed: Any) -> common.FineTunedWeights:
+    def resumed(**changed: Any) -> fine_tuned.FineTunedWeights:
         config = first.model_copy(update={"resume": resume, "overwrite": True, **changed})
-        return common.FineTunedWeights(tmp_path / "b", config, resume)
+        return fine_tuned.FineTunedWeights(tmp_path / "b", config, resume)
 
     model = nn.Linear(3, 2)
     assert resumed(output=tmp_path).restore(model)
@@ -160,7 +169,7 @@ def test_a_resumed_run_takes_over_the_fine_tuned_weights_of_equal_settings(tmp_p
 
 
 def test_of_several_processes_one_keeps_the_weights(tmp_path: Path) -> None:
-    weights = common.FineTunedWeights(tmp_path / "a", text_to_image.Config(), None)
+    weights = fine_tuned.FineTunedWeights(tmp_path / "a", text_to_image.Config(), None)
     weights.save(nn.Linear(3, 2), SimpleNamespace(is_global_zero=False))  # type: ignore[arg-type]
     assert not (tmp_path / "a").exists()
 
@@ -180,7 +189,7 @@ def test_prompts_that_are_no_labels_are_refused_before_any_work(monkeypatch: pyt
     monkeypatch.setattr(diffusion, "load_images", lambda *_: pytest.fail("work began"))
     config, cpu = text_to_image.Config(prompts=("1", "a cat")), torch.device("cpu")
     with pytest.raises(DataError, match=r"^prompts: DiTPipeline cannot draw \('1', 'a cat'\): give .* labels integers"):
-        common.diffusion_data(make("dit"), Path(), config, cpu, 4, 0)
+        diffusion.diffusion_data(make("dit"), Path(), config, cpu, 4, 0)
 
 
 def test_too_few_images_are_refused_before_they_are_encoded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,7 +197,7 @@ def test_too_few_images_are_refused_before_they_are_encoded(monkeypatch: pytest.
     monkeypatch.setattr(diffusion, "load_images", lambda *_: Images(few, few, ()))
     monkeypatch.setattr(diffusion, "encode", lambda *_, **__: pytest.fail("work began"))
     with pytest.raises(DataError, match=r"optimization\.batch_size: 4 is more than the 3 examples to train on"):
-        common.diffusion_data(make("flux"), Path(), text_to_image.Config(), torch.device("cpu"), 4, 0)
+        diffusion.diffusion_data(make("flux"), Path(), text_to_image.Config(), torch.device("cpu"), 4, 0)
 
 
 class ReadsAWeight(nn.Module):
@@ -205,7 +214,7 @@ class ReadsAWeight(nn.Module):
 
 def test_what_is_printed_is_what_preparation_decides() -> None:
     model, example = ReadsAWeight(), {"hidden_states": torch.zeros(2, 256)}
-    shown = common.inspected(model, qat.QuantSpec(weights="int8"), "quanto", example)
+    shown = diffusion.inspected(model, qat.QuantSpec(weights="int8"), "quanto", example)
     assert "1 of 2 linear layers stay float" in shown
     qat.prepare(model, qat.QuantSpec(weights="int8"), example_inputs=example, target="quanto")
     assert type(model.read) is nn.Linear
@@ -216,7 +225,37 @@ def test_a_pipeline_around_a_given_transformer(tmp_path: Path, monkeypatch: pyte
     pipeline = make("flux")
     pipeline.save_pretrained(tmp_path)
     monkeypatch.setattr(FluxTransformer2DModel, "from_pretrained", lambda *_, **__: pytest.fail("it was read"))
-    loaded, _ = common.load_pipeline(str(tmp_path), torch.bfloat16, transformer=pipeline.transformer)
+    loaded, _ = models.load_pipeline(str(tmp_path), torch.bfloat16, transformer=pipeline.transformer)
     assert loaded.transformer is pipeline.transformer
     assert pipeline.transformer.dtype == torch.float32
     assert loaded.vae.dtype == torch.bfloat16
+
+
+OWN_CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+class OwnModel(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def test_code_that_comes_with_a_model_runs_only_when_it_is_trusted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it asked"))
+    monkeypatch.setattr("sys.path", [*sys.path])
+    folder = tmp_path / "own_model"
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=2, vocab_size=8)).save_pretrained(folder)
+    backend = Tokenizer(WordLevel({"a": 0}, unk_token="a"))
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="a").save_pretrained(folder)
+    fields = json.loads((folder / "config.json").read_text())
+    own = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    (folder / "config.json").write_text(json.dumps({**fields, "model_type": "own", "auto_map": own}))
+    (folder / "own.py").write_text(OWN_CODE)
+    with pytest.raises(LoadError, match="trust_remote_code"):
+        models.load_language_model(str(folder))
+    model, _ = models.load_language_model(str(folder), trust_remote_code=True)
+    assert type(model).__name__ == "OwnModel"

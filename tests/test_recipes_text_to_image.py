@@ -21,11 +21,11 @@ from PIL import Image
 from torch import nn
 
 import qat
-from qat import tasks
 from qat.config import ConfigError, load_config
-from qat.errors import DataError, LoadError, SpecError, TargetError
-from recipes import common, text_to_image
-from recipes.common import comparison, training
+from qat.errors import LoadError, SpecError, TargetError
+from recipes import tasks, text_to_image
+from recipes.common import callbacks, comparison, diffusion, models, training
+from recipes.data import DataError
 from tests.pipelines import SIZE, autoencoder, caption_of, clip, make, tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -125,7 +125,7 @@ def test_the_whole_line(
 @pytest.mark.usefixtures("unverified")
 def test_student_teacher_and_both_arms_see_the_same_noise(small: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, list[list[Any]]] = {}
-    fit = common.fit
+    fit = training.fit
 
     def record(name: str, model: nn.Module, *arguments: Any, **options: Any) -> Any:
         hooks = []
@@ -144,8 +144,8 @@ def test_student_teacher_and_both_arms_see_the_same_noise(small: list[str], monk
             hook.remove()
         return trainer
 
-    monkeypatch.setattr(common, "fit", record)
-    monkeypatch.setattr(common, "calibrate", lambda model, batches, device: qat.calibrate(model, batches))
+    monkeypatch.setattr(training, "fit", record)
+    monkeypatch.setattr(training, "calibrate", lambda model, batches, device: qat.calibrate(model, batches))
     text_to_image.main([*small, "--spec.weights", "int8", "--spec.activations", "int8"])
     assert len(seen["fine-tuning"]) == 3
     assert seen["fine-tuning"] == seen["training"] == seen["training: teacher"]
@@ -155,7 +155,7 @@ def test_student_teacher_and_both_arms_see_the_same_noise(small: list[str], monk
 def test_encoders_are_out_of_memory_while_training(small: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     parts: list[tuple[str, weakref.ref[nn.Module]]] = []
     alive: list[list[str]] = []
-    load, fit = common.load_pipeline, common.fit
+    load, fit = models.load_pipeline, training.fit
 
     def load_and_watch(*arguments: Any, **options: Any) -> Any:
         pipeline, folder = load(*arguments, **options)
@@ -167,9 +167,9 @@ def test_encoders_are_out_of_memory_while_training(small: list[str], monkeypatch
         alive.append([name for name, part in parts if part() is not None])
         return fit(*arguments, **options)
 
-    monkeypatch.setattr(common, "load_pipeline", load_and_watch)
+    monkeypatch.setattr(models, "load_pipeline", load_and_watch)
     monkeypatch.setattr(comparison, "load_pipeline", load_and_watch)
-    monkeypatch.setattr(common, "fit", fit_and_look)
+    monkeypatch.setattr(training, "fit", fit_and_look)
     text_to_image.main(small)
     names = ["text_encoder", "text_encoder_2", "transformer", "vae"]
     assert sorted(name for name, _ in parts) == sorted(names * 4)  # to encode with, and for three models that draw
@@ -194,7 +194,7 @@ def test_the_transformer_is_moved_for_encoding_only_where_the_sampler_runs(
     def look(*_: Any, **__: Any) -> Any:
         raise EndError
 
-    monkeypatch.setattr(common, "inspected", look)
+    monkeypatch.setattr(diffusion, "inspected", look)
     monkeypatch.setattr(nn.Module, "to", note)
     with pytest.raises(EndError):
         text_to_image.main([*small, "--spec.weights", *kinds])
@@ -212,7 +212,7 @@ def test_the_last_weights_are_saved_and_a_run_goes_on_from_them(
     first = torch.load(last, weights_only=True)["state_dict"]
     starts: list[bool] = []
 
-    class Witness(common.StepProgress):
+    class Witness(callbacks.StepProgress):
         def on_train_start(self, trainer: Any, pl_module: Any) -> None:
             super().on_train_start(trainer, pl_module)
             if trainer.global_step:
@@ -222,13 +222,13 @@ def test_the_last_weights_are_saved_and_a_run_goes_on_from_them(
     text_to_image.main([*small, "--overwrite", "--resume", str(last), "--optimization.steps", "4"])
     assert starts == [True]
     assert torch.load(last, weights_only=True)["global_step"] == 4
-    fit, names = common.fit, []
+    fit, names = training.fit, []
 
     def note(name: str, *arguments: Any, **options: Any) -> Any:
         names.append(name)
         return fit(name, *arguments, **options)
 
-    monkeypatch.setattr(common, "fit", note)
+    monkeypatch.setattr(training, "fit", note)
     text_to_image.main([*small, "--overwrite", "--resume", str(last), "--optimization.steps", "4"])
     assert names == ["training"]  # the float model of equal settings is there
 
@@ -259,14 +259,14 @@ def test_the_last_weights_are_saved_and_a_run_goes_on_from_them(
 def test_bad_input_is_an_error_before_any_training(
     arguments: list[str], kind: type[Exception], message: str, small: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(common, "fit", lambda *_, **__: pytest.fail("training began"))
+    monkeypatch.setattr(training, "fit", lambda *_, **__: pytest.fail("training began"))
     monkeypatch.setattr(tasks, "evaluate", lambda *_: pytest.fail("work began"))
     with pytest.raises(kind, match=message):
         text_to_image.main([*small, *arguments])
 
 
 def refused(small: list[str], kind: type[Exception], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(common, "fit", lambda *_, **__: pytest.fail("training began"))
+    monkeypatch.setattr(training, "fit", lambda *_, **__: pytest.fail("training began"))
     with pytest.raises(kind, match=message):
         text_to_image.main(small)
 

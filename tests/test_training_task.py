@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import qat
-from qat.tasks import CausalLanguageModelling, evaluate
+from recipes.tasks import CausalLanguageModelling, evaluate
 from tests.training_modules import INT8, INT8_INT8, LearnedStep, layers_of, quantization, quiet_trainer
 
 

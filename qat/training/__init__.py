@@ -1,11 +1,6 @@
-"""Training with Lightning: the callback for a module that a user already has, and a generic module for the recipes.
+"""Training with Lightning: the callback for a module that a user already has, and a generic module.
 
-Lightning trains, shards and resumes; this room only decides *when* quantization happens. Nothing before it knows
-Lightning, so a plain loop needs none of it.
+Lightning trains, shards and resumes; here it is only decided *when* quantization happens. Nothing before it knows
+Lightning, so a plain loop needs none of it. Names are imported from the files, so that a configuration with a schedule
+loads no Lightning.
 """
-
-from qat.training.callback import QuantizationAwareTraining
-from qat.training.schedule import QuantizationSchedule
-from qat.training.task import QuantizedTask
-
-__all__ = ["QuantizationAwareTraining", "QuantizationSchedule", "QuantizedTask"]

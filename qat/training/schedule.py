@@ -2,21 +2,47 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from qat.config import ScheduleSettings
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 __all__ = ["QuantizationSchedule"]
 
 
-class QuantizationSchedule(ScheduleSettings):
+class QuantizationSchedule(BaseModel):
     """When quantization happens during a fit; steps are optimizer steps (``trainer.global_step``).
 
     Validation is never observed and always fake-quantized: it judges what would be served, also during a float start.
+
+    Raises:
+        pydantic.ValidationError: a number is below 0, or ``observe_until`` does not come after ``observe_from``.
+
+    >>> schedule = QuantizationSchedule(start_step=10, observe_from=5, observe_until=20)
+    >>> [schedule.observes(step) for step in (4, 5, 19, 20)]
+    [False, True, True, False]
     """
 
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    start_step: int = Field(default=0, ge=0)
+    """Fake quantization begins at this step; before it the model trains in float."""
+    observe_from: int | None = Field(default=None, ge=0)
+    """Activation observers record from this step on; none: never during training."""
+    observe_until: int | None = Field(default=None, ge=0)
+    """Activation observers stop at this step; none: they go on to the end."""
+    calibration_batches: int = Field(default=16, ge=0)
+    """Batches for the calibration before the first step and before freezing; only with activations."""
     finish: Literal["last", "best"] | None = None
     """After training: calibrate again and freeze the last weights or the best checkpoint; none: that is up to you."""
+
+    @model_validator(mode="after")
+    def _window_is_ordered(self) -> Self:
+        if self.observe_until is not None and (self.observe_from is None or self.observe_until <= self.observe_from):
+            raise ValueError(
+                f"observe_until ({self.observe_until}) must come after observe_from ({self.observe_from}): set both, "
+                "in order"
+            )
+        return self
 
     def observes(self, step: int) -> bool:
         """Whether observers record at this step."""

@@ -1,9 +1,9 @@
-"""`QuantizedTask`: the generic LightningModule that the recipes train."""
+"""`QuantizedTask`: a generic LightningModule, and `Task`: what it asks of the task that it trains for."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from lightning.pytorch import LightningModule
@@ -11,9 +11,51 @@ from torch import Tensor, nn
 
 from qat.errors import TrainingError
 from qat.preparation import parameter_groups
-from qat.tasks import Batch, Task
 
-__all__ = ["QuantizedTask", "require_finite"]
+if TYPE_CHECKING:
+    from torchmetrics import MetricCollection
+
+__all__ = ["QuantizedTask", "Task", "require_finite"]
+
+
+class Task(Protocol):
+    """What `QuantizedTask` needs of a task: any class with these four methods will do.
+
+    A task never calls the model. A batch is what the data loader gives; its tensors lie on the model's device.
+
+    >>> from torchmetrics import MeanMetric, MetricCollection
+    >>> class Regression:
+    ...     def inputs(self, batch):
+    ...         return {"input": batch["x"]}
+    ...     def loss(self, outputs, batch, teacher_outputs=None):
+    ...         return (outputs - batch["y"]).square().mean()
+    ...     def metrics(self):
+    ...         return MetricCollection({"loss": MeanMetric()})
+    ...     def update(self, metrics, outputs, batch):
+    ...         metrics["loss"].update(self.loss(outputs, batch), weight=len(batch["y"]))
+    >>> module = QuantizedTask(nn.Linear(3, 1), Regression(), learning_rate=1e-3)
+    >>> batch = {"x": torch.zeros(4, 3), "y": torch.zeros(4, 1)}
+    >>> module.task.loss(module.model(**module.model_inputs(batch)), batch).shape
+    torch.Size([])
+    """
+
+    def inputs(self, batch: Any) -> dict[str, Any]:
+        """Return the keyword arguments that the model's forward takes for this batch."""
+
+    def loss(self, outputs: Any, batch: Any, teacher_outputs: Any = None) -> Tensor:
+        """Return the training loss: a scalar tensor, float32, with a gradient.
+
+        Args:
+            outputs: what the model returned for `inputs`.
+            batch: the batch that they were made from.
+            teacher_outputs: what a teacher returned for the same inputs; None without a teacher.
+        """
+
+    def metrics(self) -> MetricCollection:
+        """Return fresh metrics; each is logged as ``val_`` and its name."""
+
+    def update(self, metrics: MetricCollection, outputs: Any, batch: Any) -> None:
+        """Add one batch to ``metrics``; arguments as for `loss`."""
 
 
 def require_finite(loss: Tensor, step: int) -> None:
@@ -30,7 +72,7 @@ class QuantizedTask(LightningModule):
 
     Args:
         model: float or prepared; `QuantizationAwareTraining` prepares it.
-        task: loss and metrics.
+        task: inputs, loss and metrics: a `Task`.
         learning_rate: of the weights.
         scale_learning_rate: of learned scales; default a tenth of it.
         weight_decay: of weights with two and more dimensions.
@@ -60,11 +102,11 @@ class QuantizedTask(LightningModule):
         self._teacher = [] if teacher is None else [teacher.eval().requires_grad_(False)]
         self.evaluation_metrics = task.metrics()
 
-    def model_inputs(self, batch: Batch) -> dict[str, Any]:
+    def model_inputs(self, batch: Any) -> dict[str, Any]:
         """What of a batch the model is called with; the callback calibrates with it too."""
         return self.task.inputs(batch)
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """The task's loss."""
         inputs = self.model_inputs(batch)
         guidance = None
@@ -85,7 +127,7 @@ class QuantizedTask(LightningModule):
         for teacher in self._teacher:
             teacher.cpu()
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Add the batch to the task's metrics."""
         self.task.update(self.evaluation_metrics, self.model(**self.model_inputs(batch)), batch)
 

@@ -11,8 +11,9 @@ import lightning
 import torch
 from lightning.pytorch.callbacks import Checkpoint
 
-from qat.config import ConfigError, TrainerSettings
-from qat.report import progress_bar
+from qat.config import ConfigError
+from recipes.common.progress import progress_bar
+from recipes.common.settings import TrainerSettings
 
 __all__ = ["LastCheckpoint", "SeedNoise", "StepProgress", "checkpoints_in", "mixed_seed", "step_of"]
 

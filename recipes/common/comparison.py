@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import gc
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +11,16 @@ import torch
 from torch import nn
 
 import qat
-from qat.data.latents import release_encoders
-from qat.exporting.card import add_section
-from qat.report import ResultRow, print_table, results_table, track, write_results
-from qat.tasks import Diffusion, evaluate
+from qat.exporting.card import CARD_NAME, add_section
 from recipes.common.diffusion import DiffusionData, move_encoders
 from recipes.common.diffusion_config import DiffusionConfig, sequence, source_of
 from recipes.common.models import load_pipeline
 from recipes.common.pictures import draw_images, plot_losses, show_grid
+from recipes.common.progress import track
+from recipes.common.results import ResultRow, show_results
+from recipes.common.run import Run
+from recipes.data.latents import release_encoders
+from recipes.tasks import Diffusion, evaluate
 
 __all__ = ["DiffusionComparison"]
 
@@ -93,7 +94,9 @@ class DiffusionComparison:
     def _draw(self, model: nn.Module, device: torch.device) -> list[Any]:
         config = self._config
         # Encoders and all, as long as it draws.
-        pipeline, _ = load_pipeline(source_of(config), self._dtype, transformer=model)
+        pipeline, _ = load_pipeline(
+            source_of(config), self._dtype, transformer=model, trust_remote_code=config.trust_remote_code
+        )
         move_encoders(pipeline, device)
         options: dict[str, Any] = {
             "num_inference_steps": config.sampler_steps,
@@ -104,28 +107,24 @@ class DiffusionComparison:
         release_encoders(pipeline)
         return images
 
-    def report(self, baseline: str, output: Path) -> None:
+    def report(self, baseline: str, run: Run) -> None:
         """Print the table, and write it and the pictures beside the export and into its model card.
 
         Args:
             baseline: the model that the others are compared with.
-            output: the export.
+            run: whose export it is.
         """
-        results, images, losses = (
-            output.with_name(f"{output.name}-{kind}") for kind in ("results.json", "images.png", "losses.png")
-        )
-        write_results(results, self._rows)
-        rows = [replace(row, metrics={key: row.metrics[key] for key in ("loss", "output_mse")}) for row in self._rows]
-        print_table(results_table(rows))
+        images, losses = run.beside("images.png"), run.beside("losses.png")
+        show_results(self._rows, run.beside("results.json"), ("loss", "output_mse"))
         print("output_mse: squared distance of the outputs from those of the fine-tuned float model, at equal noise")
         show_grid(self._images, self._data.captions, images)
         bins = [f"loss_bin_{number}" for number in range(self._task.bins)]
         plot_losses({row.name: [row.metrics[part] for part in bins] for row in self._rows}, baseline, losses)
         lines = ["| model | loss | output_mse |", "|---|---|---|"]
-        lines += [f"| {row.name} | {row.metrics['loss']:.4g} | {row.metrics['output_mse']:.3g} |" for row in rows]
+        lines += [f"| {row.name} | {row.metrics['loss']:.4g} | {row.metrics['output_mse']:.3g} |" for row in self._rows]
         pictures = {"Images of each model": images, "Loss along the timesteps": losses}
-        add_section(output, "Results", "\n".join([TEXT, "", *lines]), pictures)
-        print(f"pictures: {images}, {losses}; also in the model card {output / 'README.md'}")
+        add_section(run.output, "Results", "\n".join([TEXT, "", *lines]), pictures)
+        print(f"pictures: {images}, {losses}; also in the model card {run.output / CARD_NAME}")
 
 
 def _free_memory() -> None:
@@ -135,5 +134,5 @@ def _free_memory() -> None:
 
 
 def _placed(model: nn.Module, device: torch.device) -> nn.Module:
-    """Move a reloaded model, unless it shall stay on the CPU: moving packed weights may convert them."""
+    """Move a reloaded model, unless it stays on the CPU: moving packed weights may convert them."""
     return model if device.type == "cpu" else model.to(device)

@@ -13,14 +13,16 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import qat
-from qat.data.conditioning import call_arguments
-from qat.data.diffusion import DiffusionCollate, EvaluationBatches, sampler_batches
-from qat.data.images import load_images
-from qat.data.latents import encode, fingerprint, release_encoders
-from qat.data.noising import NoiseSchedule
-from qat.report import inspect_totals, track
-from recipes.common.batches import require_whole_batch, training_batches
+from qat.report import inspect_totals
 from recipes.common.diffusion_config import DiffusionConfig, sequence
+from recipes.common.progress import track
+from recipes.common.training import require_whole_batch, training_batches
+from recipes.data import DataError
+from recipes.data.conditioning import call_arguments
+from recipes.data.diffusion import DiffusionCollate, EvaluationBatches, sampler_batches
+from recipes.data.images import load_images
+from recipes.data.latents import encode, fingerprint, release_encoders
+from recipes.data.noising import NoiseSchedule
 
 __all__ = ["DiffusionData", "diffusion_data", "inspected", "move_encoders"]
 
@@ -112,8 +114,8 @@ def _check_prompts(pipeline: Any, config: DiffusionConfig) -> None:
         return
     try:
         call_arguments(pipeline, config.prompts, config.data.size)
-    except qat.DataError as error:
-        raise qat.DataError(
+    except DataError as error:
+        raise DataError(
             f"prompts: {type(pipeline).__name__} cannot draw {tuple(config.prompts)}: give texts to a pipeline that "
             "takes prompts, and to one that takes class labels integers or labels that it knows"
         ) from error

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from qat.data.images import ImageData
+from pydantic import Field
+
+from recipes.common.settings import RecipeConfig
+from recipes.data.images import ImageData
 
 __all__ = ["DiffusionConfig", "sequence", "source_of"]
 
@@ -14,36 +16,19 @@ REFERENCE = Path(__file__).parent.parent / "reference_flux"
 REFERENCE_LENGTH = 16
 
 
-class DiffusionConfig(Protocol):
-    """What a recipe's configuration says of the data and of the pictures."""
+class DiffusionConfig(RecipeConfig):
+    """What a recipe lets a user choose of the images, and of the pictures that its models draw."""
 
-    @property
-    def model(self) -> str | None:
-        """The pipeline's directory or hub name; none: the reference pipeline."""
-
-    @property
-    def data(self) -> ImageData:
-        """The images."""
-
-    @property
-    def max_sequence_length(self) -> int | None:
-        """Tokens a caption; none: the pipeline's own default, or what the reference pipeline was trained with."""
-
-    @property
-    def caption_dropout(self) -> float | None:
-        """See `DiffusionCollate`."""
-
-    @property
-    def prompts(self) -> Sequence[str]:
-        """What to draw; none: captions of the evaluation images."""
-
-    @property
-    def sampler_steps(self) -> int:
-        """Steps of the sampler."""
-
-    @property
-    def seed(self) -> int:
-        """Of the noise to evaluate with, of calibration and of the pictures."""
+    data: ImageData = ImageData()
+    """The images and captions to train and to evaluate on."""
+    max_sequence_length: int | None = Field(default=None, ge=1)
+    """Tokens a caption; none: 16 with the reference pipeline, otherwise the pipeline's own default."""
+    caption_dropout: float | None = Field(default=None, ge=0, le=1)
+    """Share of training images that lose their caption; none: a tenth where the pipeline guides without one, else 0."""
+    prompts: tuple[str, ...] = ()
+    """What the pictures at the end show; none: eight captions of the evaluation images."""
+    sampler_steps: int = Field(default=20, ge=2)
+    """Steps of the sampler, for the pictures and for calibration."""
 
 
 def source_of(config: DiffusionConfig) -> str:

@@ -33,11 +33,12 @@ def require_packages(extras: Mapping[str, str]) -> None:
         )
 
 
-def load_language_model(source: str) -> tuple[Any, Any]:
+def load_language_model(source: str, *, trust_remote_code: bool = False) -> tuple[Any, Any]:
     """Load a causal language model with float32 master weights, and its tokenizer.
 
     Args:
         source: a local directory or a hub name.
+        trust_remote_code: run code that comes with the model.
 
     Raises:
         LoadError: either cannot be loaded, or weights are missing or have other shapes than the model.
@@ -46,8 +47,8 @@ def load_language_model(source: str) -> tuple[Any, Any]:
 
     load: Any = AutoModelForCausalLM.from_pretrained
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        model, info = load(source, dtype=torch.float32, output_loading_info=True)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+        model, info = load(source, dtype=torch.float32, trust_remote_code=trust_remote_code, output_loading_info=True)
     except Exception as error:  # what can be wrong with a directory, a file or a download has no common base
         raise _load_error(source, error) from error
     unfilled = sorted(map(str, (*info["missing_keys"], *info["mismatched_keys"])))
@@ -63,7 +64,11 @@ def _load_error(source: str, error: Exception) -> qat.LoadError:
 
 
 def load_pipeline(
-    source: str, dtype: torch.dtype = torch.float32, *, transformer: nn.Module | None = None
+    source: str,
+    dtype: torch.dtype = torch.float32,
+    *,
+    transformer: nn.Module | None = None,
+    trust_remote_code: bool = False,
 ) -> tuple[Any, Path]:
     """Load a diffusion pipeline.
 
@@ -71,6 +76,7 @@ def load_pipeline(
         source: a local directory or a hub name.
         dtype: of all its parts; float32 for master weights.
         transformer: what takes the place of its own, which is then never read; left as it is.
+        trust_remote_code: run code that comes with the pipeline.
 
     Returns:
         The pipeline, and the folder that holds its files.
@@ -85,9 +91,10 @@ def load_pipeline(
     try:
         folder = Path(source).expanduser()
         if not folder.is_dir():
-            folder = Path(diffusers.DiffusionPipeline.download(source))
+            folder = Path(diffusers.DiffusionPipeline.download(source, trust_remote_code=trust_remote_code))
         load: Any = diffusers.DiffusionPipeline.from_pretrained
-        pipeline = load(folder, dtype=dtype, **({} if transformer is None else {"transformer": transformer}))
+        given = {} if transformer is None else {"transformer": transformer}
+        pipeline = load(folder, dtype=dtype, trust_remote_code=trust_remote_code, **given)
     except Exception as error:  # what can be wrong with a directory, a file or a download has no common base
         raise _load_error(source, error) from error
     if not isinstance(getattr(pipeline, "transformer", None), nn.Module):

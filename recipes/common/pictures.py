@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from qat.data.conditioning import call_arguments
+from recipes.data.conditioning import call_arguments
 
 __all__ = ["draw_images", "plot_losses", "show_grid"]
 

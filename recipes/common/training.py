@@ -1,8 +1,9 @@
-"""A fit with the configured trainer, and what it needs before."""
+"""A fit with the configured trainer, and what comes before and after it: batches, calibration, freezing."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,26 @@ import lightning
 import torch
 from lightning.pytorch.callbacks import Checkpoint
 from torch import nn
+from torch.utils.data import DataLoader, Dataset
 
 import qat
-from qat.config import ConfigError, OptimizationSettings, TrainerSettings
-from qat.tasks import Task
+from qat.config import ConfigError
+from qat.training.task import QuantizedTask, Task
 from recipes.common.callbacks import SeedNoise, StepProgress, mixed_seed, step_of
+from recipes.common.settings import OptimizationSettings, TrainerSettings
+from recipes.data import DataError
+from recipes.data.tensors import move
+from recipes.tasks import Batch
 
-__all__ = ["FitSettings", "device_of", "fit"]
+__all__ = [
+    "FitSettings",
+    "calibrate",
+    "calibrate_and_freeze",
+    "device_of",
+    "fit",
+    "require_whole_batch",
+    "training_batches",
+]
 
 
 @dataclass(frozen=True)
@@ -30,6 +44,36 @@ class FitSettings:
     """What Lightning is told."""
     seed: int
     """Two fits with the same seed see the same batches in the same order, with the same noise."""
+
+
+def require_whole_batch(count: int, batch_size: int) -> None:
+    """Check that there is a batch to train on, before anything is made of the examples.
+
+    Raises:
+        DataError: there are fewer examples than one batch holds, so there would be no step at all.
+    """
+    if count < batch_size:
+        raise DataError(
+            f"optimization.batch_size: {batch_size} is more than the {count} examples to train on, so there is no "
+            "whole batch: give more data, or a smaller batch_size (or data.block_size)"
+        )
+
+
+def training_batches(
+    examples: Dataset[Any], batch_size: int, collate: Callable[[list[Any]], Any] | None = None
+) -> DataLoader[Any]:
+    """Shuffle examples into whole batches, by torch's global random numbers.
+
+    Args:
+        examples: what to train on.
+        batch_size: examples a batch.
+        collate: puts a batch together; none: torch's own way.
+
+    Raises:
+        DataError: as `require_whole_batch`.
+    """
+    require_whole_batch(len(examples), batch_size)  # type: ignore[arg-type]
+    return DataLoader(examples, batch_size, shuffle=True, drop_last=True, collate_fn=collate)
 
 
 def fit(
@@ -75,7 +119,7 @@ def fit(
     if settings.trainer.gradient_checkpointing:
         _checkpoint_activations(model)
     trained: Any = torch.compile(model) if settings.trainer.compile else model
-    module = qat.QuantizedTask(
+    module = QuantizedTask(
         trained,
         task,
         learning_rate=learning_rate,
@@ -102,6 +146,22 @@ def fit(
             "process at least one whole batch (more data, or a smaller batch_size)"
         )
     return trainer
+
+
+def calibrate(model: nn.Module, batches: Iterable[Batch], device: torch.device) -> None:
+    """Calibrate with batches that lie elsewhere, on a device, where the model then stays."""
+    qat.calibrate(model.to(device), (move(batch, device) for batch in batches))
+
+
+def calibrate_and_freeze(model: nn.Module, batches: Iterable[Batch], count: int, device: torch.device) -> None:
+    """Calibrate with ``count`` batches, on the device of this process, then freeze on the CPU.
+
+    The model is frozen for the target that it was prepared for. Batches may be nested; they are what the model is
+    called with. Several processes compare their activation ranges, and the backend of GPUs moves no tensor that lies on
+    the CPU.
+    """
+    calibrate(model, itertools.islice(batches, count), device)
+    qat.freeze(model.cpu())
 
 
 def _checkpoint_activations(model: nn.Module) -> None:

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qat.tasks import Diffusion, evaluate, move
-from qat.tasks.diffusion import prediction
+from recipes.tasks import Diffusion, evaluate
+from recipes.tasks.diffusion import prediction
 
 SHAPE = (6, 4, 3, 3)
 
@@ -140,17 +140,3 @@ def test_evaluation_brings_inputs_in_the_serving_dtype(batch: dict[str, Any]) ->
     evaluate(Diffusion(), model, [batch], torch.bfloat16)
     evaluate(Diffusion(), model, [batch])
     assert model.dtypes == [torch.bfloat16, torch.float32]
-
-
-def test_moving_reaches_what_is_nested_and_casts_no_scalars() -> None:
-    moved = move(
-        {"a": {"b": [torch.ones(2, 2), "text"]}, "time": torch.ones(2), "ids": torch.ones(2, 2, dtype=torch.long)},
-        torch.device("meta"),
-        torch.bfloat16,
-    )
-    assert moved["a"]["b"][0].dtype is torch.bfloat16
-    assert moved["a"]["b"][0].is_meta
-    assert moved["a"]["b"][1] == "text"
-    assert moved["time"].dtype is torch.float32
-    assert moved["time"].is_meta
-    assert moved["ids"].dtype is torch.int64

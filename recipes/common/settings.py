@@ -1,19 +1,28 @@
-"""What recipes let a user choose: the same fields, defaults and rules in each."""
+"""What recipes let a user choose: the same fields, defaults and rules in each.
+
+Nothing here imports Lightning or a model library: a wrong option is told before anything slow is loaded.
+"""
 
 from __future__ import annotations
 
 import os
 import re
-from typing import Annotated, Literal, Self, TypeAlias
+from pathlib import Path
+from typing import Annotated, Literal, TypeAlias
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, model_validator
+import tyro
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FilePath, ValidationInfo, field_validator
+
+from qat.observers import ObserverChoice, Percentile
+from qat.spec import QuantSpec
+from qat.training.schedule import QuantizationSchedule
 
 __all__ = [
     "LogitOptimization",
     "ModelSource",
     "OptimizationSettings",
+    "RecipeConfig",
     "RecipeSchedule",
-    "ScheduleSettings",
     "TrainerSettings",
 ]
 
@@ -63,39 +72,11 @@ class LogitOptimization(OptimizationSettings):
     """Temperature of the distillation."""
 
 
-class ScheduleSettings(BaseModel):
-    """When quantization happens during a fit; steps are optimizer steps."""
+class RecipeSchedule(QuantizationSchedule):
+    """When quantization happens; at the end a recipe calibrates again and freezes by itself."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    start_step: int = Field(default=0, ge=0)
-    """Fake quantization begins at this step; before it the model trains in float."""
-    observe_from: int | None = Field(default=None, ge=0)
-    """Activation observers record from this step on; none: never during training."""
-    observe_until: int | None = Field(default=None, ge=0)
-    """Activation observers stop at this step; none: they go on to the end."""
-    calibration_batches: int = Field(default=16, ge=0)
-    """Batches for the calibration before the first step and before freezing (causal_lm: of training; text_to_image: of
-    the real sampler); only with activations."""
-
-    @model_validator(mode="after")
-    def _window_is_ordered(self) -> Self:
-        if self.observe_until is not None and (self.observe_from is None or self.observe_until <= self.observe_from):
-            raise ValueError(
-                f"observe_until ({self.observe_until}) must come after observe_from ({self.observe_from}): set both, "
-                "in order"
-            )
-        return self
-
-
-def _fits_the_spec(schedule: ScheduleSettings, info: ValidationInfo) -> ScheduleSettings:
-    if (spec := info.data.get("spec")) and spec.activation_type and not schedule.calibration_batches:
-        raise ValueError("calibration_batches: must be above 0, for spec quantizes activations")
-    return schedule
-
-
-RecipeSchedule: TypeAlias = Annotated[ScheduleSettings, AfterValidator(_fits_the_spec)]
-"""A schedule with batches to calibrate with, where the field ``spec`` before it quantizes activations."""
+    finish: Annotated[Literal[None], tyro.conf.Fixed, tyro.conf.Suppress] = None
+    """Left to the recipe: no option."""
 
 
 class TrainerSettings(BaseModel):
@@ -119,3 +100,37 @@ class TrainerSettings(BaseModel):
     """Compile the model for training."""
     checkpoint_every: int = Field(default=50, ge=1)
     """Steps between the checkpoints of quantization-aware training, kept beside the output."""
+
+
+class RecipeConfig(BaseModel):
+    """What every recipe lets a user choose; each adds its data, its optimization and its targets."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: ModelSource | None = None
+    """The float model: a local directory or a hub name; none: the reference model beside the recipes."""
+    trust_remote_code: bool = False
+    """Run code that comes with the model, from its directory or from the hub, for models that need it."""
+    spec: QuantSpec = QuantSpec(weights="int4")
+    """What is quantized."""
+    observer: ObserverChoice = Percentile()
+    """What activation scales are taken from."""
+    schedule: RecipeSchedule = RecipeSchedule()
+    """When quantization happens."""
+    trainer: TrainerSettings = TrainerSettings()
+    """Devices, precision and the like."""
+    resume: FilePath | None = None
+    """A checkpoint of quantization-aware training to go on from: last.ckpt beside an earlier output."""
+    output: Path | None = None
+    """Where the export goes; none: a folder named by the types under outputs/<recipe>, replaced if it exists."""
+    overwrite: bool = False
+    """Replace an output directory that is not empty."""
+    seed: int = 0
+    """Decides the order of the data, the noise and the pictures."""
+
+    @field_validator("schedule")
+    @classmethod
+    def _fits_the_spec(cls, schedule: RecipeSchedule, info: ValidationInfo) -> RecipeSchedule:
+        if (spec := info.data.get("spec")) and spec.activation_type and not schedule.calibration_batches:
+            raise ValueError("calibration_batches: must be above 0, for spec quantizes activations")
+        return schedule

@@ -12,8 +12,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from qat.data.text import TextData, load_blocks, load_documents, pack_blocks, standard_library_documents
-from qat.errors import DataError
+from recipes.data import DataError
+from recipes.data.text import TextData, load_blocks, load_documents, pack_blocks, standard_library_documents
 
 WORDS = [f"w{number}" for number in range(50)]
 END = 50
@@ -176,7 +176,7 @@ def test_a_hub_data_set_that_cannot_be_loaded(monkeypatch: pytest.MonkeyPatch) -
         raise ConnectionError("no route")
 
     monkeypatch.setattr(datasets, "load_dataset", fail)
-    with pytest.raises(DataError, match=r"'owner/name' is no local file.*split 'train'.*ConnectionError: no route"):
+    with pytest.raises(DataError, match=r"'owner/name' is no local path.*split 'train'.*ConnectionError: no route"):
         load_documents(TextData(source="owner/name"))
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qat.tasks import CausalLanguageModelling, evaluate
-from qat.tasks.causal_lm import causal_lm_loss, distillation_loss
+from recipes.tasks import CausalLanguageModelling, evaluate
+from recipes.tasks.causal_lm import causal_lm_loss, distillation_loss
 
 
 def by_hand(logits: Tensor, labels: Tensor) -> float:

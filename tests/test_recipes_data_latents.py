@@ -15,9 +15,9 @@ import torch
 from PIL import Image
 from torch import nn
 
-from qat.data.images import ImageData, Images, load_images
-from qat.data.latents import Encoded, encode, fingerprint, release_encoders
-from qat.errors import DataError
+from recipes.data import DataError
+from recipes.data.images import ImageData, Images, load_images
+from recipes.data.latents import Encoded, encode, fingerprint, release_encoders
 from tests.pipelines import PIPELINES, autoencoder, caption_of, make, size_of
 
 # diffusers' own conversion of tensors, with the newest numpy
@@ -126,7 +126,7 @@ def test_whatever_changes_is_encoded_again(
     if change == "caption":
         (tmp_path / "images" / "04.txt").write_text("a number seven")
     if change == "library":
-        monkeypatch.setattr("qat.data.latents.version", lambda _: "99.0")
+        monkeypatch.setattr("recipes.data.latents.version", lambda _: "99.0")
     images = load_images(data)
     seen: list[str] = []
     pipeline = make("flux")
@@ -183,8 +183,8 @@ def test_images_are_encoded_by_their_pixels(
     pixels: int, sizes: list[int], load: Load, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, _ = encoded_by("flux", load, key="one batch")
-    monkeypatch.setattr("qat.data.latents._PIXELS", pixels)
-    monkeypatch.setattr("qat.data.latents._SHARD", 5)
+    monkeypatch.setattr("recipes.data.latents._PIXELS", pixels)
+    monkeypatch.setattr("recipes.data.latents._SHARD", 5)
     pipeline, seen = make("flux"), []
     monkeypatch.setattr(
         pipeline.vae, "encode", lambda images, old=pipeline.vae.encode: seen.append(len(images)) or old(images)
@@ -202,7 +202,7 @@ def test_a_device_that_is_too_small_says_so(load: Load, monkeypatch: pytest.Monk
 
     pipeline = make("flux")
     monkeypatch.setattr(pipeline.vae, "encode", full)
-    with pytest.raises(torch.OutOfMemoryError, match=r"no room on cpu to encode 1 images at data\.size 16: .* 9 GiB"):
+    with pytest.raises(torch.OutOfMemoryError, match=r"memory on cpu to encode 1 images at data\.size 16: .* 9 GiB"):
         encoded_by("flux", load, pipeline)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qat.errors import DataError
+from recipes.data import DataError
 
 __all__ = ["NoiseSchedule", "stratified"]
 

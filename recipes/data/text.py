@@ -21,13 +21,14 @@ import sys
 import sysconfig
 import tokenize
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from qat.errors import DataError
+from recipes.data import DataError
+from recipes.data.sources import Source, hold_out, load_hub, local_path, quiet_bars, reject_hub_fields, spread
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -35,32 +36,25 @@ if TYPE_CHECKING:
 
 __all__ = ["TextData", "load_blocks", "load_documents", "pack_blocks", "standard_library_documents"]
 
+STANDARD_LIBRARY = "the standard library"
 EVALUATION_SHARE = 10  # one document in ten is held out, where the source has no evaluation split of its own
 _TEST_FOLDERS = frozenset({"test", "tests", "idle_test"})
 _SUFFIX_LOADERS = {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 
-class TextData(BaseModel):
+class TextData(Source):
     """Where the text comes from and how it is cut."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    source: str | None = None
+    source: str | None = Field(default=None, min_length=1)
     """A local file or folder (.txt, .json, .jsonl, .parquet), or a data set's hub name; none: the standard library."""
-    subset: str | None = None
-    """The hub data set's configuration name, where it has several."""
     text_field: str = "text"
     """The column that holds the text; plain text files have none."""
-    train_split: str = "train"
-    """The hub data set's split to train on."""
     evaluation_split: str | None = None
     """The hub data set's split to evaluate on; none: a tenth of the documents is held out."""
     block_size: int = Field(default=256, ge=2)
     """Tokens a block."""
     evaluation_blocks: int = Field(default=256, ge=1)
     """Evaluate on so many blocks, spread evenly over the evaluation text; fewer where it has fewer."""
-    cache_dir: Path | None = None
-    """Where ``datasets`` keeps what it made; none: its own default."""
 
 
 def standard_library_documents(
@@ -105,15 +99,12 @@ def load_documents(data: TextData) -> tuple[Dataset, Dataset]:
     """
     if data.source is None:
         return _standard_library("train", data), _standard_library("evaluation", data)
-    path = Path(data.source).expanduser()
-    if path.exists():
-        _reject_hub_fields(data)
-        return _split(_load_local(path, data), data)
-    if _looks_like_a_path(data.source):
-        raise DataError(f"data.source: {data.source!r} does not exist; give a file, a folder or a hub data set's name")
+    if (path := local_path(data, tuple(_SUFFIX_LOADERS))) is not None:
+        reject_hub_fields(data, STANDARD_LIBRARY)
+        return _split(_load_local(path, data))
     documents = _load_hub(data, data.train_split)
     if data.evaluation_split is None:
-        return _split(documents, data)
+        return _split(documents)
     return documents, _load_hub(data, data.evaluation_split)
 
 
@@ -138,7 +129,7 @@ def pack_blocks(documents: Dataset, tokenizer: PreTrainedTokenizerBase, block_si
     # The packer carries the end of one batch into the next, so the map has to run in one process and in order; and
     # its fingerprint is given, because a tokenizer's pickle changes with use while what it computes does not.
     fingerprint = hashlib.sha256("\n".join([documents._fingerprint, packer.fingerprint]).encode()).hexdigest()[:16]
-    with nullcontext() if sys.stderr.isatty() else _quiet():  # in a file, a bar is a hundred lines
+    with nullcontext() if sys.stderr.isatty() else quiet_bars():  # in a file, a bar is a hundred lines
         blocks = documents.map(
             packer,
             batched=True,
@@ -169,8 +160,7 @@ def load_blocks(data: TextData, tokenizer: PreTrainedTokenizerBase) -> tuple[Dat
         DataError: as `load_documents` and `pack_blocks`.
     """
     train, evaluation = (pack_blocks(part, tokenizer, data.block_size) for part in load_documents(data))
-    count = min(data.evaluation_blocks, len(evaluation))
-    return train, evaluation.select([index * len(evaluation) // count for index in range(count)])
+    return train, spread(evaluation, data.evaluation_blocks)
 
 
 class _Packer:
@@ -214,15 +204,15 @@ def _library_texts(split: Literal["train", "evaluation"], root: Path, version: s
 def _standard_library(split: Literal["train", "evaluation"], data: TextData) -> Dataset:
     from datasets import Dataset, Features, Value
 
-    _reject_hub_fields(data)
-    with _quiet():
+    reject_hub_fields(data, STANDARD_LIBRARY)
+    with quiet_bars():
         documents = Dataset.from_generator(
             _library_texts,
             features=Features({"text": Value("large_string")}),
-            cache_dir=_cache_dir(data),
+            cache_dir=data.cache_dir,
             gen_kwargs={"split": split, "root": Path(sysconfig.get_path("stdlib")), "version": sys.version},
         )
-    return _not_empty(documents, "the standard library's folder")
+    return _not_empty(documents, STANDARD_LIBRARY)
 
 
 def _load_local(path: Path, data: TextData) -> Dataset:
@@ -240,9 +230,9 @@ def _load_local(path: Path, data: TextData) -> Dataset:
     for loader, files in by_loader.items():
         options: dict[str, Any] = {"sample_by": "document"} if loader == "text" else {}
         try:
-            with _quiet():
-                part = load_dataset(loader, data_files=files, split="train", cache_dir=_cache_dir(data), **options)
-        except Exception as error:  # each builder of datasets raises its own kinds
+            with quiet_bars():
+                part = load_dataset(loader, data_files=files, split="train", cache_dir=data.cache_dir, **options)
+        except Exception as error:  # builders of datasets raise errors without a common base
             cause = error.__cause__ or error
             raise DataError(f"data.source: {str(path)!r} cannot be read as {loader}: {cause}") from error
         if loader == "text" and data.text_field != "text":
@@ -252,31 +242,23 @@ def _load_local(path: Path, data: TextData) -> Dataset:
 
 
 def _load_hub(data: TextData, split: str) -> Dataset:
-    from datasets import load_dataset
-
-    try:
-        documents = load_dataset(data.source, data.subset, split=split, cache_dir=_cache_dir(data))
-    except Exception as error:  # hub, network, script and split faults have no common base
-        name = f"{data.source!r}" if data.subset is None else f"{data.source!r} (subset {data.subset!r})"
-        message = f"data.source: {name} is no local file or folder, and split {split!r} of a hub data set of that name"
-        raise DataError(f"{message} could not be loaded: {type(error).__name__}: {error}") from error
-    return _not_empty(_text_column(documents, data), f"split {split!r} of {data.source!r}")
+    return _not_empty(_text_column(load_hub(data, split), data), f"split {split!r} of {data.source!r}")
 
 
 def _text_column(documents: Dataset, data: TextData) -> Dataset:
     if data.text_field not in documents.column_names:
         columns = ", ".join(documents.column_names) or "none"
         raise DataError(f"data.text_field: {data.source!r} has no column {data.text_field!r}; its columns: {columns}")
-    kind = getattr(documents.features[data.text_field], "dtype", "a nested type")
-    if kind not in ("string", "large_string"):
-        raise DataError(f"data.text_field: column {data.text_field!r} must hold text, it holds {kind}")
+    dtype = getattr(documents.features[data.text_field], "dtype", "a nested type")
+    if dtype not in ("string", "large_string"):
+        raise DataError(f"data.text_field: column {data.text_field!r} must hold text, it holds {dtype}")
     from datasets import Value
 
     documents = documents.select_columns([data.text_field])
     if data.text_field != "text":
         documents = documents.rename_column(data.text_field, "text")
-    with _quiet():
-        return documents if kind == "large_string" else documents.cast_column("text", Value("large_string"))
+    with quiet_bars():
+        return documents if dtype == "large_string" else documents.cast_column("text", Value("large_string"))
 
 
 def _not_empty(documents: Dataset, source: str) -> Dataset:
@@ -285,13 +267,11 @@ def _not_empty(documents: Dataset, source: str) -> Dataset:
     return documents
 
 
-def _split(documents: Dataset, data: TextData) -> tuple[Dataset, Dataset]:
+def _split(documents: Dataset) -> tuple[Dataset, Dataset]:
     from datasets import Dataset
 
     if len(documents) > 1:
-        held_out = range(0, len(documents), EVALUATION_SHARE)
-        kept = [index for index in range(len(documents)) if index % EVALUATION_SHARE != 0]
-        return documents.select(kept), documents.select(held_out)
+        return hold_out(documents, EVALUATION_SHARE)
     text: str = documents[0]["text"] or ""
     limit = len(text) * (EVALUATION_SHARE - 1) // EVALUATION_SHARE
     cut = text.rfind("\n", 0, limit) + 1 or limit
@@ -300,34 +280,3 @@ def _split(documents: Dataset, data: TextData) -> tuple[Dataset, Dataset]:
         return Dataset.from_dict({"text": [text[start:stop]]}, features=documents.features)
 
     return part(0, cut), part(cut, len(text))
-
-
-def _reject_hub_fields(data: TextData) -> None:
-    defaults = TextData()
-    for field in ("subset", "train_split", "evaluation_split"):
-        value = getattr(data, field)
-        if value != getattr(defaults, field):
-            source = "the standard library" if data.source is None else repr(data.source)
-            raise DataError(f"data.{field}: belongs to hub data sets, but the source is {source}; remove {value!r}")
-
-
-def _looks_like_a_path(source: str) -> bool:
-    return source.startswith((".", "/", "~")) or source.count("/") > 1 or Path(source).suffix in _SUFFIX_LOADERS
-
-
-def _cache_dir(data: TextData) -> str | None:
-    return None if data.cache_dir is None else str(data.cache_dir)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Hide the progress bars of ``datasets``, as for steps that take no time worth showing."""
-    import datasets
-
-    shown = datasets.is_progress_bar_enabled()
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        if shown:
-            datasets.enable_progress_bars()

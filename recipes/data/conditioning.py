@@ -3,8 +3,8 @@
 Every pipeline encodes prompts, builds position ids, scales timesteps and embeds guidance in its own way. Instead of
 writing that again, the pipeline is called and the arguments with which it first calls its transformer are kept; the
 call ends there. Calls for one prompt, for another and for both show which arguments belong to each example
-(`qat.data.templates`); the call without guidance shows which part of a guided one has no caption, be that half of its
-batch or a second call at the same timestep; and the first two timesteps show how the transformer is told of them.
+(`recipes.data.templates`); the call without guidance shows which part of a guided one has no caption, be that half of
+its batch or a second call at the same timestep; and the first two timesteps show how the transformer is told of them.
 
 The pipeline is only ever an object handed in: nothing here imports the library that it comes from.
 """
@@ -19,10 +19,11 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
-from qat.data.templates import Rows, Template, merged_arguments
-from qat.errors import DataError
+from recipes.data import DataError
+from recipes.data.templates import Rows, Template, merged_arguments
+from recipes.data.tensors import move
 
 __all__ = ["Conditioner", "call_arguments", "calls_of", "record_calls", "timestep_of"]
 
@@ -273,10 +274,10 @@ def _run_where_it_lies(model: nn.Module) -> Iterator[None]:
     def bring(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
         devices = [leaf.device for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         came_from[:] = devices[:1]
-        return None if own is None or set(devices) <= {own} else _on((args, kwargs), own)
+        return None if own is None or set(devices) <= {own} else move((args, kwargs), own)
 
     def give_back(_: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        return _on(output, came_from[0]) if came_from and came_from[0] != own else None
+        return move(output, came_from[0]) if came_from and came_from[0] != own else None
 
     handles = [
         model.register_forward_pre_hook(bring, with_kwargs=True),
@@ -287,10 +288,6 @@ def _run_where_it_lies(model: nn.Module) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _on(value: Any, device: torch.device) -> Any:
-    return tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, value)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from torch.nn import functional
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.text import Perplexity
 
-from qat.tasks.base import Batch, Task
+from recipes.tasks.evaluation import Batch
 
 __all__ = ["CausalLanguageModelling", "causal_lm_loss", "distillation_loss"]
 
@@ -64,7 +64,7 @@ def distillation_loss(logits: Tensor, teacher_logits: Tensor, labels: Tensor, te
 
 
 @dataclass(frozen=True)
-class CausalLanguageModelling(Task):
+class CausalLanguageModelling:
     """Next-token prediction, optionally distilled from a teacher; judged by loss and perplexity.
 
     Batches hold ``input_ids`` (batch, length); ``labels`` default to them; anything else goes to the model.

@@ -1,6 +1,6 @@
 """A transformer's arguments with holes: which belong to each example, which all share.
 
-Three recorded calls tell the kinds apart: one caption, another one, and both at once. A tensor whose first dimension
+Three recorded calls tell which is which: one caption, another one, and both at once. A tensor whose first dimension
 doubles belongs to each example; so does the item of a list of such a length, where the captions' items differ. What is
 equal in all three calls is shared. Anything else depends on the captions in a way that no batch of other captions could
 be put together from, and is an error: to share the first caption's value would silently train on it.
@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from qat.errors import DataError
+from recipes.data import DataError
 
 __all__ = ["Rows", "Template", "merged_arguments"]
 
@@ -245,7 +245,7 @@ def _length(value: Any) -> int | None:
 
 
 def _same(one: Any, two: Any) -> bool:
-    """Whether two arguments are equal, as far as that can be told: objects of unknown kinds count as equal."""
+    """Whether two arguments are equal, as far as that can be told: objects of other types count as equal."""
     if isinstance(one, Tensor) and isinstance(two, Tensor):
         return one.dtype == two.dtype and torch.equal(one.detach().cpu(), two.detach().cpu())
     if isinstance(one, Mapping) and isinstance(two, Mapping):

@@ -22,10 +22,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from qat.data.conditioning import Conditioner
-from qat.data.images import ImageData, Images
-from qat.data.templates import Rows, Template
-from qat.errors import DataError
+from recipes.data import DataError
+from recipes.data.conditioning import Conditioner
+from recipes.data.images import ImageData, Images
+from recipes.data.templates import Rows, Template
 
 if TYPE_CHECKING:
     import datasets
@@ -100,8 +100,8 @@ def encode(
     """Encode all images and captions with a pipeline, or take them from the cache.
 
     Args:
-        pipeline: with its encoders and its autoencoder, on the device where they shall run; its transformer, which runs
-            for one step of one caption, may be on another.
+        pipeline: with its encoders and its autoencoder, on the device where they run; its transformer, which runs for
+            one step of one caption, may be on another.
         images: what `load_images` returned for ``data``.
         data: the size, and where the cache is.
         max_sequence_length: tokens a caption; none: the pipeline's own default.
@@ -128,9 +128,9 @@ def encode(
     to_latents = _Autoencoder(pipeline, conditioner.template, data.size)
     to_latents(images.evaluation[:1]["image"])  # one that does not fit is an error before any work
 
-    kinds = {path: str(tensor.dtype) for path, tensor in first.items()}  # also of what the pipeline is loaded in
+    dtypes = {path: str(tensor.dtype) for path, tensor in first.items()}  # also of what the pipeline is loaded in
     content = [_VERSION, key, str(data.size), str(max_sequence_length), repr(distinct), *map(_pixels, parts.values())]
-    content += [*map(_version, ("diffusers", "transformers")), repr(sorted(kinds.items())), str(to_latents.dtype)]
+    content += [*map(_version, ("diffusers", "transformers")), repr(sorted(dtypes.items())), str(to_latents.dtype)]
     folder = _cache_folder(data) / hashlib.sha256("\n".join(content).encode()).hexdigest()[:32]
     if not folder.exists():
         with _whole(folder) as making:
@@ -195,8 +195,8 @@ class _Autoencoder:
                 latents = self._pack(latents, batch, channels, height, width)
         except torch.OutOfMemoryError as error:
             raise torch.OutOfMemoryError(
-                f"no room on {parameter.device} to encode {len(pictures)} images at data.size {self._size}: give a "
-                f"smaller data.size or a device with more memory ({error})"
+                f"not enough memory on {parameter.device} to encode {len(pictures)} images at data.size {self._size}: "
+                f"give a smaller data.size or a device with more memory ({error})"
             ) from error
         except RuntimeError as error:
             raise DataError(f"model: {self._names} do not fit at data.size {self._size}: {error}") from error

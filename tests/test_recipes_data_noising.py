@@ -12,8 +12,8 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
 )
 
-from qat.data.noising import NoiseSchedule, stratified
-from qat.errors import DataError
+from recipes.data import DataError
+from recipes.data.noising import NoiseSchedule, stratified
 
 # diffusers' own conversion of tensors, with the newest numpy
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")

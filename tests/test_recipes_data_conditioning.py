@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qat.data.conditioning import Conditioner, call_arguments, calls_of, record_calls, timestep_of
-from qat.errors import DataError
+from recipes.data import DataError
+from recipes.data.conditioning import Conditioner, call_arguments, calls_of, record_calls, timestep_of
 from tests.pipelines import PIPELINES, SEQUENTIAL, caption_of, make, size_of
 
 # diffusers' own conversion of tensors, with the newest numpy

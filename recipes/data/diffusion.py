@@ -1,4 +1,4 @@
-"""Batches of diffusion training: noised latents, what the model shall say of them, and when in the noising they stand.
+"""Batches of diffusion training: noised latents, what the model is to predict, and their place in the noising.
 
 A batch is ``{"inputs", "target", "fraction"}``: the transformer's arguments, by name and nested as its pipeline passes
 them; the target, of the output's shape; and for each example its timestep's place among the training timesteps, from 0
@@ -17,14 +17,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 from torch.utils.data import Dataset
 
-from qat.data.conditioning import calls_of, timestep_of
-from qat.data.latents import Encoded
-from qat.data.noising import NoiseSchedule, stratified
-from qat.data.templates import Rows
-from qat.errors import DataError
+from recipes.data import DataError
+from recipes.data.conditioning import calls_of, timestep_of
+from recipes.data.latents import Encoded
+from recipes.data.noising import NoiseSchedule, stratified
+from recipes.data.templates import Rows
+from recipes.data.tensors import move
+from recipes.tasks.diffusion import prediction
 
 __all__ = ["DiffusionCollate", "EvaluationBatches", "sampler_batches"]
 
@@ -42,7 +43,7 @@ class DiffusionCollate:
         generator: for noise, timesteps and dropout; none: torch's global random numbers.
 
     Raises:
-        DataError: captions shall be dropped, but the pipeline has no such thing as no caption.
+        DataError: captions are to be dropped, but the pipeline has no such thing as no caption.
     """
 
     def __init__(
@@ -129,8 +130,9 @@ class EvaluationBatches:
         device = next(model.parameters()).device
         self._references = []  # while these are made there are none
         model.eval()
-        outputs = (model(**_moved(batch["inputs"], device)) for batch in self)
-        self._references = [_moved(_first(output), torch.device("cpu")) for output in outputs]
+        self._references = [
+            prediction(model(**move(batch["inputs"], device)), batch["target"]).to("cpu", copy=True) for batch in self
+        ]
 
 
 def sampler_batches(
@@ -183,15 +185,6 @@ def sampler_batches(
         of_this = min(-(-min(wanted, count - len(kept)) // len(taken[0])), len(taken))
         offset = (0.5 + run * 0.618) % 1.0  # spreads the places of many runs evenly
         places = (int((part + offset) * len(taken) / of_this) for part in range(of_this))
-        kept += [_moved(call, torch.device("cpu")) for place in places for call in taken[place]]
+        kept += [move(call, torch.device("cpu"), copy=True) for place in places for call in taken[place]]
         run += 1
     return kept
-
-
-def _first(output: Any) -> Tensor:
-    tensor: Tensor = output[0] if isinstance(output, tuple) else getattr(output, "sample", output)
-    return tensor
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    return tree_map(lambda leaf: leaf.detach().to(device, copy=True) if isinstance(leaf, Tensor) else leaf, value)

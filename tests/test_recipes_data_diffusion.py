@@ -8,11 +8,11 @@ import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
-from qat.data.conditioning import Conditioner, calls_of
-from qat.data.diffusion import DiffusionCollate, EvaluationBatches, sampler_batches
-from qat.data.latents import Encoded, Latents
-from qat.data.noising import NoiseSchedule
-from qat.errors import DataError
+from recipes.data import DataError
+from recipes.data.conditioning import Conditioner, calls_of
+from recipes.data.diffusion import DiffusionCollate, EvaluationBatches, sampler_batches
+from recipes.data.latents import Encoded, Latents
+from recipes.data.noising import NoiseSchedule
 from tests.pipelines import caption_of, make, size_of
 
 FLOW = NoiseSchedule(FlowMatchEulerDiscreteScheduler())

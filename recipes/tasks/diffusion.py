@@ -18,13 +18,13 @@ from typing import Any
 from torch import Tensor
 from torchmetrics import MeanMetric, MetricCollection
 
-from qat.tasks.base import Batch, Task
+from recipes.tasks.evaluation import Batch
 
 __all__ = ["Diffusion", "prediction"]
 
 
 @dataclass(frozen=True)
-class Diffusion(Task):
+class Diffusion:
     """Prediction of noise, velocity, sample or flow, optionally distilled from a teacher; judged by timestep, too.
 
     Batches hold ``inputs`` (the model's keyword arguments), ``target`` (batch, ...), ``fraction`` (batch,), the place

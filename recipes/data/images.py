@@ -24,9 +24,10 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from qat.errors import DataError
+from recipes.data import DataError
+from recipes.data.sources import Source, hold_out, load_hub, local_path, quiet_bars, reject_hub_fields, spread
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -44,21 +45,15 @@ _SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif",
 _METADATA = ("metadata.jsonl", "metadata.csv")
 
 
-class ImageData(BaseModel):
+class ImageData(Source):
     """Where the images come from, and their size."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     source: str | None = Field(default=None, min_length=1)
     """A local folder of images, Parquet files or `save_to_disk`, or a data set's hub name; none: handwritten digits."""
-    subset: str | None = None
-    """The hub data set's configuration name, where it has several."""
     image_field: str = "image"
     """The column that holds the images, in a data set."""
     caption_field: str = "caption"
     """The column that holds the captions (or integer labels, for a pipeline that takes these)."""
-    train_split: str = "train"
-    """The hub data set's split to train on."""
     evaluation_split: str | None = None
     """The hub data set's split to evaluate on; none: every fifth image is held out."""
     size: int = Field(default=DIGIT_SIZE, ge=8)
@@ -67,8 +62,6 @@ class ImageData(BaseModel):
     """Evaluate on so many images, spread evenly over the held-out ones; fewer where there are fewer."""
     unreadable_limit: int = Field(default=10, ge=0)
     """Images that cannot be read are left out and named; more of them than this are an error."""
-    cache_dir: Path | None = None
-    """Where what is computed from the images is kept; none: where ``datasets`` keeps its own."""
 
 
 @dataclass(frozen=True)
@@ -112,23 +105,16 @@ def load_images(data: ImageData) -> Images:
         DataError: the source is missing or empty or has no such column or split, an image has no caption, or more
             images than ``unreadable_limit`` cannot be read.
     """
-    path = None if data.source is None else Path(data.source).expanduser()
-    if path is None or path.exists():
-        for field in ("subset", "train_split", "evaluation_split"):
-            if (value := getattr(data, field)) != ImageData.model_fields[field].default:
-                source = "the handwritten digits" if path is None else repr(data.source)
-                raise DataError(f"data.{field}: belongs to hub data sets, but the source is {source}; remove {value!r}")
-    if path is None:
-        return _split(*_prepared(_digit_source(data), data), data)
-    if path.exists():
-        return _split(*_prepared(_local_source(path, data), data), data)
-    if data.source is not None and (data.source.startswith((".", "/", "~")) or data.source.count("/") > 1):
-        raise DataError(f"data.source: {data.source!r} does not exist; give a folder or a hub data set's name")
-    train, bad = _prepared(_hub_source(data, data.train_split), data)
+    path = None if data.source is None else local_path(data)
+    if path is not None or data.source is None:
+        reject_hub_fields(data, "the handwritten digits")
+        found = _digit_source(data) if path is None else _local_source(path, data)
+        return _split(*_prepared(found, data), data)
+    train, bad = _prepared(_columns(load_hub(data, data.train_split), data), data)
     if data.evaluation_split is None:
         return _split(train, bad, data)
-    evaluation, also_bad = _prepared(_hub_source(data, data.evaluation_split), data, len(bad))
-    return Images(train, _spread(evaluation, data), (*bad, *also_bad))
+    evaluation, also_bad = _prepared(_columns(load_hub(data, data.evaluation_split), data), data, len(bad))
+    return Images(train, spread(evaluation, data.evaluation_images), (*bad, *also_bad))
 
 
 # -- sources: data sets of `image` (bytes or a path), `caption` and `name` ---------------------------------------------
@@ -173,11 +159,11 @@ def _local_source(path: Path, data: ImageData) -> Dataset:
         if (path / "state.json").exists():
             return _columns(load_from_disk(str(path)), data)
         if tables := sorted(str(file) for file in path.rglob("*.parquet")):
-            found = load_dataset("parquet", data_files=tables, split="train", cache_dir=_cache_dir(data))
+            found = load_dataset("parquet", data_files=tables, split="train", cache_dir=data.cache_dir)
             return _columns(found, data)
     except DataError:
         raise
-    except Exception as error:  # each builder of datasets raises its own kinds
+    except Exception as error:  # builders of datasets raise errors without a common base
         raise DataError(f"data.source: {str(path)!r} cannot be read: {error.__cause__ or error}") from error
     files = sorted(file for file in path.rglob("*") if file.suffix.lower() in _SUFFIXES)
     if not files:
@@ -223,16 +209,16 @@ def _folder_captions(folder: Path, files: list[Path], data: ImageData) -> dict[P
             f"data.source: {len(without)} of {len(found)} images in {str(folder)!r} have no caption (first: "
             f"{', '.join(without[:3])}): {remedy}"
         )
-    _check_kinds(found.values(), data)
+    _check_types(found.values(), data)
     return found
 
 
-def _check_kinds(captions: Iterable[Any], data: ImageData) -> None:
-    kinds = {type(caption).__name__ for caption in captions}
-    if kinds - {"str"} and kinds - {"int"}:
+def _check_types(captions: Iterable[Any], data: ImageData) -> None:
+    types = {type(caption).__name__ for caption in captions}
+    if types - {"str"} and types - {"int"}:
         raise DataError(
             f"data.caption_field: captions must all be texts, or all integers, but {data.caption_field!r} of "
-            f"{data.source!r} holds {' and '.join(sorted(kinds))}: name another column"
+            f"{data.source!r} holds {' and '.join(sorted(types))}: name another column"
         )
 
 
@@ -244,19 +230,6 @@ def _read_metadata(path: Path) -> list[dict[str, Any]]:
             return [dict(json.loads(line)) for line in file if line.strip()]
     except (OSError, ValueError, TypeError) as error:
         raise DataError(f"data.source: {path} cannot be read: {error}") from error
-
-
-def _hub_source(data: ImageData, split: str) -> Dataset:
-    from datasets import load_dataset
-
-    try:
-        found = load_dataset(data.source, data.subset, split=split, cache_dir=_cache_dir(data))
-    except Exception as error:  # hub, network, script and split faults have no common base
-        raise DataError(
-            f"data.source: {data.source!r} is no local folder, and split {split!r} of a hub data set of that name "
-            f"could not be loaded: {type(error).__name__}: {error}"
-        ) from error
-    return _columns(found, data)
 
 
 def _columns(found: Dataset, data: ImageData) -> Dataset:
@@ -280,7 +253,7 @@ def _columns(found: Dataset, data: ImageData) -> Dataset:
             f"data.caption_field: {len(without)} of {len(kept)} rows of {data.source!r} have no caption (first: row "
             f"{without[0]}): fill them, or name another column"
         )
-    _check_kinds(kept["caption"], data)
+    _check_types(kept["caption"], data)
     return kept.cast_column("image", Image(decode=False))
 
 
@@ -288,13 +261,8 @@ def _generated(rows: Any, arguments: dict[str, Any], data: ImageData) -> Dataset
     """A data set from a generator, which ``datasets`` caches under the generator's code and arguments."""
     import datasets
 
-    shown = datasets.is_progress_bar_enabled()
-    datasets.disable_progress_bars()
-    try:
-        found = datasets.Dataset.from_generator(rows, gen_kwargs=arguments, cache_dir=_cache_dir(data))
-    finally:
-        if shown:
-            datasets.enable_progress_bars()
+    with quiet_bars():
+        found = datasets.Dataset.from_generator(rows, gen_kwargs=arguments, cache_dir=data.cache_dir)
     return found.cast_column("image", datasets.Image(decode=False))
 
 
@@ -310,7 +278,7 @@ def _prepared(source: Dataset, data: ImageData, known_bad: int = 0) -> tuple[Dat
     # A file of ours: `map` by itself would write beside the source, which may be a folder of the user's.
     made = f"{source._fingerprint} {data.size} {_VERSION}"
     cached = (
-        Path(_cache_dir(data) or HF_DATASETS_CACHE) / "qat-images" / f"{sha256(made.encode()).hexdigest()[:32]}.arrow"
+        Path(data.cache_dir or HF_DATASETS_CACHE) / "qat-images" / f"{sha256(made.encode()).hexdigest()[:32]}.arrow"
     )
     cached.parent.mkdir(parents=True, exist_ok=True)
     done = source.map(
@@ -345,7 +313,7 @@ def _resize_row(row: dict[str, Any], index: int, size: int) -> dict[str, Any]:
     try:
         with Image.open(encoded["path"] if encoded["bytes"] is None else io.BytesIO(encoded["bytes"])) as opened:
             picture = _resized(opened, size)
-    except Exception as error:  # Pillow's decoders raise all kinds
+    except Exception as error:  # Pillow's decoders raise errors without a common base
         return {"image": None, "caption": row["caption"], "fault": f"{name} ({type(error).__name__}: {error})"}
     return {"image": picture, "caption": row["caption"], "fault": ""}
 
@@ -368,15 +336,5 @@ def _resized(picture: Picture, size: int) -> Picture:
 
 
 def _split(prepared: Dataset, unreadable: tuple[str, ...], data: ImageData) -> Images:
-    held_out = range(0, len(prepared), EVALUATION_EVERY)
-    kept = [index for index in range(len(prepared)) if index % EVALUATION_EVERY]
-    return Images(prepared.select(kept), _spread(prepared.select(held_out), data), unreadable)
-
-
-def _spread(evaluation: Dataset, data: ImageData) -> Dataset:
-    count = min(data.evaluation_images, len(evaluation))
-    return evaluation.select([index * len(evaluation) // count for index in range(count)])
-
-
-def _cache_dir(data: ImageData) -> str | None:
-    return None if data.cache_dir is None else str(data.cache_dir)
+    train, evaluation = hold_out(prepared, EVALUATION_EVERY)
+    return Images(train, spread(evaluation, data.evaluation_images), unreadable)

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from qat.data.templates import Template, merged_arguments
-from qat.errors import DataError
+from recipes.data import DataError
+from recipes.data.templates import Template, merged_arguments
 
 
 def called(*numbers: int) -> dict[str, Any]:

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from qat.data.images import ImageData, digits, load_images
-from qat.errors import DataError
+from recipes.data import DataError
+from recipes.data.images import ImageData, digits, load_images
 
 Make = Callable[..., ImageData]
 
@@ -258,9 +258,9 @@ def test_a_metadata_file_that_is_wrong(content: str, message: str, folder: Path,
 
 
 def test_sources_that_are_none(folder: Path, local: Make, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="does not exist; give a folder"):
+    with pytest.raises(DataError, match="does not exist; give a path"):
         load_images(ImageData(source="./nowhere"))
-    with pytest.raises(DataError, match=r"no local folder, and split 'train' of a hub data set of that name could not"):
+    with pytest.raises(DataError, match=r"no local path, and split 'train' of a hub data set of that name could not"):
         load_images(ImageData(source="nobody/nothing", cache_dir=tmp_path))
     with pytest.raises(DataError, match="is a file; give the folder"):
         load_images(local(folder / "1.png"))

@@ -1,1 +1,0 @@
-"""Data sets for the recipes, through ``datasets``; nothing here knows of quantization."""

@@ -1,0 +1,53 @@
+"""Where a run happens and where what it makes goes, decided before anything slow begins."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from qat.files.directory import check_destination
+from recipes.common.callbacks import step_of
+from recipes.common.settings import RecipeConfig
+from recipes.common.training import device_of
+
+__all__ = ["Run", "begin"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """Places of one run."""
+
+    output: Path
+    """The export."""
+    overwrite: bool
+    """Whether the export replaces what is there."""
+    device: torch.device
+    """Where this process trains, calibrates and judges."""
+    served_on: torch.device
+    """Where an export is judged."""
+
+    def beside(self, suffix: str) -> Path:
+        """Return a path next to the export, named after it."""
+        return self.output.with_name(f"{self.output.name}-{suffix}")
+
+
+def begin(recipe: str, config: RecipeConfig) -> Run:
+    """Check what a run needs of this machine.
+
+    Args:
+        recipe: its name, which is that of the folder below ``outputs``.
+        config: of the run.
+
+    Raises:
+        ExportError: the output directory must not be replaced.
+        ConfigError: nothing here can train with these settings, or there is no checkpoint to resume from.
+    """
+    types = "_".join(filter(None, (config.spec.weights, config.spec.activations)))
+    output, overwrite = config.output or Path("outputs", recipe, types), config.overwrite or config.output is None
+    check_destination(output.absolute(), overwrite)
+    device = device_of(config.trainer)
+    step_of(config.resume)
+    # On CUDA optimum-quanto compiles its float8 kernel when it is first used, for minutes: not for an evaluation.
+    return Run(output, overwrite, device, torch.device("cpu") if config.spec.weights == "float8" else device)

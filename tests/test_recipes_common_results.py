@@ -1,0 +1,33 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from recipes.common.results import ResultRow, show_results
+
+ROWS = [ResultRow("float", {"loss": 2.0}, 2**20, 0), ResultRow("trained", {"loss": 1.98769}, 2**19, 80, 2e-4)]
+
+
+def test_the_table_has_a_line_for_each_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    show_results(ROWS, tmp_path / "results.json", ["loss"])
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+    assert [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines] == [
+        ["float", "2.0000", "1.00 MiB", "0", "-"],
+        ["trained", "1.9877", "512.00 KiB", "80", "0.0002"],
+    ]
+
+
+def test_all_metrics_are_written_for_programs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    show_results(ROWS, tmp_path / "results.json", [])
+    assert "loss" not in capsys.readouterr().out
+    written = json.loads((tmp_path / "results.json").read_text())
+    assert [ResultRow(**row) for row in written] == ROWS
+
+
+def test_what_is_no_finite_number_is_written_as_null(tmp_path: Path) -> None:
+    metrics = {"loss": 2.0, "loss_bin_0": float("nan"), "loss_bin_1": float("inf")}
+    show_results([ResultRow("float", metrics, 2**20, 0)], tmp_path / "results.json", ["loss"])
+    written = json.loads((tmp_path / "results.json").read_text(), parse_constant=pytest.fail)
+    assert written[0]["metrics"] == {"loss": 2.0, "loss_bin_0": None, "loss_bin_1": None}

@@ -1,0 +1,50 @@
+"""What every recipe lets a user choose."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from qat.config import ConfigError, load_config
+from recipes.common.settings import RecipeConfig
+
+
+@pytest.mark.parametrize("source", ["gpt2", "owner/model-1.0_b"])
+def test_what_can_be_a_hub_name_is_left_to_the_hub(source: str) -> None:
+    assert load_config(RecipeConfig, ["--model", source], "A test.").model == source
+
+
+def test_a_directory_is_found_in_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "models" / "a" / "b").mkdir(parents=True)
+    assert load_config(RecipeConfig, ["--model", "~/models/a/b"], "A test.").model == str(
+        tmp_path / "models" / "a" / "b"
+    )
+
+
+@pytest.mark.parametrize("source", ["./model", "/no/model", "~/no_model", "~nobody/model", "a/b/c", "model/", ""])
+def test_a_path_that_does_not_exist_is_no_hub_name(source: str) -> None:
+    with pytest.raises(ConfigError, match="model: must be a directory that exists, or a hub name such as"):
+        load_config(RecipeConfig, ["--model", source], "A test.")
+
+
+def test_a_file_is_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").touch()
+    with pytest.raises(ConfigError, match=r"must be a directory that exists.*got 'model'"):
+        load_config(RecipeConfig, ["--model", "model"], "A test.")
+
+
+def test_a_schedule_is_ordered_and_ends_where_its_recipe_ends() -> None:
+    with pytest.raises(ConfigError, match=r"observe_until \(3\) must come after observe_from \(5\)"):
+        load_config(RecipeConfig, ["--schedule.observe-from", "5", "--schedule.observe-until", "3"], "A test.")
+    with pytest.raises(ConfigError, match=r"Unrecognized options: --schedule\.finish"):
+        load_config(RecipeConfig, ["--schedule.finish", "last"], "A test.")
+
+
+def test_a_schedule_of_quantized_activations_has_batches_to_calibrate_with() -> None:
+    none = ["--schedule.calibration-batches", "0"]
+    assert load_config(RecipeConfig, none, "A test.").schedule.calibration_batches == 0
+    with pytest.raises(ConfigError, match="schedule: calibration_batches: must be above 0, for spec quantizes"):
+        load_config(RecipeConfig, [*none, "--spec.activations", "int8"], "A test.")
