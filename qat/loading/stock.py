@@ -16,6 +16,7 @@ from torch import nn
 from qat.errors import LoadError
 from qat.exporting.manifest import Manifest
 from qat.packing import keep_bias
+from qat.remote_code import refuse_remote_code
 from qat.targets.diffusers import is_diffusers_model
 
 __all__ = ["attention_arguments", "load_pretrained", "model_class", "read_config"]
@@ -53,16 +54,18 @@ def read_config(kind: Any, directory: Path, manifest: Manifest) -> Any:
     """Read the ``config.json`` of a directory as the class's own library does."""
     if is_diffusers_model(kind):
         return kind.load_config(directory)
-    return kind.config_class.from_pretrained(directory, **attention_arguments(manifest))
+    return kind.config_class.from_pretrained(directory, trust_remote_code=False, **attention_arguments(manifest))
 
 
 def load_pretrained(directory: Path, manifest: Manifest, device: str | torch.device = "cpu") -> nn.Module:
     """Load a directory by the class's own `from_pretrained`: stock, but for packed weights of transformers.
 
     Raises:
-        LoadError: when the loader fails.
+        LoadError: when the loader fails, or would need code that the directory brings.
     """
     kind = model_class(manifest)
+    if manifest.model_class.partition(".")[0] in _LIBRARIES:  # other classes come from the caller's own import
+        refuse_remote_code(directory, auto_class=kind.__name__)
     try:
         with _quiet_quanto():
             loaded = (_from_diffusers if is_diffusers_model(kind) else _from_transformers)(kind, directory, manifest)
@@ -86,7 +89,7 @@ def _from_transformers(kind: Any, directory: Path, manifest: Manifest) -> nn.Mod
     arguments: dict[str, Any] = {"dtype": getattr(torch, manifest.dtype), **attention_arguments(manifest)}
     if manifest.stock_arguments is not None:
         arguments["quantization_config"] = QuantoConfig(**manifest.stock_arguments)
-    loaded: nn.Module = kind.from_pretrained(directory, **arguments)
+    loaded: nn.Module = kind.from_pretrained(directory, trust_remote_code=False, **arguments)
     return loaded
 
 

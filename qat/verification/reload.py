@@ -17,6 +17,7 @@ from qat.exporting.layout import DTYPE_NAMES
 from qat.exporting.manifest import QMAP_NAME, Manifest
 from qat.exporting.quanto import stored_tensors
 from qat.loading.stock import attention_arguments, load_pretrained, model_class, read_config
+from qat.remote_code import refuse_remote_code
 
 __all__ = ["reload"]
 
@@ -35,7 +36,10 @@ def reload(directory: Path, manifest: Manifest, record: FrozenRecord, model: nn.
         if _is_causal_language_model(kind):
             from optimum.quanto import QuantizedModelForCausalLM
 
-            wrapper: Any = QuantizedModelForCausalLM.from_pretrained(str(directory), **attention_arguments(manifest))
+            refuse_remote_code(directory, auto_class="AutoModelForCausalLM")
+            arguments = attention_arguments(manifest)
+            load: Any = QuantizedModelForCausalLM.from_pretrained
+            wrapper = load(str(directory), trust_remote_code=False, **arguments)
             return wrapper._wrapped, "QuantizedModelForCausalLM.from_pretrained"
         # On CPU, not meta: requantize fills the buffers of a meta model with garbage.
         skeleton = build(kind, read_config(kind, directory, manifest), getattr(torch, manifest.dtype), empty=False)

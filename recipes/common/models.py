@@ -46,8 +46,8 @@ def load_language_model(source: str) -> tuple[Any, Any]:
 
     load: Any = AutoModelForCausalLM.from_pretrained
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        model, info = load(source, dtype=torch.float32, output_loading_info=True)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        model, info = load(source, dtype=torch.float32, output_loading_info=True, trust_remote_code=False)
     except Exception as error:  # what can be wrong with a directory, a file or a download has no common base
         raise _load_error(source, error) from error
     unfilled = sorted(map(str, (*info["missing_keys"], *info["mismatched_keys"])))
@@ -87,7 +87,8 @@ def load_pipeline(
         if not folder.is_dir():
             folder = Path(diffusers.DiffusionPipeline.download(source))
         load: Any = diffusers.DiffusionPipeline.from_pretrained
-        pipeline = load(folder, dtype=dtype, **({} if transformer is None else {"transformer": transformer}))
+        replaced = {} if transformer is None else {"transformer": transformer}
+        pipeline = load(folder, dtype=dtype, trust_remote_code=False, **replaced)
     except Exception as error:  # what can be wrong with a directory, a file or a download has no common base
         raise _load_error(source, error) from error
     if not isinstance(getattr(pipeline, "transformer", None), nn.Module):
