@@ -64,7 +64,7 @@ def _inspect(
 
     quiet_libraries()
     checked = QuantSpec(**dict(spec))  # tyro makes a mapping of a model
-    report = inspect(build_on_meta(model_dir), checked, target)
+    report = inspect(build_on_meta(model_dir), checked, target=target)
     _show(report.to_json(), inspect_table(report), json)
 
 
