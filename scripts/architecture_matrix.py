@@ -137,11 +137,11 @@ def load(kind: Any, directory: Path, target: str, dtype: torch.dtype) -> nn.Modu
     if target == "quanto":
         from optimum.quanto import QuantizedModelForCausalLM
 
-        model: nn.Module = QuantizedModelForCausalLM.from_pretrained(str(directory))._wrapped
+        model: nn.Module = QuantizedModelForCausalLM.from_pretrained(str(directory), trust_remote_code=False)._wrapped
         return model
     import qat.integrations.transformers  # noqa: F401 (registers the plug-in)
 
-    model, info = kind.from_pretrained(directory, dtype=dtype, output_loading_info=True)
+    model, info = kind.from_pretrained(directory, dtype=dtype, output_loading_info=True, trust_remote_code=False)
     strays = {key: sorted(names) for key, names in info.items() if names and key != "error_msgs"}
     if strays or info.get("error_msgs"):
         raise RuntimeError(f"from_pretrained reports {strays or info['error_msgs']}")

@@ -356,7 +356,7 @@ def main(argv: list[str] | None = None) -> None:
     pipeline.save_pretrained(arguments.output)
     seconds = time.time() - start
 
-    stored = LIBRARY.FluxPipeline.from_pretrained(arguments.output, dtype=torch.float32)
+    stored = LIBRARY.FluxPipeline.from_pretrained(arguments.output, dtype=torch.float32, trust_remote_code=False)
     stored.to(device)
     stored.set_progress_bar_config(disable=True)
     labels = torch.arange(len(captions_of))

@@ -108,7 +108,7 @@ def load(request: Mapping[str, str]) -> dict[str, Any]:
     if request["dtype"] == "bfloat16":
         dtype, other = other, dtype
     loader: Any = diffusers.AutoModel
-    model = loader.from_pretrained(request["directory"], torch_dtype=dtype)
+    model = loader.from_pretrained(request["directory"], torch_dtype=dtype, trust_remote_code=False)
     state = state_portrait(model)  # before a forward, which may rewrite buffers
     outputs = portrait_of_outputs(outputs_of(model, ARCHITECTURES[request["name"]].example(dtype)))
     own: Any = type(model)

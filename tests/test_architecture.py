@@ -32,7 +32,7 @@ ORDER: tuple[frozenset[str], ...] = tuple(
     frozenset(line.split())
     for line in (
         "errors",
-        "operators qtypes",
+        "operators qtypes remote_code",
         "spec",
         "targets",
         "numerics",

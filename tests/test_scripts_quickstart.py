@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 PYTHON = f"""#!/usr/bin/env bash
 case "$1 $2" in
     "-m pip") printf '%s\\n' "$*" >>"$PIP_LOG" ;;
-    "-m "*) echo "$RECIPE_COMMAND: $*" ;;
+    "-P -m") echo "$RECIPE_COMMAND: ${{*:2}}" ;;
     *) exec {sys.executable} "$@" ;;
 esac
 """

@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import site
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -147,8 +149,9 @@ def verify(
 
 
 def _in_fresh_process(directory: Path) -> VerifyReport:
-    command = [sys.executable, "-m", "qat.cli", "verify", str(directory), "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    # -P and no empty entry of PYTHONPATH: a module in the current folder takes the place of no library's.
+    command = [sys.executable, "-P", "-m", "qat.cli", "verify", str(directory), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=_environment())
     try:
         report = VerifyReport.from_json(json.loads(done.stdout))
     except (ValueError, KeyError, TypeError):
@@ -158,6 +161,15 @@ def _in_fresh_process(directory: Path) -> VerifyReport:
     if not report.ok:
         raise VerificationError(report)
     return report
+
+
+def _environment() -> dict[str, str]:
+    """This process's, in which the same qat is found, wherever it was imported from."""
+    paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    home = str(Path(__file__).parents[2])
+    if home not in (*site.getsitepackages(), site.getusersitepackages()):  # which must not come before Python's own
+        paths.insert(0, home)
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
 
 
 def _checks(
