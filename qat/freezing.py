@@ -20,6 +20,7 @@ from qat.construction import constructed_tensors, differs, unstored_tensors
 from qat.errors import QatError, StateError, TargetError
 from qat.evidence import FrozenRecord, LayerEvidence, layer_evidence, record_frozen
 from qat.layers import QLinear, quantized_layers
+from qat.optimizers import unchanged
 from qat.packing import as_held, keep_bias, pack
 from qat.preparation import Prepared, forget_prepared, prepared_as
 from qat.qtypes import QTYPES
@@ -75,6 +76,8 @@ def freeze(model: nn.Module, target: str | None = None) -> FreezeReport:
     never = _never_called(model)
     if never:
         logger.warning("%d layers were never called, %s: %s", len(never), _NEVER_CALLED, ", ".join(never))
+    for warning in unchanged(model, never):
+        logger.warning("%s", warning)
     return _freeze(model, target)
 
 

@@ -13,6 +13,7 @@ from qat.errors import StateError
 from qat.inspection import InspectReport, inspect
 from qat.layers import QLinear, quantized_layers
 from qat.observers import ObserverChoice, Percentile
+from qat.optimizers import watch
 from qat.quantizers import Algorithm, StraightThrough
 from qat.quantizers.activation import ActivationQuantizer
 from qat.spec import QuantSpec
@@ -103,6 +104,7 @@ def prepare(
     left_float = {row.name: row.reason for row in report.layers if row.weights is None}
     setattr(model, _ATTRIBUTE, Prepared(spec, algorithm, target, observer, notes, left_float))
     model.register_load_state_dict_post_hook(_check_fresh_quantizers)  # type: ignore[no-untyped-call]
+    watch(model)
     return PrepareReport(report, tuple(name for name, _ in quantized_layers(model)), tuple(untied))
 
 
@@ -167,6 +169,14 @@ def parameter_groups(
     module: nn.Module, lr: float, scale_lr: float | None = None, weight_decay: float = 0.0
 ) -> list[dict[str, Any]]:
     """Optimizer groups in which learned scales have their own learning rate and never meet weight decay.
+
+    Call it after `prepare`, which makes the learned scales. transformers' Trainer builds an optimizer of its own, which
+    decays them: give it one, and it adds its learning rate schedule::
+
+        optimizer = torch.optim.AdamW(qat.parameter_groups(model, lr=2e-5, weight_decay=0.1))
+        trainer = transformers.Trainer(model, arguments, optimizers=(optimizer, None), train_dataset=data)
+
+    Any optimizer that would decay a learned scale of a prepared model is refused at its first step.
 
     Args:
         module: anything that contains prepared layers.

@@ -77,13 +77,13 @@ class QLinear(nn.Linear):
         linear.called = False
         return linear
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """``(..., in)`` to ``(..., out)``."""
         if not torch.compiler.is_compiling():  # compiled code under activation checkpointing may not set attributes
             self.called = True
         if self.observing and self.input_quantizer is not None:
-            self.input_quantizer.observe(x)
-        y = self._linear(x)
+            self.input_quantizer.observe(input)
+        y = self._linear(input)
         if self.output_quantizer is not None:
             if self.observing:
                 self.output_quantizer.observe(y)
