@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from qat.config import ScheduleSettings
 
 __all__ = ["QuantizationSchedule"]
@@ -14,9 +12,6 @@ class QuantizationSchedule(ScheduleSettings):
 
     Validation is never observed and always fake-quantized: it judges what would be served, also during a float start.
     """
-
-    finish: Literal["last", "best"] | None = None
-    """After training: calibrate again and freeze the last weights or the best checkpoint; none: that is up to you."""
 
     def observes(self, step: int) -> bool:
         """Whether observers record at this step."""
