@@ -24,6 +24,7 @@ from qat.hosts import Target, get_target
 from qat.hosts.base import last_parts
 from qat.hosts.construction import constructed_tensors, differs, unstored_tensors
 from qat.layers import QuantizedLayer, layer_class, quantized_layers
+from qat.optimizers import unchanged
 from qat.preparation import Prepared, forget_prepared, prepared_as
 from qat.quantizers.activation import ActivationQuantizer
 
@@ -87,6 +88,8 @@ def freeze(model: nn.Module, target: str | None = None, *, allow_unreached: bool
             "that training used their quantized weight: exclude layers whose weight is read without a call (prepare "
             "finds them with example_inputs), run the model once, or pass allow_unreached=True"
         )
+    for warning in unchanged(model, unreached):
+        logger.warning("%s", warning)
     return _freeze(model, target, unreached)
 
 

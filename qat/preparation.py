@@ -16,6 +16,7 @@ from qat.hosts import get_target
 from qat.inspection import InspectReport, inspect
 from qat.layers import layer_class, quantized_layers
 from qat.observers import ObserverChoice, Percentile
+from qat.optimizers import watch
 from qat.quantizers import Algorithm, StraightThrough
 from qat.quantizers.activation import ActivationQuantizer
 from qat.spec import QuantSpec
@@ -107,6 +108,7 @@ def prepare(
     notes = (*report.notes, *(f"untied: {name}" for name in untied))
     setattr(model, _ATTRIBUTE, Prepared(spec, algorithm, target, observer, notes, report.left_float))
     model.register_load_state_dict_pre_hook(_complete_float_checkpoint)  # type: ignore[no-untyped-call]
+    watch(model)
     return PrepareReport(report, tuple(name for name, _ in quantized_layers(model)), tuple(untied))
 
 
@@ -192,6 +194,14 @@ def parameter_groups(
     module: nn.Module, lr: float, scale_lr: float | None = None, weight_decay: float = 0.0
 ) -> list[dict[str, Any]]:
     """Optimizer groups in which learned scales have their own learning rate and never meet weight decay.
+
+    Call it after `prepare`, which makes the learned scales. transformers' Trainer builds an optimizer of its own, which
+    decays them: give it one, and it adds its learning rate schedule::
+
+        optimizer = torch.optim.AdamW(qat.parameter_groups(model, lr=2e-5, weight_decay=0.1))
+        trainer = transformers.Trainer(model, arguments, optimizers=(optimizer, None), train_dataset=data)
+
+    Any optimizer that would decay a learned scale of a prepared model is refused at its first step.
 
     Args:
         module: anything that contains prepared layers.

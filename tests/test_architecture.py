@@ -40,7 +40,7 @@ ORDER: tuple[frozenset[str], ...] = tuple(
         "observers",
         "quantizers",
         "layers",
-        "evidence packing",
+        "evidence optimizers packing",
         "construction sensitivity probing inspection preparation calibration freezing",
         "exporting",
         "verification loading integrations",

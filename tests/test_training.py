@@ -11,12 +11,10 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
-from optimum.quanto.nn import QLinear as FrozenLinear
 from pydantic import ValidationError
 from torch import nn
 
 import qat
-from qat.evidence import frozen_record
 from qat.layers import QLinear
 from tests.training_modules import (
     INT4,
@@ -297,62 +295,12 @@ def test_a_non_finite_gradient_never_replaces_the_last_checkpoint(tmp_path: Path
     assert all(torch.isfinite(tensor).all() for tensor in saved["state_dict"].values())
 
 
-@pytest.mark.parametrize("spec", [INT4, INT8_INT8], ids=["int4", "int8 activations"])
-@pytest.mark.parametrize("algorithm", [None, LearnedStep()], ids=["straight through", "learned"])
-def test_finish_from_the_last_weights(spec: qat.QuantSpec, algorithm: Any, tmp_path: Path) -> None:
-    if algorithm is not None and spec is INT4:
-        spec = INT8
-    saver = ModelCheckpoint(tmp_path / "ckpt", every_n_train_steps=2, save_last=True)
-    module = UserModule()
-    trainer = quiet_trainer(tmp_path, quantization(spec, algorithm, finish="last"), saver, max_steps=6)
-    trainer.fit(module, loader())
-    assert type(module.model.first) is FrozenLinear
-    assert list(frozen_record(module.model).layers) == ["first", "second", "head"]
-    saved = torch.load(saver.last_model_path, weights_only=True)["state_dict"]
-    assert saved["model.first.weight"].dtype == torch.float32  # a float master
-
-    expected = UserModule()
-    qat.prepare(expected.model, spec, algorithm)
-    expected.load_state_dict(saved)
-    if spec.activations:
-        qat.calibrate(expected.model, inputs_of(loader()))
-    qat.freeze(expected.model)
-    assert frozen_record(expected.model) == frozen_record(module.model)
-    trainer.test(module, loader(), verbose=False)  # a frozen model can still be judged
-
-
-def test_finish_from_the_best_checkpoint(tmp_path: Path) -> None:
-    class Worsening(UserModule):
-        def validation_step(self, batch: list[torch.Tensor], batch_idx: int) -> None:
-            self.log("val_loss", torch.tensor([5.0, 3.0, 1.0, 2.0, 4.0][self.global_step // 2]))
-
-    saver = ModelCheckpoint(tmp_path / "ckpt", monitor="val_loss", mode="min", save_on_train_epoch_end=False)
-    module = Worsening()
-    callback = quantization(INT8_INT8, finish="best", calibration_batches=2)
-    limits = {"max_steps": 8, "val_check_interval": 2, "limit_val_batches": 1, "num_sanity_val_steps": 0}
-    quiet_trainer(tmp_path, callback, saver, **limits).fit(module, loader(), loader(1))
-    assert "step=4" in saver.best_model_path
-    expected = UserModule()
-    qat.prepare(expected.model, INT8_INT8)
-    expected.load_state_dict(torch.load(saver.best_model_path, weights_only=True)["state_dict"])
-    qat.calibrate(expected.model, inputs_of(loader())[:2])
-    qat.freeze(expected.model)
-    assert frozen_record(expected.model) == frozen_record(module.model)
-
-
-def test_best_without_a_monitored_checkpoint_is_refused_before_training(tmp_path: Path) -> None:
-    module = UserModule()
-    saver = ModelCheckpoint(tmp_path / "ckpt")
-    with pytest.raises(qat.TrainingError, match="needs a ModelCheckpoint that monitors a metric"):
-        quiet_trainer(tmp_path, quantization(finish="best"), saver).fit(module, loader())
-    assert module.losses == []
-
-
 def test_a_frozen_model_is_neither_trained_nor_overwritten(tmp_path: Path) -> None:
     module = UserModule()
     saver = ModelCheckpoint(tmp_path / "ckpt", save_last=True)
-    trainer = quiet_trainer(tmp_path, quantization(finish="last"), saver, max_steps=1)
+    trainer = quiet_trainer(tmp_path, quantization(), saver, max_steps=1)
     trainer.fit(module, loader())
+    qat.freeze(module.model)
     frozen = module.model.first.weight.dequantize()
     with pytest.raises(qat.StateError, match="frozen and cannot be trained"):
         quiet_trainer(tmp_path, quantization()).fit(module, loader())
@@ -368,10 +316,9 @@ def test_a_frozen_model_is_neither_trained_nor_overwritten(tmp_path: Path) -> No
         ({"observe_until": 3}, "must come after observe_from"),
         ({"observe_from": 3, "observe_until": 3}, "must come after observe_from"),
         ({"start_step": -1}, "greater than or equal to 0"),
-        ({"finish": "first"}, "'last' or 'best'"),
         ({"begin": 3}, "Extra inputs"),
     ],
-    ids=["until alone", "empty window", "negative", "unknown finish", "unknown field"],
+    ids=["until alone", "empty window", "negative", "unknown field"],
 )
 def test_the_schedule_rejects(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):

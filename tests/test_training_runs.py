@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import qat
-from qat.evidence import frozen_record
 from tests.training_modules import (
     INT4,
     INT8,
@@ -79,7 +78,7 @@ def test_scales_stay_float32_in_every_precision(precision: str, tmp_path: Path) 
     masters = {"bf16-true": torch.bfloat16, "64-true": torch.float64}
     master = masters.get(precision, torch.float32)
     module = Single()
-    callback = quantization(INT8_INT8, LearnedStep(), finish=None)
+    callback = quantization(INT8_INT8, LearnedStep())
     saver = ModelCheckpoint(tmp_path / "ckpt", save_last=True)
     trainer = quiet_trainer(tmp_path, callback, saver, precision=precision, gradient_clip_val=1.0, max_epochs=4)
     trainer.fit(module, loader())
@@ -136,10 +135,9 @@ def test_a_compiled_model_trains_like_an_eager_one(spec: qat.QuantSpec, when: st
     if when == "after its first call":
         compiled.model(torch.randn(4, 32))
     for module in (eager, compiled):
-        quiet_trainer(tmp_path, quantization(spec, start_step=2, finish="last")).fit(module, loader())
+        quiet_trainer(tmp_path, quantization(spec, start_step=2)).fit(module, loader())
     assert compiled.losses == pytest.approx(eager.losses, rel=1e-5)
-    inner = compiled.model._orig_mod
-    assert set(frozen_record(inner).layers) == {"first", "second", "head"}
+    assert set(qat.freeze(compiled.model._orig_mod).layers) == {"first", "second", "head"}
 
 
 def test_a_plain_loop_with_the_four_calls(tmp_path: Path) -> None:

@@ -2,41 +2,40 @@
 
 Layers are prepared in ``setup`` (for modules built in ``configure_model``, right after it): before weights are
 restored, and before the optimizer and the strategy see the model; also for validate, test and predict. Checkpoints
-always hold float master weights with the quantizers' state beside them; freezing, if asked for, comes after the last
-of them. Whatever cannot work is refused before the first step.
+always hold float master weights with the quantizers' state beside them; freezing comes after the fit, by `qat.freeze`.
+Whatever cannot work is refused before the first step.
 """
 
 from __future__ import annotations
 
-import copy
 import functools
-import itertools
 import logging
+import os
 from collections.abc import Callable, Iterator, Mapping
+from itertools import takewhile
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
 
 from qat.calibration import calibrate
-from qat.errors import CalibrationError, StateError, TrainingError
+from qat.errors import CalibrationError, QatError, StateError, TrainingError
 from qat.files.evidence import frozen_record
-from qat.freezing import freeze
 from qat.layers import Mode, quantized_layers
 from qat.observers import ObserverChoice, Percentile
+from qat.optimizers import REMEDY, learned_ranges, refuse_decay, watch
 from qat.preparation import prepare, prepared_as
 from qat.quantizers import Algorithm, StraightThrough
 from qat.quantizers.activation import ActivationQuantizer
 from qat.spec import QuantSpec
+from qat.training.batches import default_model_inputs, training_batches
+from qat.training.checkpoints import refuse_float_optimizer
 from qat.training.schedule import QuantizationSchedule
 from qat.training.task import require_finite
 
@@ -45,18 +44,13 @@ __all__ = ["QuantizationAwareTraining"]
 logger = logging.getLogger("qat")
 
 
-def default_model_inputs(batch: Any) -> Any:
-    """What of a dataloader's batch the model is called with: of a tuple or list its first element, else all of it."""
-    return batch[0] if isinstance(batch, tuple | list) else batch
-
-
 class QuantizationAwareTraining(Callback):
     """Quantization-aware training of a `LightningModule` that need not know of it.
 
     Args:
         spec: what to quantize.
         algorithm: how scales are found; default `StraightThrough`.
-        schedule: when; default: from the first step, without freezing at the end.
+        schedule: when; default: from the first step.
         target: who will load the export.
         attribute: the attribute of the LightningModule that holds the model to prepare (its metrics, a teacher and the
             like stay out of it); None: the LightningModule itself.
@@ -69,8 +63,9 @@ class QuantizationAwareTraining(Callback):
         SpecError, TargetError: the spec does not fit the model or the target.
         StateError: the model is frozen, or prepared in another way.
         CalibrationError: activations are quantized and nothing will set their scales.
-        TrainingError: no optimizer holds the learned scales, or one would decay them; the trainer cannot do what the
-            schedule asks for at the end; later: the loss is not finite.
+        TrainingError: no optimizer holds the learned scales, or one would decay them, or comes from a float checkpoint;
+            a callback that averages weights copied the module too early; the quantizers would be lost in worker
+            processes; later: the loss is not finite.
 
     Example::
 
@@ -101,6 +96,7 @@ class QuantizationAwareTraining(Callback):
         self.model_inputs = model_inputs
         self.example_inputs = example_inputs
         self._phase: tuple[bool, bool] | None = None  # what the layers were last switched to
+        self._process = os.getpid()
 
     def model_of(self, module: LightningModule) -> nn.Module:
         """The model that is prepared, without a ``torch.compile`` wrapper."""
@@ -118,7 +114,12 @@ class QuantizationAwareTraining(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Prepare the model, or what ``configure_model`` builds right after it is built."""
-        self._phase = None
+        for other in takewhile(lambda one: one is not self, trainer.callbacks):  # type: ignore[attr-defined]
+            if isinstance(other, StochasticWeightAveraging | WeightAveraging):
+                raise TrainingError(
+                    f"callbacks: {type(other).__name__} copies the module in its setup, so it must come after "
+                    "QuantizationAwareTraining, which prepares the module in its own; put it later in the list"
+                )
         if not is_overridden("configure_model", pl_module):
             self._prepare(trainer, pl_module)
             return
@@ -152,6 +153,7 @@ class QuantizationAwareTraining(Callback):
             for note in (*report.inspection.notes, *(f"untied: {name}" for name in report.untied)):
                 logger.warning("%s", note)
             self._refuse_worker_processes(trainer, model)
+        watch(model)
         prepared = prepared_as(model)
         wanted = (self.spec, self.algorithm, self.target, self.observer or Percentile())
         if (prepared.spec, prepared.algorithm, prepared.target, prepared.observer) != wanted:
@@ -159,13 +161,15 @@ class QuantizationAwareTraining(Callback):
                 f"spec: the model is already prepared with {prepared}, but the callback has {wanted[0]!r}, "
                 f"{wanted[1]!r}, target {wanted[2]!r} and {wanted[3]!r}: use the same, or a fresh float model"
             )
-        # DistributedDataParallel would overwrite every rank's statistics with rank 0's before each forward.
+        # DistributedDataParallel would overwrite every rank's statistics with rank 0's before each forward, and has no
+        # public way to leave buffers out.
         own = {id(b) for q in _activations(model) for b in q.buffers()}
         ignored = {*getattr(pl_module, "_ddp_params_and_buffers_to_ignore", ())}
         ignored |= {name for name, buffer in pl_module.named_buffers() if id(buffer) in own}
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(  # type: ignore[no-untyped-call]
             pl_module, sorted(ignored)
         )
+        self._switch(pl_module, *self._phase_of(trainer))
 
     @staticmethod
     def _accept_frozen(trainer: Trainer, model: nn.Module) -> None:
@@ -176,10 +180,11 @@ class QuantizationAwareTraining(Callback):
             loop.inference_mode = False  # in which quanto's packed weights raise
         model.register_load_state_dict_pre_hook(_refuse_masters)  # type: ignore[no-untyped-call]
 
-    @staticmethod
-    def _refuse_worker_processes(trainer: Trainer, model: nn.Module) -> None:
+    def _refuse_worker_processes(self, trainer: Trainer, model: nn.Module) -> None:
+        """Of a copy of the module that a worker process trains, only the state returns to the process of the user."""
+        elsewhere = trainer.strategy.launcher is not None and os.getpid() != self._process
         stateful = any(layer.has_quantizer_state for _, layer in quantized_layers(model))
-        if stateful and trainer.state.fn == TrainerFn.FITTING and _ends_elsewhere(trainer):
+        if elsewhere and stateful and trainer.state.fn == TrainerFn.FITTING:
             raise TrainingError(
                 "strategy: the quantizers would be lost in the worker processes that this strategy starts: call "
                 "qat.prepare(module.model, spec, ...) before the fit, or use strategy='ddp'"
@@ -189,54 +194,38 @@ class QuantizationAwareTraining(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse what cannot work, before any work is lost."""
-        self._check_optimizers(trainer, self.model_of(pl_module))
-        if self.schedule.finish is None:
-            return
-        if trainer.strategy.restore_checkpoint_after_setup or _ends_elsewhere(trainer):
+        model = self.model_of(pl_module)
+        groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+        refuse_decay(model, groups)
+        learned = learned_ranges(model)
+        missing = learned.keys() - {id(p) for group in groups for p in group["params"]}
+        if groups and missing and not trainer.strategy.restore_checkpoint_after_setup:  # those shard parameters
             raise TrainingError(
-                f"schedule: finish={self.schedule.finish!r} needs the whole model in the process that called fit, "
-                f"which {type(trainer.strategy).__name__} does not leave there: use finish=None, then load the "
-                "checkpoint and freeze"
-            )
-        if self.schedule.finish == "best" and not _monitoring(trainer):
-            raise TrainingError(
-                "schedule: finish='best' needs a ModelCheckpoint that monitors a metric: add one to the trainer, or "
-                "use finish='last'"
+                f"optimizer: holds {len(missing)} of {len(learned)} learned scales not at all: {REMEDY}"
             )
 
-    @staticmethod
-    def _check_optimizers(trainer: Trainer, model: nn.Module) -> None:
-        groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
-        learned = (p for _, layer in quantized_layers(model) for p in layer.quantizer_parameters() if p.requires_grad)
-        scales = {id(p) for p in learned}
-        remedy = "build it in configure_optimizers from qat.parameter_groups(module, lr, scale_lr, weight_decay)"
-        for group in groups:
-            if group.get("weight_decay") and any(id(p) in scales for p in group["params"]):
-                raise TrainingError(
-                    f"optimizer: learned scales sit in a group with weight_decay={group['weight_decay']}, which would "
-                    f"shrink every range: {remedy}"
-                )
-        missing = scales - {id(p) for group in groups for p in group["params"]}
-        if groups and missing and not trainer.strategy.restore_checkpoint_after_setup:  # those shard parameters
-            raise TrainingError(f"optimizer: holds {len(missing)} of {len(scales)} learned scales not at all: {remedy}")
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Refuse to go on with an optimizer that never held the learned ranges."""
+        if trainer.state.fn == TrainerFn.FITTING:
+            refuse_float_optimizer(pl_module, checkpoint)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give uncalibrated activations their first scales; a resumed run already has them."""
-        if not _uncalibrated(self.model_of(pl_module)):
-            return
-        if not self.schedule.sets_scales(trainer.global_step):
-            raise CalibrationError(
-                "schedule: activations are quantized but nothing sets their scales: set calibration_batches above 0, "
-                "or let observers record before fake quantization begins (observe_from=0), or call qat.calibrate "
-                "before the fit"
-            )
-        if self.schedule.calibration_batches > 0:
-            self._calibrate(trainer, pl_module)
+        if _uncalibrated(self.model_of(pl_module)):
+            if not self.schedule.sets_scales(trainer.global_step):
+                raise CalibrationError(
+                    "schedule: activations are quantized but nothing sets their scales: set calibration_batches above "
+                    "0, or let observers record before fake quantization begins (observe_from=0), or call "
+                    "qat.calibrate before the fit"
+                )
+            if self.schedule.calibration_batches > 0:
+                self._calibrate(trainer, pl_module)
+        self._switch(pl_module, *self._phase_of(trainer))
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Switch fake quantization and observers by step."""
-        step = trainer.global_step
-        self._switch(pl_module, step >= self.schedule.start_step, self.schedule.observes(step))
+        if self._phase != self._phase_of(trainer):
+            self._switch(pl_module, *self._phase_of(trainer))
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Let all ranks have the largest scale that any of them observed."""
@@ -256,6 +245,10 @@ class QuantizationAwareTraining(Callback):
                 "run, or call qat.calibrate(model, batches) first"
             )
         self._switch(pl_module, True, False)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Go back to what training does at this step."""
+        self._switch(pl_module, *self._phase_of(trainer))
 
     on_test_start = on_validation_start
     on_predict_start = on_validation_start
@@ -277,56 +270,51 @@ class QuantizationAwareTraining(Callback):
         """Leave the model as it will be used: fake quantization on, observers off."""
         self._switch(pl_module, True, False)
 
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Calibrate and freeze, if the schedule says so; after the last checkpoint was written."""
-        if self.schedule.finish is None:
-            return
-        if self.schedule.finish == "best" and not getattr(
-            trainer, "fast_dev_run", False
-        ):  # which writes no checkpoints
-            self._load_best(trainer, pl_module)
-        if self.spec.activation_type is not None and self.schedule.calibration_batches > 0:
-            pl_module.to(trainer.strategy.root_device)  # the strategy has already moved it to the CPU
-            self._calibrate(trainer, pl_module)
-            pl_module.cpu()
-        logger.info("%s", freeze(self.model_of(pl_module), self.target))
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """The same after a tuner's run, which ends without the hooks of training."""
+        self._leave(pl_module)
 
-    def _switch(self, pl_module: LightningModule, quantizing: bool, observing: bool) -> None:
-        if self._phase == (quantizing, observing):
-            return
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """The same after an error or an interrupt."""
+        self._leave(pl_module)
+
+    def _leave(self, pl_module: LightningModule) -> None:
+        if self._phase is not None:
+            self._switch(pl_module, True, False, required=True)
+            self._phase = None
+
+    def _phase_of(self, trainer: Trainer) -> tuple[bool, bool]:
+        """Whether layers fake-quantize and whether observers record, at this step of a fit."""
+        if trainer.state.fn != TrainerFn.FITTING:
+            return True, False
+        return trainer.global_step >= self.schedule.start_step, self.schedule.observes(trainer.global_step)
+
+    def _switch(self, pl_module: LightningModule, quantizing: bool, observing: bool, *, required: bool = False) -> None:
+        """Switch all layers. Activations without a scale stay float, unless one is ``required``.
+
+        So sanity checks and tuners, which run before anything sets scales, can run. An observer that records gives its
+        scale in that same forward.
+        """
         for _, layer in quantized_layers(self.model_of(pl_module)):
-            # An observer that records gives its scale in that same forward; before that there is none to quantize with.
-            layer.mode = Mode(quantizing, observing or not _uncalibrated(layer), observing)
+            layer.mode = Mode(quantizing, required or observing or not _uncalibrated(layer), observing)
         self._phase = (quantizing, observing)
 
     def _calibrate(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Random numbers of its own: a run with and one without this calibration shuffle their data alike.
-        with isolate_rng(), trainer.precision_plugin.forward_context():
-            logger.info("%s", calibrate(self.model_of(pl_module), self._batches(trainer, pl_module)))
-        self._phase = None
-
-    def _batches(self, trainer: Trainer, pl_module: LightningModule) -> Iterator[Any]:
-        """Training batches; the iterators and generators of the training loaders stay where they are."""
-        loaders = CombinedLoader(trainer.train_dataloader, "max_size_cycle")
-        loaders.flattened = [_apart(loader) for loader in loaders.flattened]
-        sources = [source for loader in loaders.flattened for source in (loader, getattr(loader, "sampler", None))]
-        generators = [g for source in sources if (g := getattr(source, "generator", None)) is not None]
-        states = [generator.get_state() for generator in generators]
         own: Callable[[Any], Any] = getattr(pl_module, "model_inputs", default_model_inputs)
         convert = own if self.model_inputs is None else self.model_inputs
-        for batch, _, _ in itertools.islice(iter(loaders), self.schedule.calibration_batches):
-            batch = pl_module._on_before_batch_transfer(trainer.precision_plugin.convert_input(batch))
-            yield convert(trainer.strategy.batch_to_device(batch, pl_module.device, 0))
-        for generator, state in zip(generators, states, strict=True):
-            generator.set_state(state)
-
-    @staticmethod
-    def _load_best(trainer: Trainer, pl_module: LightningModule) -> None:
-        best = next((c.best_model_path for c in _monitoring(trainer) if c.best_model_path), "")
-        if not best:
-            raise TrainingError("schedule: finish='best', but ModelCheckpoint saved nothing: let it save (save_top_k)")
-        checkpoint = torch.load(best, map_location=pl_module.device, weights_only=True)
-        pl_module.load_state_dict(checkpoint["state_dict"], strict=pl_module.strict_loading)
+        batches = training_batches(trainer, pl_module, self.schedule.calibration_batches, convert)
+        try:
+            # Random numbers of its own: a run with and one without this calibration shuffle their data alike.
+            with isolate_rng(), trainer.precision_plugin.forward_context():
+                logger.info("%s", calibrate(self.model_of(pl_module), batches))
+        except QatError:
+            raise
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            raise CalibrationError(
+                f"model_inputs: the model cannot be called with what it makes of a training batch: "
+                f"{type(error).__name__}: {error}: pass model_inputs, a function from a batch to what the model is "
+                "called with, such as model_inputs=lambda batch: batch['x']"
+            ) from error
 
 
 def _activations(module: nn.Module) -> Iterator[ActivationQuantizer]:
@@ -335,15 +323,6 @@ def _activations(module: nn.Module) -> Iterator[ActivationQuantizer]:
 
 def _uncalibrated(module: nn.Module) -> bool:
     return any(not quantizer.initialized for quantizer in _activations(module))
-
-
-def _monitoring(trainer: Trainer) -> list[ModelCheckpoint]:
-    return [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.monitor]
-
-
-def _ends_elsewhere(trainer: Trainer) -> bool:
-    """Whether workers train copies of the module, of which only the state returns to the process that called fit."""
-    return isinstance(trainer.strategy.launcher, _MultiProcessingLauncher)
 
 
 def _is_frozen(model: nn.Module) -> bool:
@@ -361,13 +340,3 @@ def _refuse_masters(model: nn.Module, state_dict: Mapping[str, Any], prefix: str
             "ckpt_path: the model is frozen, but the checkpoint holds float master weights: build the float model "
             "again, and load the checkpoint into that"
         )
-
-
-def _apart(loader: Any) -> Any:
-    """A copy of ``loader`` with a position of its own; persistent workers would even hand out training's iterator."""
-    if isinstance(loader, Iterator):
-        return loader
-    twin = copy.copy(loader)
-    if isinstance(twin, DataLoader):
-        twin._iterator = None
-    return twin

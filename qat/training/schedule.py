@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -32,8 +32,6 @@ class QuantizationSchedule(BaseModel):
     """Activation observers stop at this step; none: they go on to the end."""
     calibration_batches: int = Field(default=16, ge=0)
     """Batches for the calibration before the first step and before freezing; only with activations."""
-    finish: Literal["last", "best"] | None = None
-    """After training: calibrate again and freeze the last weights or the best checkpoint; none: that is up to you."""
 
     @model_validator(mode="after")
     def _window_is_ordered(self) -> Self:

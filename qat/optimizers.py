@@ -1,0 +1,127 @@
+"""What optimizers do to prepared models: learned ranges are never decayed, and what training left alone is said.
+
+Many trainers build their own optimizer. Some decay every parameter that is no bias and no norm, so also learned
+ranges; some built it before `qat.prepare` made the ranges. All of them end in a step of a torch optimizer, so one
+global hook before that step sees them all. An optimizer is looked at before its first step, and again when its groups
+change. Otherwise the hook costs a tuple of a few numbers.
+
+Before the first step on a prepared model the hook also takes fingerprints of the masters and the learned ranges.
+Freezing compares them. A fingerprint is a sum over bits, exact on every device; it keeps no copy of the weights.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+from weakref import WeakKeyDictionary, WeakSet
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
+
+from qat.errors import TrainingError
+from qat.layers import quantized_layers
+
+__all__ = ["learned_ranges", "refuse_decay", "unchanged", "watch"]
+
+REMEDY = (
+    "build the optimizer from qat.parameter_groups(module, lr, scale_lr, weight_decay) after qat.prepare (with "
+    "Lightning in configure_optimizers, with transformers' Trainer as optimizers=(optimizer, None))"
+)
+_ELEMENTS = 1 << 20  # that a fingerprint widens at a time
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+_models: WeakSet[nn.Module] = WeakSet()
+_first: WeakKeyDictionary[nn.Module, dict[str, Tensor]] = WeakKeyDictionary()  # fingerprints before the first step
+_checked: WeakKeyDictionary[Optimizer, tuple[Any, ...]] = WeakKeyDictionary()  # the groups that were looked at
+
+
+def watch(model: nn.Module) -> None:
+    """Look at every optimizer that will step on ``model``, which is prepared."""
+    _register()
+    if model not in _models:
+        _models.add(model)
+        _checked.clear()
+
+
+@functools.cache
+def _register() -> None:
+    register_optimizer_step_pre_hook(_before_step)
+
+
+def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    if torch.compiler.is_compiling():
+        return
+    groups = tuple((len(group["params"]), bool(group.get("weight_decay"))) for group in optimizer.param_groups)
+    if _checked.get(optimizer) == groups:
+        return
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for model in list(_models):
+        if any(id(p) in held for p in model.parameters()):
+            refuse_decay(model, optimizer.param_groups)
+            if model not in _first:
+                _first[model] = {name: _fingerprint(p) for name, p in _trained(model).items()}
+    _checked[optimizer] = groups
+
+
+def learned_ranges(model: nn.Module) -> dict[int, str]:
+    """The parameters that quantizers below ``model`` learn: ``id`` to full name."""
+    learned = (p for _, layer in quantized_layers(model) for p in layer.quantizer_parameters() if p.requires_grad)
+    ids = {id(p) for p in learned}
+    return {id(p): name for name, p in model.named_parameters() if id(p) in ids}
+
+
+def refuse_decay(model: nn.Module, groups: Iterable[Mapping[str, Any]]) -> None:
+    """Raise `TrainingError` when a group of an optimizer decays learned ranges of ``model``."""
+    learned = learned_ranges(model)
+    for group in groups:
+        decayed = [learned[id(p)] for p in group["params"] if id(p) in learned] if group.get("weight_decay") else []
+        if decayed:
+            raise TrainingError(
+                f"optimizer: {len(decayed)} learned ranges sit in a group with weight_decay={group['weight_decay']}, "
+                f"which would pull every range away from what is learned (first: {decayed[0]!r}): {REMEDY}"
+            )
+
+
+def unchanged(model: nn.Module, leave_out: Collection[str] = ()) -> list[str]:
+    """What training left alone although it changed something of ``model``: one sentence for weights, one for ranges.
+
+    Args:
+        model: a prepared model.
+        leave_out: names of layers that are said elsewhere.
+    """
+    first, weights, ranges = _first.get(model, {}), [], []
+    trained = _trained(model).items()
+    same = {id(p) for name, p in trained if name in first and torch.equal(first[name], _fingerprint(p))}
+    for name, layer in quantized_layers(model):
+        learned = {id(p) for p in layer.quantizer_parameters() if p.requires_grad}
+        if name not in leave_out and id(layer.weight) in same:
+            weights.append(name)
+        if name not in leave_out and learned and learned <= same:
+            ranges.append(name)
+    reason = f"no optimizer held them, no gradient reached them, or steps were too small for their dtype: {REMEDY}"
+    faults = {"weights of": weights, "learned ranges of": ranges}
+    return [
+        f"training never changed the {what} {len(names)} layers: {reason}: {', '.join(names)}"
+        for what, names in faults.items()
+        if names
+    ]
+
+
+def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Masters and learned ranges that are to be trained, by full name."""
+    own = {id(p) for _, layer in quantized_layers(model) for p in (layer.weight, *layer.quantizer_parameters())}
+    return {n: p for n, p in model.named_parameters() if id(p) in own and p.requires_grad and not p.is_meta}
+
+
+@torch.no_grad()
+def _fingerprint(parameter: Tensor) -> Tensor:
+    """An integer that all bits of ``parameter`` (of a sharded one: of the local part) decide."""
+    local = parameter.to_local() if hasattr(parameter, "to_local") else parameter.detach()
+    bits = local.view(_BITS[local.element_size()]).reshape(-1)
+    total = torch.zeros((), dtype=torch.int64, device=bits.device)
+    for part in bits.split(_ELEMENTS):
+        wide = part.to(torch.int64)
+        total += (wide * (wide + 1)).sum()
+    return total.cpu()
