@@ -173,7 +173,7 @@ def kept_by(forward: Callable[[], Tensor]) -> tuple[Kept, Tensor]:
 
 
 def of_diffusers(model: nn.Module) -> nn.Module:
-    """The same model, told to be one of diffusers: the library goes by the module of a class."""
+    """The same model, told to be one of diffusers: the library goes by the module of a class, and by ``from_config``."""
     kind = type(model)
-    model.__class__ = type(kind.__name__, (kind,), {"__module__": "diffusers.models.made_up"})
+    model.__class__ = type(kind.__name__, (kind,), {"__module__": "diffusers.models.made_up", "from_config": None})
     return model
