@@ -15,7 +15,7 @@ import qat
 from qat.calibration import calibrate
 from qat.errors import CalibrationError, StateError
 from qat.freezing import frozen_copy
-from qat.layers import QLinear, quantized_layers
+from qat.layers import Mode, QLinear, QuantizedLayer, quantized_layers
 from qat.observers import Absmax
 from qat.spec import LayerSpec, QuantSpec
 from tests.helpers import same_bits, tiny_model, tokens
@@ -28,6 +28,10 @@ def mlp(spec: QuantSpec = INT8) -> nn.Sequential:
     model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 16))
     qat.prepare(model, spec, observer=Absmax())
     return model
+
+
+def arrives_quantized(layer: QuantizedLayer) -> bool:
+    return layer.input_quantizer is not None and layer.input_quantizer.arrives_quantized
 
 
 def batches(count: int = 3) -> list[Tensor]:
@@ -49,7 +53,7 @@ def plain(output: Any) -> Tensor:
 def test_scales_are_those_of_the_float_activations() -> None:
     model = mlp()
     with torch.no_grad():
-        weights = [layer.weight_quantizer.fake_quantized(layer.weight) for _, layer in quantized_layers(model)]
+        weights = [layer.weight_quantizer.quantize(layer.weight, torch.float32).value for _, layer in quantized_layers(model)]
         x = torch.cat(batches())
         reached: list[tuple[Tensor, Tensor]] = []
         for weight, (_, layer), after in zip(
@@ -72,7 +76,7 @@ def test_an_input_that_arrives_quantized_takes_its_producers_scale() -> None:
     report = calibrate(model, batches())
     assert report.arriving == ("2",)  # through the relu; tanh gives floats
     assert report.scales["2"][0] == report.scales["0"][1]
-    assert [layer.input_arrives_quantized for _, layer in quantized_layers(model)] == [False, True, False]
+    assert [arrives_quantized(layer) for _, layer in quantized_layers(model)] == [False, True, False]
     assert str(report) == "calibrated 3 layers on 3 batches; 1 inputs arrive quantized"
 
 
@@ -121,7 +125,7 @@ def test_each_layer_computes_what_is_served_but_for_rare_moves_by_one_code(name:
     moved = total = 0
     for layer_name, layer in quantized_layers(model):
         x, trained = read[layer_name]
-        if layer.input_arrives_quantized:
+        if arrives_quantized(layer):
             continue  # the frozen layer would quantize this float again
         with torch.no_grad():
             served = plain(frozen.get_submodule(layer_name)(x))
@@ -161,15 +165,13 @@ def test_nothing_but_scales_changes() -> None:
     model = mlp().train()
     model[1].eval()  # a part that its owner holds in evaluation mode
     layers = [layer for _, layer in quantized_layers(model)]
-    layers[0].fake_quantizing = False
+    layers[0].mode = Mode(weights=False)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     calibrate(model, batches())
     assert [module.training for module in model] == [True, False, True, True, True]
     assert all(same_bits(parameter.detach(), before[name]) for name, parameter in model.named_parameters())
     assert all(parameter.grad is None for parameter in model.parameters())
-    assert [layer.fake_quantizing for layer in layers] == [False, True, True]
-    assert not any(layer.observing for layer in layers)
-    assert all(layer.quantizing_activations for layer in layers)
+    assert [layer.mode for layer in layers] == [Mode(weights=False), Mode(), Mode()]
     assert all(isinstance(layer, QLinear) for layer in layers)
 
 
@@ -235,9 +237,11 @@ def test_a_layer_that_is_never_reached_is_named_with_the_remedy() -> None:
     )
     with pytest.raises(CalibrationError, match=message):
         calibrate(model, [torch.ones(2, 8)] * 2)
-    assert not any(layer.observing for _, layer in quantized_layers(model))
+    assert all(layer.mode == Mode() for _, layer in quantized_layers(model))
     assert model.training
     with pytest.raises(CalibrationError):
+        qat.freeze(model, allow_unreached=True)
+    with pytest.raises(StateError, match=r"1 prepared layers never ran \(unused\)"):
         qat.freeze(model)
 
 
