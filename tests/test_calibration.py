@@ -263,10 +263,98 @@ class CalledTwice(nn.Module):
         return y
 
 
-def test_an_input_arrives_quantized_only_when_it_always_does() -> None:
+def test_an_input_arrives_quantized_only_when_it_always_does(caplog: pytest.LogCaptureFixture) -> None:
     model = CalledTwice()
     qat.prepare(model, INT8)
-    assert calibrate(model, [torch.randn(4, 8)]).arriving == ()
+    assert calibrate(model, [torch.randn(4, 8)] * 3).arriving == ()
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        "second: its input arrives quantized in 3 of 6 calls; training quantizes it in all of them, with its own scale: "
+        "set quantize_outputs=False (target transformers), or exclude the layer"
+    )
+
+
+def tensor_of(y: Tensor) -> Tensor:
+    return y if type(y) is Tensor else y.dequantize()
+
+
+class Routed(nn.Module):
+    """A row goes to one of three experts; ``route`` says which, and an expert without a row may run or not."""
+
+    def __init__(self, runs_empty: bool) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32)) for _ in range(3))
+        self.runs_empty = runs_empty
+
+    def forward(self, x: Tensor, route: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            chosen = route == number
+            if chosen.any() or self.runs_empty:
+                out[chosen] = tensor_of(expert(x[chosen]))
+        return out
+
+
+ROUTES = {"first": torch.zeros(64), "second": torch.ones(64), "all": torch.arange(64) % 3}
+
+
+@pytest.mark.parametrize("runs_empty", [False, True], ids=["skipped", "run on no rows"])
+@pytest.mark.parametrize(
+    "order",
+    [("first", "all"), ("all", "first"), ("all", "second", "first"), ("first", "second", "all"), ("all",)],
+    ids=" ".join,
+)
+def test_every_batch_counts_whichever_is_last(
+    order: tuple[str, ...], runs_empty: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch.manual_seed(1)
+    model, x = Routed(runs_empty).eval(), torch.randn(64, 32)
+    qat.prepare(model, INT8)
+    report = calibrate(model, [(x, ROUTES[name]) for name in order])
+    assert report.arriving == ("experts.0.2", "experts.1.2", "experts.2.2")
+    assert not caplog.records
+    for number in range(3):
+        assert report.scales[f"experts.{number}.2"][0] == report.scales[f"experts.{number}.0"][1]
+    with torch.no_grad():
+        trained = {name: model(x, route) for name, route in ROUTES.items()}
+        qat.freeze(model)
+        assert all(torch.equal(model(x, route), trained[name]) for name, route in ROUTES.items())
+
+
+def test_batches_that_come_once_only_are_seen_in_both_passes() -> None:
+    torch.manual_seed(1)
+    x = torch.randn(64, 32)
+    reports = []
+    for order in (("all", "first"), ("first", "all")):
+        torch.manual_seed(1)
+        model = Routed(False)
+        qat.prepare(model, INT8, observer=Absmax())
+        reports.append(calibrate(model, ({"x": x, "route": ROUTES[name]} for name in order)))
+    assert reports[0] == reports[1]
+
+
+class Alternating(nn.Module):
+    """Its second layer reads what the first one quantized, or a float, as the batch says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, through: bool) -> Tensor:
+        y = torch.relu(self.first(x))
+        z: Tensor = self.second(y if through else tensor_of(y) + 1)
+        return z
+
+
+@pytest.mark.parametrize("order", [(True, False, False), (False, False, True)], ids=["first", "last"])
+def test_an_arrival_in_some_batches_only_is_warned_about_by_name(
+    order: tuple[bool, ...], caplog: pytest.LogCaptureFixture
+) -> None:
+    model = Alternating()
+    qat.prepare(model, INT8)
+    assert calibrate(model, [(torch.randn(4, 8), through) for through in order]).arriving == ()
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert caplog.records[0].getMessage().startswith("second: its input arrives quantized in 1 of 3 calls;")
 
 
 class Batch(NamedTuple):
