@@ -189,7 +189,9 @@ def _freeze_layer(
     name: str, layer: QuantizedLayer, target: Target, prepared: Prepared
 ) -> tuple[nn.Module, LayerEvidence]:
     quantizer, activations = layer.weight_quantizer, layer.input_quantizer
-    weight, trained = quantizer.freeze(layer.effective_weight(layer))
+    master = layer.effective_weight(layer)
+    trained = quantizer.quantize(master, quantizer.dtype).value  # as a forward asks for it, apart from the codes
+    weight, _ = quantizer.freeze(master)
     dtype, device = quantizer.dtype, weight.codes.device
     bias: Tensor | None = getattr(layer, "bias", None)
     types = LayerTypes(

@@ -290,8 +290,8 @@ def _layers(model: nn.Module, target: Target) -> Iterator[tuple[str, tuple[nn.Mo
 
 
 def _other_weights(model: nn.Module, layers: Mapping[str, Any]) -> Iterator[FloatWeight]:
-    """Every parameter of two and more dimensions that no layer here owns, each object once."""
-    seen = {id(parameter) for name in layers for parameter in model.get_submodule(name).parameters(recurse=False)}
+    """Every parameter of two and more dimensions that neither belongs to a layer here nor makes its weight, once."""
+    seen = {id(parameter) for name in layers for parameter in model.get_submodule(name).parameters()}
     for path, module in model.named_modules():
         for key, parameter in module._parameters.items():
             if parameter is None or parameter.ndim < 2 or id(parameter) in seen:

@@ -181,7 +181,7 @@ class QuantSpec(BaseModel, metaclass=_RaisesSpecError):
 
         Args:
             names: the layers that can be quantized.
-            others: modules with weights that cannot, and their classes; a pattern that matches one is told so.
+            others: modules with weights that cannot, and their classes; a pattern that asks to quantize one is told so.
         """
         known = list(names)
         faults = []
@@ -190,7 +190,9 @@ class QuantSpec(BaseModel, metaclass=_RaisesSpecError):
                 if any(fnmatchcase(name, pattern) for name in known):
                     continue
                 held = [name for name in others or () if fnmatchcase(name, pattern)]
-                if held and argument == "exclude":
+                value = self.overrides.get(pattern) if argument == "overrides" else None
+                weights = value.weights if isinstance(value, LayerSpec) else value
+                if held and (argument == "exclude" or weights == "float"):
                     continue  # it stays float, as asked
                 tails = {name: name for name in known} | {name.rsplit(".", 1)[-1]: name for name in known}
                 close = [tails[near] for near in get_close_matches(pattern.lstrip("*."), tails, n=3, cutoff=0.6)]

@@ -25,11 +25,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from qat.evidence import unpack_weight
 from torch import nn
 
 import qat
 from qat.errors import SpecError, TargetError
-from qat.evidence import unpack_weight
 from tests.architectures import ARCHITECTURES, Architecture
 
 COMMAND = "python -m scripts.architecture_matrix"

@@ -214,7 +214,9 @@ def _freeze(model: Any) -> None:
     """Freeze; some cases never run before, which newer versions ask about."""
     import qat
 
-    allowed: dict[str, Any] = {"allow_unreached": True} if "allow_unreached" in inspect.signature(qat.freeze).parameters else {}
+    allowed: dict[str, Any] = (
+        {"allow_unreached": True} if "allow_unreached" in inspect.signature(qat.freeze).parameters else {}
+    )
     qat.freeze(model, **allowed)
 
 

@@ -15,7 +15,7 @@ import qat
 from qat.calibration import calibrate
 from qat.errors import CalibrationError, StateError
 from qat.freezing import frozen_copy
-from qat.layers import QLinear, quantized_layers
+from qat.layers import Mode, QLinear, QuantizedLayer, quantized_layers
 from qat.observers import Absmax
 from qat.spec import LayerSpec, QuantSpec
 from tests.helpers import same_bits, tiny_model, tokens
@@ -28,6 +28,10 @@ def mlp(spec: QuantSpec = INT8) -> nn.Sequential:
     model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 16))
     qat.prepare(model, spec, observer=Absmax())
     return model
+
+
+def arrives_quantized(layer: QuantizedLayer) -> bool:
+    return layer.input_quantizer is not None and layer.input_quantizer.arrives_quantized
 
 
 def batches(count: int = 3) -> list[Tensor]:
@@ -49,7 +53,9 @@ def plain(output: Any) -> Tensor:
 def test_scales_are_those_of_the_float_activations() -> None:
     model = mlp()
     with torch.no_grad():
-        weights = [layer.weight_quantizer.fake_quantized(layer.weight) for _, layer in quantized_layers(model)]
+        weights = [
+            layer.weight_quantizer.quantize(layer.weight, torch.float32).value for _, layer in quantized_layers(model)
+        ]
         x = torch.cat(batches())
         reached: list[tuple[Tensor, Tensor]] = []
         for weight, (_, layer), after in zip(
@@ -72,7 +78,7 @@ def test_an_input_that_arrives_quantized_takes_its_producers_scale() -> None:
     report = calibrate(model, batches())
     assert report.arriving == ("2",)  # through the relu; tanh gives floats
     assert report.scales["2"][0] == report.scales["0"][1]
-    assert [layer.input_arrives_quantized for _, layer in quantized_layers(model)] == [False, True, False]
+    assert [arrives_quantized(layer) for _, layer in quantized_layers(model)] == [False, True, False]
     assert str(report) == "calibrated 3 layers on 3 batches; 1 inputs arrive quantized"
 
 
@@ -121,7 +127,7 @@ def test_each_layer_computes_what_is_served_but_for_rare_moves_by_one_code(name:
     moved = total = 0
     for layer_name, layer in quantized_layers(model):
         x, trained = read[layer_name]
-        if layer.input_arrives_quantized:
+        if arrives_quantized(layer):
             continue  # the frozen layer would quantize this float again
         with torch.no_grad():
             served = plain(frozen.get_submodule(layer_name)(x))
@@ -161,15 +167,13 @@ def test_nothing_but_scales_changes() -> None:
     model = mlp().train()
     model[1].eval()  # a part that its owner holds in evaluation mode
     layers = [layer for _, layer in quantized_layers(model)]
-    layers[0].fake_quantizing = False
+    layers[0].mode = Mode(weights=False)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     calibrate(model, batches())
     assert [module.training for module in model] == [True, False, True, True, True]
     assert all(same_bits(parameter.detach(), before[name]) for name, parameter in model.named_parameters())
     assert all(parameter.grad is None for parameter in model.parameters())
-    assert [layer.fake_quantizing for layer in layers] == [False, True, True]
-    assert not any(layer.observing for layer in layers)
-    assert all(layer.quantizing_activations for layer in layers)
+    assert [layer.mode for layer in layers] == [Mode(weights=False), Mode(), Mode()]
     assert all(isinstance(layer, QLinear) for layer in layers)
 
 
@@ -235,9 +239,11 @@ def test_a_layer_that_is_never_reached_is_named_with_the_remedy() -> None:
     )
     with pytest.raises(CalibrationError, match=message):
         calibrate(model, [torch.ones(2, 8)] * 2)
-    assert not any(layer.observing for _, layer in quantized_layers(model))
+    assert all(layer.mode == Mode() for _, layer in quantized_layers(model))
     assert model.training
     with pytest.raises(CalibrationError):
+        qat.freeze(model, allow_unreached=True)
+    with pytest.raises(StateError, match=r"1 prepared layers never ran \(unused\)"):
         qat.freeze(model)
 
 
@@ -259,10 +265,98 @@ class CalledTwice(nn.Module):
         return y
 
 
-def test_an_input_arrives_quantized_only_when_it_always_does() -> None:
+def test_an_input_arrives_quantized_only_when_it_always_does(caplog: pytest.LogCaptureFixture) -> None:
     model = CalledTwice()
     qat.prepare(model, INT8)
-    assert calibrate(model, [torch.randn(4, 8)]).arriving == ()
+    assert calibrate(model, [torch.randn(4, 8)] * 3).arriving == ()
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        "second: its input arrives quantized in 3 of 6 calls; training quantizes it in all of them, with its own scale: "
+        "set quantize_outputs=False (target transformers), or exclude the layer"
+    )
+
+
+def tensor_of(y: Tensor) -> Tensor:
+    return y if type(y) is Tensor else y.dequantize()
+
+
+class Routed(nn.Module):
+    """A row goes to one of three experts; ``route`` says which, and an expert without a row may run or not."""
+
+    def __init__(self, runs_empty: bool) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32)) for _ in range(3))
+        self.runs_empty = runs_empty
+
+    def forward(self, x: Tensor, route: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            chosen = route == number
+            if chosen.any() or self.runs_empty:
+                out[chosen] = tensor_of(expert(x[chosen]))
+        return out
+
+
+ROUTES = {"first": torch.zeros(64), "second": torch.ones(64), "all": torch.arange(64) % 3}
+
+
+@pytest.mark.parametrize("runs_empty", [False, True], ids=["skipped", "run on no rows"])
+@pytest.mark.parametrize(
+    "order",
+    [("first", "all"), ("all", "first"), ("all", "second", "first"), ("first", "second", "all"), ("all",)],
+    ids=" ".join,
+)
+def test_every_batch_counts_whichever_is_last(
+    order: tuple[str, ...], runs_empty: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch.manual_seed(1)
+    model, x = Routed(runs_empty).eval(), torch.randn(64, 32)
+    qat.prepare(model, INT8)
+    report = calibrate(model, [(x, ROUTES[name]) for name in order])
+    assert report.arriving == ("experts.0.2", "experts.1.2", "experts.2.2")
+    assert not caplog.records
+    for number in range(3):
+        assert report.scales[f"experts.{number}.2"][0] == report.scales[f"experts.{number}.0"][1]
+    with torch.no_grad():
+        trained = {name: model(x, route) for name, route in ROUTES.items()}
+        qat.freeze(model)
+        assert all(torch.equal(model(x, route), trained[name]) for name, route in ROUTES.items())
+
+
+def test_batches_that_come_once_only_are_seen_in_both_passes() -> None:
+    torch.manual_seed(1)
+    x = torch.randn(64, 32)
+    reports = []
+    for order in (("all", "first"), ("first", "all")):
+        torch.manual_seed(1)
+        model = Routed(False)
+        qat.prepare(model, INT8, observer=Absmax())
+        reports.append(calibrate(model, ({"x": x, "route": ROUTES[name]} for name in order)))
+    assert reports[0] == reports[1]
+
+
+class Alternating(nn.Module):
+    """Its second layer reads what the first one quantized, or a float, as the batch says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, through: bool) -> Tensor:
+        y = torch.relu(self.first(x))
+        z: Tensor = self.second(y if through else tensor_of(y) + 1)
+        return z
+
+
+@pytest.mark.parametrize("order", [(True, False, False), (False, False, True)], ids=["first", "last"])
+def test_an_arrival_in_some_batches_only_is_warned_about_by_name(
+    order: tuple[bool, ...], caplog: pytest.LogCaptureFixture
+) -> None:
+    model = Alternating()
+    qat.prepare(model, INT8)
+    assert calibrate(model, [(torch.randn(4, 8), through) for through in order]).arriving == ()
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert caplog.records[0].getMessage().startswith("second: its input arrives quantized in 1 of 3 calls;")
 
 
 class Batch(NamedTuple):

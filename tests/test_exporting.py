@@ -15,10 +15,10 @@ import qat.exporting
 import qat.files.shards as layout
 from qat.errors import ExportError, StateError, TargetError
 from qat.exporting import ExportReport, export
-from qat.formats.state import ModelState
 from qat.files.examples import flatten_inputs, flatten_outputs, unflatten_inputs
 from qat.files.manifest import MANIFEST_NAME, read_manifest
 from qat.formats import QUANTO
+from qat.formats.state import ModelState
 from qat.freezing import freeze
 from qat.hosts import MODULE, TARGETS, Target
 from qat.preparation import prepare

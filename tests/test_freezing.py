@@ -12,14 +12,26 @@ from torch import Tensor, nn
 
 import qat
 from qat.errors import CalibrationError, QatError, StateError, TargetError
-from qat.evidence import digest, frozen_record, unpack_weight
+from qat.files.evidence import frozen_record
+from qat.formats import QUANTO
 from qat.freezing import freeze, frozen_copy
 from qat.layers import QLinear, quantized_layers
+from qat.numerics import FrozenWeight, QType
 from qat.preparation import prepared_as
-from qat.qtypes import QTYPES, group_size
-from qat.quantizers import Algorithm, StraightThrough, WeightQuantizer
+from qat.quantizers import Algorithm, Quantized, StraightThrough, WeightQuantizer
 from qat.spec import LayerSpec, QuantSpec
-from tests.helpers import DTYPES, WEIGHT_TYPES, LearnedStep, awkward_weight, of_diffusers, same_bits, tiny_model, tokens
+from qat.tensors import digest
+from tests.helpers import (
+    DTYPES,
+    WEIGHT_TYPES,
+    LearnedStep,
+    awkward_weight,
+    of_diffusers,
+    of_transformers,
+    same_bits,
+    tiny_model,
+    tokens,
+)
 
 # One output row, odd sizes, and groups of 128, 96, 64, 32 and a whole row.
 SHAPES = [
@@ -37,6 +49,7 @@ SHAPES = [
     (3, 200),
 ]
 SEEDS = range(8)
+QUANTO_NAMES = {"int8": "qint8", "float8": "qfloat8_e4m3fn", "int4": "qint4", "int2": "qint2"}
 
 
 def zoo(seed: int = 0) -> nn.ModuleDict:
@@ -58,13 +71,17 @@ def forwards_weight(layer: nn.Module, in_features: int) -> Tensor:
     return weight
 
 
+def stored(layer: nn.Module) -> FrozenWeight:
+    return QUANTO.read(layer).weight
+
+
 @pytest.mark.parametrize("algorithm", [StraightThrough(), LearnedStep()], ids=lambda a: str(a.kind))
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("weights", WEIGHT_TYPES)
 def test_the_frozen_weight_is_the_one_that_the_forward_used(weights: str, dtype: str, algorithm: Algorithm) -> None:
     for seed in SEEDS:
         model = zoo(seed)
-        hazards = qat.prepare(model, spec_of(weights, dtype), algorithm).inspection.layers
+        hazards = qat.prepare(model, spec_of(weights, dtype), algorithm=algorithm).inspection.layers
         used = {name: forwards_weight(layer, layer.in_features) for name, layer in quantized_layers(model)}
         assert len(used) == sum(row.weights is not None for row in hazards) >= len(SHAPES) - 2
         freeze(model)
@@ -77,20 +94,21 @@ def test_the_frozen_weight_is_the_one_that_the_forward_used(weights: str, dtype:
 
 @pytest.mark.parametrize("weights", WEIGHT_TYPES)
 def test_frozen_codes_are_quantos_own_at_the_same_scale_and_shift(weights: str) -> None:
-    kind = QTYPES[weights]
+    qtype = QUANTO.qtypes[weights]
     for seed in SEEDS:
         model = zoo(seed)
         masters = {name: layer.weight.detach().clone() for name, layer in model.items()}
         qat.prepare(model, spec_of(weights))
-        freeze(model)
+        freeze(model, allow_unreached=True)
         for name, master in masters.items():
-            codes, scale, shift = unpack_weight(model[name].weight)
+            codes, scale, shift = (getattr(stored(model[name]), part) for part in ("codes", "scale", "shift"))
             if shift is not None:
-                size = group_size(weights, master.shape[1])
-                theirs = torch.ops.quanto.quantize_affine(master, kind.bits, 0, size, scale, shift)
+                size = qtype.group_size(master.shape[1])
+                theirs = torch.ops.quanto.quantize_affine(master, qtype.bits, 0, size, scale, shift)
             else:
-                axis = None if scale.ndim == 0 else 0
-                theirs = torch.ops.quanto.quantize_symmetric(master, codes.dtype, axis, scale)
+                one = master.shape[0] == 1  # one output row: quanto has it per tensor
+                own = scale.reshape(()) if one else scale
+                theirs = torch.ops.quanto.quantize_symmetric(master, codes.dtype, None if one else 0, own)
             # At scale 0 quanto's codes are NaN cast to an integer, and only values can be compared: all are equal.
             defined = (scale != 0).reshape(-1, 1).expand_as(theirs)
             ours = codes.reshape(theirs.shape).float()
@@ -107,11 +125,10 @@ def test_stock_freezing_gives_the_same_weights_in_float32_only(weights: str) -> 
         ours = nn.Sequential(nn.Linear(256, 64, bias=False))
         ours[0].load_state_dict(stock[0].state_dict())
         qat.prepare(ours, spec_of(weights, dtype))
-        freeze(ours)
-        quantize(stock.to(DTYPES[dtype]), weights=QTYPES[weights].quanto_name)
+        freeze(ours, allow_unreached=True)
+        quantize(stock.to(DTYPES[dtype]), weights=QUANTO_NAMES[weights])
         quanto_freeze(stock)
-        pairs = zip(unpack_weight(stock[0].weight), unpack_weight(ours[0].weight), strict=True)
-        theirs, mine = next(pairs)
+        theirs, mine = stored(stock[0]).codes, stored(ours[0]).codes
         changed[dtype] = float((theirs.float() != mine.float()).float().mean())
     assert changed["float32"] == 0
     assert 0 < changed["bfloat16"] < 0.3
@@ -122,10 +139,10 @@ def test_stock_freezing_gives_the_same_weights_in_float32_only(weights: str) -> 
 def test_the_state_has_quantos_keys(weights: str, dtype: str) -> None:
     model = nn.Sequential(nn.Linear(256, 16), nn.Linear(16, 1))
     qat.prepare(model, spec_of(weights, dtype))
-    freeze(model)
+    freeze(model, allow_unreached=True)
     inner = (
         ["weight._data._data", "weight._scale", "weight._shift"]
-        if QTYPES[weights].affine
+        if QUANTO.qtypes[weights].has_shift
         else ["weight._data", "weight._scale"]
     )
     expected = {f"{layer}.{key}" for layer in (0, 1) for key in [*inner, "bias", "input_scale", "output_scale"]}
@@ -136,7 +153,7 @@ def test_the_state_has_quantos_keys(weights: str, dtype: str) -> None:
             assert tensor.dtype is DTYPES[dtype], key
         assert not tensor.requires_grad
     assert state["0.input_scale"] == state["0.output_scale"] == 1
-    if not QTYPES[weights].affine:
+    if not QUANTO.qtypes[weights].has_shift:
         assert state["0.weight._scale"].shape == (16, 1)
         assert state["1.weight._scale"].shape == ()  # one output row: quanto has it per tensor
 
@@ -150,8 +167,8 @@ def test_quantos_loader_serves_the_same_outputs(weights: str, dtype: str, algori
         return nn.Sequential(nn.Linear(256, 64), nn.GELU(), nn.LayerNorm(64), nn.Linear(64, 32))
 
     trained = model()
-    qat.prepare(trained, spec_of(weights, dtype), algorithm)
-    freeze(trained)
+    qat.prepare(trained, spec_of(weights, dtype), algorithm=algorithm)
+    freeze(trained, allow_unreached=True)
     loaded = model().to(DTYPES[dtype])
     requantize(loaded, {key: t.clone() for key, t in trained.state_dict().items()}, quantization_map(trained))
     x = torch.randn(5, 256).to(DTYPES[dtype])
@@ -166,7 +183,7 @@ def test_a_trained_scale_is_frozen_and_a_checkpoint_of_it_too() -> None:
     def model() -> nn.Sequential:
         torch.manual_seed(0)
         made = nn.Sequential(nn.Linear(256, 32), nn.ReLU(), nn.Linear(32, 16))
-        qat.prepare(made, spec_of("int4", "bfloat16"), LearnedStep())
+        qat.prepare(made, spec_of("int4", "bfloat16"), algorithm=LearnedStep())
         return made
 
     trained, resumed = model(), model()
@@ -185,21 +202,24 @@ def test_a_trained_scale_is_frozen_and_a_checkpoint_of_it_too() -> None:
         name: forwards_weight(layer, layer.in_features) - layer.bias.detach().unsqueeze(1)
         for name, layer in quantized_layers(trained)
     }
-    served = {name: layer.weight_quantizer.fake_quantized(layer.weight) for name, layer in quantized_layers(trained)}
-    learned = {name: layer.weight_quantizer.final(layer.weight).scale for name, layer in quantized_layers(trained)}
+    served = {
+        name: layer.weight_quantizer.quantize(layer.weight, torch.bfloat16).value
+        for name, layer in quantized_layers(trained)
+    }
+    learned = {name: layer.weight_quantizer.freeze(layer.weight)[0].scale for name, layer in quantized_layers(trained)}
     freeze(trained)
     freeze(resumed)
     assert frozen_record(trained) == frozen_record(resumed)
     for name, weight in served.items():
         assert same_bits(trained.get_submodule(name).weight.dequantize(), weight)  # type: ignore[operator, union-attr]
         torch.testing.assert_close(used[name], weight.float(), rtol=1e-5, atol=1e-6)
-        assert same_bits(unpack_weight(trained.get_submodule(name).weight)[1].reshape(-1), learned[name].reshape(-1))
+        assert same_bits(stored(trained.get_submodule(name)).scale, learned[name])
 
 
 def test_freezing_is_reported_and_recorded() -> None:
     model = zoo()
     qat.prepare(model, QuantSpec(weights="int4", dtype="float32", overrides={"3x5": "int8"}))
-    report = freeze(model)
+    report = freeze(model, allow_unreached=True)
     assert set(report.layers) == set(model)
     assert (report.target, report.dtype) == ("quanto", "float32")
     assert str(report) == f"froze {len(SHAPES)} layers (int4, int8) for target 'quanto', served in float32"
@@ -209,7 +229,7 @@ def test_freezing_is_reported_and_recorded() -> None:
 def test_a_frozen_model_is_ready_to_run() -> None:
     model = tiny_model("llama").train()
     qat.prepare(model, QuantSpec(), target="transformers")
-    freeze(model)
+    freeze(model, allow_unreached=True)
     assert not model.training
     assert not any(isinstance(module, QLinear) for module in model.modules())
     for name, module in model.named_modules():
@@ -223,7 +243,7 @@ def test_only_what_the_loader_casts_is_cast() -> None:
     model = tiny_model("llama")
     rotary = model.get_submodule("model.rotary_emb").inv_freq.clone()  # type: ignore[operator, union-attr]
     qat.prepare(model, QuantSpec(exclude="*.mlp.*"), target="transformers")
-    freeze(model)
+    freeze(model, allow_unreached=True)
     assert {p.dtype for name, p in model.named_parameters() if "weight" in name} == {torch.bfloat16}
     assert same_bits(model.get_submodule("model.rotary_emb").inv_freq, rotary)  # type: ignore[arg-type]
     assert model.config.dtype is torch.bfloat16  # type: ignore[union-attr]
@@ -243,9 +263,10 @@ class Keeping(nn.Module):
 
 @pytest.mark.parametrize(("target", "kept"), [("quanto", False), ("transformers", False), ("diffusers", True)], ids=str)
 def test_every_tensor_has_the_dtype_that_the_targets_loader_gives_it(target: str, kept: bool) -> None:
-    model: Any = of_diffusers(Keeping()) if target == "diffusers" else Keeping()
+    made = {"diffusers": of_diffusers, "transformers": of_transformers}.get(target, lambda model: model)
+    model: Any = made(Keeping())
     qat.prepare(model, QuantSpec(exclude="gate"), target=target)
-    freeze(model)
+    freeze(model, allow_unreached=True)
     assert model.gate.weight.dtype is (torch.float32 if kept else torch.bfloat16)
     assert model.mean.dtype is torch.bfloat16  # type: ignore[union-attr]
     assert model.table.dtype is torch.float32  # type: ignore[union-attr]
@@ -259,9 +280,12 @@ def test_freezing_for_another_target() -> None:
         TargetError,
         match=r"1 quantized layers .* such as gate \(the loader never quantizes .*\): prepare for the target",
     ):
-        freeze(model, target="diffusers")
+        freeze(model, target="diffusers", allow_unreached=True)
     assert isinstance(model.gate, QLinear)
-    assert freeze(model, target="transformers").target == "transformers"
+    assert freeze(model, allow_unreached=True).target == "quanto"
+    moved = of_transformers(Keeping())
+    qat.prepare(moved, QuantSpec(dtype="float32"))
+    assert freeze(moved, target="transformers", allow_unreached=True).target == "transformers"
     other = nn.Sequential(nn.Linear(8, 8))
     qat.prepare(other, spec_of(activations="int8"))
     qat.calibrate(other, [torch.ones(2, 8)])
@@ -281,9 +305,9 @@ def test_only_a_prepared_model_is_frozen() -> None:
     ):
         freeze(model)
     qat.prepare(model, spec_of())
-    freeze(model)
+    freeze(model, allow_unreached=True)
     with pytest.raises(StateError, match="was not prepared"):
-        freeze(model)
+        freeze(model, allow_unreached=True)
 
 
 def test_activations_that_were_never_calibrated_are_refused_and_nothing_changes() -> None:
@@ -292,7 +316,7 @@ def test_activations_that_were_never_calibrated_are_refused_and_nothing_changes(
     qat.prepare(model, spec)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(CalibrationError, match=r"run qat.calibrate\(model, batches\)"):
-        freeze(model)
+        freeze(model, allow_unreached=True)
     assert all(isinstance(layer, QLinear) for layer in model)
     assert model.training
     assert prepared_as(model).spec == spec
@@ -305,11 +329,11 @@ def test_activations_that_were_never_calibrated_are_refused_and_nothing_changes(
 @pytest.mark.parametrize("key", ["weight", "bias", "weight_quantizer.log_scale"])
 def test_a_master_that_is_not_finite_is_refused_and_nothing_changes(key: str, value: float) -> None:
     model = nn.Sequential(nn.Linear(64, 16), nn.Linear(16, 16)).train()
-    qat.prepare(model, spec_of(), LearnedStep())
+    qat.prepare(model, spec_of(), algorithm=LearnedStep())
     with torch.no_grad():
         model[1].get_parameter(key).view(-1)[3] = value
     with pytest.raises(StateError, match=rf"layer '1' holds inf or NaN in its {key}, .*: go back to an earlier"):
-        freeze(model)
+        freeze(model, allow_unreached=True)
     assert all(isinstance(layer, QLinear) for layer in model)
     assert model.training
     assert prepared_as(model).spec == spec_of()
@@ -331,28 +355,28 @@ class Restless(Algorithm):
 
     kind: Literal["restless"] = "restless"
 
-    def make(self, weight: Tensor, qtype: str, dtype: torch.dtype) -> WeightQuantizer:
+    def make(self, weight: Tensor, qtype: QType, dtype: torch.dtype) -> WeightQuantizer:
         class Quantizer(WeightQuantizer):
             calls = 0
 
-            def scale_shift(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
+            def quantize(self, weight: Tensor, out_dtype: torch.dtype) -> Quantized:
                 self.calls += 1
-                return torch.full((weight.shape[0], 1), 0.01 * self.calls), None
+                return self.by_scale(weight, torch.full((weight.shape[0], 1), 0.01 * self.calls), None, out_dtype)
 
         return Quantizer(qtype, dtype)
 
 
 def test_a_quantizer_that_freezes_to_another_weight_than_it_trained_is_found() -> None:
     model = nn.Sequential(nn.Linear(64, 8))
-    qat.prepare(model, spec_of(), Restless())
+    qat.prepare(model, spec_of(), algorithm=Restless())
     with pytest.raises(QatError, match=r"layer '0' dequantizes to other values .* a fault of Quantizer"):
-        freeze(model)
+        freeze(model, allow_unreached=True)
 
 
 def test_a_layer_within_layers_and_a_tied_embedding_stay_what_they_are() -> None:
     model = tiny_model("opt", tie_word_embeddings=True)
     qat.prepare(model, QuantSpec(weights="int8"), target="transformers")
-    freeze(model)
+    freeze(model, allow_unreached=True)
     head, embedding = model.get_submodule("lm_head"), model.get_submodule("model.decoder.embed_tokens")
     assert head.weight is embedding.weight
     assert head.weight.dtype is torch.bfloat16

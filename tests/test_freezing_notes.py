@@ -1,6 +1,10 @@
-"""What freezing puts on record beside the evidence: layers that were never called, notes of the inspection."""
+"""What freezing asks of layers that never ran, what it puts on record beside the evidence, and what is refused then."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -8,11 +12,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import qat
-from qat.evidence import frozen_record
+from qat.errors import StateError
+from qat.files.evidence import frozen_record
 from qat.freezing import freeze, frozen_copy
-from qat.layers import quantized_layers
+from qat.layers import QLinear, quantized_layers
+from qat.preparation import prepared_as
 from qat.spec import QuantSpec
-from tests.helpers import tiny_model
+from tests.helpers import tiny_model, tokens
 
 F32 = QuantSpec(dtype="float32")
 
@@ -27,30 +33,94 @@ class ReadsUncalled(nn.Module):
         return y
 
 
-def test_a_layer_that_was_never_called_is_named_and_recorded(caplog: pytest.LogCaptureFixture) -> None:
+def two_layers() -> nn.Sequential:
+    model = nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 16))
+    qat.prepare(model, F32)
+    return model
+
+
+def reached(model: nn.Module) -> list[bool | None]:
+    return [layer.reached for _, layer in quantized_layers(model)]
+
+
+def test_a_layer_that_was_never_called_is_refused_by_name_and_recorded_when_it_is_allowed(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     model = ReadsUncalled()
     qat.prepare(model, F32)
     model(torch.randn(2, 64))
     frozen_copy(model)
     assert not caplog.text
+    with pytest.raises(StateError) as raised:
+        freeze(model)
+    assert str(raised.value) == (
+        "model: 1 prepared layers never ran (read), so nothing shows that training used their quantized weight: "
+        "exclude layers whose weight is read without a call (prepare finds them with example_inputs), run the model "
+        "once, or pass allow_unreached=True"
+    )
+    assert isinstance(model.called, QLinear)
+    assert model.training
+    assert prepared_as(model).spec == F32
+    freeze(model, allow_unreached=True)
+    assert frozen_record(model).notes == ("1 layers were frozen although they never ran: read",)
+
+
+def test_a_model_that_never_ran_at_all_is_refused_too() -> None:
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(6)))
+    qat.prepare(model, F32)
+    with pytest.raises(StateError, match=r"model: 6 prepared layers never ran \(0, 1, 2, 3 and 2 more\), so nothing"):
+        freeze(model)
+    assert reached(model) == [False] * 6
+    assert frozen_record(frozen_copy(model)).notes == ()  # the question is for the end of training
+    model(torch.randn(2, 8))
     freeze(model)
-    assert "1 layers were never called" in caplog.text
-    assert caplog.text.rstrip().endswith("read")
-    (note,) = frozen_record(model).notes
-    assert note.startswith("read: never called: if its weight is read without calling the layer")
-    assert note.endswith("exclude it or pass example_inputs")
+    assert frozen_record(model).notes == ()
+
+
+def run_in_evaluation(model: nn.Module) -> None:
+    with torch.no_grad():
+        model.eval()(torch.randn(2, 64))
+
+
+def run_one_layer_alone(model: nn.Module) -> None:
+    for width, layer in zip((64, 32), model.children(), strict=True):
+        layer(torch.randn(2, width))
+
+
+@pytest.mark.parametrize("run", [run_in_evaluation, run_one_layer_alone], ids=["evaluation", "layer by layer"])
+def test_any_run_of_a_layer_counts(run: Callable[[nn.Module], None]) -> None:
+    model = two_layers()
+    run(model)
+    freeze(model)
+    assert frozen_record(model).notes == ()
+
+
+@pytest.mark.parametrize("checkpoint_of", ["float", "prepared"])
+def test_nothing_is_asked_of_layers_that_a_checkpoint_was_loaded_into(checkpoint_of: str) -> None:
+    model = two_layers()
+    other = two_layers() if checkpoint_of == "prepared" else nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 16))
+    model.load_state_dict(other.state_dict())
+    assert reached(model) == [None, None]
+    freeze(model)
+    assert frozen_record(model).notes == ()
+
+
+def test_a_checkpoint_of_one_layer_says_nothing_of_the_other() -> None:
+    model = two_layers()
+    model.load_state_dict({"0.weight": torch.zeros(32, 64)}, strict=False)
+    assert reached(model) == [None, False]
+    with pytest.raises(StateError, match=r"1 prepared layers never ran \(1\)"):
+        freeze(model)
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's compiler does so
-def test_nothing_is_said_of_calls_when_none_were_made_or_when_they_were_compiled(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    model = nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 16))
-    qat.prepare(model, F32)
-    assert frozen_record(frozen_copy(model)).notes == ()
-    model[0].compile(backend="eager", fullgraph=True)
-    model(torch.randn(2, 64))
-    assert [layer.called for _, layer in quantized_layers(model)] == [False, True]
+@pytest.mark.parametrize("compiled", ["layer", "model"])
+def test_nothing_is_asked_of_compiled_layers(compiled: str, caplog: pytest.LogCaptureFixture) -> None:
+    model = two_layers()
+    (model[0] if compiled == "layer" else model).compile(backend="eager", fullgraph=True)
+    with torch.no_grad():
+        model(torch.randn(2, 64))
+    assert reached(model) == [False, compiled == "layer"]
     freeze(model)
     assert not [record for record in caplog.records if record.name == "qat"]
     assert frozen_record(model).notes == ()
@@ -68,5 +138,73 @@ def test_compiled_checkpointing_of_a_layer_is_one_graph() -> None:
 def test_what_inspection_noted_and_what_was_untied_is_recorded() -> None:
     model = tiny_model("llama", tie_word_embeddings=True)
     notes = qat.prepare(model, QuantSpec(overrides={"lm_head": "int8"})).inspection.notes
+    freeze(model, allow_unreached=True)
+    allowed = frozen_record(model).notes[-1]
+    assert allowed.startswith("15 layers were frozen although they never ran: model.layers.0.self_attn.q_proj, ")
+    assert frozen_record(model).notes == (*notes, "untied: lm_head", allowed)
+
+
+def frozen_llama(**spec: Any) -> nn.Module:
+    model = tiny_model("llama")
+    qat.prepare(model, QuantSpec(**spec), target="transformers")
+    model(input_ids=tokens())
     freeze(model)
-    assert frozen_record(model).notes == (*notes, "untied: lm_head")
+    return model
+
+
+def diffusers_model() -> nn.Module:
+    from tests.diffusion_architectures import ARCHITECTURES
+
+    architecture = ARCHITECTURES["DiTTransformer2DModel"]
+    model = architecture.build()
+    qat.prepare(model, F32, target="diffusers")
+    model(**architecture.example())
+    freeze(model)
+    return model
+
+
+@pytest.mark.parametrize(
+    "arguments", [{}, {"safe_serialization": True, "max_shard_size": "1GB"}], ids=["plain", "more"]
+)
+@pytest.mark.parametrize(
+    ("make", "name", "part"),
+    [
+        (frozen_llama, "LlamaForCausalLM", ""),
+        (lambda: frozen_llama(weights="int4", dtype="bfloat16"), "LlamaForCausalLM", ""),
+        (frozen_llama, "LlamaModel", "model"),
+        (diffusers_model, "DiTTransformer2DModel", ""),
+    ],
+    ids=["llama", "int4", "a model inside", "diffusers"],
+)
+def test_a_frozen_model_refuses_save_pretrained(
+    make: Callable[[], nn.Module], name: str, part: str, arguments: dict[str, Any], tmp_path: Path
+) -> None:
+    model: Any = make().get_submodule(part)
+    with pytest.raises(StateError) as raised:
+        model.save_pretrained(tmp_path / "saved", **arguments)
+    assert str(raised.value) == (
+        f"save_pretrained: this {name} is frozen, and what it would write loads with random weights: write it by "
+        "qat.export(model, directory)"
+    )
+    assert not (tmp_path / "saved").exists()
+
+
+def test_models_inside_a_wrapper_refuse_save_pretrained_too(tmp_path: Path) -> None:
+    wrapped = nn.ModuleDict({"one": tiny_model("llama"), "two": tiny_model("bert")})
+    qat.prepare(wrapped, F32)
+    for model in wrapped.values():
+        model(input_ids=tokens())
+    freeze(wrapped)
+    for name, model in (("LlamaForCausalLM", wrapped["one"]), ("BertModel", wrapped["two"])):
+        save: Any = model.save_pretrained
+        with pytest.raises(StateError, match=f"this {name} is frozen"):
+            save(tmp_path)
+
+
+def test_a_prepared_model_and_an_export_still_save(tmp_path: Path) -> None:
+    prepared: Any = tiny_model("llama")
+    qat.prepare(prepared, F32, target="transformers")
+    prepared.save_pretrained(tmp_path / "masters")
+    again = type(prepared).from_pretrained(tmp_path / "masters")
+    assert torch.equal(again.lm_head.weight, prepared.lm_head.weight)
+    assert "model.safetensors" in qat.export(frozen_llama(dtype="float32"), tmp_path / "export").files

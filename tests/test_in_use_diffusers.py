@@ -10,8 +10,8 @@ import torch
 
 import qat
 from qat.exporting import export
-from qat.verification.outputs import compute_outputs
 from qat.verification import verify
+from qat.verification.outputs import compute_outputs
 from tests.exports import DTYPES, TYPES, flux_inputs, frozen, frozen_flux, small_flux, unpack_weight
 
 pytestmark = [

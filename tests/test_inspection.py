@@ -14,7 +14,7 @@ from qat.errors import SpecError, StateError, TargetError
 from qat.inspection import InspectReport, LayerInspection, inspect
 from qat.layers import QLinear
 from qat.spec import LayerSpec, QuantSpec
-from tests.helpers import DTYPES, WEIGHT_TYPES, tiny_model
+from tests.helpers import DTYPES, WEIGHT_TYPES, of_transformers, tiny_model
 
 
 class Router(nn.Linear):
@@ -111,13 +111,19 @@ ENCODER = nn.ModuleDict({"encoder": nn.TransformerEncoderLayer(64, 4, 64), "good
         (HeadNet(), F32, "quanto", "proj_out", "output head, float by default \\(include it by name"),
         (HAZARDS, QuantSpec(), "quanto", "bad", "kernel: int8 with bfloat16 .* \\(20\\) is not a multiple of 16"),
         (
-            nn.ModuleDict({"bad": nn.Linear(256, 24), "good": nn.Linear(256, 32)}),
+            of_transformers(nn.ModuleDict({"bad": nn.Linear(256, 24), "good": nn.Linear(256, 32)})),
             QuantSpec(weights="int4"),
             "transformers",
             "bad",
             "kernel: int4 with bfloat16 .* out_features \\(24\\) divisible by 16",
         ),
-        (KeepingNet(), QuantSpec(dtype="float16"), "transformers", "proj_out", "kept in float32 by the loader"),
+        (
+            of_transformers(KeepingNet()),
+            QuantSpec(dtype="float16"),
+            "transformers",
+            "proj_out",
+            "kept in float32 by the loader",
+        ),
     ],
     ids=[
         "excluded",
@@ -138,7 +144,7 @@ ENCODER = nn.ModuleDict({"encoder": nn.TransformerEncoderLayer(64, 4, 64), "good
 def test_a_layer_stays_float_for_a_reason(
     model: nn.Module, spec: QuantSpec, target: str, name: str, reason: str
 ) -> None:
-    report = inspect(model, spec, target)
+    report = inspect(model, spec, target=target)
     row = rows(report)[name]
     assert row.weights is None
     assert row.bytes_after == row.bytes_before
@@ -151,7 +157,7 @@ def test_a_layer_stays_float_for_a_reason(
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_hazard_or_a_kept_module_is_one_of_its_dtype_only(dtype: str) -> None:
     spec = QuantSpec.model_validate({"dtype": dtype})
-    assert rows(inspect(KeepingNet(), spec, "transformers"))["proj_out"].weights == "int8"
+    assert rows(inspect(of_transformers(KeepingNet()), spec, target="transformers"))["proj_out"].weights == "int8"
     assert (rows(inspect(HAZARDS, spec))["bad"].weights == "int8") is (dtype == "float32")
 
 
@@ -173,25 +179,25 @@ def test_a_head_or_a_tied_weight_is_quantized_when_it_is_named() -> None:
     assert "lm_head: its weight is tied; quantizing it breaks the tie" in "\n".join(report.notes)
 
 
-def test_an_untied_weight_is_counted_with_its_float_twin() -> None:
+def test_an_untied_weight_is_counted_with_its_float_copy() -> None:
     spec = QuantSpec(include="*")
     report, float_head = inspect(TiedNet(), spec), inspect(TiedNet(), QuantSpec())
     head = rows(report)["lm_head"]
     assert report.parameters == float_head.parameters + 32 * 64
     assert head.bytes_after == head.bytes_before + 32 * 64 + 32 * 2  # the floats, the codes, the scales
-    assert "its float twin stays in the file beside the codes" in "\n".join(report.notes)
+    assert "its float copy stays in the file beside the codes" in "\n".join(report.notes)
     model = TiedNet()
     qat.prepare(model, spec)
     assert sum(p.numel() for p in model.parameters()) == report.parameters
 
 
-def test_two_layers_that_are_tied_to_each_other_leave_no_float_twin() -> None:
+def test_two_layers_that_are_tied_to_each_other_leave_no_float_copy() -> None:
     model = nn.ModuleDict({"one": nn.Linear(64, 64), "two": nn.Linear(64, 64)})
     model["two"].weight = model["one"].weight
     report = inspect(model, QuantSpec(include="*"))
     assert report.parameters == 2 * (64 * 64 + 64)
     assert report.bytes_after == 2 * (64 * 64 + 64 * 2)
-    assert "twin" not in "\n".join(report.notes)
+    assert "float copy" not in "\n".join(report.notes)
 
 
 @pytest.mark.parametrize("verb", [inspect, qat.prepare])
@@ -211,10 +217,10 @@ def test_a_tie_is_seen_on_the_meta_device_too(name: str) -> None:
 
 
 def test_the_meta_device_gives_the_same_report() -> None:
-    real = inspect(tiny_model("bert"), QuantSpec(weights="int4", overrides={"*.query": "int8"}), "transformers")
+    real = inspect(tiny_model("bert"), QuantSpec(weights="int4", overrides={"*.query": "int8"}), target="transformers")
     with torch.device("meta"):
         model = tiny_model("bert")
-    assert inspect(model, real.spec, "transformers") == real
+    assert inspect(model, real.spec, target="transformers") == real
 
 
 class Pooling(nn.Module):
@@ -271,7 +277,7 @@ def test_a_spec_that_does_not_fit_is_refused(
     spec: QuantSpec, target: str, error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
-        inspect(Net(), spec, target)
+        inspect(Net(), spec, target=target)
 
 
 def test_a_model_without_linear_layers_is_refused() -> None:
@@ -284,7 +290,7 @@ def test_a_prepared_or_frozen_model_is_refused() -> None:
     qat.prepare(model, F32)
     with pytest.raises(StateError, match=r"'blocks.0.to_q' is prepared or frozen already: start from a float model"):
         inspect(model, F32)
-    qat.freeze(model)
+    qat.freeze(model, allow_unreached=True)
     with pytest.raises(StateError, match="start from a float model"):
         inspect(model, F32)
 
@@ -305,7 +311,7 @@ ODD_SHAPES = [(1, 8), (3, 5), (1, 256), (3, 256), (5, 192), (7, 200), (16, 256),
 def test_the_bytes_are_those_of_the_frozen_state(weights: str, dtype: str) -> None:
     model = nn.ModuleDict({f"{out}x{n}": nn.Linear(n, out) for out, n in ODD_SHAPES})
     report = qat.prepare(model, QuantSpec.model_validate({"weights": weights, "dtype": dtype})).inspection
-    qat.freeze(model)
+    qat.freeze(model, allow_unreached=True)
     state = model.state_dict()
     for row in report.layers:
         stored = sum(t.numel() * t.element_size() for key, t in state.items() if key.startswith(f"{row.name}.weight"))
@@ -326,7 +332,7 @@ def test_totals() -> None:
 def test_a_report_survives_json() -> None:
     overrides: dict[str, object] = {"proj_out": LayerSpec(weights="int8"), "*.to_q": "float"}
     spec = QuantSpec.model_validate({"weights": "int4", "overrides": overrides})
-    report = inspect(Net(), spec, "transformers")
+    report = inspect(of_transformers(Net()), spec, target="transformers")
     data = json.loads(json.dumps(report.to_json()))
     assert QuantSpec.model_validate(data["spec"]) == spec
     assert tuple(LayerInspection(**row | {"shape": tuple(row["shape"])}) for row in data["layers"]) == report.layers

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from qat.qtypes import group_size
 
 import qat.integrations.transformers  # noqa: F401 (registers the plug-in)
 from qat.errors import LoadError
-from qat.qtypes import group_size
 from tests.packed_directories import (
     DTYPES,
     LLAMA,

@@ -6,7 +6,6 @@ import pytest
 import torch
 from optimum.quanto import qtypes as quanto_types
 from optimum.quanto.nn import QLinear as QuantoLinear
-
 from qat.qtypes import QTYPES, group_size
 
 ROW_LENGTHS = [*range(1, 600, 7), *range(32, 2080, 32), 127, 128, 129, 192, 320, 4096, 5120, 11008]

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from pydantic import TypeAdapter, ValidationError, create_model
+from qat.qtypes import QTYPES
 from torch import Tensor, nn
 
 from qat import numerics
 from qat.errors import CalibrationError
 from qat.observers import Absmax
-from qat.qtypes import QTYPES
 from qat.quantizers import ALGORITHMS, Algorithm, AnyAlgorithm, StraightThrough, WeightQuantizer, any_of
 from qat.quantizers.activation import ActivationQuantizer, fake_quantize_output
 from tests.helpers import DTYPES, WEIGHT_TYPES, LearnedStep, awkward_weight, same_bits

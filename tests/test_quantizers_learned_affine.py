@@ -7,13 +7,13 @@ import copy
 import pytest
 import torch
 from pydantic import ValidationError
+from qat.qtypes import QTYPES
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
 import qat
 from qat import numerics
 from qat.layers import QLinear, quantized_layers
-from qat.qtypes import QTYPES
 from qat.quantizers import LearnedAffine, StraightThrough
 from qat.quantizers.base import WeightQuantizer
 from qat.quantizers.learned_affine import LearnedRange

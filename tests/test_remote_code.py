@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from qat.exporting.manifest import MANIFEST_NAME
 
 import qat
 from qat.errors import LoadError
-from qat.exporting.manifest import MANIFEST_NAME
 from qat.remote_code import refuse_remote_code
 from tests.exports import forge_hashes, frozen_llama
 

@@ -202,3 +202,50 @@ def test_a_pattern_that_matches_nothing_is_refused_with_a_suggestion(spec: Quant
 def test_one_error_lists_all_patterns_at_fault() -> None:
     with pytest.raises(SpecError, match=r"(?s)'nope'.*'neither'"):
         QuantSpec(include="nope", exclude="neither").check_patterns(NAMES)
+
+
+OTHERS = {"encoder.0.experts": "Experts", "encoder.1.experts": "Experts", "encoder.0.c_attn": "Conv1D"}
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (
+            QuantSpec(include=("*experts*", "*to_q")),
+            "include: pattern '*experts*' matches no linear layer of the model, only encoder.0.experts and the like: a "
+            "Experts, whose weights have no quantized form",
+        ),
+        (
+            QuantSpec(overrides={"*.c_attn": "int8"}),
+            "overrides: pattern '*.c_attn' matches no linear layer of the model, only encoder.0.c_attn and the like: a "
+            "Conv1D, whose weights have no quantized form",
+        ),
+        (
+            QuantSpec(overrides={"*.c_attn": LayerSpec(weights="int8")}),
+            "overrides: pattern '*.c_attn' matches no linear layer of the model, only encoder.0.c_attn and the like: a "
+            "Conv1D, whose weights have no quantized form",
+        ),
+    ],
+    ids=["include", "override", "layer spec"],
+)
+def test_a_pattern_that_asks_to_quantize_what_cannot_be_is_told_so(spec: QuantSpec, message: str) -> None:
+    with pytest.raises(SpecError) as raised:
+        spec.check_patterns(NAMES, OTHERS)
+    assert str(raised.value) == message
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        QuantSpec(exclude="*experts*"),
+        QuantSpec(overrides={"*experts*": "float"}),
+        QuantSpec(overrides={"*experts*": LayerSpec(weights="float")}),
+        QuantSpec(include="encoder.*"),
+    ],
+    ids=["exclude", "override to float", "layer spec of float", "among linear layers"],
+)
+def test_a_pattern_that_leaves_float_what_is_float_anyway_is_fine(spec: QuantSpec) -> None:
+    spec.check_patterns(NAMES, OTHERS)
+    if not spec.include:
+        with pytest.raises(SpecError, match="matches no linear layer"):
+            spec.check_patterns(NAMES)

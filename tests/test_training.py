@@ -43,13 +43,13 @@ class Watcher(Callback):
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
         layer = layers_of(pl_module)[0]
-        self.seen.append((layer.fake_quantizing, layer.observing))
+        self.seen.append((layer.mode.weights, layer.mode.observe))
         quantizers = [layer.output_quantizer for layer in layers_of(pl_module)]
         self.scales.append([float(quantizer.scale) for quantizer in quantizers if quantizer is not None])
 
     def on_validation_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
         layer = layers_of(pl_module)[0]
-        self.in_validation.append((layer.fake_quantizing, layer.observing))
+        self.in_validation.append((layer.mode.weights, layer.mode.observe))
 
 
 @pytest.mark.parametrize("kind", [UserModule, LateModule], ids=["in setup", "after configure_model"])
@@ -70,10 +70,10 @@ def test_learned_scales_reach_the_optimizer(tmp_path: Path) -> None:
         held = {id(p) for group in trainer.optimizers[0].param_groups for p in group["params"]}
         scales = [layer.weight_quantizer.scale for layer in layers_of(module)]
         assert all(id(scale) in held for scale in scales)
-        fresh = qat.prepare(model := Tiny(), INT8, LearnedStep())
+        fresh = qat.prepare(model := Tiny(), INT8, algorithm=LearnedStep())
         assert len(fresh.layers) == 3
         torch.manual_seed(1)
-        qat.prepare(model := Tiny(), INT8, LearnedStep())
+        qat.prepare(model := Tiny(), INT8, algorithm=LearnedStep())
         assert not torch.equal(model.first.weight_quantizer.scale, scales[0])  # it was trained
 
 
@@ -153,7 +153,7 @@ def test_start_and_observers_follow_the_steps(tmp_path: Path) -> None:
     assert watcher.seen == [(False, False), (False, True), (True, True), (True, True), (True, False), (True, False)]
     assert watcher.in_validation == [(True, False)] * len(watcher.in_validation)
     assert watcher.scales[0] != watcher.scales[3] == watcher.scales[5]
-    assert [layer.fake_quantizing for layer in layers_of(module)] == [True] * 3
+    assert [layer.mode.weights for layer in layers_of(module)] == [True] * 3
 
 
 def test_a_delayed_start_trains_in_float_until_then(tmp_path: Path) -> None:
@@ -177,7 +177,7 @@ def test_observers_alone_can_set_the_scales(tmp_path: Path) -> None:
     callback = quantization(INT8_INT8, calibration_batches=0, observe_from=0)
     quiet_trainer(tmp_path, callback, max_steps=4).fit(module, loader(), loader(1))
     assert all(bool(layer.output_quantizer.initialized) for layer in layers_of(module))
-    assert all(layer.quantizing_activations for layer in layers_of(module))
+    assert all(layer.mode.activations for layer in layers_of(module))
     assert torch.isfinite(torch.tensor(module.losses)).all()
 
 

@@ -46,7 +46,7 @@ class Tunable(UserModule):
 
     def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> torch.Tensor:
         layer = layers_of(self)[0]
-        self.seen.append((layer.fake_quantizing, layer.quantizing_activations, layer.observing))
+        self.seen.append(tuple(layer.mode))
         return super().training_step(batch, batch_idx)
 
     def train_dataloader(self) -> Any:
@@ -145,7 +145,7 @@ def test_an_error_leaves_the_layers_as_they_are_used(tmp_path: Path) -> None:
     module = UserModule(poison_at=2)
     with pytest.raises(qat.TrainingError, match="nan"):
         quiet_trainer(tmp_path, quantization(INT8_INT8, start_step=5)).fit(module, loader())
-    assert all(layer.fake_quantizing and not layer.observing for layer in layers_of(module))
+    assert all(layer.mode.weights and not layer.mode.observe for layer in layers_of(module))
 
 
 @pytest.mark.filterwarnings("ignore:Swapping scheduler:UserWarning")

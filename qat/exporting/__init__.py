@@ -155,7 +155,7 @@ def export(
             files=files,
             example=example,
             config=None if config is None else dict(config),
-            notes=(*record.notes, *content.notes),
+            notes=(*record.notes, *content.notes, *host_of(model).export_notes(model)),
         )
         for path in (manifest.write(temporary), write_card(temporary, manifest, record, to)):
             files = files | {path.name: file_record(path)}

@@ -7,6 +7,7 @@ is called. A plain module (`Host` itself, as `qat.hosts.MODULE`) has no configur
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from qat.errors import ExportError, LoadError
 from qat.files.evidence import FrozenRecord
 from qat.files.manifest import Manifest
 from qat.files.weights import write_json
+from qat.layers import quantized_layers
 from qat.numerics import QType
 from qat.spec import QuantSpec
 
@@ -138,6 +140,35 @@ class Host:
         """Whether a class is the library's causal language model for its configuration."""
         return False
 
+    def added_parameters(self, model: nn.Module) -> list[str]:
+        """Names of the parameters that a fresh model of the same class and configuration lacks.
+
+        They belong to adapters, or to modules that were put in after the model was built; a loader has no place for
+        them. Empty where no fresh model can be built. It is built on the meta device, without memory or numbers.
+        """
+        config: Any = getattr(model, "config", None)
+        if config is None or not self.can_build(type(model)):
+            return []
+        try:
+            with warnings.catch_warnings(), torch.device("meta"):
+                warnings.simplefilter("ignore")
+                fresh = self.build(type(model), config, torch.float32, empty=False)
+        except Exception:  # whatever a class does on the meta device, or asks for beyond its configuration
+            return []
+        known = {name for name, _ in fresh.named_parameters(remove_duplicate=False)}
+        learned = {id(p) for _, layer in quantized_layers(model) for p in layer.quantizer_parameters()}
+        return [name for name, p in model.named_parameters() if name not in known and id(p) not in learned]
+
+    def export_notes(self, model: nn.Module) -> list[str]:
+        """What a reader of an export of such a model, of this library, should know."""
+        cls = type(model)
+        if not self.can_build(cls) or cls.__module__.partition(".")[0] == self.name:
+            return []
+        return [
+            f"the class {cls.__name__} is defined in {cls.__module__}, not in {self.name}, and its code is not copied: "
+            "a load needs that code imported, or beside the weights"
+        ]
+
     # -- as the loader of a target ------------------------------------------------------------------------------------
 
     def spec_faults(self, spec: QuantSpec) -> list[str]:
@@ -149,6 +180,18 @@ class Host:
     def model_faults(self, model: nn.Module) -> list[str]:
         """Why the loader cannot load such a model at all, each with its remedy."""
         return []
+
+    def _added_faults(self, model: nn.Module) -> list[str]:
+        """The fault of a model whose loader would have no place for some of its parameters."""
+        added = self.added_parameters(model)
+        if not added:
+            return []
+        more = f" and {len(added) - 3} more" if len(added) > 3 else ""
+        return [
+            f"model: target {self.name!r} builds a {type(model).__name__} from its configuration, and that has no "
+            f"parameters {', '.join(added[:3])}{more}, so no load could fill them: merge adapters first (in peft: "
+            "merge_and_unload), or use target 'quanto', whose loader fills a model that you build"
+        ]
 
     def kept_in_float32(self, model: nn.Module, name: str, dtype: torch.dtype) -> bool:
         """Whether the loader holds the tensor or module called ``name`` in float32 when serving ``dtype``."""

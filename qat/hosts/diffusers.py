@@ -97,9 +97,9 @@ class _Diffusers(Host):
         return faults
 
     def model_faults(self, model: nn.Module) -> list[str]:
-        """A model of any other library."""
+        """A model of any other library, or one with adapters."""
         if self.owns(model):
-            return []
+            return self._added_faults(model)
         return [
             f"model: target 'diffusers' loads models of diffusers, got a {type(model).__name__}: pass the pipeline's "
             "transformer itself, or use target 'quanto' or 'transformers'"

@@ -100,9 +100,9 @@ class _Transformers(Host):
         return []
 
     def model_faults(self, model: nn.Module) -> list[str]:
-        """A model of any other library, or a wrapper around one of this library."""
+        """A model of any other library, a wrapper around one of this library, or one with adapters."""
         if self.owns(model) and self.can_build(type(model)):
-            return []
+            return self._added_faults(model)
         inside = [name for name, module in model.named_modules() if self.owns(module) and self.can_build(type(module))]
         remedy = f"pass the model inside it, {inside[0]!r}" if inside else "use target 'quanto'"
         return [f"model: target 'transformers' loads models of transformers, got a {type(model).__name__}: {remedy}"]

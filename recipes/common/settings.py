@@ -10,7 +10,6 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal, TypeAlias
 
-import tyro
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FilePath, ValidationInfo, field_validator
 
 from qat.observers import ObserverChoice, Percentile
@@ -22,7 +21,6 @@ __all__ = [
     "ModelSource",
     "OptimizationSettings",
     "RecipeConfig",
-    "RecipeSchedule",
     "TrainerSettings",
 ]
 
@@ -72,13 +70,6 @@ class LogitOptimization(OptimizationSettings):
     """Temperature of the distillation."""
 
 
-class RecipeSchedule(QuantizationSchedule):
-    """When quantization happens; at the end a recipe calibrates again and freezes by itself."""
-
-    finish: Annotated[Literal[None], tyro.conf.Fixed, tyro.conf.Suppress] = None
-    """Left to the recipe: no option."""
-
-
 class TrainerSettings(BaseModel):
     """On what and how a recipe trains; all but the last three are Lightning's own."""
 
@@ -115,7 +106,7 @@ class RecipeConfig(BaseModel):
     """What is quantized."""
     observer: ObserverChoice = Percentile()
     """What activation scales are taken from."""
-    schedule: RecipeSchedule = RecipeSchedule()
+    schedule: QuantizationSchedule = QuantizationSchedule()
     """When quantization happens."""
     trainer: TrainerSettings = TrainerSettings()
     """Devices, precision and the like."""
@@ -130,7 +121,7 @@ class RecipeConfig(BaseModel):
 
     @field_validator("schedule")
     @classmethod
-    def _fits_the_spec(cls, schedule: RecipeSchedule, info: ValidationInfo) -> RecipeSchedule:
+    def _fits_the_spec(cls, schedule: QuantizationSchedule, info: ValidationInfo) -> QuantizationSchedule:
         if (spec := info.data.get("spec")) and spec.activation_type and not schedule.calibration_batches:
             raise ValueError("calibration_batches: must be above 0, for spec quantizes activations")
         return schedule

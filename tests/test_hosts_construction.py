@@ -8,9 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-import qat.construction as construction
-from qat.construction import build, constructed_tensors, differs, unstored_tensors
-from qat.targets import get_target
+from qat.hosts import Host, get_target, host_of
+from qat.hosts.construction import constructed_tensors, differs, unstored_tensors
 from tests.helpers import same_bits, tiny_model
 
 DIFFUSERS, QUANTO = get_target("diffusers"), get_target("quanto")
@@ -65,8 +64,8 @@ def test_diffusers_builds_under_the_serving_dtype(make: Any, dtype: torch.dtype)
 
 
 def test_a_model_without_such_tensors_is_not_built(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(construction, "build", lambda *_, **__: pytest.fail("was built"))
     bert = tiny_model("bert")  # its position_ids are integers
+    monkeypatch.setattr(type(host_of(bert)), "build", lambda *_, **__: pytest.fail("was built"))
     assert bert.embeddings._non_persistent_buffers_set  # type: ignore[union-attr]
     assert constructed_tensors(bert, QUANTO, torch.bfloat16) == {}
     assert constructed_tensors(nn.Linear(2, 2), QUANTO, torch.bfloat16) == {}
@@ -76,23 +75,24 @@ def test_a_model_without_such_tensors_is_not_built(monkeypatch: pytest.MonkeyPat
 def test_a_transformers_model_is_built_only_as_often_as_its_loader_makes_a_difference(
     target: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kinds = []
+    llama, dtypes = tiny_model("llama"), []
+    host = type(host_of(llama))
+    build = host.build
 
-    def counted(kind: Any, config: Any, dtype: torch.dtype, *, empty: bool) -> nn.Module:
-        kinds.append(dtype)
-        return build(kind, config, dtype, empty=empty)
+    def counted(self: Host, cls: Any, config: Any, dtype: torch.dtype, *, empty: bool) -> nn.Module:
+        dtypes.append(dtype)
+        return build(self, cls, config, dtype, empty=empty)
 
-    monkeypatch.setattr(construction, "build", counted)
-    llama = tiny_model("llama")
+    monkeypatch.setattr(host, "build", counted)
     made = constructed_tensors(llama, get_target(target), torch.float32)
-    assert kinds == [torch.float32]
+    assert dtypes == [torch.float32]
     assert same_bits(made["model.rotary_emb.inv_freq"], llama.get_buffer("model.rotary_emb.inv_freq"))
     constructed_tensors(llama, get_target(target), torch.bfloat16)
-    assert kinds[1:] == [torch.bfloat16] + [torch.float32] * (target == "transformers")
+    assert dtypes[1:] == [torch.bfloat16] + [torch.float32] * (target == "transformers")
 
 
 def test_an_empty_build_has_no_parameters_in_memory_but_buffers() -> None:
     model = wan()
-    empty = build(type(model), model.config, torch.bfloat16, empty=True)
+    empty = host_of(model).build(type(model), model.config, torch.bfloat16, empty=True)
     assert all(parameter.is_meta and parameter.dtype is torch.bfloat16 for parameter in empty.parameters())
     assert not any(buffer.is_meta for buffer in empty.buffers())

@@ -12,11 +12,13 @@ from optimum.quanto.tensor import WeightQBitsTensor
 from torch import nn
 
 from qat.errors import TargetError
-from qat.qtypes import QTYPES
+from qat.formats import QUANTO
+from qat.hosts import TARGETS, get_target
+from qat.hosts.base import matches_path_part
 from qat.spec import LayerSpec, QuantSpec
-from qat.targets import TARGETS, get_target, input_hazard, kernel_hazard
-from qat.targets.base import matches_path_part
+from tests.helpers import DTYPES
 
+QUANTO_NAMES = {"int8": "qint8", "float8": "qfloat8_e4m3fn", "int4": "qint4", "int2": "qint2"}
 ACTIVATIONS_IN_ONE_LAYER = {"a": LayerSpec(weights="int8", activations="int8")}
 
 
@@ -29,14 +31,14 @@ def test_an_unknown_target_is_refused_with_the_known_ones() -> None:
 def test_a_target_knows_its_name_and_has_no_fault_in_the_default_spec(name: str) -> None:
     target = get_target(name)
     assert target.name == name
-    assert target.spec_faults(QuantSpec()) == []
-    assert target.spec_faults(QuantSpec(overrides={"lm_head": "float"})) == []
+    assert target.host.spec_faults(QuantSpec()) == []
+    assert target.host.spec_faults(QuantSpec(overrides={"lm_head": "float"})) == []
 
 
 @pytest.mark.parametrize("name", ["quanto", "transformers"])
 def test_targets_with_a_type_for_each_module_express_mixtures(name: str) -> None:
     spec = QuantSpec(weights="int4", activations="int8", overrides={"a": "int2", "b": LayerSpec(weights="float8")})
-    assert get_target(name).spec_faults(spec) == []
+    assert get_target(name).host.spec_faults(spec) == []
 
 
 @pytest.mark.parametrize(
@@ -49,17 +51,17 @@ def test_targets_with_a_type_for_each_module_express_mixtures(name: str) -> None
     ids=["activations", "activations of one layer", "two weight types"],
 )
 def test_diffusers_refuses_what_its_config_cannot_say(spec: QuantSpec, message: str) -> None:
-    (fault,) = get_target("diffusers").spec_faults(spec)
+    (fault,) = get_target("diffusers").host.spec_faults(spec)
     with pytest.raises(TargetError, match=message):
         raise TargetError(fault)
 
 
 def test_float_outputs_are_refused_where_the_loader_quantizes_them() -> None:
     spec = QuantSpec(activations="int8", quantize_outputs=False)
-    (fault,) = get_target("quanto").spec_faults(spec)
+    (fault,) = get_target("quanto").host.spec_faults(spec)
     assert "quantize_outputs=False" in fault
     assert "leave it True" in fault
-    assert get_target("transformers").spec_faults(spec) == []  # its plug-in is ours
+    assert get_target("transformers").host.spec_faults(spec) == []  # its plug-in is ours
 
 
 class _Keeper(nn.Module):
@@ -82,12 +84,12 @@ class _Keeper(nn.Module):
     ids=lambda value: " ".join(sorted(value)) or "none" if isinstance(value, set) else value,
 )
 def test_what_a_loader_keeps_in_float32(target: str, dtype: str, kept: set[str]) -> None:
-    room, model = get_target(target), _Keeper()
+    chosen, model, served = get_target(target), _Keeper(), DTYPES[dtype]
+    rules = chosen.rules(model, served)
     for part in ("wo", "time_embedder", "router", "other"):
         name = f"block.0.{part}.linear_1.weight"
-        assert room.kept_in_float32(model, name, dtype) is (part in kept)
-        spec = QuantSpec.model_validate({"dtype": dtype})
-        assert room.tensor_dtype(model, name, spec) is (torch.float32 if part in kept else spec.torch_dtype)
+        assert chosen.host.kept_in_float32(model, name, served) is (part in kept)
+        assert rules.tensor_dtype(name) is (torch.float32 if part in kept else served)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -96,11 +98,11 @@ def test_transformers_own_plan_keeps_the_same(dtype: str) -> None:
 
     config = T5Config(vocab_size=8, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
     model = T5ForConditionalGeneration(config)
-    plan = model._get_dtype_plan(getattr(torch, dtype))
-    room = get_target("transformers")
+    plan = model._get_dtype_plan(DTYPES[dtype])
+    host = get_target("transformers").host
     for name, _ in model.named_parameters():
-        theirs = matches_path_part(name, [key for key, kind in plan.items() if kind is torch.float32])
-        assert room.kept_in_float32(model, name, dtype) is (theirs and dtype != "float32"), name
+        theirs = matches_path_part(name, {key for key, planned in plan.items() if planned is torch.float32})
+        assert host.kept_in_float32(model, name, DTYPES[dtype]) is (theirs and dtype != "float32"), name
 
 
 @pytest.mark.parametrize(
@@ -109,7 +111,7 @@ def test_transformers_own_plan_keeps_the_same(dtype: str) -> None:
     ids=str,
 )
 def test_path_parts_have_boundaries(name: str, matches: bool) -> None:
-    assert matches_path_part(name, ["wo"]) is matches
+    assert matches_path_part(name, {"wo"}) is matches
 
 
 @pytest.mark.parametrize(
@@ -131,8 +133,7 @@ def test_path_parts_have_boundaries(name: str, matches: bool) -> None:
     ids=str,
 )
 def test_kernel_hazards(weights: str, dtype: str, shape: tuple[int, int], hazard: bool) -> None:
-    layer = LayerSpec.model_validate({"weights": weights})
-    reason = kernel_hazard(layer, dtype, in_features=shape[1], out_features=shape[0])
+    reason = QUANTO.layer_hazard(QUANTO.types(weights, None, DTYPES[dtype]), shape)
     assert (reason is not None) is hazard
     if reason is not None:
         assert reason.startswith("kernel: ")
@@ -153,12 +154,12 @@ def test_kernel_hazards(weights: str, dtype: str, shape: tuple[int, int], hazard
     ids=str,
 )
 def test_input_hazards_are_what_stock_kernels_refuse(weights: str, dtype: str, view: str, hazard: bool) -> None:
-    hidden = torch.randn(4, 3, 256).to(getattr(torch, dtype))
+    hidden = torch.randn(4, 3, 256).to(DTYPES[dtype])
     x = {"pooled": hidden[:, 0], "whole": hidden, "turned": torch.randn(256, 8).to(hidden.dtype).t()}[view]
     model = nn.Sequential(nn.Linear(256, 32)).to(hidden.dtype)
-    quantize(model, weights=QTYPES[weights].quanto_name)
+    quantize(model, weights=QUANTO_NAMES[weights])
     freeze(model)
-    reason = input_hazard(LayerSpec.model_validate({"weights": weights}), dtype, x)
+    reason = QUANTO.input_hazard(QUANTO.types(weights, None, DTYPES[dtype]), x)
     assert (reason is not None) is hazard
     with torch.no_grad():
         if hazard:
@@ -189,7 +190,7 @@ for in_features in (48, 30, 20):
 @pytest.mark.slow
 def test_stock_int8_still_fails_in_bfloat16_on_some_row_lengths() -> None:
     # 48 (divisible by 16) and 30 (not by 4) work; 20 crashes, or gives NaN or garbage. When this test fails, torch is
-    # mended, and `kernel_hazard` can let such layers pass.
+    # mended, and `QUANTO.layer_hazard` can let such layers pass.
     command = [sys.executable, "-W", "ignore", "-c", _INT8_PROBE]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.stdout.split() == ["48", "30"]

@@ -7,7 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from qat.sensitivity import sensitive_part
+from qat.hosts import get_target
+from qat.hosts.sensitivity import sensitive_part
+from tests.helpers import of_diffusers
 
 
 def parts(name: str, **config: Any) -> dict[str, str | None]:
@@ -79,4 +81,7 @@ def test_a_list_of_projections_is_no_list_of_blocks() -> None:
 
 
 def test_models_of_other_libraries_have_none() -> None:
-    assert sensitive_part(nn.ModuleDict({"proj_out": nn.Linear(2, 2)}), "proj_out") is None
+    model = nn.ModuleDict({"proj_out": nn.Linear(2, 2)})
+    quanto = get_target("quanto")
+    assert quanto.rules(model, torch.bfloat16).sensitive_part("proj_out") is None
+    assert quanto.rules(of_diffusers(model), torch.bfloat16).sensitive_part("proj_out") == "outside the blocks"

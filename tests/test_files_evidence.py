@@ -13,10 +13,12 @@ from torch import Tensor, nn
 
 import qat
 from qat.errors import StateError
-from qat.evidence import FrozenRecord, digest, frozen_record, layer_evidence, unpack_weight
+from qat.files.evidence import FrozenRecord, LayerEvidence, frozen_record
+from qat.formats import QUANTO
 from qat.layers import quantized_layers
-from qat.quantizers import Final
+from qat.numerics import FrozenWeight
 from qat.spec import LayerSpec, QuantSpec
+from qat.tensors import digest
 from tests.helpers import DTYPES, WEIGHT_TYPES, LearnedStep, same_bits
 
 SHAPES = [(1, 8), (3, 5), (16, 256), (32, 256), (5, 192), (3, 200)]
@@ -27,10 +29,14 @@ def model() -> nn.ModuleDict:
     return nn.ModuleDict({f"{out}x{n}": nn.Linear(n, out) for out, n in SHAPES})
 
 
-def prepared(weights: str, dtype: str) -> tuple[nn.ModuleDict, dict[str, Final]]:
+def prepared(weights: str, dtype: str) -> tuple[nn.ModuleDict, dict[str, FrozenWeight]]:
     made = model()
-    qat.prepare(made, QuantSpec.model_validate({"weights": weights, "dtype": dtype}), LearnedStep())
-    return made, {name: layer.weight_quantizer.final(layer.weight) for name, layer in quantized_layers(made)}
+    qat.prepare(made, QuantSpec.model_validate({"weights": weights, "dtype": dtype}), algorithm=LearnedStep())
+    return made, {name: layer.weight_quantizer.freeze(layer.weight)[0] for name, layer in quantized_layers(made)}
+
+
+def evidence(module: nn.Module) -> LayerEvidence:
+    return QUANTO.read(module).evidence(QUANTO.values(module))
 
 
 def test_a_digest_is_the_sha256_of_the_bytes() -> None:
@@ -55,16 +61,17 @@ def test_a_digest_reads_every_stored_dtype_and_notices_one_bit(dtype: torch.dtyp
 @pytest.mark.parametrize("weights", WEIGHT_TYPES)
 def test_what_was_packed_is_unpacked_bit_for_bit(weights: str, dtype: str) -> None:
     made, finals = prepared(weights, dtype)
-    qat.freeze(made)
+    qat.freeze(made, allow_unreached=True)
     classes = set()
     for name, final in finals.items():
         weight = made[name].weight
         classes.add(type(weight).__name__)
-        codes, scale, shift = unpack_weight(weight)
-        assert same_bits(codes, final.codes), name
-        assert same_bits(scale.reshape(-1), final.scale.reshape(-1)), name
-        assert (shift is None) is (final.shift is None)
-        assert shift is None or (final.shift is not None and same_bits(shift, final.shift)), name
+        unpacked = QUANTO.read(made[name]).weight
+        assert same_bits(unpacked.codes, final.codes), name
+        assert same_bits(unpacked.scale, final.scale), name
+        assert (unpacked.shift is None) is (final.shift is None)
+        assert unpacked.shift is None or (final.shift is not None and same_bits(unpacked.shift, final.shift)), name
+        assert unpacked.qtype is final.qtype
     assert ("TinyGemmWeightQBitsTensor" in classes) is ((weights, dtype) == ("int4", "bfloat16"))
 
 
@@ -72,20 +79,20 @@ def test_what_was_packed_is_unpacked_bit_for_bit(weights: str, dtype: str) -> No
 @pytest.mark.parametrize("weights", WEIGHT_TYPES)
 def test_a_reloaded_layer_gives_the_same_evidence(weights: str, dtype: str) -> None:
     made, _ = prepared(weights, dtype)
-    qat.freeze(made)
+    qat.freeze(made, allow_unreached=True)
     record = frozen_record(made)
     again = model().to(DTYPES[dtype])
     requantize(again, {key: t.clone() for key, t in made.state_dict().items()}, quantization_map(made))
-    for name, evidence in record.layers.items():
-        assert layer_evidence(again[name]) == evidence, name
-        assert layer_evidence(made[name]) == evidence
+    for name, kept in record.layers.items():
+        assert evidence(again[name]) == kept, name
+        assert evidence(made[name]) == kept
 
 
 def frozen_mlp() -> nn.Sequential:
     torch.manual_seed(0)
     made = nn.Sequential(nn.Linear(256, 16), nn.ReLU(), nn.Linear(16, 8))
     overrides = {"2": LayerSpec(weights="int8", activations="int8")}
-    qat.prepare(made, QuantSpec(weights="int4", dtype="float32", overrides=overrides), target="transformers")
+    qat.prepare(made, QuantSpec(weights="int4", dtype="float32", overrides=overrides), target="quanto")
     qat.calibrate(made, [torch.randn(4, 256)])
     qat.freeze(made)
     return made
@@ -93,7 +100,7 @@ def frozen_mlp() -> nn.Sequential:
 
 def test_a_record_tells_the_facts() -> None:
     record = frozen_record(frozen_mlp())
-    assert (record.target, record.algorithm, record.spec.weights) == ("transformers", "straight_through", "int4")
+    assert (record.target, record.algorithm, record.spec.weights) == ("quanto", "straight_through", "int4")
     first, last = record.layers["0"], record.layers["2"]
     assert (first.weights, first.activations, first.shape, first.group_size) == ("int4", None, (16, 256), 128)
     assert (last.weights, last.activations, last.shape, last.group_size) == ("int8", "int8", (8, 16), None)
@@ -117,14 +124,14 @@ def test_one_altered_bit_is_noticed(part: str, digests: set[str]) -> None:
     before = frozen_record(made).layers["2"]
     with torch.no_grad():
         alter(made[2].weight, part)
-    after = layer_evidence(made[2])
+    after = evidence(made[2])
     assert {name for name in ("codes", "scale", "weight") if getattr(after, name) != getattr(before, name)} == digests
 
 
 def test_an_altered_activation_scale_is_noticed() -> None:
     made = frozen_mlp()
     made[2].input_scale *= 1.5
-    assert layer_evidence(made[2]).input_scale != frozen_record(made).layers["2"].input_scale
+    assert evidence(made[2]).input_scale != frozen_record(made).layers["2"].input_scale
 
 
 def test_a_record_survives_json() -> None:
