@@ -18,6 +18,7 @@ from qat.files.shards import DTYPE_NAMES
 from qat.hosts.base import Host, Reloaded
 from qat.hosts.targets import HOSTS, Target, host_of
 from qat.hosts.transformers import attention_arguments
+from qat.remote_code import refuse_remote_code
 from qat.tensors import stored_tensors
 
 __all__ = ["library_and_class", "load_pretrained", "stock_reload"]
@@ -52,7 +53,9 @@ def load_pretrained(directory: Path, manifest: Manifest, target: Target) -> Relo
     """
     if type(target.host) is Host:
         return None
-    _, cls = library_and_class(manifest)
+    library, cls = library_and_class(manifest)
+    if cls.__module__.partition(".")[0] == library.name:  # a class that the caller imported is code that is trusted
+        refuse_remote_code(directory, auto_class=cls.__name__)
     try:
         loaded = target.host.load(cls, directory, manifest)
     except LoadError:
@@ -90,6 +93,7 @@ def stock_reload(
     elif (directory / "config.json").is_file():
         library, cls = library_and_class(manifest)
         if library.is_language_model(cls):
+            refuse_remote_code(directory, auto_class="AutoModelForCausalLM")
             found = target.format.load_language_model(directory, **attention_arguments(manifest))
             if found is not None:
                 return Reloaded(*found)

@@ -61,7 +61,7 @@ class _Transformers(Host):
 
     def read_config(self, cls: Any, directory: Path, manifest: Manifest) -> Any:
         """By the class's own configuration class, which runs no code of the directory."""
-        return cls.config_class.from_pretrained(directory, **attention_arguments(manifest))
+        return cls.config_class.from_pretrained(directory, trust_remote_code=False, **attention_arguments(manifest))
 
     def config_fields(self, model: Any, dtype: torch.dtype) -> dict[str, Any] | None:
         """What ``save_pretrained`` writes, with the serving dtype."""
@@ -173,7 +173,7 @@ class _Transformers(Host):
         arguments: dict[str, Any] = {"dtype": getattr(torch, manifest.dtype), **attention_arguments(manifest)}
         if manifest.stock_arguments is not None:
             arguments["quantization_config"] = QuantoConfig(**manifest.stock_arguments)
-        loaded: nn.Module = cls.from_pretrained(directory, **arguments)
+        loaded: nn.Module = cls.from_pretrained(directory, trust_remote_code=False, **arguments)
         return loaded
 
     def card(self, manifest: Manifest, module: str, cls: str, format: Format) -> CardLines:
