@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from qat.packing import as_held, keep_bias, pack
+from qat.targets import get_target, loses_bias_on_cuda
 from torch import nn
 
 import qat
-from qat.packing import as_held, keep_bias, pack
 from qat.quantizers import StraightThrough
-from qat.targets import get_target, loses_bias_on_cuda
 from tests.helpers import WEIGHT_TYPES
 
 
