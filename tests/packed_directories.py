@@ -15,11 +15,11 @@ import transformers
 from optimum import quanto
 from safetensors.torch import load_file, save_file
 
-from qat.qtypes import QTYPES, group_size
+from qat.formats.quanto_types import QTYPES, QUANTO_NAMES
 from tests.architectures import ARCHITECTURES, Architecture
 
 HINT = "packed by qat, load with `import qat.integrations.transformers`"
-QUANTO_TYPES = {name: quanto.tensor.qtypes[qtype.quanto_name] for name, qtype in QTYPES.items()}
+QUANTO_TYPES = {name: quanto.tensor.qtypes[QUANTO_NAMES[name]] for name in QTYPES}
 TYPES = list(QTYPES)
 DTYPES = [torch.float32, torch.bfloat16]
 UP = "model.layers.0.mlp.up_proj"
@@ -80,7 +80,7 @@ def declared(model: Any) -> dict[str, dict[str, Any]]:
         name: {
             "weights": names[module.weight_qtype],
             "activations": names.get(module.activation_qtype),
-            "group_size": group_size(names[module.weight_qtype], module.in_features),
+            "group_size": QTYPES[names[module.weight_qtype]].group_size(module.in_features),
         }
         for name, module in model.named_modules()
         if isinstance(module, quanto.QLinear)
