@@ -70,7 +70,7 @@ def test_the_gradient_of_a_master_in_bfloat16_is_bfloat16(qtype: QType) -> None:
 def test_a_frozen_weight_or_a_frozen_scale_gets_no_gradient() -> None:
     weight = nn.Parameter(torch.randn(8, 64), requires_grad=False)
     quantizer = LearnedStep().make(weight, QTYPES["int8"], torch.float32)
-    fake_quantized(weight, quantizer.quantize(weight, torch.float32), quantizer).sum().backward()  # type: ignore[no-untyped-call]
+    fake_quantized(weight, quantizer.quantize(weight, torch.float32), quantizer).sum().backward()
     assert weight.grad is None
     assert quantizer.log_scale.grad is not None
     quantizer.requires_grad_(False)
