@@ -36,7 +36,7 @@ class Observer(nn.Module, ABC):
 
     @abstractmethod
     def magnitude(self) -> Tensor:
-        """The magnitude that the largest code shall stand for: float32 scalar."""
+        """The magnitude that the largest code stands for: float32 scalar."""
 
     @abstractmethod
     def reduce(self) -> None:

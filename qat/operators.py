@@ -24,7 +24,7 @@ def operator(shapes: Callable[..., Any]) -> Callable[[_F], _F]:
     """Register a function for all devices as the operator ``torch.ops.qat.<its name without leading underscore>``.
 
     The function's signature becomes the operator's. It returns new tensors, none of them an input or a view of one.
-    `implement` adds a faster form for one kind of device.
+    `implement` adds a faster form for one type of device.
 
     Args:
         shapes: takes the same arguments and returns empty tensors like the results, for a compiler.
@@ -50,7 +50,7 @@ def operator(shapes: Callable[..., Any]) -> Callable[[_F], _F]:
 
 
 def implement(specification: Callable[..., Any], dispatch_key: str, module: str) -> None:
-    """Let ``module`` compute an operator on one kind of device; it is imported at the first call there.
+    """Let ``module`` compute an operator on one type of device; it is imported at the first call there.
 
     Args:
         specification: the function that `operator` registered. It computes what the module does not support.

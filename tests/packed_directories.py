@@ -15,13 +15,12 @@ import transformers
 from optimum import quanto
 from safetensors.torch import load_file, save_file
 
-from qat.formats import QUANTO
+from qat.formats.quanto_types import QTYPES, QUANTO_NAMES
 from tests.architectures import ARCHITECTURES, Architecture
 
 HINT = "packed by qat, load with `import qat.integrations.transformers`"
-QUANTO_NAMES = {"int8": "qint8", "float8": "qfloat8_e4m3fn", "int4": "qint4", "int2": "qint2"}
-QUANTO_TYPES = {name: quanto.tensor.qtypes[stock] for name, stock in QUANTO_NAMES.items()}
-TYPES = list(QUANTO_TYPES)
+QUANTO_TYPES = {name: quanto.tensor.qtypes[QUANTO_NAMES[name]] for name in QTYPES}
+TYPES = list(QTYPES)
 DTYPES = [torch.float32, torch.bfloat16]
 UP = "model.layers.0.mlp.up_proj"
 
@@ -81,7 +80,7 @@ def declared(model: Any) -> dict[str, dict[str, Any]]:
         name: {
             "weights": names[module.weight_qtype],
             "activations": names.get(module.activation_qtype),
-            "group_size": QUANTO.qtypes[names[module.weight_qtype]].group_size(module.in_features),
+            "group_size": QTYPES[names[module.weight_qtype]].group_size(module.in_features),
         }
         for name, module in model.named_modules()
         if isinstance(module, quanto.QLinear)

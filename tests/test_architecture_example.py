@@ -35,7 +35,9 @@ def test_the_documented_algorithm_trains_and_freezes(weights: str) -> None:
     model = nn.Sequential(nn.Linear(256, 32), nn.ReLU(), nn.Linear(32, 16))
     with torch.no_grad():
         model[0].weight.copy_(awkward_weight(32, 256))  # a row of zeros among others
-    qat.prepare(model, QuantSpec.model_validate({"weights": weights, "dtype": "float32"}), documented_algorithm())
+    qat.prepare(
+        model, QuantSpec.model_validate({"weights": weights, "dtype": "float32"}), algorithm=documented_algorithm()
+    )
     before = [p.detach().clone() for _, layer in quantized_layers(model) for p in layer.quantizer_parameters()]
     assert len(before) == (4 if weights in ("int4", "int2") else 2)
     optimizer = torch.optim.Adam(qat.parameter_groups(model, lr=1e-3))
@@ -44,7 +46,7 @@ def test_the_documented_algorithm_trains_and_freezes(weights: str) -> None:
     after = [p for _, layer in quantized_layers(model) for p in layer.quantizer_parameters()]
     assert all(p.isfinite().all() for p in after)
     assert any(not torch.equal(p, old) for p, old in zip(after, before, strict=True))
-    trained = {name: layer.weight_quantizer.fake_quantized(layer.weight) for name, layer in quantized_layers(model)}
+    trained = {name: layer.weight_quantizer.freeze(layer.weight)[1] for name, layer in quantized_layers(model)}
     qat.freeze(model)
     for name, weight in trained.items():
         assert same_bits(model.get_submodule(name).weight.dequantize(), weight)  # type: ignore[operator, union-attr]

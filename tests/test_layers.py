@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
-from qat.errors import StateError
-from qat.layers import QLinear, quantized_layers
+from qat.formats import QUANTO
+from qat.layers import Mode, QLinear, layer_class, quantized_layers
 from qat.observers import Absmax
 from qat.quantizers import Algorithm, StraightThrough
 from qat.quantizers.activation import ActivationQuantizer
 from tests.helpers import DTYPES, WEIGHT_TYPES, LearnedStep, kept_by, same_bits
 
+QTYPES = QUANTO.qtypes
 IN, OUT = 256, 48
 
 
@@ -34,13 +35,18 @@ def layer(
     """A prepared layer; its activations are calibrated, so that some of them saturate."""
     torch.manual_seed(0)
     float_layer = nn.Linear(in_features, out_features, bias=bias)
-    quantizer = (algorithm or StraightThrough()).make(float_layer.weight, weights, dtype)
+    quantizer = (algorithm or StraightThrough()).make(float_layer.weight, QTYPES[weights], dtype)
     if activations is None:
         return QLinear.adopt(float_layer, quantizer)
-    pair = [ActivationQuantizer(activations, dtype, Absmax().make()) for _ in range(2)]
+    pair = [ActivationQuantizer(QTYPES[activations], dtype, Absmax().make()) for _ in range(2)]
     pair[0].observe(torch.tensor(2.0))
     pair[1].observe(torch.tensor(1.0))
     return QLinear.adopt(float_layer, quantizer, *pair)
+
+
+def served(module: QLinear) -> Tensor:
+    """The weight in the serving dtype, as it will be frozen."""
+    return module.weight_quantizer.freeze(module.weight)[1]
 
 
 def inputs(*shape: int, seed: int = 1) -> Tensor:
@@ -64,12 +70,12 @@ def reference_activation(x: Tensor, scale: Tensor, qtype: str) -> Tensor:
 
 def reference_forward(module: QLinear, x: Tensor) -> Tensor:
     """The same layer by plain autograd on expressions: everything in float32, nothing recomputed."""
-    weight = straight_through(module.weight, module.weight_quantizer.fake_quantized(module.weight).float())
+    weight = straight_through(module.weight, served(module).float())
     if module.input_quantizer is not None:
-        x = reference_activation(x, module.input_quantizer.scale, module.input_quantizer.qtype)
+        x = reference_activation(x, module.input_quantizer.scale, module.input_quantizer.qtype.name)
     y = linear(x, weight, module.bias)
     if module.output_quantizer is not None:
-        y = reference_activation(y, module.output_quantizer.scale, module.output_quantizer.qtype)
+        y = reference_activation(y, module.output_quantizer.scale, module.output_quantizer.qtype.name)
     return y
 
 
@@ -119,19 +125,21 @@ def test_a_layer_without_bias_and_with_frozen_parts(weights: str) -> None:
 @pytest.mark.parametrize("weights", WEIGHT_TYPES)
 def test_the_forward_multiplies_with_the_weight_that_will_be_served(weights: str, dtype: torch.dtype) -> None:
     module = layer(weights, dtype=dtype)
-    served = module.weight_quantizer.fake_quantized(module.weight).float()
-    assert torch.equal(module(inputs(3, IN)), linear(inputs(3, IN), served, module.bias))
+    weight = served(module).float()
+    assert torch.equal(module(inputs(3, IN)), linear(inputs(3, IN), weight, module.bias))
 
 
 def learned_reference(module: QLinear, x: Tensor) -> Tensor:
     """LearnedStep in one differentiable expression (LSQ, Esser et al. 2020), in float32."""
     quantizer = module.weight_quantizer
-    low, high = {"int8": (-128, 127), "float8": (-448, 448), "int4": (0, 15), "int2": (0, 3)}[quantizer.qtype]
+    low, high = {"int8": (-128, 127), "float8": (-448, 448), "int4": (0, 15), "int2": (0, 3)}[quantizer.qtype.name]
     scale = quantizer.log_scale.exp()
     rows = module.weight.reshape(scale.shape[0], -1)
     shift = quantizer.shift
     steps = ((rows if shift is None else rows + shift) / scale).clamp(low, high)
-    codes = steps.detach().to(torch.float8_e4m3fn).float() if quantizer.qtype == "float8" else steps.detach().round()
+    codes = (
+        steps.detach().to(torch.float8_e4m3fn).float() if quantizer.qtype.name == "float8" else steps.detach().round()
+    )
     value = scale * straight_through(steps, codes)
     value = value if shift is None else value - shift
     return linear(x, value.reshape(module.weight.shape), module.bias)
@@ -225,8 +233,8 @@ def test_autocast_keeps_and_gives_what_a_float_layer_does(weights: str) -> None:
         ours, y = kept_by(lambda: module(x))
         theirs, z = kept_by(lambda: linear(x, module.weight, module.bias))
     assert y.dtype is z.dtype is torch.bfloat16
-    served = module.weight_quantizer.fake_quantized(module.weight)
-    assert torch.equal(y, linear(x.bfloat16(), served, module.bias.bfloat16()))
+    weight = served(module)
+    assert torch.equal(y, linear(x.bfloat16(), weight, module.bias.bfloat16()))
     # The input in bfloat16 and some scales; the float layer keeps a bfloat16 copy of its weight as well.
     scales = 2 * 4 * 2 * OUT
     assert ours.beyond(x, module.weight) <= 2 * x.numel() + scales
@@ -250,7 +258,7 @@ def test_activation_checkpointing_changes_nothing(algorithm: Algorithm, activati
 def test_an_observer_sees_the_same_under_activation_checkpointing() -> None:
     module = layer("int8", activations="int8")
     assert module.input_quantizer is not None
-    module.observing = True
+    module.mode = Mode(observe=True)
     checkpoint(module, inputs(6, IN), use_reentrant=False).sum().backward()
     assert module.input_quantizer.scale == inputs(6, IN).abs().max() / 127
 
@@ -293,7 +301,7 @@ class Tied(nn.Module):
 def test_a_weight_shared_with_an_embedding_gets_both_gradients() -> None:
     torch.manual_seed(0)
     model = Tied()
-    QLinear.adopt(model.head, StraightThrough().make(model.head.weight, "int8", torch.float32))
+    QLinear.adopt(model.head, StraightThrough().make(model.head.weight, QTYPES["int8"], torch.float32))
     numbers = torch.arange(5)
     model(numbers).square().sum().backward()
     found = model.embedding.weight.grad
@@ -344,15 +352,15 @@ def test_a_deep_copy_and_a_state_dict_compute_the_same(weights: str, algorithm: 
     assert module.weight.abs().max() > 0
 
 
-def test_switches() -> None:
+def test_modes() -> None:
     module = layer("int2", activations="int8")
     x = inputs(4, IN)
-    module.quantizing_activations = False
+    module.mode = Mode(activations=False)
     weight_only = module(x)
     assert same_bits(weight_only, layer("int2")(x))
-    module.fake_quantizing = False
+    module.mode = Mode(weights=False)
     assert same_bits(module(x), linear(x, module.weight, module.bias))
-    module.fake_quantizing = module.quantizing_activations = True
+    module.mode = Mode()
     assert not torch.equal(module(x), weight_only)
     assert same_bits(module.train()(x), module.eval()(x))
 
@@ -364,27 +372,18 @@ def test_an_input_that_arrives_quantized_is_not_quantized_again() -> None:
     assert [*module.activation_quantizers()] == [module.input_quantizer, module.output_quantizer]
     module.input_quantizer.arrives_quantized = True
     x = inputs(4, IN)
-    expected = linear(x, module.weight_quantizer.fake_quantized(module.weight), module.bias)
+    expected = linear(x, served(module), module.bias)
     assert torch.equal(module(x), reference_activation(expected, module.output_quantizer.scale, "int8"))
 
 
-def test_adopting_keeps_the_object_its_parameters_and_its_hooks() -> None:
-    float_layer = nn.Linear(8, 4)
-    weight, calls = float_layer.weight, []
-    float_layer.register_forward_hook(lambda *_: calls.append(1))
-    adopted = QLinear.adopt(float_layer, StraightThrough().make(weight, "int8", torch.float32))
-    adopted(torch.ones(8))
-    assert adopted is float_layer
-    assert adopted.weight is weight
-    assert calls == [1]
-    assert [name for name, _ in quantized_layers(nn.Sequential(adopted, adopted))] == ["0"]
-    assert "weights=int8" in repr(adopted)
+def test_a_subclass_is_found_so_that_it_can_be_reported() -> None:
+    assert layer_class(nn.MultiheadAttention(8, 2).out_proj) is layer_class(nn.Linear(2, 2)) is QLinear
+    assert layer_class(nn.Embedding(2, 2)) is None
 
 
-def test_only_an_exact_linear_layer_is_adopted() -> None:
-    out_proj = nn.MultiheadAttention(8, 2).out_proj
-    with pytest.raises(StateError, match=r"exact nn.Linear .* got NonDynamicallyQuantizableLinear: leave it float"):
-        QLinear.adopt(out_proj, StraightThrough().make(out_proj.weight, "int8", torch.float32))
+def test_every_layer_object_is_listed_once() -> None:
+    one = layer()
+    assert [name for name, _ in quantized_layers(nn.Sequential(one, nn.ReLU(), one))] == ["0"]
 
 
 @pytest.mark.slow

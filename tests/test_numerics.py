@@ -318,7 +318,7 @@ def test_a_type_is_found_by_its_key_and_types_of_one_key_are_equal() -> None:
 
 def test_what_is_abstract_cannot_be_made() -> None:
     with pytest.raises(TypeError, match="weight_range"):
-        QType(format="a", name="b", bits=8, code_min=0, code_max=1, steps=1, storage=torch.int8)  # type: ignore[abstract]
+        QType(format="a", name="b", bits=8, code_min=0, code_max=1, steps=1, storage=torch.int8)
 
 
 def test_inside_range_marks_what_does_not_saturate() -> None:

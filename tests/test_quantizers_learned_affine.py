@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import pytest
 import torch
 from pydantic import ValidationError
-from qat.qtypes import QTYPES
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
 import qat
-from qat import numerics
+from qat.formats import QUANTO
 from qat.layers import QLinear, quantized_layers
-from qat.quantizers import LearnedAffine, StraightThrough
-from qat.quantizers.base import WeightQuantizer
+from qat.numerics import QType, moved_range
+from qat.quantizers import LearnedAffine, Quantized, StraightThrough, WeightQuantizer
 from qat.quantizers.learned_affine import LearnedRange
-from tests.helpers import DTYPES, WEIGHT_TYPES, awkward_weight, one_sided_weight, reference_quantize, same_bits
+from tests.helpers import DTYPES, awkward_weight, one_sided_weight, reference_quantize, same_bits
 
-AFFINE = ("int4", "int2")
+QTYPES = QUANTO.qtypes
+AFFINE = {name: QTYPES[name] for name in ("int4", "int2")}
 ALGORITHMS = [LearnedAffine(start="minmax"), LearnedAffine(start="clip"), LearnedAffine(mask_saturated=False)]
 SHAPES = [(1, 8), (3, 5), (4, 96), (16, 256), (3, 320), (3, 200)]
 
@@ -33,55 +34,70 @@ def move(quantizer: LearnedRange, amount: float = 0.1, seed: int = 5) -> Learned
     return quantizer
 
 
-def decoded(quantizer: WeightQuantizer, weight: Tensor) -> Tensor:
-    codes, scale, shift = quantizer.final(weight)
-    shift = None if shift is None else shift.float()
-    return numerics.decode(codes, scale.float(), shift, quantizer.qtype, quantizer.dtype)
+def value_of(quantizer: WeightQuantizer, weight: Tensor) -> Tensor:
+    """The fake-quantized weight in the serving dtype."""
+    return quantizer.quantize(weight, quantizer.dtype).value
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("qtype", WEIGHT_TYPES)
+@pytest.mark.parametrize("qtype", QTYPES.values(), ids=QTYPES)
 @pytest.mark.parametrize("algorithm", ALGORITHMS, ids=str)
-def test_the_final_codes_give_the_trained_weight(algorithm: LearnedAffine, qtype: str, dtype: torch.dtype) -> None:
+def test_the_final_codes_give_the_trained_weight(algorithm: LearnedAffine, qtype: QType, dtype: torch.dtype) -> None:
     for seed, shape in enumerate(SHAPES):
         weight = awkward_weight(*shape, seed)
         quantizer = algorithm.make(weight, qtype, dtype)
         for amount in (0.0, 0.1, 2.0):  # the last makes ends cross
             moved = move(quantizer, amount)
-            trained = moved.fake_quantized(weight)
+            trained = value_of(moved, weight)
             assert bool(trained.isfinite().all())
-            assert same_bits(decoded(moved, weight), trained)
+            frozen, value = moved.freeze(weight)
+            assert same_bits(value, trained)
+            assert same_bits(frozen.dequantize(), trained)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("qtype", WEIGHT_TYPES)
-def test_the_served_values_are_those_of_an_independent_implementation(qtype: str, dtype: str) -> None:
+@pytest.mark.parametrize("qtype", QTYPES.values(), ids=QTYPES)
+def test_the_served_values_are_those_of_an_independent_implementation(qtype: QType, dtype: str) -> None:
     weight = awkward_weight(6, 256)
     quantizer = move(LearnedAffine().make(weight, qtype, DTYPES[dtype]))
-    scale, shift = quantizer.serving(weight)
-    _, values = reference_quantize(weight, scale, shift, qtype, dtype, 128 if qtype in AFFINE else None)
-    assert torch.equal(quantizer.fake_quantized(weight).double(), torch.from_numpy(values))
+    value, scale, shift = quantizer.quantize(weight, DTYPES[dtype])
+    group = 128 if qtype.name in AFFINE else None
+    _, values = reference_quantize(weight, scale, shift, qtype.name, dtype, group)
+    assert torch.equal(value.double(), torch.from_numpy(values))
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("qtype", WEIGHT_TYPES)
-def test_started_at_min_and_max_it_is_straight_through(qtype: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("qtype", QTYPES.values(), ids=QTYPES)
+def test_started_at_min_and_max_it_is_straight_through(qtype: QType, dtype: torch.dtype) -> None:
     for weight in (awkward_weight(16, 256), one_sided_weight()):
         learned = LearnedAffine(start="minmax").make(weight, qtype, dtype)
         dynamic = StraightThrough().make(weight, qtype, dtype)
-        assert same_bits(learned.fake_quantized(weight), dynamic.fake_quantized(weight))
+        assert same_bits(value_of(learned, weight), value_of(dynamic, weight))
+
+
+def unrounded(quantizer: LearnedRange, weight: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Scale and shift of the moved range before they are rounded to the serving dtype."""
+    ends = moved_range(*quantizer._start(weight), quantizer.low_move, quantizer.high_move)
+    return quantizer.qtype.scale_shift(*ends)
+
+
+def plainly(quantizer: LearnedRange, weight: Tensor, out_dtype: torch.dtype) -> Quantized:
+    """What the quantizer does for a type without fast kernels: ordinary autograd on the moved range."""
+    return quantizer.by_scale(weight, *unrounded(quantizer, weight), out_dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("qtype", WEIGHT_TYPES)
-def test_the_faster_way_gives_the_bits_and_gradients_of_the_plain_one(qtype: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("qtype", QTYPES.values(), ids=QTYPES)
+def test_the_faster_way_gives_the_bits_and_gradients_of_the_plain_one(qtype: QType, dtype: torch.dtype) -> None:
     weight = awkward_weight(8, 256)
     found: list[list[Tensor]] = []
-    for serving in (LearnedRange.serving, WeightQuantizer.serving):
+    for way in ("fused", "plain"):
         quantizer = move(LearnedAffine().make(weight, qtype, dtype))
-        scale, shift = serving(quantizer, weight)
+        _, scale, shift = (quantizer.quantize if way == "fused" else functools.partial(plainly, quantizer))(
+            weight, dtype
+        )
         pair = [scale] if shift is None else [scale, shift]
-        sum((tensor * torch.linspace(-1, 2, tensor.numel()).view_as(tensor)).sum() for tensor in pair).backward()  # type: ignore[union-attr]
+        torch.autograd.backward(pair, [torch.linspace(-1, 2, tensor.numel()).view_as(tensor) for tensor in pair])
         gradients = [p.grad for p in quantizer.parameters() if p.grad is not None]
         assert len(gradients) == len(pair)
         found.append([tensor.detach() for tensor in pair] + gradients)
@@ -92,12 +108,12 @@ def test_the_faster_way_gives_the_bits_and_gradients_of_the_plain_one(qtype: str
 
 def test_a_move_is_in_units_of_half_the_range() -> None:
     weight = torch.tensor([[-1.0, 0.0, 0.2, 3.0]])
-    quantizer = LearnedAffine(start="minmax").make(weight, "int2", torch.float32)
+    quantizer = LearnedAffine(start="minmax").make(weight, QTYPES["int2"], torch.float32)
     with torch.no_grad():
         assert quantizer.low_move is not None
         quantizer.low_move.fill_(-0.25)  # half the width is 2: the low end goes up to -0.5
         quantizer.high_move.fill_(0.5)  # and the high end to 4
-    _, scale, shift = quantizer.final(weight)
+    _, scale, shift = quantizer.quantize(weight, torch.float32)
     assert shift is not None
     assert (scale.item(), shift.item()) == (1.5, 0.5)
 
@@ -106,7 +122,7 @@ def differentiable(module: QLinear, x: Tensor) -> Tensor:
     """The layer as one differentiable expression in float64, after arXiv 2404.16898, without our operators."""
     quantizer = module.weight_quantizer
     assert isinstance(quantizer, LearnedRange)
-    steps = {"int8": (-128, 127), "float8": (-448, 448), "int4": (0, 15), "int2": (0, 3)}[quantizer.qtype]
+    steps = {"int8": (-128, 127), "float8": (-448, 448), "int4": (0, 15), "int2": (0, 3)}[quantizer.qtype.name]
     high_start, high_move = quantizer.high_start.double(), quantizer.high_move.double()
     weight = module.weight.double()
     if quantizer.low_start is None or quantizer.low_move is None:
@@ -117,13 +133,13 @@ def differentiable(module: QLinear, x: Tensor) -> Tensor:
         low = low_start - half * quantizer.low_move.double()
         scale = (high_start + half * high_move - low) / steps[1]
     codes = ((weight.view(scale.shape[0], -1) - low) / scale).clamp(*steps)
-    rounded = codes.float().to(torch.float8_e4m3fn).double() if quantizer.qtype == "float8" else codes.round()
+    rounded = codes.float().to(torch.float8_e4m3fn).double() if quantizer.qtype.name == "float8" else codes.round()
     value = scale * (codes + (rounded - codes).detach()) + low
     return linear(x.double(), value.view_as(weight))
 
 
-@pytest.mark.parametrize("qtype", WEIGHT_TYPES)
-def test_gradients_are_those_of_plain_autograd(qtype: str) -> None:
+@pytest.mark.parametrize("qtype", QTYPES.values(), ids=QTYPES)
+def test_gradients_are_those_of_plain_autograd(qtype: QType) -> None:
     torch.manual_seed(0)
     x = torch.randn(6, 256)
     layer = nn.Linear(256, 12, bias=False)
@@ -142,8 +158,8 @@ def test_gradients_are_those_of_plain_autograd(qtype: str) -> None:
         torch.testing.assert_close(ours[name], tensor, rtol=1e-3, atol=1e-3 * float(tensor.abs().max()))
 
 
-@pytest.mark.parametrize("qtype", AFFINE)
-def test_gradients_of_the_ends_are_true_where_all_weights_saturate(qtype: str) -> None:
+@pytest.mark.parametrize("qtype", AFFINE.values(), ids=AFFINE)
+def test_gradients_of_the_ends_are_true_where_all_weights_saturate(qtype: QType) -> None:
     # There every value is an end of the range, a smooth function of the moves: finite differences must agree.
     weight = torch.where(torch.arange(128) % 3 == 0, -1.0, 1.0).repeat(2, 1)
     low, high = torch.full((2, 1), -0.3), torch.full((2, 1), 0.5)
@@ -175,7 +191,7 @@ def test_gradients_of_the_ends_are_true_where_all_weights_saturate(qtype: str) -
 def test_weights_outside_the_range_get_a_gradient_only_if_asked_for(masked: bool) -> None:
     layer = nn.Linear(128, 4, bias=False)
     algorithm = LearnedAffine(start="minmax", mask_saturated=masked)
-    module = QLinear.adopt(layer, algorithm.make(layer.weight, "int4", torch.float32))
+    module = QLinear.adopt(layer, algorithm.make(layer.weight, QTYPES["int4"], torch.float32))
     with torch.no_grad():
         module.weight[:, 7] = 1.0
     module(torch.ones(1, 128)).sum().backward()
@@ -185,15 +201,15 @@ def test_weights_outside_the_range_get_a_gradient_only_if_asked_for(masked: bool
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("qtype", WEIGHT_TYPES)
-def test_ends_that_cross_leave_a_scale_above_zero_and_come_back(qtype: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("qtype", QTYPES.values(), ids=QTYPES)
+def test_ends_that_cross_leave_a_scale_above_zero_and_come_back(qtype: QType, dtype: torch.dtype) -> None:
     layer = nn.Linear(256, 8, bias=False)
     module = QLinear.adopt(layer, LearnedAffine().make(layer.weight, qtype, dtype))
     quantizer = module.weight_quantizer
     assert isinstance(quantizer, LearnedRange)
     with torch.no_grad():
         quantizer.high_move.fill_(-3.0)
-    scale, _ = quantizer.serving(module.weight)
+    _, scale, _ = quantizer.quantize(module.weight, dtype)
     assert bool((scale > 0).all())
     wanted = linear(torch.eye(256), module.weight.detach())
     module.weight.requires_grad_(False)
@@ -210,19 +226,19 @@ def test_ends_that_cross_leave_a_scale_above_zero_and_come_back(qtype: str, dtyp
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("qtype", WEIGHT_TYPES)
-def test_groups_without_a_range_follow_their_weights(qtype: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("qtype", QTYPES.values(), ids=QTYPES)
+def test_groups_without_a_range_follow_their_weights(qtype: QType, dtype: torch.dtype) -> None:
     weight = torch.zeros(3, 256)
     weight[1] = 0.03
     weight[2] = torch.randn(256, generator=torch.Generator().manual_seed(0))
     quantizer = LearnedAffine().make(weight, qtype, dtype)
-    assert torch.equal(quantizer.fake_quantized(weight)[0], torch.zeros(256, dtype=dtype))
-    torch.testing.assert_close(quantizer.fake_quantized(weight)[1], weight[1].to(dtype), rtol=2e-2, atol=0)
+    assert torch.equal(value_of(quantizer, weight)[0], torch.zeros(256, dtype=dtype))
+    torch.testing.assert_close(value_of(quantizer, weight)[1], weight[1].to(dtype), rtol=2e-2, atol=0)
     later = weight + 0.3 * torch.randn(3, 256, generator=torch.Generator().manual_seed(1))
-    dynamic = StraightThrough().make(later, qtype, dtype).fake_quantized(later)
-    rows = 1 if QTYPES[qtype].affine else 0  # a constant row is a range to a scale without shift
-    assert same_bits(quantizer.fake_quantized(later)[: rows + 1], dynamic[: rows + 1])
-    assert not torch.equal(quantizer.fake_quantized(later)[2], dynamic[2])
+    dynamic = value_of(StraightThrough().make(later, qtype, dtype), later)
+    rows = 1 if qtype.has_shift else 0  # a constant row is a range to a scale without shift
+    assert same_bits(value_of(quantizer, later)[: rows + 1], dynamic[: rows + 1])
+    assert not torch.equal(value_of(quantizer, later)[2], dynamic[2])
     layer = nn.Linear(256, 3, bias=False)
     with torch.no_grad():
         layer.weight.zero_()
@@ -234,43 +250,43 @@ def test_groups_without_a_range_follow_their_weights(qtype: str, dtype: torch.dt
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("qtype", WEIGHT_TYPES)
-def test_one_sided_groups_can_move_both_ends(qtype: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("qtype", QTYPES.values(), ids=QTYPES)
+def test_one_sided_groups_can_move_both_ends(qtype: QType, dtype: torch.dtype) -> None:
     weight = one_sided_weight()
     quantizer = LearnedAffine(start="minmax").make(weight, qtype, dtype)
-    before = quantizer.scale_shift(weight)[0]
+    before, _ = unrounded(quantizer, weight)
     for parameter in quantizer.parameters():
         nn.init.constant_(parameter, 0.5)
-    after, _ = quantizer.scale_shift(weight)
+    after, _ = unrounded(quantizer, weight)
     torch.testing.assert_close(after, before * 1.5)
 
 
 @pytest.mark.parametrize("outlier", [1e4, 1e20, 3e38])
-@pytest.mark.parametrize("qtype", WEIGHT_TYPES)
-def test_a_huge_outlier_gives_finite_ranges(qtype: str, outlier: float) -> None:
+@pytest.mark.parametrize("qtype", QTYPES.values(), ids=QTYPES)
+def test_a_huge_outlier_gives_finite_ranges(qtype: QType, outlier: float) -> None:
     weight = awkward_weight(4, 256)
     weight[3, 3] = outlier
     quantizer = LearnedAffine().make(weight, qtype, torch.float32)
     assert all(bool(tensor.isfinite().all()) for tensor in quantizer.state_dict().values())
-    assert bool(quantizer.fake_quantized(weight).isfinite().all())
+    assert bool(value_of(quantizer, weight).isfinite().all())
 
 
 @pytest.mark.parametrize("master", [torch.bfloat16, torch.float16, torch.float64], ids=str)
-@pytest.mark.parametrize("qtype", WEIGHT_TYPES)
-def test_masters_of_other_dtypes(qtype: str, master: torch.dtype) -> None:
+@pytest.mark.parametrize("qtype", QTYPES.values(), ids=QTYPES)
+def test_masters_of_other_dtypes(qtype: QType, master: torch.dtype) -> None:
     weight = awkward_weight(5, 256).to(master)
     quantizer = LearnedAffine().make(weight, qtype, torch.bfloat16)
     assert {tensor.dtype for tensor in quantizer.state_dict().values()} == {torch.float32}
-    assert same_bits(decoded(quantizer, weight), quantizer.fake_quantized(weight))
+    assert same_bits(quantizer.freeze(weight)[0].dequantize(), value_of(quantizer, weight))
 
 
 def test_a_weight_on_the_meta_device_gets_its_shapes_now_and_its_ranges_with_the_checkpoint() -> None:
-    quantizer = LearnedAffine().make(torch.empty(4, 256, device="meta"), "int2", torch.bfloat16)
+    quantizer = LearnedAffine().make(torch.empty(4, 256, device="meta"), QTYPES["int2"], torch.bfloat16)
     assert {tuple(tensor.shape) for tensor in quantizer.state_dict().values()} == {(8, 1)}
     quantizer.to_empty(device="cpu")
     weight = torch.zeros(4, 256)
-    quantizer.load_state_dict(LearnedAffine().make(weight, "int2", torch.bfloat16).state_dict())
-    assert torch.equal(quantizer.fake_quantized(weight + 1), torch.ones(4, 256).bfloat16())  # flat groups were noted
+    quantizer.load_state_dict(LearnedAffine().make(weight, QTYPES["int2"], torch.bfloat16).state_dict())
+    assert torch.equal(value_of(quantizer, weight + 1), torch.ones(4, 256).bfloat16())  # flat groups were noted
 
 
 def prepared(seed: int) -> nn.Module:
@@ -279,7 +295,7 @@ def prepared(seed: int) -> nn.Module:
     with torch.no_grad():
         first.weight[0] = 0.0
     model = nn.Sequential(first, nn.ReLU(), nn.Linear(32, 16))
-    qat.prepare(model, qat.QuantSpec(weights="int2", dtype="float32"), LearnedAffine())
+    qat.prepare(model, qat.QuantSpec(weights="int2", dtype="float32"), algorithm=LearnedAffine())
     return model
 
 
@@ -296,7 +312,7 @@ def test_training_moves_weights_and_ranges_and_freezing_is_exact() -> None:
     train(model)
     for _, layer in quantized_layers(model):
         assert all(bool((p != 0).any()) for p in layer.quantizer_parameters())
-    trained = {name: layer.weight_quantizer.fake_quantized(layer.weight) for name, layer in quantized_layers(model)}
+    trained = {name: value_of(layer.weight_quantizer, layer.weight) for name, layer in quantized_layers(model)}
     qat.freeze(model)
     for name, weight in trained.items():
         assert same_bits(model.get_submodule(name).weight.dequantize(), weight)  # type: ignore[operator]
@@ -329,8 +345,8 @@ def test_a_float_checkpoint_starts_the_ranges_afresh(caplog: pytest.LogCaptureFi
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.* should not be instantiated:DeprecationWarning")  # torch's own compiler does
-@pytest.mark.parametrize("qtype", WEIGHT_TYPES)
-def test_compiled_and_eager_training_have_the_same_bits(qtype: str) -> None:
+@pytest.mark.parametrize("qtype", QTYPES.values(), ids=QTYPES)
+def test_compiled_and_eager_training_have_the_same_bits(qtype: QType) -> None:
     torch.compiler.reset()
     torch.manual_seed(0)
     layer = nn.Linear(256, 32)

@@ -343,9 +343,7 @@ class _Quanto(Format):
         """``QuantizedModelForCausalLM.from_pretrained``."""
         from optimum.quanto import QuantizedModelForCausalLM
 
-        wrapper: Any = QuantizedModelForCausalLM.from_pretrained(
-            str(directory), trust_remote_code=False, **arguments
-        )
+        wrapper: Any = QuantizedModelForCausalLM.from_pretrained(str(directory), trust_remote_code=False, **arguments)
         return wrapper._wrapped, "QuantizedModelForCausalLM.from_pretrained"
 
     def stock_codes(self, layer: FrozenLayer) -> Tensor:

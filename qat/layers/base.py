@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from qat.errors import StateError
+from qat.layers.functional import autocast_dtype
 from qat.quantizers.activation import ActivationQuantizer, fake_quantize_output
 from qat.quantizers.base import Algorithm, Quantized, WeightQuantizer
 
@@ -78,6 +79,7 @@ class QuantizedLayer(nn.Module):
             x: ``(..., in)``.
             weight: the fake-quantized weight in the compute dtype, with its scale and shift; None: use the float one.
         """
+        raise NotImplementedError(f"{type(self).__name__}: a subclass must say how it computes")
 
     @classmethod
     def adoption_fault(cls, module: nn.Module) -> str | None:
@@ -95,10 +97,12 @@ class QuantizedLayer(nn.Module):
                 "its object has a forward of its own (as accelerate's hooks and adapters' patches set it), which would "
                 "run instead of the quantized one: remove the hook or merge the adapter first"
             )
-        if "weight" not in module._parameters:
+        computed = [key for key in ("weight", "bias") if key in vars(module)]
+        if computed or "weight" not in module._parameters:
             return (
-                "its weight is no parameter of its own but computed before each forward (as pruning and weight_norm "
-                "do), and would be stale when frozen: make it permanent first, as with torch.nn.utils.prune.remove"
+                f"its {(computed or ['weight'])[0]} is no parameter of its own but computed before each forward (as "
+                "pruning and weight_norm do), and would be stale when frozen: make it permanent first, as with "
+                "torch.nn.utils.prune.remove"
             )
         weight = module._parameters["weight"]
         if weight is None or type(weight) is not nn.Parameter or type(weight.data) is not Tensor:
@@ -135,14 +139,20 @@ class QuantizedLayer(nn.Module):
         return module
 
     def forward(self, input: Tensor) -> Tensor:
-        """``(..., in)`` to ``(..., out)``."""
-        mode = self.mode
+        """``(..., in)`` to ``(..., out)``.
+
+        Raises:
+            StateError: a quantizer is on another device than the weight.
+            CalibrationError: activations are quantized and have no scale yet.
+        """
+        mode, weight = self.mode, self.effective_weight(self)
+        if mode.weights or mode.observe:
+            self._require_quantizers_on(weight.device)
         if not torch.compiler.is_compiling():  # compiled code under activation checkpointing may not set attributes
             self.reached = True
         if mode.observe and self.input_quantizer is not None:
             self.input_quantizer.observe(input)
-        weight = self.effective_weight(self)
-        dtype = _compute_dtype(input, weight)
+        dtype = autocast_dtype(input) or weight.dtype  # in which a matrix product runs
         y = self.compute(input, self.weight_quantizer.quantize(weight, dtype) if mode.weights else None)
         if self.output_quantizer is not None:
             if mode.observe:
@@ -150,6 +160,17 @@ class QuantizedLayer(nn.Module):
             if mode.weights and mode.activations:
                 y = fake_quantize_output(y, self.output_quantizer)
         return y
+
+    def _require_quantizers_on(self, device: torch.device) -> None:
+        # Meta tensors compute without numbers and without an error. Dictionaries, since looking up an attribute of a
+        # module costs more than all the rest.
+        for child in self._modules.values():
+            for tensor in () if child is None else (*child._parameters.values(), *child._buffers.values()):
+                if tensor is not None and tensor.device != device:
+                    raise StateError(
+                        f"{type(child).__name__}: its state is on {tensor.device}, but the layer's weight on {device}: "
+                        "move the whole model at once, or load a checkpoint into the whole prepared model"
+                    )
 
     def active_input_quantizer(self) -> ActivationQuantizer | None:
         """The quantizer that the input goes through now; None where the input comes quantized from its producer."""
@@ -188,9 +209,3 @@ class QuantizedLayer(nn.Module):
     def extra_repr(self) -> str:
         """Shape and type, for ``print(model)``."""
         return f"{super().extra_repr()}, weights={self.weight_quantizer.qtype.name}"
-
-
-def _compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
-    """The dtype a matrix product runs in: autocast's where it is on, the weight's otherwise."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype

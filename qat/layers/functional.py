@@ -21,7 +21,20 @@ from qat.numerics import QType
 from qat.quantizers.activation import ActivationQuantizer
 from qat.quantizers.base import Quantized, WeightQuantizer
 
-__all__ = ["fake_quantized", "quantized_linear"]
+__all__ = ["autocast_dtype", "fake_quantized", "quantized_linear"]
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype that autocast gives operations on the device of ``x``; None where it is off, and on the meta device.
+
+    >>> with torch.autocast("cpu", torch.bfloat16):
+    ...     autocast_dtype(torch.ones(1)), autocast_dtype(torch.ones(1, device="meta"))
+    (torch.bfloat16, None)
+    """
+    device = x.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):  # of the meta device torch cannot tell
+        return None
+    return torch.get_autocast_dtype(device)
 
 
 class _Options(NamedTuple):
@@ -150,7 +163,7 @@ def quantized_linear(
     if activation is not None:
         activation.require_scale_for(x)
     value, scale, shift = quantized
-    if torch.is_autocast_enabled(x.device.type):
+    if autocast_dtype(x) is not None:
         x = x.to(value.dtype)
     if bias is not None:
         bias = bias.to(value.dtype)

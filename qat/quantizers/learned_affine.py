@@ -92,7 +92,7 @@ class LearnedRange(WeightQuantizer):
         self._note_flat()
 
     def _note_flat(self) -> None:
-        # A Python twin: a forward that read a tensor would wait for the device, and few weights have such groups.
+        # A Python bool: a forward that read a tensor would wait for the device, and few weights have such groups.
         self._some_flat = not self.high_start.is_meta and bool(self._flat().any())
 
     def _flat(self) -> Tensor:
