@@ -184,7 +184,8 @@ def _complete_float_checkpoint(model: nn.Module, state: dict[str, Any], prefix: 
 def _float_weight(layer: Any, state: dict[str, Any], prefix: str) -> Tensor:
     """The effective weight of a layer with a checkpoint's parameters."""
     found = {key: state[f"{prefix}{key}"] for key in layer._parameters if f"{prefix}{key}" in state}
-    return type(layer).effective_weight(SimpleNamespace(**found))
+    weight: Tensor = type(layer).effective_weight(SimpleNamespace(**found))
+    return weight
 
 
 def parameter_groups(

@@ -53,7 +53,9 @@ def plain(output: Any) -> Tensor:
 def test_scales_are_those_of_the_float_activations() -> None:
     model = mlp()
     with torch.no_grad():
-        weights = [layer.weight_quantizer.quantize(layer.weight, torch.float32).value for _, layer in quantized_layers(model)]
+        weights = [
+            layer.weight_quantizer.quantize(layer.weight, torch.float32).value for _, layer in quantized_layers(model)
+        ]
         x = torch.cat(batches())
         reached: list[tuple[Tensor, Tensor]] = []
         for weight, (_, layer), after in zip(
@@ -269,8 +271,8 @@ def test_an_input_arrives_quantized_only_when_it_always_does(caplog: pytest.LogC
     assert calibrate(model, [torch.randn(4, 8)] * 3).arriving == ()
     (record,) = caplog.records
     assert record.getMessage() == (
-        "second: its input arrives quantized in 3 of 6 calls; training quantizes it in all of them, with its own scale: "
-        "set quantize_outputs=False (target transformers), or exclude the layer"
+        "second: its input arrives quantized in 3 of 6 calls; training quantizes it in all of them, with its own "
+        "scale: set quantize_outputs=False (target transformers), or exclude the layer"
     )
 
 

@@ -202,7 +202,10 @@ def test_a_trained_scale_is_frozen_and_a_checkpoint_of_it_too() -> None:
         name: forwards_weight(layer, layer.in_features) - layer.bias.detach().unsqueeze(1)
         for name, layer in quantized_layers(trained)
     }
-    served = {name: layer.weight_quantizer.quantize(layer.weight, torch.bfloat16).value for name, layer in quantized_layers(trained)}
+    served = {
+        name: layer.weight_quantizer.quantize(layer.weight, torch.bfloat16).value
+        for name, layer in quantized_layers(trained)
+    }
     learned = {name: layer.weight_quantizer.freeze(layer.weight)[0].scale for name, layer in quantized_layers(trained)}
     freeze(trained)
     freeze(resumed)

@@ -163,7 +163,9 @@ def diffusers_model() -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("arguments", [{}, {"safe_serialization": True, "max_shard_size": "1GB"}], ids=["plain", "more"])
+@pytest.mark.parametrize(
+    "arguments", [{}, {"safe_serialization": True, "max_shard_size": "1GB"}], ids=["plain", "more"]
+)
 @pytest.mark.parametrize(
     ("make", "name", "part"),
     [

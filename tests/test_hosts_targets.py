@@ -259,7 +259,11 @@ def test_a_class_that_its_configuration_does_not_build_is_not_judged() -> None:
 
 def test_an_export_notes_that_the_code_of_a_class_is_not_copied(tmp_path: Path) -> None:
     notes = {}
-    for name, model in (("custom", custom()), ("stock", tiny_model("llama")), ("plain", nn.Sequential(nn.Linear(8, 8)))):
+    for name, model in (
+        ("custom", custom()),
+        ("stock", tiny_model("llama")),
+        ("plain", nn.Sequential(nn.Linear(8, 8))),
+    ):
         qat.prepare(model, F32, target="quanto" if name == "plain" else "transformers")
         qat.freeze(model, allow_unreached=True)
         notes[name] = [note for note in qat.export(model, tmp_path / name).notes if "code is not copied" in note]
