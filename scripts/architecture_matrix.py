@@ -87,7 +87,7 @@ def run_case(architecture: Architecture, case: Case, directory: Path) -> Outcome
     floats = {layer.name: layer.reason for layer in report.layers if layer.weights is None}
     outcome = Outcome(str(case), "equal", "", report.quantized_share, floats)
     fake_quantized = outputs_of(model, architecture.example())
-    qat.freeze(model)
+    qat.freeze(model, allow_unreached=True)  # not every layer is in the way of every input
     frozen = outputs_of(model, example)
     if case.dtype == "float32":
         outcome.fake_gap = largest_gap(fake_quantized, frozen)
@@ -96,7 +96,7 @@ def run_case(architecture: Architecture, case: Case, directory: Path) -> Outcome
             qat.export(model, directory / target, target=target, example_inputs=example)
         except TargetError:  # this loader holds some tensor in another dtype, so the model must be frozen for it
             model, _ = train(architecture, spec, target)
-            qat.freeze(model)
+            qat.freeze(model, allow_unreached=True)
             frozen = outputs_of(model, example)
             qat.export(model, directory / target, example_inputs=example)
         loaded = load(type(model), directory / target, target, spec.torch_dtype)
@@ -214,17 +214,16 @@ def state_faults(frozen: nn.Module, loaded: nn.Module) -> list[str]:
 
 
 def plain_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every parameter and buffer, those that no file holds included; a quantized weight as its parts and its class."""
+    """Every parameter and buffer, those that no file holds included; a quantized weight as its values and its parts."""
     for name, tensor in (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)):
         if type(tensor.data) is torch.Tensor:
             yield name, tensor.data
             continue
-        codes, scale, shift = unpack_weight(tensor.data)
         yield f"{name}: {type(tensor.data).__name__}", tensor.data.dequantize()
-        yield f"{name}, codes", codes
-        yield f"{name}, scale", scale
-        if shift is not None:
-            yield f"{name}, shift", shift
+        path, _, key = name.rpartition(".")
+        for part, stored in model.get_submodule(path).state_dict().items():
+            if part.startswith(f"{key}."):
+                yield f"{path}.{part}", stored
 
 
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:

@@ -24,7 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qat import kernels, numerics
+from qat import kernels
+from qat.formats import QUANTO
+from qat.numerics import QType
 
 BYTES = 1 << 29  # of all weights that are used in turn
 
@@ -51,32 +53,33 @@ def microseconds(run: Callable[[Tensor], object], weights: Iterator[Tensor], rep
     return float(statistics.median(times))
 
 
-def arms(qtype: str, dtype: torch.dtype, weight: Tensor) -> dict[str, tuple[Callable[[Tensor], object], int]]:
+def arms(qtype: QType, dtype: torch.dtype, weight: Tensor) -> dict[str, tuple[Callable[[Tensor], object], int]]:
     """What is timed, and how many bytes each must move at least."""
-    scale, shift = kernels.serving_range(weight, qtype, torch.bfloat16)
+    _, scale, shift = kernels.quantize_own_range(weight, qtype, torch.bfloat16, dtype)
     grad = torch.randn_like(weight)
     size, groups = weight.numel() * weight.element_size(), 4 * scale.numel() * (1 if shift is None else 2)
-    options = (qtype, torch.bfloat16)
+    columns = weight.shape[1]
+
+    def own_range(w: Tensor) -> tuple[Tensor, Tensor | None]:
+        return qtype.serve(*qtype.scale_shift(*qtype.weight_range(w)), torch.bfloat16, columns)
+
     return {
         "copy": (lambda w: w.clone(), 2 * size),
-        "range": (lambda w: kernels.serving_range(w, *options), size + groups),
-        "range, plain": (
-            lambda w: numerics.serving_pair(
-                *numerics.range_scale_shift(*numerics.weight_range(w, qtype), qtype), *options, w.shape[1]
-            ),
-            size + groups,
-        ),
-        "fake quantize": (lambda w: kernels.fake_quantize_weight(w, scale, shift, *options, dtype), 2 * size + groups),
-        "fake quantize, plain": (
-            lambda w: numerics.fake_quantize(w, scale, shift, *options, dtype),
+        "range, plain": (own_range, size + groups),
+        "fake quantize": (
+            lambda w: kernels.fake_quantize_weight(w, scale, shift, qtype, torch.bfloat16, dtype),
             2 * size + groups,
         ),
-        "range and fake quantize": (lambda w: kernels.quantize_own_range(w, *options, dtype), 2 * size + groups),
-        "scale gradients": (lambda w: kernels.scale_gradients(w, scale, shift, qtype, grad), 3 * size + 2 * groups),
-        "scale gradients, plain": (
-            lambda w: numerics.scale_gradients(w, scale, shift, qtype, grad),
-            3 * size + 2 * groups,
+        "fake quantize, plain": (
+            lambda w: qtype.fake_quantize(w, scale, shift, torch.bfloat16, dtype),
+            2 * size + groups,
         ),
+        "range and fake quantize": (
+            lambda w: kernels.quantize_own_range(w, qtype, torch.bfloat16, dtype),
+            2 * size + groups,
+        ),
+        "scale gradients": (lambda w: kernels.scale_gradients(w, scale, shift, qtype, grad), 3 * size + 2 * groups),
+        "scale gradients, plain": (lambda w: qtype.scale_gradients(w, scale, shift, grad), 3 * size + 2 * groups),
     }
 
 
@@ -84,7 +87,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of the weights")
-    parser.add_argument("--types", nargs="*", default=["int8", "float8", "int4", "int2"])
+    parser.add_argument("--types", nargs="*", default=list(QUANTO.qtypes), choices=list(QUANTO.qtypes))
     parser.add_argument("--shapes", nargs="*", type=int, default=[3072, 3072, 12288, 3072, 3072, 15360])
     parser.add_argument("--repeats", type=int, default=25)
     parser.add_argument("--output", type=Path, default=None, help="write everything as JSON here too")
@@ -101,7 +104,7 @@ def main() -> None:
         weights = [one, *(torch.randn_like(one) for _ in range(count - 1))]
         for qtype in arguments.types:
             speed = 0.0
-            for name, (run, size) in arms(qtype, dtype, one).items():
+            for name, (run, size) in arms(QUANTO.qtypes[qtype], dtype, one).items():
                 taken = microseconds(run, cycle(weights), arguments.repeats, arguments.device)
                 speed = speed or size / taken  # of the copy, which comes first
                 rows.append(

@@ -271,8 +271,8 @@ def test_an_input_arrives_quantized_only_when_it_always_does(caplog: pytest.LogC
     assert calibrate(model, [torch.randn(4, 8)] * 3).arriving == ()
     (record,) = caplog.records
     assert record.getMessage() == (
-        "second: its input arrives quantized in 3 of 6 calls; training quantizes it in all of them, with its own scale: "
-        "set quantize_outputs=False (target transformers), or exclude the layer"
+        "second: its input arrives quantized in 3 of 6 calls; training quantizes it in all of them, with its own "
+        "scale: set quantize_outputs=False (target transformers), or exclude the layer"
     )
 
 

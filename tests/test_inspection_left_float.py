@@ -160,7 +160,7 @@ def test_a_pattern_for_such_weights_is_told_what_they_are(
 def patched(layer: nn.Linear) -> None:
     """As a patch for LoRA does."""
     inner = layer.forward
-    layer.forward = lambda x: inner(x) * 2  # type: ignore[method-assign, assignment, misc]
+    layer.forward = lambda x: inner(x) * 2  # type: ignore[method-assign, assignment]
 
 
 def weight_normed(layer: nn.Linear) -> None:
@@ -241,8 +241,8 @@ def test_a_pruned_layer_is_served_as_it_was_trained(change: Callable[..., Any], 
 def test_a_model_whose_every_layer_has_a_hook_is_refused() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = dispatch_model(tiny_model("llama"), {"": "cpu"}, main_device="cpu", force_hooks=True)  # type: ignore[no-untyped-call]
-    with pytest.raises(SpecError, match="no layer of the model would be quantized; reasons: .*accelerate's hooks"):
+        model = dispatch_model(tiny_model("llama"), {"": "cpu"}, main_device="cpu", force_hooks=True)
+    with pytest.raises(SpecError, match=r"no layer of the model would be quantized; reasons: .*accelerate's hooks"):
         qat.prepare(model, F32)
     assert not any(isinstance(module, QLinear) for module in model.modules())
 
