@@ -174,14 +174,14 @@ def kept_by(forward: Callable[[], Tensor]) -> tuple[Kept, Tensor]:
 
 
 def of_diffusers(model: nn.Module) -> nn.Module:
-    """The same model, told to be one of diffusers: the library goes by the module of a class, and by ``from_config``."""
+    """The same model, told to be one of diffusers, by the module of its class and ``from_config``."""
     kind = type(model)
     model.__class__ = type(kind.__name__, (kind,), {"__module__": "diffusers.models.made_up", "from_config": None})
     return model
 
 
 def of_transformers(model: nn.Module) -> nn.Module:
-    """The same model, told to be one of transformers: the library goes by the module of a class and ``_from_config``."""
+    """The same model, told to be one of transformers, by the module of its class and ``_from_config``."""
     kind = type(model)
     model.__class__ = type(kind.__name__, (kind,), {"__module__": "transformers.models.made_up", "_from_config": None})
     return model

@@ -7,27 +7,30 @@ test runs it. What only a type checker sees (`if TYPE_CHECKING`) loads nothing a
 from __future__ import annotations
 
 import ast
-import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cache
 from graphlib import CycleError, TopologicalSorter
-from importlib import import_module
-from pathlib import Path
-from typing import Literal
 
 import pytest
 
-import qat
+from tests.sources import (
+    RECIPES,
+    ROOT,
+    code_of,
+    imports_below,
+    imports_of,
+    internal_imports,
+    library_imports,
+    library_modules,
+    listing,
+    module_name,
+    path_of,
+    recipe_modules,
+    room_of,
+)
 
-ROOT = Path(__file__).parent.parent
-LIBRARY = ROOT / "qat"
-RECIPES = ROOT / "recipes"
-
-# A room may import every room above it, and its neighbours in the same line; the rooms in SIDE_ROOMS only what
-# is named there. A new module needs a place in one of the two.
+# A part may import every part above it, and its neighbours in the same line; those in SIDE_ROOMS only what is
+# named there. A new module needs a place in one of the two.
 ORDER: tuple[frozenset[str], ...] = tuple(
     frozenset(line.split())
     for line in (
@@ -76,94 +79,6 @@ MOST_LIBRARY_LINES = 9_900
 MOST_LINES = 400
 MOST_RECIPE_LINES = 150  # of a recipe itself
 
-When = Literal["module", "function", "type checking"]
-
-
-@dataclass(frozen=True)
-class Import:
-    """One imported module, as the file `source` names it at `line`."""
-
-    source: str
-    target: str
-    when: When
-    line: int
-
-    @property
-    def package(self) -> str:
-        return self.target.partition(".")[0]
-
-    def __str__(self) -> str:
-        return f"{self.source}, line {self.line} ({self.when}): imports {self.target}"
-
-
-def room_of(module: str) -> str:
-    """`qat.layers.linear` lies in `layers`; the facade `qat` itself in the room ''."""
-    return module.removeprefix("qat").lstrip(".").partition(".")[0]
-
-
-def module_name(path: Path) -> str:
-    parts = path.relative_to(ROOT).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-
-
-@cache
-def library_modules() -> dict[str, Path]:
-    return {module_name(path): path for path in sorted(LIBRARY.rglob("*.py"))}
-
-
-@cache
-def recipe_modules() -> dict[str, Path]:
-    return {module_name(path): path for path in sorted(RECIPES.rglob("*.py"))}
-
-
-def is_type_checking(test: ast.expr) -> bool:
-    return getattr(test, "attr", getattr(test, "id", None)) == "TYPE_CHECKING"
-
-
-def targets_of(node: ast.Import | ast.ImportFrom, module: str, is_package: bool) -> Iterator[str]:
-    if isinstance(node, ast.Import):
-        yield from (alias.name for alias in node.names)
-        return
-    origin = node.module or ""
-    if node.level:
-        above = module.split(".")
-        above = above[: len(above) - node.level + is_package]
-        origin = ".".join([*above, *filter(None, [origin])])
-    for alias in node.names:
-        submodule = f"{origin}.{alias.name}"
-        yield submodule if submodule in library_modules() else origin
-
-
-def imports_below(node: ast.AST, module: str, is_package: bool, when: When = "module") -> Iterator[Import]:
-    for child in ast.iter_child_nodes(node):
-        if isinstance(child, ast.Import | ast.ImportFrom):
-            for target in targets_of(child, module, is_package):
-                yield Import(module, target, when, child.lineno)
-        elif isinstance(child, ast.If) and is_type_checking(child.test):
-            for statement in child.body:
-                wrapped = ast.Module(body=[statement], type_ignores=[])
-                yield from imports_below(wrapped, module, is_package, "type checking")
-            for statement in child.orelse:
-                yield from imports_below(ast.Module(body=[statement], type_ignores=[]), module, is_package, when)
-        else:
-            inside = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) and when == "module"
-            yield from imports_below(child, module, is_package, "function" if inside else when)
-
-
-def imports_of(modules: dict[str, Path]) -> Iterator[Import]:
-    for module, path in modules.items():
-        yield from imports_below(ast.parse(path.read_text()), module, path.name == "__init__.py")
-
-
-@cache
-def library_imports() -> tuple[Import, ...]:
-    return tuple(imports_of(library_modules()))
-
-
-def internal_imports() -> Iterator[Import]:
-    """Imports from one module of qat to another; the facade may name them all."""
-    return (found for found in library_imports() if found.package == "qat" and found.source != "qat")
-
 
 def may_import(source: str, target: str) -> bool:
     rank = {room: place for place, rooms in enumerate(ORDER) for room in rooms}
@@ -174,16 +89,6 @@ def may_import(source: str, target: str) -> bool:
     if target in SIDE_ROOMS:
         return source in USERS_OF_SIDE_ROOMS
     return rank.get(target, len(ORDER)) <= rank.get(source, -1)
-
-
-def run_python(code: str) -> str:
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
-
-
-def listing(violations: list[str] | list[Import]) -> str:
-    return "\n" + "\n".join(map(str, violations))
 
 
 def test_the_reader_finds_every_kind_of_import() -> None:
@@ -265,24 +170,6 @@ def test_tasks_and_data_know_few_packages(package: str) -> None:
     assert not violations, listing(violations)
 
 
-def code_of(path: Path) -> str:
-    """A module without its docstrings and comments."""
-    tree = ast.parse(path.read_text())
-    for node in ast.walk(tree):
-        body = getattr(node, "body", None)
-        if isinstance(body, list):
-            node.body = [  # type: ignore[attr-defined]
-                part
-                for part in body
-                if not (isinstance(part, ast.Expr) and isinstance(getattr(part.value, "value", None), str))
-            ] or [ast.Pass()]
-    return ast.unparse(tree)
-
-
-def path_of(module: str) -> str:
-    return library_modules()[module].relative_to(ROOT).as_posix()
-
-
 def test_quanto_is_imported_late_and_in_its_format_alone() -> None:
     violations = [
         found
@@ -296,7 +183,6 @@ def test_quantos_names_stand_in_its_format_and_in_messages_alone() -> None:
     """Its classes, attributes, keys and files; a word in a message, a target's name or an import of the format may."""
     marks = (
         "weight_qtype",
-        "activation_qtype",
         "qmap",
         "QBits",
         "QBytes",
@@ -426,38 +312,3 @@ def test_every_module_has_a_test_file() -> None:
         if not accepted & present:
             missing.append(f"{module}: none of {sorted(accepted)}")
     assert not missing, listing(missing)
-
-
-def test_import_loads_no_large_package() -> None:
-    large = {"lightning", "pytorch_lightning", "transformers", "diffusers", "optimum", "datasets", "torchmetrics"}
-    loaded = run_python("import sys, qat; print(*sorted({name.partition('.')[0] for name in sys.modules}))").split()
-    assert not large.intersection(loaded)
-
-
-def test_import_costs_little_more_than_torch() -> None:
-    code = "import time, torch; start = time.perf_counter(); import qat; print(time.perf_counter() - start)"
-    # The least of three runs: noise only ever adds.
-    assert min(float(run_python(code)) for _ in range(3)) < 0.3
-
-
-def test_every_public_name_resolves() -> None:
-    missing = [name for name in qat.__all__ if not hasattr(qat, name)]
-    assert not missing
-    assert set(qat.__all__) <= set(dir(qat))
-
-
-def test_an_unknown_public_name_is_an_attribute_error() -> None:
-    with pytest.raises(AttributeError, match="no_such_name"):
-        _ = qat.no_such_name  # type: ignore[attr-defined]
-
-
-def test_the_stub_lists_the_public_names() -> None:
-    stub = ast.parse((LIBRARY / "__init__.pyi").read_text())
-    names: set[str] = set()
-    for node in stub.body:
-        if isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").startswith("qat")):
-            found = [alias.asname or alias.name for alias in node.names]
-            names.update(import_module(node.module or "").__all__ if found == ["*"] else found)
-        elif isinstance(node, ast.FunctionDef | ast.ClassDef):
-            names.add(node.name)
-    assert names == {name for name in qat.__all__ if not name.startswith("__")}

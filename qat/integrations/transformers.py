@@ -11,7 +11,7 @@ How it fits into a load, in transformers' order:
 1. ``merge_quantization_configs``: the directory's configuration wins; a `QuantoConfig` given by the user must agree.
 2. ``update_dtype``: the serving dtype, or an error, because scales cannot be cast.
 3. ``_process_model_before_weight_loading``: exactly the declared modules become quanto layers, on the meta device.
-4. ``update_weight_conversions``: key names are settled and the headers of all files are checked (`Format.faults`), since
+4. ``update_weight_conversions``: key names are settled, and the headers of all files are checked (`Format.faults`):
    an error raised later, while tensors are converted, would be swallowed into a report.
 5. ``PackedLoad``: the tensors of one weight become one quanto tensor.
 
