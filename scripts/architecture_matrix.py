@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from qat.evidence import unpack_weight
 from torch import nn
 
 import qat

@@ -8,11 +8,9 @@ target cannot name it apart from a float one, or quantized activations would har
 
 from __future__ import annotations
 
-import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
-from math import prod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -21,134 +19,12 @@ from qat.errors import SpecError, StateError, TargetError
 from qat.formats import LayerTypes
 from qat.hosts import Rules, Target, get_target
 from qat.hosts.base import last_parts
+from qat.inspection.report import FloatWeight, InspectReport, LayerInspection, other_notes, other_weights
 from qat.layers import QuantizedLayer, layer_class
 from qat.probing import Probe
 from qat.spec import LayerSpec, QuantSpec
 
 __all__ = ["FloatWeight", "InspectReport", "LayerInspection", "inspect"]
-
-
-@dataclass(frozen=True)
-class LayerInspection:
-    """What becomes of one linear layer."""
-
-    name: str
-    kind: str
-    """Class name."""
-    shape: tuple[int, int]
-    """(out_features, in_features)."""
-    weights: str | None
-    """Type of the quantized weight; None: stays float."""
-    activations: str | None
-    group_size: int | None
-    """Elements that share a scale; None for 8-bit types and whole rows."""
-    reason: str
-    """Why it stays float, or which pattern chose its type."""
-    bytes_before: int
-    """Bytes of the weight in the serving dtype."""
-    bytes_after: int
-    """Bytes of the weight as exported: codes, scales and shifts, and the float copy of a weight that was tied."""
-
-
-@dataclass(frozen=True)
-class FloatWeight:
-    """A weight of two or more dimensions that is in no layer that can be quantized, and stays float."""
-
-    name: str
-    """Full name of the parameter."""
-    kind: str
-    """Class name of the module that holds it."""
-    shape: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class InspectReport:
-    """Every linear layer, and the totals; prints as a table."""
-
-    target: str
-    spec: QuantSpec
-    layers: tuple[LayerInspection, ...]
-    parameters: int
-    """All parameters of the model as prepared, shared ones once: an untied weight and its copy are two."""
-    quantized_parameters: int
-    notes: tuple[str, ...] = ()
-    """What else a user should know (leaf-name collisions, a tie that will be broken, weights outside linear layers)."""
-    others: tuple[FloatWeight, ...] = ()
-    """Weights outside linear layers, which stay float: embeddings, convolutions, experts in one parameter."""
-
-    @property
-    def left_float(self) -> dict[str, str]:
-        """Every weight of two and more dimensions that stays float, by its layer's or its own name, with the reason."""
-        layers = {layer.name: layer.reason for layer in self.layers if layer.weights is None}
-        outside = {
-            weight.name.removesuffix(".weight"): f"{len(weight.shape)}-D weight of {weight.kind}: no quantized form"
-            for weight in self.others
-        }
-        return layers | outside
-
-    @property
-    def quantized_share(self) -> float:
-        """Share of all parameters that will be quantized, 0 to 1."""
-        return self.quantized_parameters / max(1, self.parameters)
-
-    @property
-    def linear_share(self) -> float:
-        """Share of the linear layers' weights that will be quantized, 0 to 1."""
-        total = sum(layer.shape[0] * layer.shape[1] for layer in self.layers)
-        return self.quantized_parameters / max(1, total)
-
-    @property
-    def bytes_before(self) -> int:
-        """Bytes of all linear weights in the serving dtype."""
-        return sum(layer.bytes_before for layer in self.layers)
-
-    @property
-    def bytes_after(self) -> int:
-        """Bytes of all linear weights as exported."""
-        return sum(layer.bytes_after for layer in self.layers)
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain data, for ``--json``."""
-        data = asdict(replace(self, spec=QuantSpec()))
-        return data | {
-            "spec": self.spec.model_dump(mode="json"),
-            "quantized_share": self.quantized_share,
-            "linear_share": self.linear_share,
-            "bytes_before": self.bytes_before,
-            "bytes_after": self.bytes_after,
-        }
-
-    def __str__(self) -> str:
-        """A table: one line a layer, then the totals."""
-        width = max(len(name) for name in (*(layer.name for layer in self.layers), *_families(self.others), "layer"))
-        lines = [f"{'layer':{width}}  {'shape':>13}  {'weights':8}  {'group':>5}  {'MiB':>15}  reason"]
-        for layer in self.layers:
-            sizes = f"{layer.bytes_before / 2**20:.2f} -> {layer.bytes_after / 2**20:.2f}"
-            kind = (layer.weights or "float") + (f"+{layer.activations}" if layer.activations else "")
-            group = str(layer.group_size or "row") if layer.weights else "-"
-            shape = f"{layer.shape[0]}x{layer.shape[1]}"
-            lines.append(
-                f"{layer.name:{width}}  {shape:>13}  {kind:8}  {group:>5}  {sizes:>15}  {layer.reason}".rstrip()
-            )
-        for family, (kind, count) in _families(self.others).items():
-            share = f"{kind}, stays float: {count / max(1, self.parameters):.1%} of the parameters"
-            lines.append(f"{family:{width}}  {'':>13}  {'float':8}  {'-':>5}  {'':>15}  {share}")
-        lines.append(
-            f"{self.quantized_share:.1%} of {self.parameters:,} parameters quantized for target {self.target!r}; "
-            f"linear weights {self.bytes_before / 2**20:.1f} MiB in {self.spec.dtype} -> "
-            f"{self.bytes_after / 2**20:.1f} MiB"
-        )
-        return "\n".join([*lines, *self.notes])
-
-
-def _families(weights: Iterable[FloatWeight]) -> dict[str, tuple[str, int]]:
-    """Weights that differ only in the numbers in their names, as one: class of the module and count of elements."""
-    families: dict[str, tuple[str, int]] = {}
-    for weight in weights:
-        family = re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", weight.name)
-        count = families.get(family, ("", 0))[1]
-        families[family] = (weight.kind, count + prod(weight.shape))
-    return families
 
 
 class _Facts:
@@ -232,7 +108,7 @@ def inspect(model: nn.Module, spec: QuantSpec, *, target: str = "quanto", exampl
     if faults:
         raise TargetError("\n".join(faults))
     layers = dict(_layers(model, chosen))
-    others = tuple(_other_weights(model, layers))
+    others = tuple(other_weights(model, layers))
     outside = {weight.name.rpartition(".")[0]: weight.kind for weight in others}
     spec.check_patterns(layers, outside)
     weights = {name: cls.effective_weight(module) for name, (module, cls) in layers.items()}
@@ -267,7 +143,7 @@ def inspect(model: nn.Module, spec: QuantSpec, *, target: str = "quanto", exampl
         if d.layer is not None
     )
     parameters = sum(parameter.numel() for parameter in model.parameters()) + copied
-    notes += _other_notes(others, parameters)
+    notes += other_notes(others, parameters)
     return InspectReport(
         target=target,
         spec=spec,
@@ -287,29 +163,6 @@ def _layers(model: nn.Module, target: Target) -> Iterator[tuple[str, tuple[nn.Mo
         cls = layer_class(module)
         if cls is not None:
             yield name, (module, cls)
-
-
-def _other_weights(model: nn.Module, layers: Mapping[str, Any]) -> Iterator[FloatWeight]:
-    """Every parameter of two and more dimensions that neither belongs to a layer here nor makes its weight, once."""
-    seen = {id(parameter) for name in layers for parameter in model.get_submodule(name).parameters()}
-    for path, module in model.named_modules():
-        for key, parameter in module._parameters.items():
-            if parameter is None or parameter.ndim < 2 or id(parameter) in seen:
-                continue
-            seen.add(id(parameter))
-            yield FloatWeight(f"{path}.{key}" if path else key, type(module).__name__, tuple(parameter.shape))
-
-
-def _other_notes(others: Iterable[FloatWeight], parameters: int) -> list[str]:
-    """Say what stays float outside linear layers; embeddings are expected there, and stand in the table."""
-    told = [weight for weight in others if weight.kind != "Embedding"]
-    if not told:
-        return []
-    share = sum(prod(weight.shape) for weight in told) / max(1, parameters)
-    families = sorted(_families(told).items(), key=lambda item: -item[1][1])
-    shown = [f"{name} ({kind}, {count / max(1, parameters):.1%})" for name, (kind, count) in families[:4]]
-    more = f" and {len(families) - 4} more" if len(families) > 4 else ""
-    return [f"{share:.1%} of the parameters are weights outside nn.Linear and stay float: {', '.join(shown)}{more}"]
 
 
 def _decide(facts: _Facts, name: str, module: nn.Module, cls: type[QuantizedLayer]) -> _Decision:
