@@ -194,6 +194,27 @@ def test_a_part_of_one_layers_quantizer_keys_is_refused() -> None:
         model.load_state_dict(state, strict=True)
 
 
+def test_a_float_checkpoint_of_a_wrapper_is_completed_too_and_left_as_it_was() -> None:
+    wrapper, checkpoint = nn.ModuleDict({"model": mlp()}), nn.ModuleDict({"model": mlp()}).state_dict()
+    prepare(wrapper["model"], F32, algorithm=LearnedStep())
+    before = dict(checkpoint)
+    wrapper.load_state_dict(checkpoint, strict=True)
+    assert checkpoint == before
+    assert [layer.reached for _, layer in quantized_layers(wrapper)] == [None] * 3
+    again = mlp()
+    prepare(again, F32, algorithm=LearnedStep())
+    assert same_bits(wrapper["model"](inputs()), again(inputs()))
+
+
+def test_a_checkpoint_for_a_copy_says_nothing_of_the_original() -> None:
+    model = mlp()
+    prepare(model, F32, algorithm=LearnedStep())
+    copied = copy.deepcopy(model)
+    copied.load_state_dict(mlp().state_dict(), strict=True)
+    assert [layer.reached for _, layer in quantized_layers(copied)] == [None] * 3
+    assert [layer.reached for _, layer in quantized_layers(model)] == [False] * 3
+
+
 def test_a_missing_weight_is_still_missing() -> None:
     model = mlp()
     prepare(model, F32, algorithm=LearnedStep())
