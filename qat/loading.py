@@ -27,7 +27,7 @@ from qat.hosts.stock import library_and_class, load_pretrained
 from qat.layers import layer_class
 from qat.tensors import inner_tensors, stored_tensors
 
-__all__ = ["check_files", "check_headers", "fill", "frozen_record_of", "load", "skeleton", "weight_headers"]
+__all__ = ["check_files", "check_headers", "fill", "load", "skeleton", "weight_headers"]
 
 Headers = Mapping[str, tuple[str, TensorEntry, int]]
 
@@ -79,7 +79,7 @@ def load(
     faults = check_headers(manifest, weight_headers(path, manifest))
     if faults:
         raise load_error(f"the weight files in {str(path)!r} do not hold what the manifest declares", faults)
-    record = frozen_record_of(manifest)
+    record = manifest.frozen
     reloaded = load_pretrained(path, manifest, target) if model is None else None
     if reloaded is not None:
         loaded = reloaded.model
@@ -91,18 +91,6 @@ def load(
     loaded.requires_grad_(False)
     record_frozen(loaded, record)
     return loaded.eval()
-
-
-def frozen_record_of(manifest: Manifest) -> FrozenRecord:
-    """The evidence in a manifest.
-
-    Raises:
-        LoadError: when it is malformed.
-    """
-    try:
-        return FrozenRecord.from_json(manifest.frozen)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise LoadError(f"the manifest's evidence is malformed ({error}); export the directory again") from error
 
 
 def check_files(directory: Path, manifest: Manifest, *, hashes: bool) -> list[str]:
@@ -147,7 +135,7 @@ def check_headers(manifest: Manifest, headers: Headers) -> list[str]:
             )
     if manifest.float_grid:
         return faults
-    record, format = frozen_record_of(manifest), get_target(manifest.target).format
+    record, format = manifest.frozen, get_target(manifest.target).format
     for name, layer in record.layers.items():
         prefix = f"{name}."
         found = {key.removeprefix(prefix): entry for key, (_, entry, _) in headers.items() if key.startswith(prefix)}

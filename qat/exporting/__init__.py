@@ -148,7 +148,7 @@ def export(
             float_grid=float_grid,
             stock_arguments=content.stock_arguments,
             weights_stem=content.stem,
-            frozen=record.to_json(),
+            frozen=record,
             environment=Environment.current(model_device(model).type),
             tensors=content.tensors,
             tied=content.tied,

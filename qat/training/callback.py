@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from qat.calibration import calibrate
 from qat.errors import CalibrationError, QatError, StateError, TrainingError
-from qat.files.evidence import frozen_record
+from qat.files.evidence import frozen_record, is_frozen
 from qat.layers import Mode, quantized_layers
 from qat.observers import ObserverChoice, Percentile
 from qat.optimizers import REMEDY, learned_ranges, refuse_decay, watch
@@ -143,7 +143,7 @@ class QuantizationAwareTraining(Callback):
 
     def _prepare(self, trainer: Trainer, pl_module: LightningModule) -> None:
         model = self.model_of(pl_module)
-        if _is_frozen(model):
+        if is_frozen(model):
             self._accept_frozen(trainer, model)
             return
         if not any(quantized_layers(model)):
@@ -183,7 +183,7 @@ class QuantizationAwareTraining(Callback):
     def _refuse_worker_processes(self, trainer: Trainer, model: nn.Module) -> None:
         """Of a copy of the module that a worker process trains, only the state returns to the process of the user."""
         elsewhere = trainer.strategy.launcher is not None and os.getpid() != self._process
-        stateful = any(layer.has_quantizer_state for _, layer in quantized_layers(model))
+        stateful = any("_quantizer." in key for key in model.state_dict())
         if elsewhere and stateful and trainer.state.fn == TrainerFn.FITTING:
             raise TrainingError(
                 "strategy: the quantizers would be lost in the worker processes that this strategy starts: call "
@@ -325,17 +325,9 @@ def _uncalibrated(module: nn.Module) -> bool:
     return any(not quantizer.initialized for quantizer in _activations(module))
 
 
-def _is_frozen(model: nn.Module) -> bool:
-    try:
-        frozen_record(model)
-    except StateError:
-        return False
-    return True
-
-
 def _refuse_masters(model: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
     """Quanto would take master weights into a frozen layer without a word, and quantize them in its own way."""
-    if _is_frozen(model) and any(f"{prefix}{name}.weight" in state_dict for name in frozen_record(model).layers):
+    if is_frozen(model) and any(f"{prefix}{name}.weight" in state_dict for name in frozen_record(model).layers):
         raise StateError(
             "ckpt_path: the model is frozen, but the checkpoint holds float master weights: build the float model "
             "again, and load the checkpoint into that"
