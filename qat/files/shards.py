@@ -23,21 +23,22 @@ import struct
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
 
 from qat.errors import ExportError, LoadError
+from qat.files.manifest import FileRecord, TensorRecord
+from qat.tensors import raw_bytes
 
 __all__ = [
     "ALIGNMENT",
     "DTYPE_NAMES",
+    "Header",
     "Shard",
     "TensorEntry",
-    "WrittenFile",
     "parse_size",
     "plan_shards",
-    "raw_bytes",
     "read_header",
     "read_headers",
     "shard_names",
@@ -79,6 +80,15 @@ class TensorEntry:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
+class Header(NamedTuple):
+    """What a file's header says of a tensor."""
+
+    file: str
+    entry: TensorEntry
+    start: int
+    """Where it starts in the file, in bytes."""
+
+
 @dataclass(frozen=True)
 class Shard:
     """Tensors of one file, in the order of their bytes."""
@@ -110,15 +120,6 @@ class Shard:
         text = json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode()
         text += b" " * (-(8 + len(text)) % ALIGNMENT)
         return struct.pack("<Q", len(text)) + text
-
-
-@dataclass(frozen=True)
-class WrittenFile:
-    """A file as it was written: its size and hash, and those of each tensor in it."""
-
-    bytes: int
-    sha256: str
-    tensors: dict[str, str]
 
 
 def parse_size(size: int | str) -> int:
@@ -221,17 +222,10 @@ def shard_names(count: int, stem: str = "model") -> list[str]:
     return [f"{stem}-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
 
 
-def raw_bytes(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a plain tensor, row-major, little-endian; a contiguous CPU tensor is not copied."""
-    flat = tensor.detach().to("cpu").contiguous().reshape(-1)
-    if flat.numel() == 0:
-        return memoryview(b"")
-    array: Any = flat.view(torch.uint8).numpy()
-    return memoryview(array)
-
-
-def write_shard(path: Path, shard: Shard, fetch: Callable[[str], torch.Tensor]) -> WrittenFile:
-    """Write one safetensors file, a tensor at a time, and bring it to the disk.
+def write_shard(
+    path: Path, shard: Shard, fetch: Callable[[str], torch.Tensor]
+) -> tuple[FileRecord, dict[str, TensorRecord]]:
+    """Write one safetensors file, a tensor at a time, and bring it to the disk; return what was written.
 
     Args:
         path: the file to make.
@@ -242,11 +236,14 @@ def write_shard(path: Path, shard: Shard, fetch: Callable[[str], torch.Tensor]) 
         ExportError: when a tensor is not what was planned.
         OSError: when the disk is full or the file cannot be written.
     """
-    whole, tensors, size = hashlib.sha256(), {}, 0
+    whole, tensors = hashlib.sha256(), {}
     with path.open("wb") as file:
-        header = shard.header()
-        size += file.write(header)
-        whole.update(header)
+
+        def write(data: bytes | memoryview) -> None:
+            file.write(data)
+            whole.update(data)
+
+        write(shard.header())
         for entry in shard.entries:
             tensor = fetch(entry.name)
             if tensor.dtype != entry.dtype or tuple(tensor.shape) != entry.shape:
@@ -255,16 +252,17 @@ def write_shard(path: Path, shard: Shard, fetch: Callable[[str], torch.Tensor]) 
                     f"got {tensor.dtype} {tuple(tensor.shape)}; export a model that nothing else modifies"
                 )
             data = raw_bytes(tensor)
-            size += file.write(data)
-            whole.update(data)
-            tensors[entry.name] = hashlib.sha256(data).hexdigest()
+            write(data)
+            digest, dtype = hashlib.sha256(data).hexdigest(), DTYPE_NAMES[entry.dtype]
+            tensors[entry.name] = TensorRecord(file=path.name, dtype=dtype, shape=entry.shape, sha256=digest)
         file.flush()
         os.fsync(file.fileno())
-    return WrittenFile(size, whole.hexdigest(), tensors)
+        size = file.tell()
+    return FileRecord(bytes=size, sha256=whole.hexdigest()), tensors
 
 
-def read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, int]]:
-    """Read a safetensors header: the tensors, and where each starts in the file.
+def read_header(path: Path) -> dict[str, Header]:
+    """Read a safetensors header.
 
     Raises:
         ValueError: when the file is not a whole safetensors file (too short, header unreadable, data truncated).
@@ -272,34 +270,33 @@ def read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, int]]:
     from safetensors import SafetensorError, safe_open
 
     dtypes = {name: dtype for dtype, name in DTYPE_NAMES.items()}
-    entries, starts = {}, {}
+    found = {}
     try:
         with path.open("rb") as file:
             position = 8 + struct.unpack("<Q", file.read(8))[0]
         with safe_open(path, framework="pt") as opened:
             for name in opened.offset_keys():  # the format has no holes, so that the order gives the offsets
                 view = opened.get_slice(name)
-                entries[name] = TensorEntry(name, dtypes[view.get_dtype()], tuple(view.get_shape()))
-                starts[name] = position
-                position += entries[name].nbytes
+                entry = TensorEntry(name, dtypes[view.get_dtype()], tuple(view.get_shape()))
+                found[name] = Header(path.name, entry, position)
+                position += entry.nbytes
     except (SafetensorError, struct.error, KeyError) as error:
         raise ValueError(f"{path.name} is not a whole safetensors file that qat can read: {error}") from error
-    return entries, starts
+    return found
 
 
-def read_headers(files: Iterable[Path]) -> dict[str, tuple[str, TensorEntry, int]]:
-    """Read the headers of several files: for each key the file's name, the tensor's description and its offset.
+def read_headers(files: Iterable[Path]) -> dict[str, Header]:
+    """Read the headers of several files.
 
     Raises:
         LoadError: when a file is missing or not a whole safetensors file.
     """
-    found: dict[str, tuple[str, TensorEntry, int]] = {}
+    found: dict[str, Header] = {}
     for path in files:
         try:
-            entries, starts = read_header(path)
+            found |= read_header(path)
         except (OSError, ValueError) as error:
             raise LoadError(
                 f"{path.name} in {str(path.parent)!r} cannot be read: {error}; copy or export it again"
             ) from error
-        found |= {key: (path.name, entry, starts[key]) for key, entry in entries.items()}
     return found

@@ -36,7 +36,7 @@ from qat.files.manifest import Environment, ExampleRecord, Manifest, read_manife
 from qat.hosts import Target, get_target
 from qat.hosts.base import Reloaded
 from qat.hosts.stock import stock_reload
-from qat.loading import check_files, check_headers, fill, skeleton, weight_headers
+from qat.loading import check_files, check_headers, fill, skeleton
 from qat.tensors import model_device
 from qat.verification.comparison import layer_faults, meta_faults, reference_faults, tensor_faults
 from qat.verification.outputs import compute_outputs, output_faults
@@ -175,7 +175,7 @@ def _checks(
     faults = check_files(directory, manifest, hashes=True)
     yield _check("files", faults, f"{len(manifest.files)} files, sizes and hashes as written")
     try:
-        faults = check_headers(manifest, weight_headers(directory, manifest))
+        faults = check_headers(directory, manifest)
         faults += format.map_faults(record, directory) if format.map_name in manifest.files else []
     except LoadError as error:
         faults = [str(error)]
