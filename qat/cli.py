@@ -118,9 +118,8 @@ def mapping_rule(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[dict[str, 
 def build_on_meta(directory: Path) -> nn.Module:
     """Build the model of a directory without memory for its weights: names, shapes and ties.
 
-    Args:
-        directory: holds a ``config.json`` of transformers, whose first architecture is built, else the base model; or
-            one of diffusers; or a pipeline of diffusers, whose transformer is built.
+    Of transformers the first architecture in ``config.json`` is built, else the base model; of a pipeline of diffusers
+    its transformer.
 
     Raises:
         LoadError: there is no such configuration, its library cannot build it, or only code in the directory can.
@@ -152,11 +151,9 @@ def _of_transformers(directory: Path, architectures: list[str]) -> nn.Module:
 
     config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=False)
     model_class: Any = getattr(transformers, architectures[0], None) if architectures else None
+    base: Any = transformers.AutoModel
     with torch.device("meta"):
-        if model_class is None:
-            from_config: Any = transformers.AutoModel.from_config
-            return from_config(config, trust_remote_code=False)  # type: ignore[no-any-return]
-        return model_class(config)  # type: ignore[no-any-return]
+        return base.from_config(config, trust_remote_code=False) if model_class is None else model_class(config)  # type: ignore[no-any-return]
 
 
 def _of_diffusers(directory: Path, name: str) -> nn.Module:

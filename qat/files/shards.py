@@ -143,12 +143,8 @@ def parse_size(size: int | str) -> int:
 def plan_shards(entries: Iterable[TensorEntry], max_shard_size: int) -> tuple[Shard, ...]:
     """Order tensors into shards so that every code tensor starts on a 64-byte boundary.
 
-    Every other tensor starts on a multiple of its element size. A shard exceeds ``max_shard_size`` only when a single
-    tensor (with what fills it up) does.
-
-    Args:
-        entries: the tensors, in the model's order, which is kept where alignment allows.
-        max_shard_size: bytes of data a shard.
+    Every other tensor starts on a multiple of its element size. The model's order is kept where alignment allows. A
+    shard exceeds ``max_shard_size`` (bytes of data) only when a single tensor (with what fills it up) does.
 
     Raises:
         ExportError: for a dtype that safetensors cannot hold.
@@ -177,42 +173,34 @@ def _fill_shards(
     shards: list[list[TensorEntry]] = [[]]
     sizes = [0]
 
-    def add(entry: TensorEntry, index: int = -1) -> None:
-        shards[index].append(entry)
-        sizes[index] += entry.nbytes
-
-    def open_shard(nbytes: int) -> None:
-        if shards[-1] and sizes[-1] + nbytes > limit:
+    def add(entry: TensorEntry, index: int | None = None) -> None:
+        """Into the shard of that index; None: into the last one, or a new one where it is full."""
+        if index is None and shards[-1] and sizes[-1] + entry.nbytes > limit:
             shards.append([])
             sizes.append(0)
+        shards[-1 if index is None else index].append(entry)
+        sizes[-1 if index is None else index] += entry.nbytes
 
     for entry in whole:
-        open_shard(entry.nbytes)
         add(entry)
     waiting = list(tails)
     after = sizes[-1] + sum(entry.nbytes for entry in (*loose, *waiting[:1]))
     if waiting and after <= limit and all(waiting[0].nbytes % entry.dtype.itemsize == 0 for entry in loose):
         add(waiting.pop(0))  # loose tensors may follow it: their elements stay aligned
     for entry in loose:
-        open_shard(entry.nbytes)
         add(entry)
     for entry in waiting:
         fits = (i for i, size in enumerate(sizes) if size % ALIGNMENT == 0 and size + entry.nbytes <= limit)
-        index = next(fits, None)
-        if index is None:
+        index = next(fits, len(shards))
+        if index == len(shards):
             shards.append([])
             sizes.append(0)
-            index = -1
         add(entry, index)
     return [shard for shard in shards if shard] or [[]]
 
 
 def shard_names(count: int, stem: str = "model") -> list[str]:
     """File names as Hugging Face's libraries have them: ``model.safetensors``, or a numbered name for each of several.
-
-    Args:
-        count: number of files.
-        stem: how names begin: ``"model"`` in transformers, ``"diffusion_pytorch_model"`` in diffusers.
 
     >>> shard_names(2)
     ['model-00001-of-00002.safetensors', 'model-00002-of-00002.safetensors']
@@ -226,11 +214,6 @@ def write_shard(
     path: Path, shard: Shard, fetch: Callable[[str], torch.Tensor]
 ) -> tuple[FileRecord, dict[str, TensorRecord]]:
     """Write one safetensors file, a tensor at a time, and bring it to the disk; return what was written.
-
-    Args:
-        path: the file to make.
-        shard: what to write, in order.
-        fetch: gives the tensor of a name; it must have the planned dtype and shape.
 
     Raises:
         ExportError: when a tensor is not what was planned.

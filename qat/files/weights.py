@@ -26,13 +26,6 @@ def write_weights(
 ) -> tuple[dict[str, FileRecord], dict[str, TensorRecord]]:
     """Write the weight files (and the index, when there are several), and check each by opening it again.
 
-    Args:
-        entries: the tensors, in the model's order.
-        fetch: gives the tensor of a name.
-        directory: where to.
-        max_shard_size: bytes of data a file.
-        stem: how the files' names begin.
-
     Raises:
         ExportError: when a file does not open, or a code tensor is not aligned in it.
     """
