@@ -184,10 +184,8 @@ def fill(model: nn.Module, directory: Path, manifest: Manifest, record: FrozenRe
         LoadError: the files do not fit the model. Nothing is changed then.
     """
     target = get_target(manifest.target)
-    names: dict[int, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        names.setdefault(id(module), []).append(name)
-    places = {name: module for name, module in model.named_modules(remove_duplicate=False) if name in record.layers}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    places = {name: module for name, module in modules.items() if name in record.layers}
     faults = _place_faults(places, manifest, record)
     own = {name: tensor for name, tensor in stored_tensors(model) if name.rpartition(".")[0] not in record.layers}
     plain = {name: tensor for name, tensor in manifest.tensors.items() if not _in_layers(name, record.layers)}
@@ -205,7 +203,7 @@ def fill(model: nn.Module, directory: Path, manifest: Manifest, record: FrozenRe
         tensors = {key.removeprefix(f"{name}."): read(key).to(device) for key in below}
         types, plain_on_cpu = target.format.recorded(record, name), target.host.plain_on_cpu
         new = target.format.build(types, layer.shape, tensors, plain_on_cpu=plain_on_cpu)
-        for alias in names[id(places[name])]:
+        for alias in [alias for alias, module in modules.items() if module is places[name]]:
             model.set_submodule(alias, new)
     loaded: dict[str, Any] = {}
     for name, old in own.items():

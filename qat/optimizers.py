@@ -87,18 +87,18 @@ def refuse_decay(model: nn.Module, groups: Iterable[Mapping[str, Any]]) -> None:
 def unchanged(model: nn.Module, leave_out: Collection[str] = ()) -> list[str]:
     """What training left alone although it changed something of ``model``: one sentence for weights, one for ranges.
 
-    Args:
-        model: a prepared model.
-        leave_out: names of layers that are said elsewhere.
+    Layers in ``leave_out`` are said elsewhere.
     """
     first, weights, ranges = _first.get(model, {}), [], []
     trained = _trained(model).items()
     same = {id(p) for name, p in trained if name in first and torch.equal(first[name], _fingerprint(p))}
     for name, layer in quantized_layers(model):
         learned = {id(p) for p in layer.quantizer_parameters() if p.requires_grad}
-        if name not in leave_out and id(layer.weight) in same:
+        if name in leave_out:
+            continue
+        if id(layer.weight) in same:
             weights.append(name)
-        if name not in leave_out and learned and learned <= same:
+        if learned and learned <= same:
             ranges.append(name)
     reason = f"no optimizer held them, no gradient reached them, or steps were too small for their dtype: {REMEDY}"
     faults = {"weights of": weights, "learned ranges of": ranges}

@@ -99,11 +99,6 @@ class Difference:
     forms: str = ""
     """Both dtypes and shapes, where these differ and numbers cannot be compared."""
 
-    @property
-    def comparable(self) -> bool:
-        """Whether the tensors have one dtype and shape."""
-        return not self.forms
-
     def __str__(self) -> str:
         return self.forms or f"{self.count} of {self.total} numbers differ, by up to {self.largest:.3g}"
 

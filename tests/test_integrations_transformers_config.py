@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, QuantoConfig
 import qat.integrations.transformers  # noqa: F401 (registers the plug-in)
 from qat.errors import LoadError
 from qat.formats.quanto_types import QTYPES
-from qat.integrations.transformers_config import PackedQuantoConfig, parse_group
+from qat.integrations.transformers_config import PackedQuantoConfig
 from tests.packed_directories import (
     DTYPES,
     HINT,
@@ -97,9 +97,9 @@ def test_another_configuration_class_is_refused(tmp_path: Path) -> None:
 )
 def test_a_group_that_is_not_valid_is_refused_with_all_its_faults(change: dict[str, Any], message: str) -> None:
     group: Any = PLAIN["qat"]
-    assert parse_group(group).quantize_outputs
+    assert PackedQuantoConfig("int4", qat=group).group().quantize_outputs
     with pytest.raises(LoadError, match=message) as caught:
-        parse_group({**group, **change})
+        PackedQuantoConfig("int4", qat={**group, **change})
     assert str(caught.value).endswith("Export the model again with qat.export, or restore its files.")
 
 

@@ -45,12 +45,10 @@ class _Frozen(BaseModel):
 
 
 class FileRecord(_Frozen):
-    """A file of the export."""
+    """Size of a file of the export, and the hash of all of it."""
 
     bytes: int
-    """Size."""
     sha256: str
-    """Hash of the whole file."""
 
 
 class TensorRecord(_Frozen):
@@ -76,20 +74,14 @@ class ExampleRecord(_Frozen):
 
 
 class Environment(_Frozen):
-    """The versions and the machine that an export was made with."""
+    """The versions (None: not installed) and the machine that an export was made with."""
 
     qat: str
-    """Version of this library."""
     torch: str
-    """Version of torch."""
     quanto: str | None
-    """Version of optimum-quanto."""
     transformers: str | None
-    """Version of transformers, if installed."""
     diffusers: str | None = None
-    """Version of diffusers, if installed."""
     python: str
-    """Version of Python."""
     platform: str
     """Operating system and processor architecture."""
     cpu_capability: str

@@ -138,9 +138,6 @@ class PackedQuantizer(QuantoHfQuantizer):
         headers = read_headers(Path(file) for file in checkpoint_files)
         self.headers = {key: header.entry for key, header in headers.items()}
         modules = dict(model.named_modules(remove_duplicate=False))
-        names: dict[int, list[str]] = {}
-        for name, module in modules.items():
-            names.setdefault(id(module), []).append(name)
         faults = []
         for declared_name, declared in self.group.modules.items():
             place = self._name_in_model(declared_name, modules, model)
@@ -156,7 +153,7 @@ class PackedQuantizer(QuantoHfQuantizer):
                 # A layer registered under several names stays one object.
                 shape = (module.out_features, module.in_features)
                 qmodule = QUANTO.empty(self._types(declared), shape, module.bias is not None)
-                for alias in names[id(module)]:
+                for alias in [alias for alias, other in modules.items() if other is module]:
                     self.canonical[alias] = place
                     model.set_submodule(alias, qmodule)
         faults += [

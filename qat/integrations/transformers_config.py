@@ -16,7 +16,7 @@ from qat.errors import LoadError, load_error
 from qat.formats.quanto import QUANTO
 from qat.spec import ActivationType, ServingDtype, WeightType
 
-__all__ = ["PackedGroup", "PackedModule", "PackedQuantoConfig", "parse_group"]
+__all__ = ["PackedGroup", "PackedModule", "PackedQuantoConfig"]
 
 _REMEDY = "Leave the argument out: the directory knows how it is packed."
 
@@ -47,19 +47,6 @@ class PackedGroup(BaseModel):
     """Every packed module by its full name; no other module is packed."""
     quantize_outputs: bool = True
     """Whether layers with an activation type quantize their output too, as stock layers do."""
-
-
-def parse_group(group: object) -> PackedGroup:
-    """Validate the group ``qat``.
-
-    Raises:
-        LoadError: when a field is missing, unknown, or has a value that the format does not know.
-    """
-    try:
-        return PackedGroup.model_validate(group)
-    except ValidationError as error:
-        faults = [f"{'.'.join(map(str, fault['loc'])) or 'qat'}: {fault['msg']}" for fault in error.errors()]
-        raise load_error("quantization_config's group 'qat' in config.json is not valid", faults) from error
 
 
 class PackedQuantoConfig(QuantoConfig):
@@ -113,7 +100,11 @@ class PackedQuantoConfig(QuantoConfig):
 
     def group(self) -> PackedGroup:
         """The group ``qat``, validated. It is kept as plain data, since transformers copies and serializes it."""
-        return parse_group(self.qat)
+        try:
+            return PackedGroup.model_validate(self.qat)
+        except ValidationError as error:
+            faults = [f"{'.'.join(map(str, fault['loc'])) or 'qat'}: {fault['msg']}" for fault in error.errors()]
+            raise load_error("quantization_config's group 'qat' in config.json is not valid", faults) from error
 
     def require_agreement(self, given: object) -> None:
         """Compare with the configuration that the user passed to ``from_pretrained``.

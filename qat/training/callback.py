@@ -166,7 +166,7 @@ class QuantizationAwareTraining(Callback):
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(  # type: ignore[no-untyped-call]
             pl_module, sorted(ignored)
         )
-        self._switch(pl_module, *self._phase_of(trainer))
+        self._follow_schedule(trainer, pl_module)
 
     @staticmethod
     def _accept_frozen(trainer: Trainer, model: nn.Module) -> None:
@@ -215,12 +215,12 @@ class QuantizationAwareTraining(Callback):
                 )
             if self.schedule.calibration_batches > 0:
                 self._calibrate(trainer, pl_module)
-        self._switch(pl_module, *self._phase_of(trainer))
+        self._follow_schedule(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Switch fake quantization and observers by step."""
         if self._phase != self._phase_of(trainer):
-            self._switch(pl_module, *self._phase_of(trainer))
+            self._follow_schedule(trainer, pl_module)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Let all ranks have the largest scale that any of them observed."""
@@ -241,10 +241,11 @@ class QuantizationAwareTraining(Callback):
             )
         self._switch(pl_module, True, False)
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Go back to what training does at this step."""
+    def _follow_schedule(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Go to what training does at this step."""
         self._switch(pl_module, *self._phase_of(trainer))
 
+    on_validation_end = _follow_schedule
     on_test_start = on_validation_start
     on_predict_start = on_validation_start
 
@@ -265,13 +266,13 @@ class QuantizationAwareTraining(Callback):
         """Leave the model as it will be used: fake quantization on, observers off."""
         self._switch(pl_module, True, False)
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: Any) -> None:
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str | BaseException) -> None:
         """The same after a tuner's run, which ends without the hooks of training, and after an error."""
         if self._phase is not None:
             self._switch(pl_module, True, False, required=True)
             self._phase = None
 
-    on_exception = teardown
+    on_exception = teardown  # type: ignore[assignment]  # the name of its third parameter differs
 
     def _phase_of(self, trainer: Trainer) -> tuple[bool, bool]:
         """Whether layers fake-quantize and whether observers record, at this step of a fit."""

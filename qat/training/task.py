@@ -34,9 +34,6 @@ class Task(Protocol):
     ...     def update(self, metrics, outputs, batch):
     ...         metrics["loss"].update(self.loss(outputs, batch), weight=len(batch["y"]))
     >>> module = QuantizedTask(nn.Linear(3, 1), Regression(), learning_rate=1e-3)
-    >>> batch = {"x": torch.zeros(4, 3), "y": torch.zeros(4, 1)}
-    >>> module.task.loss(module.model(**module.model_inputs(batch)), batch).shape
-    torch.Size([])
     """
 
     def inputs(self, batch: Any) -> dict[str, Any]:

@@ -75,8 +75,12 @@ def output_faults(
         gap = difference(expected, given)
         if gap is None:
             continue
-        share = gap.largest / max(expected.double().abs().nan_to_num().max().item(), 1e-30) if gap.comparable else 1e30
+        if gap.forms:
+            faults.append(f"{key}: {gap}")
+            worst = float("inf")
+            continue
+        share = gap.largest / max(expected.double().abs().nan_to_num().max().item(), 1e-30)
         worst = max(worst, share)
         if not share <= tolerance:
-            faults.append(f"{key}: {gap} ({share:.2g} of the largest)" if gap.comparable else f"{key}: {gap}")
+            faults.append(f"{key}: {gap} ({share:.2g} of the largest)")
     return faults, worst
