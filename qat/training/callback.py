@@ -183,7 +183,7 @@ class QuantizationAwareTraining(Callback):
     def _refuse_worker_processes(self, trainer: Trainer, model: nn.Module) -> None:
         """Of a copy of the module that a worker process trains, only the state returns to the process of the user."""
         elsewhere = trainer.strategy.launcher is not None and os.getpid() != self._process
-        stateful = any(layer.has_quantizer_state for _, layer in quantized_layers(model))
+        stateful = any("_quantizer." in key for key in model.state_dict())
         if elsewhere and stateful and trainer.state.fn == TrainerFn.FITTING:
             raise TrainingError(
                 "strategy: the quantizers would be lost in the worker processes that this strategy starts: call "
