@@ -24,7 +24,7 @@ from qat.hosts import Target, get_target
 from qat.hosts.base import last_parts
 from qat.hosts.construction import constructed_tensors, differs, unstored_tensors
 from qat.layers import QuantizedLayer, layer_class, quantized_layers
-from qat.optimizers import stepped, unchanged
+from qat.optimizers import unchanged
 from qat.preparation import Prepared, forget_prepared, has_run, prepared_as
 from qat.quantizers.activation import ActivationQuantizer
 
@@ -60,10 +60,9 @@ def freeze(model: nn.Module, target: str | None = None, *, allow_unreached: bool
     Args:
         model: a prepared model, the very module that `qat.prepare` was called on.
         target: who will load the export; default the one named at prepare.
-        allow_unreached: freeze layers that never ran although the model did, or an optimizer stepped: training or
-            evaluation may have gone around them, with the float weight. A model that did nothing since it was prepared
-            is frozen without question, and so are layers in compiled modules and those that a checkpoint was loaded
-            into: nothing is known of them.
+        allow_unreached: freeze layers that never ran although the model did: training or evaluation may have gone
+            around them, with the float weight. A model that never ran since it was prepared is frozen without question,
+            and so are layers in compiled modules and those that a checkpoint was loaded into: nothing is known of them.
 
     Raises:
         StateError: the model was not prepared, layers never ran although the model did, or training left inf or NaN in
@@ -163,7 +162,7 @@ def frozen_copy(model: nn.Module, target: str | None = None) -> nn.Module:
 def _unreached(model: nn.Module) -> list[str]:
     """Prepared layers that never ran, if anything did; compiled modules and loaded layers are not known."""
     layers = list(quantized_layers(model))
-    if not (has_run(model) or stepped(model) or any(layer.reached for _, layer in layers)):
+    if not (has_run(model) or any(layer.reached for _, layer in layers)):
         return []
     compiled = tuple(
         f"{name}." if name else ""

@@ -23,7 +23,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 from qat.errors import TrainingError
 from qat.layers import quantized_layers
 
-__all__ = ["learned_ranges", "refuse_decay", "stepped", "unchanged", "watch"]
+__all__ = ["learned_ranges", "refuse_decay", "unchanged", "watch"]
 
 REMEDY = (
     "build the optimizer from qat.parameter_groups(module, lr, scale_lr, weight_decay) after qat.prepare (with "
@@ -82,11 +82,6 @@ def refuse_decay(model: nn.Module, groups: Iterable[Mapping[str, Any]]) -> None:
                 f"optimizer: {len(decayed)} learned ranges sit in a group with weight_decay={group['weight_decay']}, "
                 f"which would pull every range away from what is learned (first: {decayed[0]!r}): {REMEDY}"
             )
-
-
-def stepped(model: nn.Module) -> bool:
-    """Whether an optimizer that holds parameters of ``model`` made a step since it was prepared."""
-    return model in _first
 
 
 def unchanged(model: nn.Module, leave_out: Collection[str] = ()) -> list[str]:
