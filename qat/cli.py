@@ -15,18 +15,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
+import yaml
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from qat.config import REGISTRY
 from qat.errors import LoadError, VerifyError
 from qat.remote_code import refuse_remote_code
-from qat.report import inspect_table, print_table, quiet_libraries, run_command, verify_table
+from qat.report import quiet_libraries, run_command
 from qat.spec import QuantSpec
 
 if TYPE_CHECKING:
-    from rich.table import Table
     from torch import nn
 
-__all__ = ["build_on_meta", "main"]
+    from qat.inspection import InspectReport
+    from qat.verification import VerifyReport
+
+__all__ = ["build_on_meta", "main", "mapping_rule"]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -35,13 +38,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _run(arguments: Sequence[str]) -> None:
+    registry = ConstructorRegistry()
+    registry.primitive_rule(mapping_rule)
     tyro.extras.subcommand_cli_from_dict(
         {"inspect": _inspect, "verify": _verify},
         prog="qat",
         description="Quantization-aware training: inspect and verify.",
         args=arguments,
         config=(tyro.conf.PositionalMetavarFromFieldName,),
-        registry=REGISTRY,
+        registry=registry,
     )
 
 
@@ -63,9 +68,7 @@ def _inspect(
     from qat.inspection import inspect
 
     quiet_libraries()
-    checked = QuantSpec(**dict(spec))  # tyro makes a mapping of a model
-    report = inspect(build_on_meta(model_dir), checked, target=target)
-    _show(report.to_json(), inspect_table(report), json)
+    _show(inspect(build_on_meta(model_dir), spec, target=target), json)
 
 
 def _verify(directory: Path, /, json: bool = False) -> None:
@@ -79,29 +82,44 @@ def _verify(directory: Path, /, json: bool = False) -> None:
 
     quiet_libraries()
     try:
-        report = verify(directory)
+        _show(verify(directory), json)
     except VerifyError as error:
         if (failed := getattr(error, "report", None)) is None:
             raise
-        _show(failed.to_json(), verify_table(failed), json)
+        _show(failed, json)
         checks = ", ".join(check.name for check in failed.checks if not check.passed)
         raise VerifyError(f"{str(directory)!r} is not what was frozen; failed: {checks}") from None
-    _show(report.to_json(), verify_table(report), json)
 
 
-def _show(report: dict[str, Any], table: Table, as_json: bool) -> None:
-    if as_json:
-        print(jsonlib.dumps(report, indent=1))
-    else:
-        print_table(table)
+def _show(report: InspectReport | VerifyReport, as_json: bool) -> None:
+    print(jsonlib.dumps(report.to_json(), indent=1) if as_json else report)
+
+
+def mapping_rule(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[dict[str, Any]] | None:
+    """Let tyro parse a mapping from ``KEY=VALUE`` words, each value as YAML."""
+    if info.type_origin is not dict:
+        return None
+
+    def parse(words: list[str]) -> dict[str, Any]:
+        try:
+            return {word[: word.index("=")]: yaml.safe_load(word[word.index("=") + 1 :]) for word in words}
+        except (ValueError, yaml.YAMLError):
+            raise ValueError(f"expected KEY=VALUE words with values in YAML, got {' '.join(words)!r}") from None
+
+    return PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="[KEY=VALUE ...]",
+        instance_from_str=parse,
+        is_instance=lambda value: isinstance(value, dict),
+        str_from_instance=lambda value: [f"{key}={item}" for key, item in value.items()],
+    )
 
 
 def build_on_meta(directory: Path) -> nn.Module:
     """Build the model of a directory without memory for its weights: names, shapes and ties.
 
-    Args:
-        directory: holds a ``config.json`` of transformers, whose first architecture is built, else the base model; or
-            one of diffusers; or a pipeline of diffusers, whose transformer is built.
+    Of transformers the first architecture in ``config.json`` is built, else the base model; of a pipeline of diffusers
+    its transformer.
 
     Raises:
         LoadError: there is no such configuration, its library cannot build it, or only code in the directory can.
@@ -133,11 +151,9 @@ def _of_transformers(directory: Path, architectures: list[str]) -> nn.Module:
 
     config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=False)
     model_class: Any = getattr(transformers, architectures[0], None) if architectures else None
+    base: Any = transformers.AutoModel
     with torch.device("meta"):
-        if model_class is None:
-            from_config: Any = transformers.AutoModel.from_config
-            return from_config(config, trust_remote_code=False)  # type: ignore[no-any-return]
-        return model_class(config)  # type: ignore[no-any-return]
+        return base.from_config(config, trust_remote_code=False) if model_class is None else model_class(config)  # type: ignore[no-any-return]
 
 
 def _of_diffusers(directory: Path, name: str) -> nn.Module:

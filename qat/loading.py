@@ -9,7 +9,8 @@ shape, a tensor in another dtype than the model's are errors, found in the files
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
@@ -21,15 +22,13 @@ from torch import Tensor, nn
 from qat.errors import LoadError, load_error
 from qat.files.evidence import FrozenRecord, LayerEvidence, record_frozen
 from qat.files.manifest import Manifest, file_record, read_manifest
-from qat.files.shards import ALIGNMENT, DTYPE_NAMES, TensorEntry, read_headers
-from qat.hosts import Target, get_target
+from qat.files.shards import ALIGNMENT, DTYPE_NAMES, read_headers
+from qat.hosts import get_target
 from qat.hosts.stock import library_and_class, load_pretrained
 from qat.layers import layer_class
 from qat.tensors import inner_tensors, stored_tensors
 
-__all__ = ["check_files", "check_headers", "fill", "frozen_record_of", "load", "skeleton", "weight_headers"]
-
-Headers = Mapping[str, tuple[str, TensorEntry, int]]
+__all__ = ["check_files", "check_headers", "fill", "load", "skeleton"]
 
 
 def load(
@@ -76,10 +75,10 @@ def load(
     faults = check_files(path, manifest, hashes=verify_hashes)
     if faults:
         raise load_error(f"{str(path)!r} is not what was exported", faults)
-    faults = check_headers(manifest, weight_headers(path, manifest))
+    faults = check_headers(path, manifest)
     if faults:
         raise load_error(f"the weight files in {str(path)!r} do not hold what the manifest declares", faults)
-    record = frozen_record_of(manifest)
+    record = manifest.frozen
     reloaded = load_pretrained(path, manifest, target) if model is None else None
     if reloaded is not None:
         loaded = reloaded.model
@@ -91,18 +90,6 @@ def load(
     loaded.requires_grad_(False)
     record_frozen(loaded, record)
     return loaded.eval()
-
-
-def frozen_record_of(manifest: Manifest) -> FrozenRecord:
-    """The evidence in a manifest.
-
-    Raises:
-        LoadError: when it is malformed.
-    """
-    try:
-        return FrozenRecord.from_json(manifest.frozen)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise LoadError(f"the manifest's evidence is malformed ({error}); export the directory again") from error
 
 
 def check_files(directory: Path, manifest: Manifest, *, hashes: bool) -> list[str]:
@@ -119,20 +106,15 @@ def check_files(directory: Path, manifest: Manifest, *, hashes: bool) -> list[st
     return faults
 
 
-def weight_headers(directory: Path, manifest: Manifest) -> dict[str, tuple[str, TensorEntry, int]]:
-    """Read the headers of all weight files, also of those that the manifest does not name.
+def check_headers(directory: Path, manifest: Manifest) -> list[str]:
+    """Compare keys, dtypes and shapes in all weight files with the manifest, and quantized layers with their evidence.
 
     Raises:
         LoadError: when a file is missing or not a whole safetensors file.
     """
     present = {path.name for path in directory.glob(f"{manifest.weights_stem}*.safetensors")}
-    return read_headers(
-        directory / name for name in sorted({tensor.file for tensor in manifest.tensors.values()} | present)
-    )
-
-
-def check_headers(manifest: Manifest, headers: Headers) -> list[str]:
-    """Compare the keys, dtypes and shapes in the files with the manifest, and quantized layers with their evidence."""
+    names = {tensor.file for tensor in manifest.tensors.values()} | present
+    headers = read_headers(directory / name for name in sorted(names))
     faults = [f"{name} is missing" for name in manifest.tensors if name not in headers]
     faults += [f"{name} is unexpected" for name in headers if name not in manifest.tensors]
     for name, kept in manifest.tensors.items():
@@ -147,17 +129,18 @@ def check_headers(manifest: Manifest, headers: Headers) -> list[str]:
             )
     if manifest.float_grid:
         return faults
-    record, format = frozen_record_of(manifest), get_target(manifest.target).format
+    record, format = manifest.frozen, get_target(manifest.target).format
     for name, layer in record.layers.items():
         prefix = f"{name}."
-        found = {key.removeprefix(prefix): entry for key, (_, entry, _) in headers.items() if key.startswith(prefix)}
+        found = {key.removeprefix(prefix): header for key, header in headers.items() if key.startswith(prefix)}
         types = replace(format.recorded(record, name), dtype=getattr(torch, manifest.dtype))
         bias = "bias" in found
-        faults += format.faults(name, types, layer.shape, bias, layer.group_size, found)
+        entries = {key: header.entry for key, header in found.items()}
+        faults += format.faults(name, types, layer.shape, bias, layer.group_size, entries)
         faults += [
-            f"{prefix}{key} starts at byte {headers[prefix + key][2]}, which is not a multiple of {ALIGNMENT}"
+            f"{prefix}{key} starts at byte {found[key].start}, which is not a multiple of {ALIGNMENT}"
             for key, slot in format.slots(types, layer.shape, bias).items()
-            if slot.is_code and key in found and headers[prefix + key][2] % ALIGNMENT
+            if slot.is_code and key in found and found[key].start % ALIGNMENT
         ]
     return faults
 
@@ -216,32 +199,29 @@ def fill(model: nn.Module, directory: Path, manifest: Manifest, record: FrozenRe
             faults.append(f"{name} has shape {list(kept.shape)} in the files and {list(own[name].shape)} in the model")
     if faults:
         raise load_error(f"the files in {str(directory)!r} do not fit the model", faults)
-    tensors = _Tensors(directory, manifest)
+    read = _reader(directory, manifest)
     for name, layer in record.layers.items():
-        old = places[name]
-        new = _frozen_layer(target, record, name, layer, tensors.below(name, device))
-        for alias in names[id(old)]:
+        below = [key for key in manifest.tensors if key.startswith(f"{name}.")]
+        tensors = {key.removeprefix(f"{name}."): read(key).to(device) for key in below}
+        types, plain_on_cpu = target.format.recorded(record, name), target.host.plain_on_cpu
+        new = target.format.build(types, layer.shape, tensors, plain_on_cpu=plain_on_cpu)
+        for alias in names[id(places[name])]:
             model.set_submodule(alias, new)
     loaded: dict[str, Any] = {}
-    for name in own:
+    for name, old in own.items():
         source = manifest.tied.get(name, name)
-        if source not in loaded:
-            loaded[source] = _like(own[name], tensors(source).to(device))
+        if source not in loaded:  # in the dtype of the file, which the frozen model had, whatever this one was built in
+            value = read(source).to(device)
+            loaded[source] = nn.Parameter(value, requires_grad=False) if isinstance(old, nn.Parameter) else value
         parent, _, key = name.rpartition(".")
-        _assign(model.get_submodule(parent), key, loaded[source])
+        module = model.get_submodule(parent)
+        store: dict[str, Any] = module._parameters if key in module._parameters else module._buffers
+        store[key] = loaded[source]
     if device.type != "cpu":
         model.to(device)
     stranded = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
     if stranded:
         raise load_error("the load is incomplete", [f"{name} is still on the meta device" for name in stranded])
-
-
-def _frozen_layer(
-    target: Target, record: FrozenRecord, name: str, layer: LayerEvidence, tensors: Mapping[str, Tensor]
-) -> nn.Module:
-    return target.format.build(
-        target.format.recorded(record, name), layer.shape, tensors, plain_on_cpu=target.host.plain_on_cpu
-    )
 
 
 def _leave_meta(model: nn.Module) -> None:
@@ -253,11 +233,6 @@ def _leave_meta(model: nn.Module) -> None:
         weight = module._parameters.get("weight")
         if weight is not None and weight.is_meta and not any(part.is_meta for part in inner_tensors(weight)):
             module._parameters["weight"] = nn.Parameter(weight.detach(), requires_grad=False)
-
-
-def _like(old: Tensor, value: Tensor) -> Tensor:
-    """As the frozen model held it, which is as the file has it, whatever the model was built in."""
-    return nn.Parameter(value, requires_grad=False) if isinstance(old, nn.Parameter) else value
 
 
 def _in_layers(name: str, layers: Mapping[str, LayerEvidence]) -> bool:
@@ -280,28 +255,12 @@ def _place_faults(places: Mapping[str, nn.Module], manifest: Manifest, record: F
     return faults
 
 
-class _Tensors:
-    """Tensors of the weight files by key, memory-mapped."""
+def _reader(directory: Path, manifest: Manifest) -> Callable[[str], Tensor]:
+    """Gives the tensor of a key, memory-mapped."""
+    from safetensors import safe_open
 
-    def __init__(self, directory: Path, manifest: Manifest) -> None:
-        self._directory, self._manifest = directory, manifest
-        self._files: dict[str, Any] = {}
+    @functools.cache
+    def opened(file: str) -> Any:
+        return safe_open(directory / file, framework="pt")
 
-    def __call__(self, name: str) -> Tensor:
-        from safetensors import safe_open
-
-        file = self._manifest.tensors[name].file
-        if file not in self._files:
-            self._files[file] = safe_open(self._directory / file, framework="pt")
-        tensor: Tensor = self._files[file].get_tensor(name)
-        return tensor
-
-    def below(self, layer: str, device: torch.device) -> dict[str, Tensor]:
-        """All tensors of a layer, by their names below it."""
-        names = [name for name in self._manifest.tensors if name.startswith(f"{layer}.")]
-        return {name.removeprefix(f"{layer}."): self(name).to(device) for name in names}
-
-
-def _assign(module: nn.Module, key: str, value: Any) -> None:
-    store: dict[str, Any] = module._parameters if key in module._parameters else module._buffers
-    store[key] = value
+    return lambda key: opened(manifest.tensors[key].file).get_tensor(key)

@@ -28,13 +28,6 @@ def refuse_remote_code(directory: Path, argument: str = "directory", *, auto_cla
 
     Raises:
         LoadError: ``auto_map`` names the directory's own code, and the library has none for this model.
-
-    >>> import tempfile
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     _ = Path(folder, "config.json").write_text('{"auto_map": {"AutoConfig": "mine.Mine"}}')
-    ...     refuse_remote_code(Path(folder))
-    Traceback (most recent call last):
-    qat.errors.LoadError: directory: ... brings code of its own (auto_map in config.json: mine.Mine)...
     """
     try:
         fields = json.loads((directory / "config.json").read_text(encoding="utf-8"))

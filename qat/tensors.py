@@ -19,6 +19,7 @@ __all__ = [
     "map_tensors",
     "model_device",
     "own_tensors",
+    "raw_bytes",
     "stored_tensors",
 ]
 
@@ -29,8 +30,14 @@ def digest(tensor: Tensor) -> str:
     >>> digest(torch.zeros(2, 2)) == digest(torch.zeros(4))
     True
     """
-    plain = tensor.detach().cpu().contiguous()
-    return hashlib.sha256(plain.reshape(-1).view(torch.uint8).numpy().data).hexdigest()
+    return hashlib.sha256(raw_bytes(tensor)).hexdigest()
+
+
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a plain tensor, row-major, little-endian; a contiguous CPU tensor is not copied."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    array: Any = flat.view(torch.uint8).numpy() if flat.numel() else b""
+    return memoryview(array)
 
 
 def inner_tensors(tensor: Tensor) -> list[Tensor]:

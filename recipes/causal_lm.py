@@ -21,10 +21,10 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import qat
-from qat.config import load_config
 from qat.quantizers import AnyAlgorithm
-from qat.report import inspect_totals, run_command
+from qat.report import run_command
 from recipes import command
+from recipes.common.config import load_config
 from recipes.common.settings import LogitOptimization, RecipeConfig
 from recipes.data.text import TextData
 
@@ -52,7 +52,7 @@ def main(argv: Sequence[str]) -> None:
     from recipes.common.fine_tuned import FineTunedWeights
     from recipes.common.models import load_language_model
     from recipes.common.progress import quiet_libraries, stage, track
-    from recipes.common.results import ResultRow, show_results
+    from recipes.common.results import ResultRow, inspect_totals, show_results
     from recipes.common.run import begin
     from recipes.common.training import FitSettings, calibrate_and_freeze, fit, training_batches
     from recipes.data.text import load_blocks

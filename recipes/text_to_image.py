@@ -20,10 +20,10 @@ from typing import Any, Literal
 import torch
 
 import qat
-from qat.config import load_config
 from qat.quantizers import AnyAlgorithm
 from qat.report import run_command
 from recipes import command
+from recipes.common.config import load_config
 from recipes.common.diffusion_config import DiffusionConfig, source_of
 from recipes.common.settings import OptimizationSettings
 

@@ -52,8 +52,7 @@ ORDER: tuple[frozenset[str], ...] = tuple(
 )
 # Each with the rooms of qat that it may import, at run time.
 SIDE_ROOMS: dict[str, frozenset[str]] = {
-    "config": frozenset({"errors", "spec"}),
-    "report": frozenset({"errors", "spec"}),
+    "report": frozenset({"errors"}),
 }
 # Side rooms serve the command and the recipes.
 USERS_OF_SIDE_ROOMS = frozenset({"cli", "__main__", *SIDE_ROOMS})
@@ -130,13 +129,10 @@ def test_imports_run_in_one_direction() -> None:
 
 
 def test_type_imports_run_in_one_direction_too() -> None:
-    """Except in the report and config rooms, which name the results that they show."""
     violations = [
         found
         for found in internal_imports()
-        if found.when == "type checking"
-        and room_of(found.source) not in {"report", "config"}
-        and not may_import(room_of(found.source), room_of(found.target))
+        if found.when == "type checking" and not may_import(room_of(found.source), room_of(found.target))
     ]
     assert not violations, listing(violations)
 

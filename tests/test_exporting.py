@@ -154,9 +154,9 @@ class TestManifest:
         manifest = read_manifest(tmp_path / "out")
         assert (manifest.format, manifest.target, manifest.dtype) == (1, "quanto", "bfloat16")
         assert manifest.model_class == "transformers.models.llama.modeling_llama.LlamaForCausalLM"
-        assert manifest.frozen["spec"]["weights"] == "int4"
-        assert manifest.frozen["algorithm"] == "straight_through"
-        assert len(manifest.frozen["layers"]) == 7
+        assert manifest.frozen.spec.weights == "int4"
+        assert manifest.frozen.algorithm == "straight_through"
+        assert len(manifest.frozen.layers) == 7
         assert manifest.environment.torch == torch.__version__
         assert manifest.environment.threads == torch.get_num_threads()
         assert manifest.config == config

@@ -9,12 +9,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from PIL import Image
 
 import qat
-from qat.errors import ExportError
 from qat.exporting import export
-from qat.exporting.card import add_section
 from qat.verification import verify
 from tests.exports import flux_inputs, frozen, frozen_flux, frozen_layers, frozen_llama, small_llama
 
@@ -87,44 +84,9 @@ def test_layers_left_float_have_their_reasons_and_blocks_are_one_line(tmp_path: 
     assert "None: every linear layer is quantized." in read(tmp_path / "flux")
 
 
-def test_a_section_with_pictures(exported: Path, tmp_path: Path) -> None:
-    picture = tmp_path / "my grid.png"
-    Image.new("RGB", (2, 2)).save(picture)
-    add_section(exported, "Results", "Loss **0.25**.", {"float, PTQ, QAT": picture})
-    assert read(exported).endswith("## Results\n\nLoss **0.25**.\n\n![float, PTQ, QAT](my%20grid.png)\n")
-    assert (exported / "my grid.png").read_bytes() == picture.read_bytes()
-    add_section(exported, "Again", "", {"the same": exported / "my grid.png"})
-    assert read(exported).count("my%20grid.png") == 2
-
-
 def test_an_edited_card_still_verifies(tmp_path: Path) -> None:
     export(frozen_flux(weights="int2"), tmp_path / "out", example_inputs=flux_inputs("bfloat16"))
     (tmp_path / "out" / "README.md").write_text("my own words")
     assert verify(tmp_path / "out").ok
     (tmp_path / "out" / "README.md").unlink()
     assert torch.is_tensor(next(iter(qat.load(tmp_path / "out", verify_hashes=True).parameters())))
-
-
-@pytest.mark.parametrize(
-    ("title", "picture", "message"),
-    [
-        ("", None, "title: must be one line of text, got ''"),
-        ("two\nlines", None, "title: must be one line"),
-        ("Results", "missing.png", "pictures: 'a grid' must be a PNG file, got .*missing.png"),
-        ("Results", "README.md", "must be a PNG file"),
-    ],
-)
-def test_what_is_no_section_is_refused_and_nothing_written(
-    exported: Path, title: str, picture: str | None, message: str
-) -> None:
-    before = read(exported)
-    with pytest.raises(ExportError, match=message):
-        add_section(exported, title, "text", {"a grid": exported / picture} if picture else None)
-    assert read(exported) == before
-
-
-def test_a_directory_without_card_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(
-        ExportError, match=r"has no README.md to add a section to: give a directory that qat.export wrote"
-    ):
-        add_section(tmp_path, "Results", "text")

@@ -149,7 +149,7 @@ class TestStockLoads:
             (stock(tmp_path / "out", torch_dtype=torch.float16), torch.float16),
         ]
         for loaded, dtype in loads:
-            for name in read_manifest(tmp_path / "out").frozen["layers"]:
+            for name in read_manifest(tmp_path / "out").frozen.layers:
                 parts = zip(
                     unpack_weight(model.get_submodule(name).weight),
                     unpack_weight(loaded.get_submodule(name).weight),
@@ -238,7 +238,7 @@ class TestFloatGrid:
         assert arguments == {"weights_dtype": weights, "modules_to_not_convert": ["linear"]}
         config = QuantoConfig(**arguments)  # type: ignore[no-untyped-call]
         loaded = AutoModel.from_pretrained(str(tmp_path / "out"), torch_dtype=torch.float32, quantization_config=config)
-        for name in read_manifest(tmp_path / "out").frozen["layers"]:
+        for name in read_manifest(tmp_path / "out").frozen.layers:
             old, new = (unpack_weight(m.get_submodule(name).weight)[0] for m in (model, loaded))
             assert same(old, new), name
         assert verify(tmp_path / "out", model).ok

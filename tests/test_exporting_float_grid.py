@@ -31,7 +31,7 @@ class TestFloatGrid:
         assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
         assert any("QuantoConfig(" in note for note in report.notes)
         loaded = stock_load(tmp_path / "out")
-        for name in read_manifest(tmp_path / "out").frozen["layers"]:
+        for name in read_manifest(tmp_path / "out").frozen.layers:
             old, new = (unpack_weight(m.get_submodule(name).weight)[0] for m in (model, loaded))
             assert torch.equal(old.float(), new.float()), name
 

@@ -93,7 +93,7 @@ class TestAlignmentInFiles:
         model = frozen_layers(*sizes, weights=weights, dtype=dtype)
         export(model, tmp_path / "out", max_shard_size=max_shard_size)
         offsets = code_offsets(tmp_path / "out")
-        quantized = len(read_manifest(tmp_path / "out").frozen["layers"])
+        quantized = len(read_manifest(tmp_path / "out").frozen.layers)
         assert len(offsets) == quantized >= 8
         assert not {name: offset for name, offset in offsets.items() if offset % 64}
 

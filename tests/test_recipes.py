@@ -20,10 +20,10 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import qat
-from qat.config import ConfigError, load_config, read_yaml
 from qat.errors import ExportError, LoadError, QatError, TrainingError
 from recipes import causal_lm, tasks
 from recipes.common import callbacks, models, training
+from recipes.common.config import ConfigError, load_config, read_yaml
 from recipes.common.progress import quiet_libraries
 from recipes.common.settings import OptimizationSettings, TrainerSettings
 from recipes.data import DataError

@@ -18,10 +18,10 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import qat
-from qat.config import ConfigError
 from qat.errors import LoadError, StateError
 from recipes import text_to_image
 from recipes.common import callbacks, comparison, diffusion, diffusion_config, fine_tuned, models, training
+from recipes.common.config import ConfigError
 from recipes.common.progress import quiet_libraries
 from recipes.common.settings import OptimizationSettings, TrainerSettings
 from recipes.data import DataError

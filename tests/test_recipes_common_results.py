@@ -1,13 +1,36 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from torch import nn
 
-from recipes.common.results import ResultRow, show_results
+from qat.inspection import inspect
+from qat.spec import QuantSpec
+from recipes.common.results import ResultRow, inspect_totals, show_results, show_size
 
 ROWS = [ResultRow("float", {"loss": 2.0}, 2**20, 0), ResultRow("trained", {"loss": 1.98769}, 2**19, 80, 2e-4)]
+
+
+@pytest.mark.parametrize(
+    ("count", "expected"),
+    [(0, "0 B"), (1023, "1023 B"), (1024, "1.00 KiB"), (3 * 2**19, "1.50 MiB"), (2**31, "2.00 GiB")],
+    ids=str,
+)
+def test_sizes(count: int, expected: str) -> None:
+    assert show_size(count) == expected
+
+
+def test_the_totals_of_an_inspection_come_with_its_notes() -> None:
+    report = inspect(nn.Sequential(nn.Linear(256, 64), nn.Linear(64, 64, bias=False)), QuantSpec(exclude=("1",)))
+    said = inspect_totals(replace(report, notes=("one", "two")))
+    assert said.splitlines() == [
+        "79.8% of 20,544 parameters are quantized; linear weights 40.00 KiB in bfloat16 -> 24.12 KiB as exported",
+        "one",
+        "two",
+    ]
 
 
 def test_the_table_has_a_line_for_each_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from qat.config import ConfigError, load_config
+from recipes.common.config import ConfigError, load_config
 from recipes.common.settings import RecipeConfig
 
 
@@ -36,10 +36,10 @@ def test_a_file_is_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         load_config(RecipeConfig, ["--model", "model"], "A test.")
 
 
-def test_a_schedule_is_ordered_and_ends_where_its_recipe_ends() -> None:
+def test_a_schedule_is_ordered() -> None:
     with pytest.raises(ConfigError, match=r"observe_until \(3\) must come after observe_from \(5\)"):
         load_config(RecipeConfig, ["--schedule.observe-from", "5", "--schedule.observe-until", "3"], "A test.")
-    with pytest.raises(ConfigError, match=r"Unrecognized options: --schedule\.finish"):
+    with pytest.raises(SystemExit):  # told by tyro
         load_config(RecipeConfig, ["--schedule.finish", "last"], "A test.")
 
 

@@ -21,10 +21,10 @@ from PIL import Image
 from torch import nn
 
 import qat
-from qat.config import ConfigError, load_config
 from qat.errors import LoadError, SpecError, TargetError
 from recipes import tasks, text_to_image
 from recipes.common import callbacks, comparison, diffusion, models, training
+from recipes.common.config import ConfigError, load_config
 from recipes.data import DataError
 from tests.pipelines import SIZE, autoencoder, caption_of, clip, make, tokenizer
 

@@ -13,22 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import nn
 
 from qat.errors import ExportError, TargetError
 from qat.exporting.card import write_card
 from qat.files.directory import atomic_directory, check_destination
-from qat.files.evidence import FrozenRecord, frozen_record
+from qat.files.evidence import FrozenRecord, LayerEvidence, frozen_record
 from qat.files.examples import flatten_inputs
-from qat.files.manifest import (
-    EVIDENCE_NAME,
-    Environment,
-    ExampleRecord,
-    FileRecord,
-    Manifest,
-    TensorRecord,
-    file_record,
-)
+from qat.files.manifest import EVIDENCE_NAME, Environment, ExampleRecord, FileRecord, Manifest, file_record
 from qat.files.shards import TensorEntry, parse_size, plan_shards, write_shard
 from qat.files.weights import write_weights
 from qat.formats.state import ModelState
@@ -130,13 +123,18 @@ def export(
     _check_target(model, record, to)
     _check_unchanged(model, record)
     with torch.no_grad(), atomic_directory(destination, overwrite) as temporary:
-        content = (_write_float_grid if float_grid else _write_packed)(model, record, to, temporary, limit)
+        state, notes, stock_arguments = (_float_grid if float_grid else _packed)(model, record, to, temporary)
+        if float_grid and to.host.leaf_names_only:
+            limit = _ONE_FILE  # diffusers' `from_single_file`, and other programs, read one file only
+        stem = host_of(model).weights_stem
+        hashed, tensors = write_weights(state.entries, state.fetch, temporary, limit, stem)
         _save_processors(processor, temporary)
         if config is not None:
-            _write_config(config, temporary)
+            text = yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
+            (temporary / CONFIG_NAME).write_text(text, encoding="utf-8")
         example = None if example_inputs is None else _write_example(model, example_inputs, temporary)
         files = {
-            path.relative_to(temporary).as_posix(): content.files.get(path.name) or file_record(path)
+            path.relative_to(temporary).as_posix(): hashed.get(path.name) or file_record(path)
             for path in sorted(temporary.rglob("*"))
             if path.is_file()
         }
@@ -146,36 +144,26 @@ def export(
             model_class=f"{type(model).__module__}.{type(model).__qualname__}",
             attn_implementation=getattr(getattr(model, "config", None), "_attn_implementation", None),
             float_grid=float_grid,
-            stock_arguments=content.stock_arguments,
-            weights_stem=content.stem,
-            frozen=record.to_json(),
+            stock_arguments=stock_arguments,
+            weights_stem=stem,
+            frozen=record,
             environment=Environment.current(model_device(model).type),
-            tensors=content.tensors,
-            tied=content.tied,
+            tensors=tensors,
+            tied=state.tied,
             files=files,
             example=example,
             config=None if config is None else dict(config),
-            notes=(*record.notes, *content.notes, *host_of(model).export_notes(model)),
+            notes=(*record.notes, *notes, *host_of(model).export_notes(model)),
         )
         for path in (manifest.write(temporary), write_card(temporary, manifest, record, to)):
             files = files | {path.name: file_record(path)}
     return ExportReport(destination, to.name, files, manifest.notes)
 
 
-@dataclass(frozen=True)
-class _Content:
-    """What was written, for the manifest."""
-
-    files: dict[str, FileRecord]
-    """Files whose hash was taken while they were written; the others are hashed afterwards."""
-    tensors: dict[str, TensorRecord]
-    tied: dict[str, str]
-    stem: str
-    notes: tuple[str, ...] = ()
-    stock_arguments: dict[str, Any] | None = None
-
-
-def _write_packed(model: nn.Module, record: FrozenRecord, target: Target, directory: Path, limit: int) -> _Content:
+def _packed(
+    model: nn.Module, record: FrozenRecord, target: Target, directory: Path
+) -> tuple[ModelState, tuple[str, ...], None]:
+    """Write the configuration; return the tensors to write, and notes for readers."""
     library, host = host_of(model), target.host
     state = ModelState(model, target.format, untie=host.unties)
     settings = host.quantization_config(model, record)
@@ -184,26 +172,22 @@ def _write_packed(model: nn.Module, record: FrozenRecord, target: Target, direct
         notes = ("no config.json: load with qat.load(directory, model=<the float model>) or quanto's requantize",)
     if host.writes_map(record):
         target.format.write_map(record, directory)
-    files, tensors = write_weights(state.entries, state.fetch, directory, limit, library.weights_stem)
-    return _Content(files, tensors, state.tied, library.weights_stem, notes)
+    return state, notes, None
 
 
-def _write_float_grid(model: nn.Module, record: FrozenRecord, target: Target, directory: Path, limit: int) -> _Content:
-    """Ordinary float32 weights on the quantization grid, which a stock load quantizes back into the same codes."""
-    if target.host is MODULE:
-        target.host.float_grid_arguments(model, record, record.spec.weights)  # says why not
-    library, host = host_of(model), target.host
-    weights = check_float_grid(model, record, target.format)
-    arguments = host.float_grid_arguments(model, record, weights)
+def _float_grid(
+    model: nn.Module, record: FrozenRecord, target: Target, directory: Path
+) -> tuple[ModelState, tuple[str, ...], dict[str, Any]]:
+    """The same for float32 weights on the grid, with the arguments by which a stock load finds the same codes."""
+    host = target.host
+    if host is MODULE:
+        host.float_grid_arguments(model, record, record.spec.weights)  # says why not
+    arguments = host.float_grid_arguments(model, record, check_float_grid(model, record, target.format))
     state = ModelState(model, target.format, float_layers=record.layers, untie=host.unties)
-    library.write_config(model, directory, torch.float32, None)
-    # diffusers' `from_single_file`, and other programs, read one file only.
-    limit = _ONE_FILE if host.leaf_names_only else limit
-    files, tensors = write_weights(state.entries, state.fetch, directory, limit, library.weights_stem)
+    host_of(model).write_config(model, directory, torch.float32, None)
     shown = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
     given = f"directory, {host.float_dtype}quantization_config=QuantoConfig({shown})"
-    note = f"on-grid float32 weights: load with from_pretrained({given})"
-    return _Content(files, tensors, state.tied, library.weights_stem, (note,), arguments)
+    return state, (f"on-grid float32 weights: load with from_pretrained({given})",), arguments
 
 
 def _check_target(model: nn.Module, record: FrozenRecord, wanted: Target) -> None:
@@ -258,15 +242,12 @@ def _restore_classes(model: nn.Module, record: FrozenRecord, target: Target) -> 
 def _check_unchanged(model: nn.Module, record: FrozenRecord) -> None:
     """Raise when a frozen layer is no longer what freezing left."""
     format, layers = get_target(record.target).format, dict(model.named_modules())
+
+    def holds(layer: nn.Module, kept: LayerEvidence) -> bool:
+        return format.is_frozen(layer) and format.read(layer).evidence(format.values(layer)) == kept
+
     gone = [name for name in record.layers if name not in layers]
-    changed = [
-        name
-        for name, kept in record.layers.items()
-        if name in layers
-        and not (
-            format.is_frozen(layers[name]) and format.read(layers[name]).evidence(format.values(layers[name])) == kept
-        )
-    ]
+    changed = [name for name, kept in record.layers.items() if name in layers and not holds(layers[name], kept)]
     if gone or changed:
         raise ExportError(
             f"the model changed after qat.freeze: {len(gone)} layers are gone and {len(changed)} hold other numbers "
@@ -285,13 +266,6 @@ def _save_processors(processor: Any, directory: Path) -> None:
                 f"of such; got {type(one).__name__}"
             )
         save(str(directory))
-
-
-def _write_config(config: Mapping[str, Any], directory: Path) -> None:
-    import yaml
-
-    text = yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
-    (directory / CONFIG_NAME).write_text(text, encoding="utf-8")
 
 
 def _write_example(model: nn.Module, example_inputs: Any, directory: Path) -> ExampleRecord:

@@ -1,78 +1,24 @@
 """`README.md`: the model card of an export, for the people who find the directory.
 
 It says what the weights are, in which dtype they are served, how they are loaded, and which linear layers stayed
-float and why. A recipe adds sections of its own (results, pictures) with `add_section`. The card and its pictures are
-what a person edits afterwards, so they are not among the files whose hashes the manifest keeps and `qat.verify` checks.
+float and why. People edit the card and add pictures, so neither is among the files whose hashes the
+manifest keeps and `qat.verify` checks.
 """
 
 from __future__ import annotations
 
 import re
-import shutil
 from collections import defaultdict
-from collections.abc import Mapping
-from os import PathLike
 from pathlib import Path
 
-from qat.errors import ExportError
 from qat.files.evidence import FrozenRecord
 from qat.files.manifest import Manifest
 from qat.hosts import HOSTS, Target
 
-__all__ = ["CARD_NAME", "add_section", "write_card"]
+__all__ = ["CARD_NAME", "write_card"]
 
 CARD_NAME = "README.md"
 _MOST_NAMES = 6
-
-
-def add_section(
-    directory: str | PathLike[str],
-    title: str,
-    text: str,
-    pictures: Mapping[str, str | PathLike[str]] | None = None,
-) -> None:
-    """Append a section to the model card of an export, and copy its pictures beside the card.
-
-    Args:
-        directory: what `qat.export` wrote.
-        title: the section's heading, one line.
-        text: Markdown.
-        pictures: what each shows (the text that stands for it), and its PNG file.
-
-    Raises:
-        ExportError: the directory has no model card, the title is not one line, or a picture is no PNG file.
-
-    >>> import tempfile, qat
-    >>> from torch import nn
-    >>> model = nn.Sequential(nn.Linear(256, 64))
-    >>> _, _ = qat.prepare(model, qat.QuantSpec(weights="int8")), qat.freeze(model)
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     _ = qat.export(model, folder)
-    ...     add_section(folder, "Results", "Loss 0.25.")
-    ...     print((Path(folder) / "README.md").read_text()[-23:])
-    ## Results
-    <BLANKLINE>
-    Loss 0.25.
-    """
-    folder = Path(directory)
-    card = folder / CARD_NAME
-    if not card.is_file():
-        raise ExportError(
-            f"directory: {str(folder)!r} has no {CARD_NAME} to add a section to: give a directory that qat.export wrote"
-        )
-    if not title.strip() or "\n" in title:
-        raise ExportError(f"title: must be one line of text, got {title!r}: put more into text")
-    files = {shown: Path(path) for shown, path in (pictures or {}).items()}
-    for shown, path in files.items():
-        if path.suffix.lower() != ".png" or not path.is_file():
-            raise ExportError(f"pictures: {shown!r} must be a PNG file, got {str(path)!r}: save it as one first")
-    lines = [f"## {title.strip()}", text.strip()]
-    for shown, path in files.items():
-        if path.parent.resolve() != folder.resolve():
-            shutil.copyfile(path, folder / path.name)
-        lines.append(f"![{shown}]({path.name.replace(' ', '%20')})")
-    written = card.read_text(encoding="utf-8").rstrip()
-    card.write_text("\n\n".join([written, *filter(None, lines)]) + "\n", encoding="utf-8")
 
 
 def write_card(directory: Path, manifest: Manifest, record: FrozenRecord, target: Target) -> Path:

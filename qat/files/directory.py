@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-import tempfile
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,12 +32,14 @@ def check_destination(destination: Path, overwrite: bool) -> None:
         raise ExportError(
             f"directory must name a directory to create; {str(destination)!r} is a file or a link: choose another name"
         )
-    if destination.is_dir() and any(destination.iterdir()) and not overwrite:
+    if not destination.is_dir() or not any(destination.iterdir()):
+        return
+    if not overwrite:
         raise ExportError(
             f"directory {str(destination)!r} exists and is not empty: choose another one, or replace it with "
             f"overwrite=True (on a command line --overwrite)"
         )
-    if destination.is_dir() and any(destination.iterdir()) and not (destination / MANIFEST_NAME).is_file():
+    if not (destination / MANIFEST_NAME).is_file():
         raise ExportError(
             f"directory {str(destination)!r} is not empty and holds no {MANIFEST_NAME}, so it is no export, and is not "
             f"replaced: choose another one, or empty it yourself"
@@ -55,24 +57,20 @@ def atomic_directory(destination: Path, overwrite: bool) -> Iterator[Path]:
     temporary: Path | None = None
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", suffix=".tmp", dir=destination.parent))
-        temporary.chmod(0o777 & ~_umask())  # mkdtemp makes it private; an export is an ordinary directory
+        temporary = _beside(destination, "tmp")
         yield temporary
         _sync(temporary)
         _replace(temporary, destination)
         _sync(destination.parent)
     except QatError:
         raise
-    except OSError as error:
-        reason = error.strerror or str(error)
-        remedy = "free space or choose another disk" if error.errno == errno.ENOSPC else "check the path and its rights"
-        raise ExportError(
-            f"export to {str(destination)!r} failed and left nothing behind: {reason}; {remedy}, then export again"
-        ) from error
     except Exception as error:
-        raise ExportError(
-            f"export to {str(destination)!r} failed and left nothing behind: {type(error).__name__}: {error}"
-        ) from error
+        reason = f"{type(error).__name__}: {error}"
+        if isinstance(error, OSError):
+            full = error.errno == errno.ENOSPC
+            remedy = "free space or choose another disk" if full else "check the path and its rights"
+            reason = f"{error.strerror or error}; {remedy}, then export again"
+        raise ExportError(f"export to {str(destination)!r} failed and left nothing behind: {reason}") from error
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -82,7 +80,7 @@ def _replace(temporary: Path, destination: Path) -> None:
     if not destination.exists():
         temporary.rename(destination)
         return
-    old = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", suffix=".old", dir=destination.parent))
+    old = _beside(destination, "old")
     destination.rename(old)  # onto an empty directory, which rename allows
     try:
         temporary.rename(destination)
@@ -100,7 +98,8 @@ def _sync(directory: Path) -> None:
         os.close(handle)
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _beside(destination: Path, suffix: str) -> Path:
+    """An empty directory with the rights of an ordinary one, unlike those of `tempfile`."""
+    directory = destination.with_name(f".{destination.name}.{uuid.uuid4().hex}.{suffix}")
+    directory.mkdir()
+    return directory

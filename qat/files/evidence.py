@@ -8,9 +8,9 @@ was packed; so a reload that reproduces all four proves that what was trained is
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
 
+from pydantic import ConfigDict
 from torch import nn
 
 from qat.errors import StateError
@@ -24,6 +24,8 @@ _ATTRIBUTE = "_qat_frozen"
 @dataclass(frozen=True)
 class LayerEvidence:
     """Digests (sha256, hexadecimal) and facts of one frozen layer."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
 
     weights: str
     activations: str | None
@@ -42,7 +44,9 @@ class LayerEvidence:
 
 @dataclass(frozen=True)
 class FrozenRecord:
-    """What a frozen model says of itself."""
+    """What a frozen model says of itself; the manifest holds it."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
 
     spec: QuantSpec
     target: str
@@ -51,32 +55,6 @@ class FrozenRecord:
     notes: tuple[str, ...] = ()
     left_float: Mapping[str, str] = field(default_factory=dict)
     """The linear layers that were not quantized, each with the reason."""
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain data, for the manifest."""
-        return {
-            "spec": self.spec.model_dump(mode="json"),
-            "target": self.target,
-            "algorithm": self.algorithm,
-            "layers": {name: asdict(layer) for name, layer in self.layers.items()},
-            "notes": list(self.notes),
-            "left_float": dict(self.left_float),
-        }
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> FrozenRecord:
-        """The inverse of `to_json`."""
-        layers = {
-            name: LayerEvidence(**{**layer, "shape": tuple(layer["shape"])}) for name, layer in data["layers"].items()
-        }
-        return cls(
-            spec=QuantSpec.model_validate(data["spec"]),
-            target=data["target"],
-            algorithm=data["algorithm"],
-            layers=layers,
-            notes=tuple(data["notes"]),
-            left_float=dict(data.get("left_float", {})),
-        )
 
 
 def record_frozen(model: nn.Module, record: FrozenRecord) -> None:

@@ -25,9 +25,6 @@ _SINGLE = "output"
 def flatten_inputs(inputs: Any) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """Take example inputs apart into a JSON structure and named tensors.
 
-    Args:
-        inputs: a mapping (keyword arguments), a tuple or list (positional ones), or one tensor.
-
     Raises:
         ExportError: when something in them is neither a tensor, a container nor a plain value.
     """
@@ -71,14 +68,12 @@ def unflatten_inputs(structure: Mapping[str, Any], tensors: Mapping[str, torch.T
             return tensors[content]
         if kind == "mapping":
             return {key: unflatten_inputs(item, tensors) for key, item in content.items()}
-        if kind in ("list", "tuple"):
-            items = [unflatten_inputs(item, tensors) for item in content]
-            return items if kind == "list" else tuple(items)
         if kind == "value":
             return content
+        container = {"list": list, "tuple": tuple}[kind]
+        return container(unflatten_inputs(item, tensors) for item in content)
     except (KeyError, ValueError, AttributeError) as error:
-        raise LoadError(f"the stored example is incomplete ({error}); export the model again") from error
-    raise LoadError(f"the stored example holds an unknown kind {kind!r}; export the model again")
+        raise LoadError(f"the stored example is malformed ({error}); export the model again") from error
 
 
 def flatten_outputs(outputs: Any) -> dict[str, torch.Tensor]:

@@ -20,6 +20,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from qat.errors import LoadError
+from qat.files.evidence import FrozenRecord
 from qat.spec import ServingDtype
 
 __all__ = [
@@ -142,8 +143,8 @@ class Manifest(_Frozen):
     """Whether the weights are on-grid floats for a stock load instead of packed codes."""
     stock_arguments: dict[str, Any] | None = None
     """With ``float_grid``: the arguments of the stock ``QuantoConfig`` that gives the codes back."""
-    frozen: dict[str, Any]
-    """The `FrozenRecord`: spec, target it was frozen for, algorithm, per-layer evidence, notes."""
+    frozen: FrozenRecord
+    """Spec, target it was frozen for, algorithm, per-layer evidence, notes."""
     environment: Environment
     """Where it was made."""
     weights_stem: str = "model"

@@ -23,21 +23,22 @@ import struct
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
 
 from qat.errors import ExportError, LoadError
+from qat.files.manifest import FileRecord, TensorRecord
+from qat.tensors import raw_bytes
 
 __all__ = [
     "ALIGNMENT",
     "DTYPE_NAMES",
+    "Header",
     "Shard",
     "TensorEntry",
-    "WrittenFile",
     "parse_size",
     "plan_shards",
-    "raw_bytes",
     "read_header",
     "read_headers",
     "shard_names",
@@ -79,6 +80,15 @@ class TensorEntry:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
+class Header(NamedTuple):
+    """What a file's header says of a tensor."""
+
+    file: str
+    entry: TensorEntry
+    start: int
+    """Where it starts in the file, in bytes."""
+
+
 @dataclass(frozen=True)
 class Shard:
     """Tensors of one file, in the order of their bytes."""
@@ -112,15 +122,6 @@ class Shard:
         return struct.pack("<Q", len(text)) + text
 
 
-@dataclass(frozen=True)
-class WrittenFile:
-    """A file as it was written: its size and hash, and those of each tensor in it."""
-
-    bytes: int
-    sha256: str
-    tensors: dict[str, str]
-
-
 def parse_size(size: int | str) -> int:
     """Read a size in bytes: ``5000``, ``"5GB"`` (decimal, as transformers reads it) or ``"5GiB"``.
 
@@ -142,12 +143,8 @@ def parse_size(size: int | str) -> int:
 def plan_shards(entries: Iterable[TensorEntry], max_shard_size: int) -> tuple[Shard, ...]:
     """Order tensors into shards so that every code tensor starts on a 64-byte boundary.
 
-    Every other tensor starts on a multiple of its element size. A shard exceeds ``max_shard_size`` only when a single
-    tensor (with what fills it up) does.
-
-    Args:
-        entries: the tensors, in the model's order, which is kept where alignment allows.
-        max_shard_size: bytes of data a shard.
+    Every other tensor starts on a multiple of its element size. The model's order is kept where alignment allows. A
+    shard exceeds ``max_shard_size`` (bytes of data) only when a single tensor (with what fills it up) does.
 
     Raises:
         ExportError: for a dtype that safetensors cannot hold.
@@ -176,42 +173,34 @@ def _fill_shards(
     shards: list[list[TensorEntry]] = [[]]
     sizes = [0]
 
-    def add(entry: TensorEntry, index: int = -1) -> None:
-        shards[index].append(entry)
-        sizes[index] += entry.nbytes
-
-    def open_shard(nbytes: int) -> None:
-        if shards[-1] and sizes[-1] + nbytes > limit:
+    def add(entry: TensorEntry, index: int | None = None) -> None:
+        """Into the shard of that index; None: into the last one, or a new one where it is full."""
+        if index is None and shards[-1] and sizes[-1] + entry.nbytes > limit:
             shards.append([])
             sizes.append(0)
+        shards[-1 if index is None else index].append(entry)
+        sizes[-1 if index is None else index] += entry.nbytes
 
     for entry in whole:
-        open_shard(entry.nbytes)
         add(entry)
     waiting = list(tails)
     after = sizes[-1] + sum(entry.nbytes for entry in (*loose, *waiting[:1]))
     if waiting and after <= limit and all(waiting[0].nbytes % entry.dtype.itemsize == 0 for entry in loose):
         add(waiting.pop(0))  # loose tensors may follow it: their elements stay aligned
     for entry in loose:
-        open_shard(entry.nbytes)
         add(entry)
     for entry in waiting:
         fits = (i for i, size in enumerate(sizes) if size % ALIGNMENT == 0 and size + entry.nbytes <= limit)
-        index = next(fits, None)
-        if index is None:
+        index = next(fits, len(shards))
+        if index == len(shards):
             shards.append([])
             sizes.append(0)
-            index = -1
         add(entry, index)
     return [shard for shard in shards if shard] or [[]]
 
 
 def shard_names(count: int, stem: str = "model") -> list[str]:
     """File names as Hugging Face's libraries have them: ``model.safetensors``, or a numbered name for each of several.
-
-    Args:
-        count: number of files.
-        stem: how names begin: ``"model"`` in transformers, ``"diffusion_pytorch_model"`` in diffusers.
 
     >>> shard_names(2)
     ['model-00001-of-00002.safetensors', 'model-00002-of-00002.safetensors']
@@ -221,32 +210,23 @@ def shard_names(count: int, stem: str = "model") -> list[str]:
     return [f"{stem}-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
 
 
-def raw_bytes(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a plain tensor, row-major, little-endian; a contiguous CPU tensor is not copied."""
-    flat = tensor.detach().to("cpu").contiguous().reshape(-1)
-    if flat.numel() == 0:
-        return memoryview(b"")
-    array: Any = flat.view(torch.uint8).numpy()
-    return memoryview(array)
-
-
-def write_shard(path: Path, shard: Shard, fetch: Callable[[str], torch.Tensor]) -> WrittenFile:
-    """Write one safetensors file, a tensor at a time, and bring it to the disk.
-
-    Args:
-        path: the file to make.
-        shard: what to write, in order.
-        fetch: gives the tensor of a name; it must have the planned dtype and shape.
+def write_shard(
+    path: Path, shard: Shard, fetch: Callable[[str], torch.Tensor]
+) -> tuple[FileRecord, dict[str, TensorRecord]]:
+    """Write one safetensors file, a tensor at a time, and bring it to the disk; return what was written.
 
     Raises:
         ExportError: when a tensor is not what was planned.
         OSError: when the disk is full or the file cannot be written.
     """
-    whole, tensors, size = hashlib.sha256(), {}, 0
+    whole, tensors = hashlib.sha256(), {}
     with path.open("wb") as file:
-        header = shard.header()
-        size += file.write(header)
-        whole.update(header)
+
+        def write(data: bytes | memoryview) -> None:
+            file.write(data)
+            whole.update(data)
+
+        write(shard.header())
         for entry in shard.entries:
             tensor = fetch(entry.name)
             if tensor.dtype != entry.dtype or tuple(tensor.shape) != entry.shape:
@@ -255,16 +235,17 @@ def write_shard(path: Path, shard: Shard, fetch: Callable[[str], torch.Tensor]) 
                     f"got {tensor.dtype} {tuple(tensor.shape)}; export a model that nothing else modifies"
                 )
             data = raw_bytes(tensor)
-            size += file.write(data)
-            whole.update(data)
-            tensors[entry.name] = hashlib.sha256(data).hexdigest()
+            write(data)
+            digest, dtype = hashlib.sha256(data).hexdigest(), DTYPE_NAMES[entry.dtype]
+            tensors[entry.name] = TensorRecord(file=path.name, dtype=dtype, shape=entry.shape, sha256=digest)
         file.flush()
         os.fsync(file.fileno())
-    return WrittenFile(size, whole.hexdigest(), tensors)
+        size = file.tell()
+    return FileRecord(bytes=size, sha256=whole.hexdigest()), tensors
 
 
-def read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, int]]:
-    """Read a safetensors header: the tensors, and where each starts in the file.
+def read_header(path: Path) -> dict[str, Header]:
+    """Read a safetensors header.
 
     Raises:
         ValueError: when the file is not a whole safetensors file (too short, header unreadable, data truncated).
@@ -272,34 +253,33 @@ def read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, int]]:
     from safetensors import SafetensorError, safe_open
 
     dtypes = {name: dtype for dtype, name in DTYPE_NAMES.items()}
-    entries, starts = {}, {}
+    found = {}
     try:
         with path.open("rb") as file:
             position = 8 + struct.unpack("<Q", file.read(8))[0]
         with safe_open(path, framework="pt") as opened:
             for name in opened.offset_keys():  # the format has no holes, so that the order gives the offsets
                 view = opened.get_slice(name)
-                entries[name] = TensorEntry(name, dtypes[view.get_dtype()], tuple(view.get_shape()))
-                starts[name] = position
-                position += entries[name].nbytes
+                entry = TensorEntry(name, dtypes[view.get_dtype()], tuple(view.get_shape()))
+                found[name] = Header(path.name, entry, position)
+                position += entry.nbytes
     except (SafetensorError, struct.error, KeyError) as error:
         raise ValueError(f"{path.name} is not a whole safetensors file that qat can read: {error}") from error
-    return entries, starts
+    return found
 
 
-def read_headers(files: Iterable[Path]) -> dict[str, tuple[str, TensorEntry, int]]:
-    """Read the headers of several files: for each key the file's name, the tensor's description and its offset.
+def read_headers(files: Iterable[Path]) -> dict[str, Header]:
+    """Read the headers of several files.
 
     Raises:
         LoadError: when a file is missing or not a whole safetensors file.
     """
-    found: dict[str, tuple[str, TensorEntry, int]] = {}
+    found: dict[str, Header] = {}
     for path in files:
         try:
-            entries, starts = read_header(path)
+            found |= read_header(path)
         except (OSError, ValueError) as error:
             raise LoadError(
                 f"{path.name} in {str(path.parent)!r} cannot be read: {error}; copy or export it again"
             ) from error
-        found |= {key: (path.name, entry, starts[key]) for key, entry in entries.items()}
     return found

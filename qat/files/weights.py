@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qat.errors import ExportError
 from qat.files.manifest import FileRecord, TensorRecord
-from qat.files.shards import ALIGNMENT, DTYPE_NAMES, TensorEntry, plan_shards, read_header, shard_names, write_shard
+from qat.files.shards import ALIGNMENT, TensorEntry, plan_shards, read_header, shard_names, write_shard
 
 __all__ = ["write_json", "write_weights"]
 
@@ -26,13 +26,6 @@ def write_weights(
 ) -> tuple[dict[str, FileRecord], dict[str, TensorRecord]]:
     """Write the weight files (and the index, when there are several), and check each by opening it again.
 
-    Args:
-        entries: the tensors, in the model's order.
-        fetch: gives the tensor of a name.
-        directory: where to.
-        max_shard_size: bytes of data a file.
-        stem: how the files' names begin.
-
     Raises:
         ExportError: when a file does not open, or a code tensor is not aligned in it.
     """
@@ -41,27 +34,22 @@ def write_weights(
     files: dict[str, FileRecord] = {}
     tensors: dict[str, TensorRecord] = {}
     for name, shard in zip(names, shards, strict=True):
-        written = write_shard(directory / name, shard, fetch)
-        files[name] = FileRecord(bytes=written.bytes, sha256=written.sha256)
-        for entry in shard.entries:
-            tensors[entry.name] = TensorRecord(
-                file=name, dtype=DTYPE_NAMES[entry.dtype], shape=entry.shape, sha256=written.tensors[entry.name]
-            )
+        files[name], written = write_shard(directory / name, shard, fetch)
+        tensors |= written
         _reopen(directory / name, shard.entries)
     if len(shards) > 1:
-        weight_map = {entry.name: tensors[entry.name].file for entry in sorted(entries, key=lambda entry: entry.name)}
-        total = sum(shard.nbytes for shard in shards)
-        write_json(
-            directory / f"{stem}.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}
-        )
+        weight_map = {name: tensors[name].file for name in sorted(tensors)}
+        fields = {"metadata": {"total_size": sum(shard.nbytes for shard in shards)}, "weight_map": weight_map}
+        write_json(directory / f"{stem}.safetensors.index.json", fields)
     return files, {entry.name: tensors[entry.name] for entry in entries}
 
 
 def _reopen(path: Path, planned: tuple[TensorEntry, ...]) -> None:
     try:
-        found, starts = read_header(path)
+        found = read_header(path)
     except ValueError as error:
         raise ExportError(f"{path.name} was written but does not open again: {error}; check the disk") from error
-    crooked = [entry.name for entry in planned if entry.is_code and starts.get(entry.name, 0) % ALIGNMENT]
+    codes = {entry.name for entry in planned if entry.is_code}
+    crooked = [name for name, header in found.items() if name in codes and header.start % ALIGNMENT]
     if found.keys() != {entry.name for entry in planned} or crooked:
         raise ExportError(f"{path.name} was written but holds other keys, or unaligned codes {crooked}; check the disk")

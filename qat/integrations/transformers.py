@@ -136,7 +136,7 @@ class PackedQuantizer(QuantoHfQuantizer):
         if not checkpoint_files:
             raise LoadError("packed weights are read from a directory of safetensors files, and none was found there")
         headers = read_headers(Path(file) for file in checkpoint_files)
-        self.headers = {key: entry for key, (_, entry, _) in headers.items()}
+        self.headers = {key: header.entry for key, header in headers.items()}
         modules = dict(model.named_modules(remove_duplicate=False))
         names: dict[int, list[str]] = {}
         for name, module in modules.items():

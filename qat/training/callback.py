@@ -12,7 +12,6 @@ import functools
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
-from itertools import takewhile
 from typing import Any
 
 import torch
@@ -26,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from qat.calibration import calibrate
 from qat.errors import CalibrationError, QatError, StateError, TrainingError
-from qat.files.evidence import frozen_record
+from qat.files.evidence import frozen_record, is_frozen
 from qat.layers import Mode, quantized_layers
 from qat.observers import ObserverChoice, Percentile
 from qat.optimizers import REMEDY, learned_ranges, refuse_decay, watch
@@ -110,21 +109,19 @@ class QuantizationAwareTraining(Callback):
             model = inner
         return model
 
-    # -- preparing ---------------------------------------------------------------------------------------------------
-
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Prepare the model, or what ``configure_model`` builds right after it is built."""
-        for other in takewhile(lambda one: one is not self, trainer.callbacks):  # type: ignore[attr-defined]
+        for other in trainer.callbacks[: trainer.callbacks.index(self)]:  # type: ignore[attr-defined]
             if isinstance(other, StochasticWeightAveraging | WeightAveraging):
                 raise TrainingError(
                     f"callbacks: {type(other).__name__} copies the module in its setup, so it must come after "
                     "QuantizationAwareTraining, which prepares the module in its own; put it later in the list"
                 )
-        if not is_overridden("configure_model", pl_module):
+        configures = is_overridden("configure_model", pl_module)
+        if not configures or self._is_built(pl_module):  # what only wraps a float model would wrap the wrong layers
             self._prepare(trainer, pl_module)
+        if not configures:
             return
-        if self._is_built(pl_module):  # configure_model only wraps it: in float it would wrap the wrong layers
-            self._prepare(trainer, pl_module)
         original = pl_module.configure_model
 
         @functools.wraps(original)
@@ -143,7 +140,7 @@ class QuantizationAwareTraining(Callback):
 
     def _prepare(self, trainer: Trainer, pl_module: LightningModule) -> None:
         model = self.model_of(pl_module)
-        if _is_frozen(model):
+        if is_frozen(model):
             self._accept_frozen(trainer, model)
             return
         if not any(quantized_layers(model)):
@@ -189,8 +186,6 @@ class QuantizationAwareTraining(Callback):
                 "strategy: the quantizers would be lost in the worker processes that this strategy starts: call "
                 "qat.prepare(module.model, spec, ...) before the fit, or use strategy='ddp'"
             )
-
-    # -- the schedule ------------------------------------------------------------------------------------------------
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse what cannot work, before any work is lost."""
@@ -270,18 +265,13 @@ class QuantizationAwareTraining(Callback):
         """Leave the model as it will be used: fake quantization on, observers off."""
         self._switch(pl_module, True, False)
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """The same after a tuner's run, which ends without the hooks of training."""
-        self._leave(pl_module)
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """The same after an error or an interrupt."""
-        self._leave(pl_module)
-
-    def _leave(self, pl_module: LightningModule) -> None:
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: Any) -> None:
+        """The same after a tuner's run, which ends without the hooks of training, and after an error."""
         if self._phase is not None:
             self._switch(pl_module, True, False, required=True)
             self._phase = None
+
+    on_exception = teardown
 
     def _phase_of(self, trainer: Trainer) -> tuple[bool, bool]:
         """Whether layers fake-quantize and whether observers record, at this step of a fit."""
@@ -325,17 +315,9 @@ def _uncalibrated(module: nn.Module) -> bool:
     return any(not quantizer.initialized for quantizer in _activations(module))
 
 
-def _is_frozen(model: nn.Module) -> bool:
-    try:
-        frozen_record(model)
-    except StateError:
-        return False
-    return True
-
-
 def _refuse_masters(model: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
     """Quanto would take master weights into a frozen layer without a word, and quantize them in its own way."""
-    if _is_frozen(model) and any(f"{prefix}{name}.weight" in state_dict for name in frozen_record(model).layers):
+    if is_frozen(model) and any(f"{prefix}{name}.weight" in state_dict for name in frozen_record(model).layers):
         raise StateError(
             "ckpt_path: the model is frozen, but the checkpoint holds float master weights: build the float model "
             "again, and load the checkpoint into that"

@@ -1,35 +1,30 @@
 """Checkpoints of Lightning that do not fit the module they are loaded into: told by name, with the remedy.
 
-A checkpoint of a prepared model holds the state of its quantizers. `LightningModule.load_from_checkpoint` builds a
-float module, which has no place for it, and torch then lists the keys that it did not expect. No callback takes part
-there. So once this module is imported, every LightningModule gets a hook that puts the reason in front of that list.
+`LightningModule.load_from_checkpoint` builds a float module, which has no place for the state of quantizers, and torch
+lists the keys that it did not expect. No callback takes part there. So once this module is imported, every
+LightningModule gets a hook that puts the reason in front of that list.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
-from weakref import WeakSet
 
 from lightning.pytorch import LightningModule
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from qat.errors import TrainingError
-from qat.layers import quantized_layers
 from qat.optimizers import learned_ranges
 
 __all__ = ["refuse_float_optimizer"]
 
-_QUANTIZERS = frozenset({"weight_quantizer", "input_quantizer", "output_quantizer"})
-_FLOAT = (
-    "the checkpoint holds quantizers but the module is float: call qat.prepare(self.model, spec, algorithm) in its "
-    "__init__, or pass ckpt_path to a Trainer with the QuantizationAwareTraining callback"
+_QUANTIZER = re.compile(r"\b(weight|input|output)_quantizer\.")
+_REASON = (
+    "the checkpoint holds other quantizers than the module: call qat.prepare(self.model, spec, algorithm) in its "
+    "__init__, as the run that saved it, or pass ckpt_path to a Trainer with that run's QuantizationAwareTraining"
 )
-_OTHER = (
-    "the checkpoint holds other quantizers than the module: use the spec and the algorithm of the run that saved it"
-)
-_hooked: WeakSet[LightningModule] = WeakSet()
 
 
 def refuse_float_optimizer(module: LightningModule, checkpoint: Mapping[str, Any]) -> None:
@@ -46,15 +41,13 @@ def refuse_float_optimizer(module: LightningModule, checkpoint: Mapping[str, Any
 
 def _explain(module: nn.Module, incompatible: Any) -> None:
     """Put the reason before the unexpected keys. With ``strict=False`` they are no error, and it is none either."""
-    unexpected = incompatible.unexpected_keys
-    told = not {_FLOAT, _OTHER}.isdisjoint(unexpected)  # by a LightningModule within this one
-    if not told and any(not _QUANTIZERS.isdisjoint(key.split(".")) for key in unexpected):
-        unexpected.insert(0, _OTHER if any(quantized_layers(module)) else _FLOAT)
+    keys = incompatible.unexpected_keys
+    if _REASON not in keys and any(map(_QUANTIZER.search, keys)):
+        keys.insert(0, _REASON)
 
 
 def _hook(module: nn.Module, name: str, submodule: nn.Module) -> None:
-    if isinstance(module, LightningModule) and module not in _hooked:
-        _hooked.add(module)
+    if isinstance(module, LightningModule) and _explain not in module._load_state_dict_post_hooks.values():
         module.register_load_state_dict_post_hook(_explain)  # type: ignore[no-untyped-call]
 
 

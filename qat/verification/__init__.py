@@ -15,7 +15,6 @@ Four questions, each answered by checks of their own in the report:
 from __future__ import annotations
 
 import copy
-import json
 import os
 import site
 import subprocess
@@ -27,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
 from qat.errors import LoadError, StateError, VerifyError
@@ -36,7 +36,7 @@ from qat.files.manifest import Environment, ExampleRecord, Manifest, read_manife
 from qat.hosts import Target, get_target
 from qat.hosts.base import Reloaded
 from qat.hosts.stock import stock_reload
-from qat.loading import check_files, check_headers, fill, frozen_record_of, skeleton, weight_headers
+from qat.loading import check_files, check_headers, fill, skeleton
 from qat.tensors import model_device
 from qat.verification.comparison import layer_faults, meta_faults, reference_faults, tensor_faults
 from qat.verification.outputs import compute_outputs, output_faults
@@ -72,12 +72,7 @@ class VerifyReport:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, for ``--json``."""
-        return {**asdict(self), "checks": [asdict(check) for check in self.checks], "ok": self.ok}
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> VerifyReport:
-        """The inverse of `to_json`."""
-        return cls(data["directory"], data["target"], tuple(Check(**check) for check in data["checks"]))
+        return {**asdict(self), "ok": self.ok}
 
     def __str__(self) -> str:
         width = max((len(check.name) for check in self.checks), default=0)
@@ -153,8 +148,8 @@ def _in_fresh_process(directory: Path) -> VerifyReport:
     command = [sys.executable, "-P", "-m", "qat.cli", "verify", str(directory), "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=_environment())
     try:
-        report = VerifyReport.from_json(json.loads(done.stdout))
-    except (ValueError, KeyError, TypeError):
+        report = TypeAdapter(VerifyReport).validate_json(done.stdout)
+    except ValidationError:
         said = "\n".join((done.stderr.strip() or done.stdout.strip()).splitlines()[-30:])
         ended = f"was ended by signal {-done.returncode}" if done.returncode < 0 else f"ended with {done.returncode}"
         raise VerifyError(f"the verifying process for {str(directory)!r} {ended}:\n{said}") from None
@@ -175,12 +170,12 @@ def _environment() -> dict[str, str]:
 def _checks(
     directory: Path, manifest: Manifest, reference: nn.Module | None, inputs: Any, model: nn.Module | None
 ) -> Iterator[Check]:
-    record, target = frozen_record_of(manifest), get_target(manifest.target)
+    record, target = manifest.frozen, get_target(manifest.target)
     format = target.format
     faults = check_files(directory, manifest, hashes=True)
     yield _check("files", faults, f"{len(manifest.files)} files, sizes and hashes as written")
     try:
-        faults = check_headers(manifest, weight_headers(directory, manifest))
+        faults = check_headers(directory, manifest)
         faults += format.map_faults(record, directory) if format.map_name in manifest.files else []
     except LoadError as error:
         faults = [str(error)]

@@ -19,12 +19,11 @@ __all__ = ["layer_faults", "meta_faults", "reference_faults", "tensor_faults"]
 
 def meta_faults(model: nn.Module) -> list[str]:
     """Tensors without data; torch computes garbage with them on CPU and says nothing."""
-    faults = []
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        inner = inner_tensors(tensor)
-        if any(part.device.type == "meta" for part in inner):
-            faults.append(f"{name} is on the meta device: it was never loaded")
-    return faults
+    return [
+        f"{name} is on the meta device: it was never loaded"
+        for name, tensor in (*model.named_parameters(), *model.named_buffers())
+        if any(part.is_meta for part in inner_tensors(tensor))
+    ]
 
 
 def layer_faults(model: nn.Module, record: FrozenRecord, format: Format, codes_only: bool) -> list[str]:
@@ -86,15 +85,14 @@ def reference_faults(
             yield f"{name} is not a quantized layer in both models"
             continue
         first, second = format.read(old).weight, format.read(new).weight
-        parts = [("codes", first.codes, second.codes)]
+        parts = {"codes": (first.codes, second.codes)}
         if not codes_only:
-            parts.append(("scale", first.scale, second.scale))
+            parts["scale"] = (first.scale, second.scale)
             if first.shift is not None and second.shift is not None:
-                parts.append(("shift", first.shift, second.shift))
-            parts.append(("weight", format.values(old), format.values(new)))
-        for part, expected, given in parts:
-            gap = difference(expected, given)
-            if gap is not None:
+                parts["shift"] = (first.shift, second.shift)
+            parts["weight"] = (format.values(old), format.values(new))
+        for part, (expected, given) in parts.items():
+            if (gap := difference(expected, given)) is not None:
                 yield f"{name}, {part}: {gap}"
         if first.qtype != second.qtype:
             yield f"{name}, type: {second.qtype.name} instead of {first.qtype.name}"

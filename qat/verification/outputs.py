@@ -34,8 +34,10 @@ def _bare(model: nn.Module) -> Iterator[None]:
 def compute_outputs(model: nn.Module, inputs: Any) -> dict[str, Tensor]:
     """Run a model on example inputs, as a reload would: in evaluation mode, without gradients and without autocast.
 
+    The model runs where it is, and is left in the modes it had. What draws noise gets a fixed seed.
+
     Args:
-        model: is run on the device where it is, and left in the modes it had. What draws noise gets a fixed seed.
+        model: the model.
         inputs: a mapping (keyword arguments), a tuple or list (positional ones), or one tensor, on any device.
 
     Returns:
@@ -63,8 +65,7 @@ def output_faults(
 ) -> tuple[list[str], float]:
     """Compare outputs: bit for bit, or within a tolerance relative to each tensor's largest value.
 
-    Returns:
-        One sentence for each tensor that differs, and the largest relative difference of all.
+    Returns a sentence for each tensor that differs, and the largest relative difference of all.
     """
     if found.keys() != wanted.keys():
         return [f"outputs are {sorted(found)}, not {sorted(wanted)}"], float("inf")

@@ -11,7 +11,7 @@ import lightning
 import torch
 from lightning.pytorch.callbacks import Checkpoint
 
-from qat.config import ConfigError
+from recipes.common.config import ConfigError
 from recipes.common.progress import progress_bar
 from recipes.common.settings import TrainerSettings
 

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 import qat
-from qat.exporting.card import CARD_NAME, add_section
+from qat.exporting.card import CARD_NAME
+from recipes.common.card import add_section
 from recipes.common.diffusion import DiffusionData, move_encoders
 from recipes.common.diffusion_config import DiffusionConfig, sequence, source_of
 from recipes.common.models import load_pipeline

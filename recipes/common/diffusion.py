@@ -13,9 +13,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import qat
-from qat.report import inspect_totals
 from recipes.common.diffusion_config import DiffusionConfig, sequence
 from recipes.common.progress import track
+from recipes.common.results import inspect_totals
 from recipes.common.training import require_whole_batch, training_batches
 from recipes.data import DataError
 from recipes.data.conditioning import call_arguments

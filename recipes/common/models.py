@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import qat
-from qat.config import ConfigError
+from recipes.common.config import ConfigError
 
 __all__ = ["load_language_model", "load_pipeline", "require_packages"]
 

@@ -1,18 +1,23 @@
-"""The table that a recipe ends with, at the terminal and as JSON."""
+"""What a recipe shows: the totals of an inspection, and the table that it ends with, which is written as JSON too."""
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from math import isfinite
 from pathlib import Path
 
+from rich.console import Console
 from rich.table import Table
 
-from qat.report import print_table, show_size
+import qat
 
-__all__ = ["ResultRow", "show_results"]
+__all__ = ["ResultRow", "inspect_totals", "show_results", "show_size"]
+
+
+WIDTH_OF_FILES = 160  # columns where the output is no terminal, which has no width of its own
 
 
 @dataclass(frozen=True)
@@ -55,4 +60,30 @@ def show_results(rows: Sequence[ResultRow], path: Path, metrics: Sequence[str]) 
         values = [f"{shown.metrics[name]:.4f}" for name in metrics]
         rate = "-" if shown.learning_rate is None else f"{shown.learning_rate:.3g}"
         table.add_row(shown.name, *values, show_size(shown.bytes_on_disk), str(shown.steps), rate)
-    print_table(table)
+    console = Console()
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console = Console(width=WIDTH_OF_FILES)
+    with console.capture() as shown_table:
+        console.print(table)
+    print(shown_table.get(), end="")  # which raises where rich would end the program: when the reader has left
+
+
+def inspect_totals(report: qat.InspectReport) -> str:
+    """Say in one line how much will be quantized, and below it the inspection's notes, a line each."""
+    totals = (
+        f"{report.quantized_share:.1%} of {report.parameters:,} parameters are quantized; linear weights "
+        f"{show_size(report.bytes_before)} in {report.spec.dtype} -> {show_size(report.bytes_after)} as exported"
+    )
+    return "\n".join([totals, *report.notes])
+
+
+def show_size(count: int) -> str:
+    """Show a number of bytes.
+
+    >>> show_size(11_534_336)
+    '11.00 MiB'
+    """
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if count >= size:
+            return f"{count / size:.2f} {unit}"
+    return f"{count} B"

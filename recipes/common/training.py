@@ -15,9 +15,9 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 import qat
-from qat.config import ConfigError
 from qat.training.task import QuantizedTask, Task
 from recipes.common.callbacks import SeedNoise, StepProgress, mixed_seed, step_of
+from recipes.common.config import ConfigError
 from recipes.common.settings import OptimizationSettings, TrainerSettings
 from recipes.data import DataError
 from recipes.data.tensors import move

@@ -20,27 +20,17 @@ from typing import Any, TypeVar, get_args, get_origin
 import tyro
 import yaml
 from pydantic import BaseModel, ValidationError
-from tyro.constructors import (
-    ConstructorRegistry,
-    PrimitiveConstructorSpec,
-    PrimitiveTypeInfo,
-    StructConstructorSpec,
-    StructTypeInfo,
-)
+from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructTypeInfo
 
+from qat.cli import mapping_rule
 from qat.errors import QatError
 
-__all__ = [
-    "REGISTRY",
-    "ConfigError",
-    "load_config",
-    "read_yaml",
-]
+__all__ = ["ConfigError", "load_config", "read_yaml"]
 
 Model = TypeVar("Model", bound=BaseModel)
 
-REGISTRY = ConstructorRegistry()
-"""What tyro must know to parse our models: into mappings, for the models to validate."""
+_REGISTRY = ConstructorRegistry()  # what tyro must know to parse our models: into mappings, for the models to validate
+_REGISTRY.primitive_rule(mapping_rule)
 
 
 class ConfigError(QatError, ValueError):
@@ -73,7 +63,7 @@ def load_config(model: type[Model], argv: Sequence[str], description: str, *, pr
         default = _validated(model, _merged(default, read_yaml(path)), str(path))
     markers = (tyro.conf.CascadeSubcommandArgs,)  # a section's options may come before and after a subcommand
     values: Any = tyro.cli(
-        model, args=arguments, default=default, description=description, prog=prog, config=markers, registry=REGISTRY
+        model, args=arguments, default=default, description=description, prog=prog, config=markers, registry=_REGISTRY
     )
     return _validated(model, values, "command line")
 
@@ -158,7 +148,7 @@ def _fields(annotation: Any, section: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(name for part in get_args(annotation) for name in _fields(part, inner)))
 
 
-@REGISTRY.struct_rule
+@_REGISTRY.struct_rule
 def _model_rule(info: StructTypeInfo) -> StructConstructorSpec | None:
     """Parse a model as tyro does, but into a mapping; the field ``kind``, which has one value, is no option."""
     if _model_rule in info.markers or not (isinstance(info.type, type) and issubclass(info.type, BaseModel)):
@@ -173,24 +163,3 @@ def _model_rule(info: StructTypeInfo) -> StructConstructorSpec | None:
 
     collect.__doc__ = info.type.__doc__  # what --help shows
     return replace(own, instantiate=collect, fields=tuple(field for field in own.fields if field.name not in kind))
-
-
-@REGISTRY.primitive_rule
-def _mapping_rule(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[dict[str, Any]] | None:
-    """Parse a mapping from ``KEY=VALUE`` words, each value as YAML."""
-    if info.type_origin is not dict:
-        return None
-
-    def parse(words: list[str]) -> dict[str, Any]:
-        try:
-            return {word[: word.index("=")]: yaml.safe_load(word[word.index("=") + 1 :]) for word in words}
-        except (ValueError, yaml.YAMLError):
-            raise ValueError(f"expected KEY=VALUE words with values in YAML, got {' '.join(words)!r}") from None
-
-    return PrimitiveConstructorSpec(
-        nargs="*",
-        metavar="[KEY=VALUE ...]",
-        instance_from_str=parse,
-        is_instance=lambda value: isinstance(value, dict),
-        str_from_instance=lambda value: [f"{key}={item}" for key, item in value.items()],
-    )

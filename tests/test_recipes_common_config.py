@@ -9,13 +9,13 @@ import pytest
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
-from qat.config import (
+from qat.errors import QatError
+from qat.spec import LayerSpec, QuantSpec
+from recipes.common.config import (
     ConfigError,
     load_config,
     read_yaml,
 )
-from qat.errors import QatError
-from qat.spec import LayerSpec, QuantSpec
 from recipes.common.settings import OptimizationSettings
 
 
@@ -292,7 +292,7 @@ def test_a_configuration_error_is_a_value_error_of_ours() -> None:
 
 def test_reading_a_configuration_needs_no_torch() -> None:
     code = (
-        "import sys; from qat.config import load_config; from qat.spec import QuantSpec; "
+        "import sys; from recipes.common.config import load_config; from qat.spec import QuantSpec; "
         "load_config(QuantSpec, ['--weights', 'int4'], 'x'); print('torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
