@@ -30,7 +30,8 @@ from pathlib import Path
 import torch
 from lightning.pytorch.strategies import DDPStrategy
 from qat import Absmax, freeze
-from qat.files.evidence import frozen_record
+from pydantic import TypeAdapter
+from qat.files.evidence import FrozenRecord, frozen_record
 from tests.training_modules import *
 
 class Lopsided(UserModule):
@@ -56,7 +57,7 @@ for name, run in runs.items():
     trainer = quiet_trainer(directory, callback, strategy=strategy, devices=2)
     trainer.fit(module, loader(16))
     freeze(module.model)
-    record = frozen_record(module.model).to_json()
+    record = TypeAdapter(FrozenRecord).dump_python(frozen_record(module.model), mode="json")
     (directory / f"{name}-{trainer.global_rank}.json").write_text(json.dumps(record))
 """
 

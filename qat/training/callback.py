@@ -271,7 +271,9 @@ class QuantizationAwareTraining(Callback):
             self._switch(pl_module, True, False, required=True)
             self._phase = None
 
-    on_exception = teardown
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """See `teardown`."""
+        self.teardown(trainer, pl_module, "")
 
     def _phase_of(self, trainer: Trainer) -> tuple[bool, bool]:
         """Whether layers fake-quantize and whether observers record, at this step of a fit."""
