@@ -25,7 +25,7 @@ from qat.hosts.base import last_parts
 from qat.hosts.construction import constructed_tensors, differs, unstored_tensors
 from qat.layers import QuantizedLayer, layer_class, quantized_layers
 from qat.optimizers import unchanged
-from qat.preparation import Prepared, forget_prepared, prepared_as
+from qat.preparation import Prepared, forget_prepared, has_run, prepared_as
 from qat.quantizers.activation import ActivationQuantizer
 
 __all__ = ["FreezeReport", "freeze", "frozen_copy"]
@@ -60,13 +60,13 @@ def freeze(model: nn.Module, target: str | None = None, *, allow_unreached: bool
     Args:
         model: a prepared model, the very module that `qat.prepare` was called on.
         target: who will load the export; default the one named at prepare.
-        allow_unreached: freeze layers that never ran since they were prepared. Somebody may have trained around them,
-            with the float weight. Layers in compiled modules, and those that a checkpoint was loaded into, are not
-            asked for: nothing is known of them.
+        allow_unreached: freeze layers that never ran although the model did: training or evaluation may have gone
+            around them, with the float weight. A model that never ran since it was prepared is frozen without question,
+            and so are layers in compiled modules and those that a checkpoint was loaded into: nothing is known of them.
 
     Raises:
-        StateError: the model was not prepared, layers never ran, or training left inf or NaN in a layer. Nothing is
-            changed then.
+        StateError: the model was not prepared, layers never ran although the model did, or training left inf or NaN in
+            a layer. Nothing is changed then.
         TargetError: it was prepared for another target, and this one cannot serve it.
         CalibrationError: activations are quantized but were never calibrated. Nothing is changed then.
         QatError: a quantizer's packed codes give other values than its forward did. That is a fault of its algorithm,
@@ -84,9 +84,9 @@ def freeze(model: nn.Module, target: str | None = None, *, allow_unreached: bool
     unreached = _unreached(model)
     if unreached and not allow_unreached:
         raise StateError(
-            f"model: {len(unreached)} prepared layers never ran ({_listed(unreached)}), so nothing shows "
-            "that training used their quantized weight: exclude layers whose weight is read without a call (prepare "
-            "finds them with example_inputs), run the model once, or pass allow_unreached=True"
+            f"model: {len(unreached)} prepared layers never ran ({_listed(unreached)}) although the model did, so "
+            "nothing shows that training used their quantized weight: exclude layers whose weight is read without a "
+            "call (prepare finds them with example_inputs), run the model once, or pass allow_unreached=True"
         )
     for warning in unchanged(model, unreached):
         logger.warning("%s", warning)
@@ -160,17 +160,16 @@ def frozen_copy(model: nn.Module, target: str | None = None) -> nn.Module:
 
 
 def _unreached(model: nn.Module) -> list[str]:
-    """Prepared layers that never ran; nothing is known of those within compiled modules, or after a load."""
+    """Prepared layers that never ran, if anything did; compiled modules and loaded layers are not known."""
+    layers = list(quantized_layers(model))
+    if not (has_run(model) or any(layer.reached for _, layer in layers)):
+        return []
     compiled = tuple(
         f"{name}." if name else ""
         for name, module in model.named_modules()
         if module._compiled_call_impl is not None or type(module).__name__ == "OptimizedModule"
     )
-    return [
-        name
-        for name, layer in quantized_layers(model)
-        if layer.reached is False and not f"{name}.".startswith(compiled)
-    ]
+    return [name for name, layer in layers if layer.reached is False and not f"{name}.".startswith(compiled)]
 
 
 @torch.no_grad()

@@ -21,9 +21,10 @@ from qat.quantizers import Algorithm, StraightThrough
 from qat.quantizers.activation import ActivationQuantizer
 from qat.spec import QuantSpec
 
-__all__ = ["PrepareReport", "Prepared", "forget_prepared", "parameter_groups", "prepare", "prepared_as"]
+__all__ = ["PrepareReport", "Prepared", "forget_prepared", "has_run", "parameter_groups", "prepare", "prepared_as"]
 
 _ATTRIBUTE = "_qat_prepared"
+_RAN = "_qat_ran"
 logger = logging.getLogger("qat")
 
 
@@ -108,6 +109,7 @@ def prepare(
     notes = (*report.notes, *(f"untied: {name}" for name in untied))
     setattr(model, _ATTRIBUTE, Prepared(spec, algorithm, target, observer, notes, report.left_float))
     model.register_load_state_dict_pre_hook(_complete_float_checkpoint)  # type: ignore[no-untyped-call]
+    model.register_forward_pre_hook(_note_run)
     watch(model)
     return PrepareReport(report, tuple(name for name, _ in quantized_layers(model)), tuple(untied))
 
@@ -123,6 +125,16 @@ def prepared_as(model: nn.Module) -> Prepared:
         raise StateError("model: was not prepared: call qat.prepare(model, spec) first, on this same module")
     assert isinstance(prepared, Prepared)
     return prepared
+
+
+def _note_run(model: nn.Module, _: Any) -> None:
+    if not torch.compiler.is_compiling():  # compiled code under activation checkpointing may not set attributes
+        setattr(model, _RAN, True)
+
+
+def has_run(model: nn.Module) -> bool:
+    """Whether ``model`` itself was called, outside compiled code, since it was prepared."""
+    return getattr(model, _RAN, False)
 
 
 def forget_prepared(model: nn.Module) -> None:

@@ -92,7 +92,7 @@ def test_worker_processes_that_would_lose_the_quantizers_are_refused(tmp_path: P
     with pytest.raises(Exception, match=r"before the fit, or use strategy='ddp'"):
         quiet_trainer(tmp_path, quantization(INT8, LearnedStep()), **options).fit(UserModule(), loader())
     prepared = UserModule()
-    qat.prepare(prepared.model, INT8, LearnedStep())
+    qat.prepare(prepared.model, INT8, algorithm=LearnedStep())
     before = layers_of(prepared)[0].weight_quantizer.scale.detach().clone()
     quiet_trainer(tmp_path, quantization(INT8, LearnedStep()), **options).fit(prepared, loader())
     assert not before.equal(layers_of(prepared)[0].weight_quantizer.scale)

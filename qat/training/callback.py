@@ -266,13 +266,15 @@ class QuantizationAwareTraining(Callback):
         """Leave the model as it will be used: fake quantization on, observers off."""
         self._switch(pl_module, True, False)
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str | BaseException) -> None:
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """The same after a tuner's run, which ends without the hooks of training, and after an error."""
         if self._phase is not None:
             self._switch(pl_module, True, False, required=True)
             self._phase = None
 
-    on_exception = teardown  # type: ignore[assignment]  # the name of its third parameter differs
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """See `teardown`."""
+        self.teardown(trainer, pl_module, "")
 
     def _phase_of(self, trainer: Trainer) -> tuple[bool, bool]:
         """Whether layers fake-quantize and whether observers record, at this step of a fit."""
