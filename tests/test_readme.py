@@ -127,14 +127,15 @@ def test_links_lead_somewhere() -> None:
 
 
 @pytest.mark.slow
-def test_python_blocks_run(tmp_path: Path) -> None:
-    python_blocks = blocks(readme(), "python")
-    assert python_blocks, "the README shows no library example"
+@pytest.mark.parametrize("page", ["README.md", "docs/usage.md"])
+def test_python_blocks_run(tmp_path: Path, page: str) -> None:
+    python_blocks = blocks((ROOT / page).read_text(encoding="utf-8"), "python")
+    assert python_blocks, f"{page} shows no library example"
     (tmp_path / "recipes").symlink_to(ROOT / "recipes", target_is_directory=True)
-    script = tmp_path / "README.py"
+    script = tmp_path / "page.py"
     script.write_text(as_script(python_blocks))
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, str(script)], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
     )
-    assert done.returncode == 0, f"README.md, by its own line numbers:\n{done.stderr}"
+    assert done.returncode == 0, f"{page}, by its own line numbers:\n{done.stderr}"
