@@ -117,7 +117,9 @@ class Arm:
         self.model = build(self.shape, getattr(torch, arguments.dtype), arguments.device)
         ARMS[arm](self.model, qtype, arguments.serving)
         self.called = torch.compile(self.model) if arguments.compile else self.model
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=arguments.device == "cuda")
+        # Learned ranges must not be decayed; every other parameter is treated as AdamW treats it by default.
+        groups = qat.parameter_groups(self.model, lr=1e-5, weight_decay=0.01) if arm == "learned" else None
+        self.optimizer = torch.optim.AdamW(groups or self.model.parameters(), lr=1e-5, fused=arguments.device == "cuda")
 
     def step(self) -> float:
         """Seconds of one training step on fresh random tokens."""
