@@ -1,0 +1,91 @@
+"""A directory that appears whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import qat.files.shards as layout
+from qat.errors import ExportError
+from qat.exporting import ExportReport, export
+from qat.files.manifest import MANIFEST_NAME
+from tests.exports import (
+    frozen_layers,
+    frozen_llama,
+)
+
+
+class TestAllOrNothing:
+    @staticmethod
+    def full_disk(monkeypatch: pytest.MonkeyPatch, after: int) -> None:
+        """Let the disk be full after so many tensors, in the middle of a file."""
+        calls = []
+        honest: Callable[[torch.Tensor], memoryview] = layout.raw_bytes
+
+        def raw_bytes(tensor: torch.Tensor) -> memoryview:
+            calls.append(tensor)
+            if len(calls) > after:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return honest(tensor)
+
+        monkeypatch.setattr(layout, "raw_bytes", raw_bytes)
+
+    def test_a_full_disk_leaves_nothing(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        self.full_disk(monkeypatch, after=10)
+        with pytest.raises(ExportError, match=r"No space left on device; free space") as caught:
+            export(frozen_llama(weights="int8"), tmp_path / "out")
+        assert isinstance(caught.value.__cause__, OSError)
+        assert not list(tmp_path.iterdir())
+
+    def test_a_full_disk_leaves_the_old_export_untouched(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        export(frozen_llama(weights="int8"), tmp_path / "out")
+        before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+        self.full_disk(monkeypatch, after=3)
+        with pytest.raises(ExportError):
+            export(frozen_llama(weights="int4"), tmp_path / "out", overwrite=True)
+        assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+        assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+    def test_a_rename_that_fails_puts_the_old_export_back(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        export(frozen_llama(weights="int8"), tmp_path / "out")
+        before = (tmp_path / "out" / MANIFEST_NAME).read_bytes()
+        honest = Path.rename
+
+        def rename(self: Path, target: Path) -> Path:
+            if self.suffix == ".tmp":
+                raise OSError(errno.EIO, "Input/output error")
+            return honest(self, target)
+
+        monkeypatch.setattr(Path, "rename", rename)
+        with pytest.raises(ExportError, match="Input/output error"):
+            export(frozen_llama(weights="int4"), tmp_path / "out", overwrite=True)
+        assert (tmp_path / "out" / MANIFEST_NAME).read_bytes() == before
+        assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+    def test_a_processor_that_fails_leaves_nothing(self, tmp_path: Path) -> None:
+        class Broken:
+            def save_pretrained(self, directory: str) -> None:
+                raise KeyError("vocab")
+
+        with pytest.raises(ExportError, match="KeyError"):
+            export(frozen_llama(weights="int8"), tmp_path / "out", processor=Broken())
+        assert not list(tmp_path.iterdir())
+
+    def test_overwrite_replaces_the_whole_directory(self, tmp_path: Path) -> None:
+        export(frozen_layers((16, 32)), tmp_path / "out")
+        (tmp_path / "out" / "stale.bin").write_text("old")
+        report: ExportReport = export(frozen_llama(weights="int8"), tmp_path / "out", overwrite=True)
+        assert {path.name for path in (tmp_path / "out").iterdir()} == set(report.files)
+        assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+    def test_what_is_no_export_is_never_replaced(self, tmp_path: Path) -> None:
+        (tmp_path / "notes.txt").write_text("mine")
+        with pytest.raises(ExportError, match=r"holds no qat_manifest.json, so it is no export, and is not replaced"):
+            export(frozen_layers((16, 32)), tmp_path, overwrite=True)
+        assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]

@@ -1,0 +1,82 @@
+"""Outputs for evidence: those of the bare model, whatever a trainer left on it."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import qat
+from qat.verification.outputs import compute_outputs, output_faults
+from tests.exports import IDS, small_llama
+
+
+def with_autocast(forward: Any) -> Any:
+    """What HF Trainer(bf16=True) and Accelerator(mixed_precision="bf16") put around ``model.forward``."""
+
+    @functools.wraps(forward)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        with torch.autocast("cpu", torch.bfloat16):
+            return forward(*args, **kwargs)
+
+    return wrapped
+
+
+def small_model() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 8))
+
+
+@pytest.mark.parametrize("place", ["model", "submodule", "both"])
+def test_a_forward_on_the_object_is_passed_over_and_stays(place: str) -> None:
+    model, x = small_model(), torch.randn(4, 64)
+    bare = model(x)
+    patched = {"model": [model], "submodule": [model[0]], "both": [model, model[0]]}[place]
+    for module in patched:
+        module.forward = with_autocast(module.forward)  # type: ignore[method-assign]
+    assert not torch.equal(model(x), bare)
+    assert torch.equal(compute_outputs(model, x)["output"], bare)
+    assert all("forward" in vars(module) for module in patched)
+    assert not torch.equal(model(x), bare)
+
+
+def test_autocast_around_the_call_is_passed_over() -> None:
+    model, x = small_model(), torch.randn(4, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(x).dtype is torch.bfloat16
+        found = compute_outputs(model, x)["output"]
+    assert torch.equal(found, model(x))
+
+
+def test_a_forward_that_raises_is_put_back() -> None:
+    model = small_model()
+    model.forward = with_autocast(model.forward)  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError):
+        compute_outputs(model, torch.randn(4, 3))
+    assert "forward" in vars(model)
+
+
+@pytest.mark.parametrize(("weights", "dtype"), [("int8", "float32"), ("int8", "bfloat16"), ("int4", "float32")])
+def test_an_export_of_a_model_with_a_wrapper_verifies(tmp_path: Path, weights: Any, dtype: Any) -> None:
+    model: Any = small_llama(tie_word_embeddings=False)
+    qat.prepare(model, qat.QuantSpec(weights=weights, dtype=dtype), target="transformers")
+    model.forward = with_autocast(model.forward)
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    qat.freeze(model)
+    qat.export(model, tmp_path / "out", example_inputs={"input_ids": IDS})
+    report = qat.verify(tmp_path / "out", reference=model)
+    assert "equal, bit for bit" in str(report)
+
+
+def test_outputs_differ_by_name_and_size() -> None:
+    one, other = {"a": torch.tensor([1.0, 2.0])}, {"a": torch.tensor([1.0, 2.5])}
+    assert output_faults(one, one) == ([], 0.0)
+    faults, worst = output_faults(other, one)
+    assert faults == ["a: 1 of 2 numbers differ, by up to 0.5 (0.25 of the largest)"]
+    assert worst == 0.25
+    assert output_faults(other, one, tolerance=0.3) == ([], 0.25)
+    assert output_faults({}, one)[0] == ["outputs are [], not ['a']"]
