@@ -176,8 +176,8 @@ class Format(ABC):
         Loaders are lenient: codes of the wrong type are read as other numbers, a missing bias stays uninitialised
         memory. All of that can be seen in the headers of the files, before one tensor is read.
 
-        ``types`` and ``group_size`` are declared; ``shape`` and ``bias`` are those of the layer in the model. ``found`` is
-        what the headers say, by the tensors' names below the layer's.
+        ``types`` and ``group_size`` are declared; ``shape`` and ``bias`` are those of the layer in the model; ``found``
+        is what the headers say, by the tensors' names below the layer's.
         """
         weights, dtype = types.weights.name, str(types.dtype).removeprefix("torch.")
         computed = types.weights.group_size(shape[1])
@@ -269,5 +269,5 @@ class Format(ABC):
         return None
 
     def stock_codes(self, layer: FrozenLayer) -> Tensor:
-        """The codes, ``(out, in)``, that a stock load derives from a layer's values in float32, if there is such a load."""
+        """The codes, ``(out, in)``, that a stock load derives from values in float32, if there is such a load."""
         raise ExportError(f"float_grid=True: no stock load quantizes into format {self.name!r}: export packed weights")

@@ -136,7 +136,6 @@ class _Quanto(Format):
         return None
 
     def warnings(self, layers: Iterable[tuple[LayerTypes, tuple[int, int], bool]]) -> list[str]:
-        """float8 layers with a bias on a CUDA GPU."""
         losing = sum(bias and _loses_bias_on_cuda(types, shape) for types, shape, bias in layers)
         if not losing:
             return []
@@ -166,7 +165,6 @@ class _Quanto(Format):
         return [("On a CUDA GPU", text)]
 
     def card_loading(self) -> list[str]:
-        """The loader of quanto itself."""
         return [
             f"Without `qat`: `optimum.quanto.requantize` with `{self.map_name}` fills a float model built on the CPU."
         ]
@@ -280,7 +278,6 @@ class _Quanto(Format):
         *,
         plain_on_cpu: bool = False,
     ) -> nn.Module:
-        """A frozen ``optimum.quanto.nn.QLinear``."""
         layer = self.empty(types, shape, "bias" in tensors)
         parts = {key: tensors[key] for key in WEIGHT_KEYS if key in tensors}
         layer.weight = self.weight(layer, parts, plain_on_cpu=plain_on_cpu)
@@ -290,7 +287,6 @@ class _Quanto(Format):
         return layer  # type: ignore[no-any-return]
 
     def is_frozen(self, module: nn.Module) -> bool:
-        """Whether it is one of quanto's modules, with packed weights."""
         return getattr(module, "weight_qtype", None) is not None and bool(getattr(module, "frozen", False))
 
     def values(self, module: nn.Module) -> Tensor:
@@ -298,7 +294,6 @@ class _Quanto(Format):
         return module.weight.dequantize()  # type: ignore[operator]
 
     def declared(self, module: nn.Module) -> LayerTypes:
-        """As quanto's attributes say."""
         layer: Any = module
         active = layer.activation_qtype
         return LayerTypes(
@@ -308,7 +303,6 @@ class _Quanto(Format):
         )
 
     def read(self, module: nn.Module) -> FrozenLayer:
-        """What any of quanto's linear layers holds."""
         layer: Any = module
         weight, types = _plain(layer.weight), self.declared(module)
         scale = weight._scale.reshape(1, 1) if weight._scale.ndim == 0 else weight._scale
@@ -316,7 +310,6 @@ class _Quanto(Format):
         return FrozenLayer(frozen, layer.bias, types, layer.input_scale, layer.output_scale)
 
     def is_settled(self, module: nn.Module, *, plain_on_cpu: bool) -> bool:
-        """Whether the tensor class is the one that the loader holds."""
         weight: Any = module.weight
         return type(_held(weight, plain_on_cpu)) is type(weight.data)
 
@@ -329,7 +322,6 @@ class _Quanto(Format):
             layer.weight = nn.Parameter(held, requires_grad=False)
 
     def fill(self, model: nn.Module, directory: Path, files: Iterable[str]) -> tuple[nn.Module, str]:
-        """``optimum.quanto.requantize``."""
         from optimum.quanto import requantize
         from safetensors.torch import load_file
 
@@ -340,7 +332,6 @@ class _Quanto(Format):
         return model.eval(), "optimum.quanto.requantize on a model built on CPU"
 
     def load_language_model(self, directory: Path, **arguments: Any) -> tuple[nn.Module, str]:
-        """``QuantizedModelForCausalLM.from_pretrained``."""
         from optimum.quanto import QuantizedModelForCausalLM
 
         wrapper: Any = QuantizedModelForCausalLM.from_pretrained(str(directory), trust_remote_code=False, **arguments)

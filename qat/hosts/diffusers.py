@@ -41,7 +41,6 @@ __all__ = ["DIFFUSERS"]
 @dataclass(frozen=True)
 class _Diffusers(Host):
     def can_build(self, cls: type) -> bool:
-        """Whether it is a model with a configuration."""
         return self.owns(cls) and hasattr(cls, "from_config")
 
     def build(self, cls: Any, config: Any, dtype: torch.dtype, *, empty: bool) -> nn.Module:
@@ -58,7 +57,6 @@ class _Diffusers(Host):
             torch.set_default_dtype(default)
 
     def read_config(self, cls: Any, directory: Path, manifest: Manifest) -> Any:
-        """The fields of ``config.json``."""
         return cls.load_config(directory)
 
     def config_fields(self, model: Any, dtype: torch.dtype) -> dict[str, Any] | None:
@@ -75,11 +73,9 @@ class _Diffusers(Host):
         return self.kept_in_float32(model, name, dtype)
 
     def sensitive_part(self, model: nn.Module, name: str) -> str | None:
-        """See `qat.hosts.sensitivity`."""
         return sensitive_part(model, name)
 
     def spec_faults(self, spec: QuantSpec) -> list[str]:
-        """Activations and a second weight type."""
         faults = super().spec_faults(spec)
         if spec.activation_type is not None:
             faults.append(
@@ -96,7 +92,6 @@ class _Diffusers(Host):
         return faults
 
     def model_faults(self, model: nn.Module) -> list[str]:
-        """A model of any other library, or one with adapters."""
         if self.owns(model):
             return self._added_faults(model)
         return [
@@ -121,7 +116,6 @@ class _Diffusers(Host):
         return False
 
     def quantization_config(self, model: nn.Module, record: FrozenRecord) -> dict[str, Any] | None:
-        """The stock fields."""
         return {
             "quant_method": "quanto",
             "weights_dtype": record.spec.weights,
@@ -129,7 +123,6 @@ class _Diffusers(Host):
         }
 
     def float_grid_arguments(self, model: nn.Module, record: FrozenRecord, weights: str) -> dict[str, Any]:
-        """The type, and the last parts of the names of float layers."""
         skipped = _modules_to_not_convert(model, record)
         return {"weights_dtype": weights, **({"modules_to_not_convert": skipped} if skipped else {})}
 
@@ -149,7 +142,6 @@ class _Diffusers(Host):
         return Reloaded(loaded, how)
 
     def card(self, manifest: Manifest, module: str, cls: str, format: Format) -> CardLines:
-        """``from_pretrained``, and the use in a pipeline."""
         dtype = f"torch.{manifest.dtype}"
         code = ["import torch", f"from {module} import {cls}"]
         if manifest.float_grid:

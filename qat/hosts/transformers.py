@@ -45,11 +45,9 @@ def attention_arguments(manifest: Manifest) -> dict[str, str]:
 @dataclass(frozen=True)
 class _Transformers(Host):
     def can_build(self, cls: type) -> bool:
-        """Whether it is a model with a configuration."""
         return hasattr(cls, "_from_config")
 
     def build(self, cls: Any, config: Any, dtype: torch.dtype, *, empty: bool) -> nn.Module:
-        """As ``from_pretrained`` does before it loads."""
         from accelerate import init_empty_weights
 
         config = copy.deepcopy(config)
@@ -74,14 +72,12 @@ class _Transformers(Host):
         return json.loads(config.to_json_string(use_diff=True))  # type: ignore[no-any-return]
 
     def read_generation_config(self, model: Any, directory: Path) -> None:
-        """By transformers' own class."""
         if (directory / "generation_config.json").is_file():
             from transformers import GenerationConfig
 
             model.generation_config = GenerationConfig.from_pretrained(directory)
 
     def is_language_model(self, cls: Any) -> bool:
-        """Whether ``AutoModelForCausalLM`` builds this class."""
         from transformers import AutoModelForCausalLM
 
         mapping: Any = AutoModelForCausalLM._model_mapping
@@ -89,7 +85,6 @@ class _Transformers(Host):
         return config in mapping and mapping[config] is cls
 
     def model_faults(self, model: nn.Module) -> list[str]:
-        """A model of any other library, a wrapper around one of this library, or one with adapters."""
         if self.owns(model) and self.can_build(type(model)):
             return self._added_faults(model)
         inside = [name for name, module in model.named_modules() if self.owns(module) and self.can_build(type(module))]
@@ -97,7 +92,6 @@ class _Transformers(Host):
         return [f"model: target 'transformers' loads models of transformers, got a {type(model).__name__}: {remedy}"]
 
     def kept_in_float32(self, model: nn.Module, name: str, dtype: torch.dtype) -> bool:
-        """As the loader's dtype plan has it."""
         kept: set[str] = set()
         if dtype is torch.float16:
             kept |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
@@ -166,7 +160,6 @@ class _Transformers(Host):
         return Reloaded(loaded, f"{type(loaded).__name__}.from_pretrained")
 
     def card(self, manifest: Manifest, module: str, cls: str, format: Format) -> CardLines:
-        """``from_pretrained``."""
         code, text, dtype = ["import torch", f"from {module} import {cls}"], [], f"torch.{manifest.dtype}"
         if manifest.float_grid:
             code += [

@@ -1,9 +1,8 @@
 """Straight-through gradients around fake-quantized weights.
 
-`fake_quantized` is autograd on a weight: its result goes into any operation. That operation keeps it for backward, a
-copy of the weight. `quantized_linear` is the linear map without the copy: it keeps what `nn.Linear` keeps, the input
-and the master weight, and two small tensors with scales. The fake-quantized weight is computed again in the backward
-pass, which costs one pass over the weight. The input, if it is quantized too, is likewise quantized again.
+`fake_quantized` is autograd on a weight: its result goes into any operation, which keeps that copy for backward.
+`quantized_linear` keeps what `nn.Linear` keeps, the input and the master weight, and two small tensors with scales. In
+backward it computes the fake-quantized weight, and the quantized input, once more.
 
 Under autocast, `nn.Linear` pays a cast of the weight to the compute dtype; here the fake quantization is that cast.
 """

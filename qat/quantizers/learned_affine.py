@@ -60,7 +60,7 @@ class _ServedRange(torch.autograd.Function):
 
 
 class LearnedRange(WeightQuantizer):
-    """A range whose ends move; at the start ``low`` (None for symmetric types) and ``high``, float32, ``(groups, 1)``."""
+    """A range whose ends move from ``low`` (None for symmetric types) and ``high``: float32, ``(groups, 1)``."""
 
     low_start: Tensor | None
     high_start: Tensor
