@@ -9,6 +9,7 @@ The second pass needs every batch again, since a batch may not reach every layer
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
@@ -118,17 +119,14 @@ def _mark_arriving(model: nn.Module, layers: Mapping[str, QuantizedLayer], batch
     duplicate, dtype = frozen_copy(model), prepared_as(model).spec.torch_dtype
     seen: dict[str, list[torch.Tensor | None]] = {name: [] for name in layers}
 
-    def watch(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = args[0] if args else kwargs["input"]
-            if x.numel():
-                seen[name].append(getattr(x, "_scale", None))
-
-        return hook
+    def note(name: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = args[0] if args else kwargs["input"]
+        if x.numel():
+            seen[name].append(getattr(x, "_scale", None))
 
     for name in layers:
-        layer = duplicate.get_submodule(name)
-        layer.register_forward_pre_hook(watch(name), prepend=True, with_kwargs=True)
+        hook = functools.partial(note, name)
+        duplicate.get_submodule(name).register_forward_pre_hook(hook, prepend=True, with_kwargs=True)
     for batch in batches:
         # As whoever serves the frozen model brings it: in the serving dtype.
         run(duplicate, map_tensors(lambda x: x.to(dtype) if x.is_floating_point() else x, batch))
@@ -151,6 +149,5 @@ def _mark_arriving(model: nn.Module, layers: Mapping[str, QuantizedLayer], batch
 
 
 def _scales(layer: QuantizedLayer) -> tuple[float, float | None]:
-    output = layer.output_quantizer
-    assert layer.input_quantizer is not None
-    return float(layer.input_quantizer.scale), None if output is None else float(output.scale)
+    scale, *output = [float(quantizer.scale) for quantizer in layer.activation_quantizers()]
+    return scale, output[0] if output else None

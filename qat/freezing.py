@@ -1,9 +1,7 @@
-"""`freeze`: make codes, scales and shifts final, packed as trained.
+"""`freeze`: make codes, scales and shifts final, packed as trained, never derived again from the float weight.
 
-optimum-quanto's own ``freeze`` derives scales again from the float weight, which loses learned ones and moves codes in
-bfloat16. Here each layer's quantizer is asked for its final codes, scale and shift, and exactly those are packed into
-the module that the target's loader will build. A layer at a time: the float master is dropped before the next one
-is packed, so memory peaks at the model plus one layer.
+A layer at a time: the float master is dropped before the next one is packed, so memory peaks at the model plus one
+layer. Why optimum-quanto's own ``freeze`` is not used: docs/decisions/0002-pack-never-derive.md.
 """
 
 from __future__ import annotations
@@ -23,10 +21,12 @@ from qat.formats import FrozenLayer, LayerTypes
 from qat.hosts import Target, get_target
 from qat.hosts.base import last_parts
 from qat.hosts.construction import constructed_tensors, differs, unstored_tensors
+from qat.hosts.transformers import set_config_dtype
 from qat.layers import QuantizedLayer, layer_class, quantized_layers
 from qat.optimizers import unchanged
 from qat.preparation import Prepared, forget_prepared, has_run, prepared_as
 from qat.quantizers.activation import ActivationQuantizer
+from qat.tensors import stored_tensors
 
 __all__ = ["FreezeReport", "freeze", "frozen_copy"]
 
@@ -108,8 +108,9 @@ def _freeze(model: nn.Module, target: str | None, unreached: list[str]) -> Freez
             quantizer.require_scale()
     for name, layer in layers:
         _require_finite(name, layer)
-    told = (f"{len(unreached)} layers were frozen although they never ran: {_listed(unreached)}",) if unreached else ()
-    notes = (*prepared.notes, *told)
+    notes = prepared.notes
+    if unreached:
+        notes += (f"{len(unreached)} layers were frozen although they never ran: {_listed(unreached)}",)
     constructed = constructed_tensors(model, chosen, prepared.spec.torch_dtype)
     evidence: dict[str, LayerEvidence] = {}
     for name, layer in layers:
@@ -120,7 +121,9 @@ def _freeze(model: nn.Module, target: str | None, unreached: list[str]) -> Freez
     forget_prepared(model)
     record = FrozenRecord(prepared.spec, chosen.name, prepared.algorithm.kind, evidence, notes, prepared.left_float)
     record_frozen(model, record)
-    _set_config_dtype(model, prepared.spec.dtype)
+    config = getattr(model, "config", None)
+    if hasattr(config, "sub_configs"):
+        set_config_dtype(config, prepared.spec.torch_dtype)
     _refuse_saving(model)
     return FreezeReport(chosen.name, prepared.spec.dtype, evidence)
 
@@ -152,10 +155,10 @@ def _check_other_target(
         )
 
 
-def frozen_copy(model: nn.Module, target: str | None = None) -> nn.Module:
+def frozen_copy(model: nn.Module) -> nn.Module:
     """A frozen copy of a prepared model; the model itself goes on training."""
     duplicate = copy.deepcopy(model)
-    _freeze(duplicate, target, [])  # without the question that is for the end of training
+    _freeze(duplicate, None, [])  # without the question that is for the end of training
     return duplicate
 
 
@@ -232,32 +235,12 @@ def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
 @torch.no_grad()
 def _cast_the_rest(model: nn.Module, quantized: set[str], target: Target, constructed: dict[str, Tensor]) -> None:
     rules = target.rules(model, prepared_as(model).spec.torch_dtype)
-    for path, module in model.named_modules():
-        if path in quantized:
-            continue
-        for name, parameter in module._parameters.items():
-            if parameter is not None and parameter.is_floating_point():
-                parameter.data = parameter.data.to(rules.tensor_dtype(f"{path}.{name}" if path else name))
-        for name, buffer in module._buffers.items():
-            if buffer is None or not buffer.is_floating_point() or name in module._non_persistent_buffers_set:
-                continue
-            module._buffers[name] = buffer.to(rules.tensor_dtype(f"{path}.{name}" if path else name))
+    for name, tensor in stored_tensors(model):
+        if tensor.is_floating_point() and name.rpartition(".")[0] not in quantized:
+            tensor.data = tensor.data.to(rules.tensor_dtype(name))
     for module, key, full, tensor in unstored_tensors(model):
         if full in constructed and differs(tensor, constructed[full]):
             setattr(module, key, constructed[full].to(tensor.device))
-
-
-def _set_config_dtype(model: nn.Module, dtype: str) -> None:
-    """Tell a transformers config (and those within it) which dtype the weights now have."""
-    config: Any = getattr(model, "config", None)
-    if not hasattr(config, "sub_configs") or not hasattr(config, "dtype"):
-        return
-    serving = getattr(torch, dtype)
-    config.dtype = serving
-    for key in getattr(config, "sub_configs", None) or ():
-        inner = getattr(config, key, None)
-        if inner is not None and hasattr(inner, "dtype"):
-            inner.dtype = serving
 
 
 def _refuse_saving(model: nn.Module) -> None:

@@ -1,22 +1,12 @@
 """The arithmetic of quantization: pure functions of tensors, and the specification of every faster kernel.
 
 A `QType` is a type of stored values: which codes it has, which elements share a scale, and how a code becomes a value
-again. Its methods follow one rule, *serving arithmetic in the forward*. A loader computes, in the serving dtype,
-
-    value = scale * code            (`Symmetric`)
-    value = scale * code - shift    (`Affine`; product and difference rounded separately)
-
-so training computes the same: scale and shift are first rounded to the serving dtype, codes are found in float32
-from those rounded numbers, and the product and the difference are rounded one after the other. Skipping one
-rounding would change about half of the bfloat16 weights. A format whose loader computes otherwise overrides
-`QType.serve`, `QType.encode` and `QType.decode`.
+again. Its methods follow one rule, *serving arithmetic in the forward*: every rounding is the loader's, in its place.
+Skipping one would change about half of the bfloat16 weights. docs/numerics.md has the formulas and the reasons. A
+format whose loader computes otherwise overrides `QType.serve`, `QType.encode` and `QType.decode`.
 
 A weight is handled as rows of ``(groups, size)``: a whole row, or one group of it. Scales and shifts have the
 shape ``(groups, 1)`` and are always float32 here, holding numbers that the serving dtype can represent.
-
-Codes are found by a true division, as optimum-quanto does (multiplying by a reciprocal moves codes), rounded half
-to even. A scale of 0 (a constant group) gives the code 0; a float8 scale is kept above zero by an epsilon that the
-serving dtype can hold, because float8 has NaN and 0/0 would be one.
 """
 
 from __future__ import annotations
@@ -82,13 +72,7 @@ def moved_range(
 
     The unit of a move is half the range's width (without a low end: ``high``), so that moves of m turn a symmetric
     range into ``1 + m`` times itself. A range keeps at least 1/128 of its width, straight-through, so that it can
-    recover.
-
-    Args:
-        low: the low end at the start, float32, ``(groups, 1)``; None for symmetric types.
-        high: the high end at the start.
-        low_move: how far down the low end went.
-        high_move: how far up the high end went.
+    recover. All are float32, ``(groups, 1)``; symmetric types have no low end.
 
     >>> moved_range(torch.tensor([[-1.0]]), torch.tensor([[1.0]]), torch.zeros(1, 1), torch.ones(1, 1))
     (tensor([[-1.]]), tensor([[2.]]))
@@ -176,12 +160,6 @@ class QType(ABC):
         A float8 scale is at least an epsilon. A shift is moved to the fixed point of ``a * scale - (a * scale -
         shift)`` in ``dtype``, where a is the `anchor`: a kernel that stores the inner difference and recovers the
         shift by the outer one then loses nothing.
-
-        Args:
-            scale: float32, ``(groups, 1)``.
-            shift: likewise, or None.
-            dtype: the serving dtype.
-            in_features: columns of the weight.
         """
         scale = round_to(scale, dtype)
         if self.floating:
@@ -202,16 +180,7 @@ class QType(ABC):
         return rows / scale if shift is None else (rows + shift).div_(scale)
 
     def encode(self, weight: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
-        """Codes of a weight.
-
-        Args:
-            weight: ``(out, in)``, any float dtype.
-            scale: serving scale, float32, ``(groups, 1)``.
-            shift: serving shift likewise, or None.
-
-        Returns:
-            Codes of shape ``(out, in)`` in the dtype `storage`.
-        """
+        """Codes, ``(out, in)`` in the dtype `storage`, of a weight in any float dtype, by serving scale and shift."""
         codes = self._positions(weight, scale, shift)
         if not self.floating:
             codes.round_()
@@ -219,14 +188,7 @@ class QType(ABC):
         return codes.clamp_(self.code_min, self.code_max).to(self.storage).reshape(weight.shape)
 
     def decode(self, codes: Tensor, scale: Tensor, shift: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """Values of codes, ``(out, in)``: ``scale * code - shift`` with the loader's own two roundings.
-
-        Args:
-            codes: ``(out, in)`` as `encode` gives them.
-            scale: serving scale, ``(groups, 1)``.
-            shift: serving shift or None.
-            dtype: serving dtype; also the result's.
-        """
+        """Values of codes, ``(out, in)`` in the serving dtype: ``scale * code - shift``, rounded twice as a loader does."""
         values = scale.to(dtype) * self.grouped(codes).to(dtype)
         if shift is not None:
             values -= shift.to(dtype)
@@ -261,10 +223,7 @@ class QType(ABC):
     def fake_quantize_activation(self, x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
         """``scale * clamp(round(x / scale))``, every step rounded to the serving dtype, in the dtype of ``x``.
 
-        Args:
-            x: any shape, any float dtype.
-            scale: float32 scalar.
-            dtype: the serving dtype.
+        ``x`` has any shape and float dtype; ``scale`` is a float32 scalar.
         """
         scale = scale.to(dtype)
         codes = x.to(dtype) / scale  # rounded to the serving dtype before it is rounded to a code, as the loader does

@@ -25,36 +25,42 @@ class Observer(nn.Module, ABC):
     """Records the magnitudes of a stream of tensors; abstract."""
 
     initialized: Tensor
+    largest: Tensor
 
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("initialized", torch.tensor(False))
+        self.register_buffer("largest", torch.zeros((), dtype=torch.float32))
 
-    @abstractmethod
+    @torch.no_grad()
     def update(self, x: Tensor) -> None:
-        """Record ``x`` (any shape, any float dtype), without a gradient."""
+        """Record ``x`` (any shape, any float dtype); an empty tensor changes nothing."""
+        if not x.numel():
+            return
+        largest = x.abs().amax().float()
+        if not bool(largest.isfinite()):
+            raise CalibrationError("observer: a batch holds inf or NaN activations: check the model and the data")
+        torch.maximum(self.largest, largest, out=self.largest)
+        self.initialized.fill_(True)
 
     @abstractmethod
     def magnitude(self) -> Tensor:
         """The magnitude that the largest code stands for: float32 scalar."""
+        if not bool(self.initialized):
+            raise CalibrationError("observer: the range was asked for before any batch was seen: calibrate first")
+        return self.largest.clone()
 
-    @abstractmethod
     def reduce(self) -> None:
         """Make the statistics those of all ranks of the default process group."""
+        _all_reduce(self.largest, torch.distributed.ReduceOp.MAX)
+        seen = self.initialized.to(torch.int32)
+        _all_reduce(seen, torch.distributed.ReduceOp.MAX)
+        self.initialized.copy_(seen.bool())
 
     def reset(self) -> None:
         """Forget everything seen."""
         for buffer in self.buffers():
             buffer.zero_()
-
-    def _require_data(self) -> None:
-        if not bool(self.initialized):
-            raise CalibrationError("observer: the range was asked for before any batch was seen: calibrate first")
-
-
-def _require_finite(largest: Tensor) -> None:
-    if not bool(largest.isfinite()):
-        raise CalibrationError("observer: a batch holds inf or NaN activations: check the model and the data")
 
 
 def _all_reduce(tensor: Tensor, operation: torch.distributed.ReduceOp.RedOpType) -> None:
@@ -64,33 +70,9 @@ def _all_reduce(tensor: Tensor, operation: torch.distributed.ReduceOp.RedOpType)
 class AbsmaxObserver(Observer):
     """The largest magnitude ever seen."""
 
-    largest: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("largest", torch.zeros((), dtype=torch.float32))
-
-    @torch.no_grad()
-    def update(self, x: Tensor) -> None:
-        """Record ``x``."""
-        if not x.numel():
-            return
-        largest = x.detach().abs().amax().float()
-        _require_finite(largest)
-        torch.maximum(self.largest, largest, out=self.largest)
-        self.initialized.fill_(True)
-
     def magnitude(self) -> Tensor:
         """The largest magnitude seen."""
-        self._require_data()
-        return self.largest.clone()
-
-    def reduce(self) -> None:
-        """Maximum over ranks."""
-        _all_reduce(self.largest, torch.distributed.ReduceOp.MAX)
-        seen = self.initialized.to(torch.int32)
-        _all_reduce(seen, torch.distributed.ReduceOp.MAX)
-        self.initialized.copy_(seen.bool())
+        return super().magnitude()
 
 
 class PercentileObserver(Observer):
@@ -103,37 +85,26 @@ class PercentileObserver(Observer):
 
     counts: Tensor
     exponent: Tensor
-    largest: Tensor
 
     def __init__(self, percentile: float = 99.99, bins: int = 4096) -> None:
         super().__init__()
         self.percentile = percentile
         self.register_buffer("counts", torch.zeros(bins, dtype=torch.int64))
         self.register_buffer("exponent", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("largest", torch.zeros((), dtype=torch.float32))
 
     @torch.no_grad()
     def update(self, x: Tensor) -> None:
         """Record ``x``."""
-        if not x.numel():
-            return
-        values = x.detach().abs().float().flatten()
-        _require_finite(values.amax())
-        largest = float(values.amax())
-        self.largest.clamp_(min=largest)
+        super().update(x)
+        largest, bins = float(self.largest), self.counts.numel()
         self._grow(max(-100, math.ceil(math.log2(largest))) if largest > 0 else -100)
-        self.counts += self._histogram(values)
-        self.initialized.fill_(True)
-
-    def _histogram(self, values: Tensor) -> Tensor:
-        bins = self.counts.numel()
         # A bin holds its upper edge and not its lower one, so that the very largest value, a power of two, lies where
         # it would lie after any number of doublings: the last of 2n bins becomes the last of n, and so on.
-        index = (values * (bins * 2.0 ** -int(self.exponent))).ceil_().long().sub_(1).clamp_(0, bins - 1)
-        return torch.bincount(index, minlength=bins)
+        values = x.abs().float().flatten().mul_(bins * 2.0 ** -int(self.exponent))
+        self.counts += torch.bincount(values.ceil_().long().sub_(1).clamp_(0, bins - 1), minlength=bins)
 
     def _grow(self, exponent: int) -> None:
-        current = int(self.exponent) if bool(self.initialized) else exponent
+        current = int(self.exponent) if bool(self.counts.any()) else exponent
         while current < exponent:
             paired = self.counts.view(-1, 2).sum(1)
             self.counts.zero_()
@@ -143,23 +114,20 @@ class PercentileObserver(Observer):
 
     def magnitude(self) -> Tensor:
         """The smallest bin edge below which ``percentile`` percent of the magnitudes lie."""
-        self._require_data()
+        largest = super().magnitude()
         cumulative = self.counts.cumsum(0)
         wanted = math.ceil(float(cumulative[-1]) * self.percentile / 100)
         index = int(torch.searchsorted(cumulative, wanted))
         edge = (index + 1) / self.counts.numel() * 2.0 ** int(self.exponent)
-        return torch.clamp(self.largest.new_tensor(edge), max=self.largest)
+        return torch.clamp(largest.new_tensor(edge), max=largest)
 
     def reduce(self) -> None:
         """Sum of the ranks' histograms, at the widest rank's range."""
         exponent = self.exponent.clone() if bool(self.initialized) else self.exponent.new_tensor(-(2**30))
         _all_reduce(exponent, torch.distributed.ReduceOp.MAX)
-        if int(exponent) == -(2**30):
-            return
         self._grow(int(exponent))
         _all_reduce(self.counts, torch.distributed.ReduceOp.SUM)
-        _all_reduce(self.largest, torch.distributed.ReduceOp.MAX)
-        self.initialized.fill_(True)
+        super().reduce()
 
 
 class Absmax(BaseModel):

@@ -24,10 +24,7 @@ def operator(shapes: Callable[..., Any]) -> Callable[[_F], _F]:
     """Register a function for all devices as the operator ``torch.ops.qat.<its name without leading underscore>``.
 
     The function's signature becomes the operator's. It returns new tensors, none of them an input or a view of one.
-    `implement` adds a faster form for one type of device.
-
-    Args:
-        shapes: takes the same arguments and returns empty tensors like the results, for a compiler.
+    ``shapes`` takes the same arguments and returns empty tensors like the results, for a compiler.
 
     >>> @operator(torch.empty_like)
     ... def _doubled_for_a_docstring(x: torch.Tensor) -> torch.Tensor:
@@ -52,11 +49,8 @@ def operator(shapes: Callable[..., Any]) -> Callable[[_F], _F]:
 def implement(specification: Callable[..., Any], dispatch_key: str, module: str) -> None:
     """Let ``module`` compute an operator on one type of device; it is imported at the first call there.
 
-    Args:
-        specification: the function that `operator` registered. It computes what the module does not support.
-        dispatch_key: torch's name of the device, such as ``"CPU"`` or ``"CUDA"``.
-        module: full name of a module with a function of the operator's name, and a function ``supports`` that takes
-            the operator's arguments.
+    The module has a function of the operator's name, and a function ``supports`` of the same arguments. What it does
+    not support, ``specification`` computes: the function that `operator` registered.
     """
     name = specification.__name__.lstrip("_")
 

@@ -115,15 +115,10 @@ def prepare(
 
 
 def prepared_as(model: nn.Module) -> Prepared:
-    """How ``model`` was prepared.
-
-    Raises:
-        StateError: it was not (or only a submodule of it was).
-    """
-    prepared = getattr(model, _ATTRIBUTE, None)
+    """How ``model`` was prepared; `StateError` if it was not (or only a submodule of it was)."""
+    prepared: Prepared | None = getattr(model, _ATTRIBUTE, None)
     if prepared is None:
         raise StateError("model: was not prepared: call qat.prepare(model, spec) first, on this same module")
-    assert isinstance(prepared, Prepared)
     return prepared
 
 
@@ -165,14 +160,12 @@ def _complete_float_checkpoint(model: nn.Module, state: dict[str, Any], prefix: 
     They are made for the weights of the checkpoint, on their device. Layers whose weight the checkpoint leaves out
     (``strict=False``) keep what they have.
     """
-    layers = [
-        (f"{prefix}{name}." if name else prefix, layer)
-        for name, layer in quantized_layers(model)
-        if f"{prefix}{name}.weight".lstrip(".") in state
-    ]
     fresh: dict[str, Tensor] = {}
     lacking, stateful = [], 0
-    for name, layer in layers:
+    for name, layer in quantized_layers(model):
+        name = f"{prefix}{name}." if name else prefix
+        if f"{name}weight" not in state:
+            continue
         layer.reached = None  # who trained these weights, and how, is not known
         own = [key for key in layer.state_dict(prefix=name) if "_quantizer." in key[len(name) :]]
         if not own:
@@ -180,7 +173,8 @@ def _complete_float_checkpoint(model: nn.Module, state: dict[str, Any], prefix: 
         stateful += 1
         if not any(key in state for key in own):
             lacking.append(name)
-            weight = _float_weight(layer, state, name)
+            found = {key: state[f"{name}{key}"] for key in layer._parameters if f"{name}{key}" in state}
+            weight = layer.effective_weight(SimpleNamespace(**found))
             fresh |= layer.fresh_state(name, weight, prepared_as(model).algorithm)
     if lacking and len(lacking) < stateful:
         raise StateError(
@@ -193,13 +187,6 @@ def _complete_float_checkpoint(model: nn.Module, state: dict[str, Any], prefix: 
         logger.warning(
             "state_dict holds no quantizer state (a float checkpoint): %d quantizers start afresh", len(lacking)
         )
-
-
-def _float_weight(layer: Any, state: dict[str, Any], prefix: str) -> Tensor:
-    """The effective weight of a layer with a checkpoint's parameters."""
-    found = {key: state[f"{prefix}{key}"] for key in layer._parameters if f"{prefix}{key}" in state}
-    weight: Tensor = type(layer).effective_weight(SimpleNamespace(**found))
-    return weight
 
 
 def parameter_groups(

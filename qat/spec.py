@@ -1,8 +1,7 @@
 """What is quantized: `QuantSpec`, and how its patterns resolve for one module name.
 
 Patterns are ``fnmatch`` patterns on full module names. Precedence: overrides, then exclude, then include, then
-the default; among overrides the last match wins. Nothing here knows of a model: `qat.inspection` applies the
-resolution to one and adds the reasons of its own (an unsafe kernel, a tied weight).
+the default; among overrides the last match wins. `qat.inspection` applies the resolution to a model.
 """
 
 from __future__ import annotations
@@ -131,50 +130,46 @@ class QuantSpec(BaseModel, metaclass=_RaisesSpecError):
 
     @model_validator(mode="after")
     def _one_activation_type(self) -> QuantSpec:
-        kinds = {self.activations} | {
-            layer.activations for layer in self.overrides.values() if isinstance(layer, LayerSpec)
-        }
-        kinds.discard(None)
+        kinds = self._activation_types()
         if len(kinds) > 1:
-            raise ValueError(
-                f"a model has one activation type, but this spec names {sorted(map(str, kinds))}: choose one"
-            )
+            raise ValueError(f"a model has one activation type, but this spec names {sorted(kinds)}: choose one")
         return self
+
+    def _activation_types(self) -> set[ActivationType]:
+        named = (layer.activations for layer in self.overrides.values() if isinstance(layer, LayerSpec))
+        return {kind for kind in (self.activations, *named) if kind is not None}
 
     @property
     def torch_dtype(self) -> torch.dtype:
         """The serving dtype as torch's object."""
         import torch
 
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[self.dtype]
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return dtype
 
     @property
     def activation_type(self) -> ActivationType | None:
         """The model's one activation type, wherever in the spec it is named."""
-        named = (layer.activations for layer in self.overrides.values() if isinstance(layer, LayerSpec))
-        return self.activations or next((kind for kind in named if kind), None)
+        return next(iter(self._activation_types()), None)
 
     def resolve(self, name: str) -> Resolution:
         """Resolve the patterns for the module called ``name``."""
-        chosen: tuple[str, WeightType | Literal["float"] | LayerSpec] | None = None
-        for pattern, value in self.overrides.items():
-            if fnmatchcase(name, pattern):
-                chosen = (pattern, value)
-        if chosen is not None:
-            pattern, value = chosen
-            layer = value if isinstance(value, LayerSpec) else self._layer(value)
-            if layer.weights == "float":
+        default = LayerSpec(weights=self.weights, activations=self.activations)
+        for pattern, value in reversed(self.overrides.items()):
+            if not fnmatchcase(name, pattern):
+                continue
+            weights = value.weights if isinstance(value, LayerSpec) else value
+            if weights == "float":
                 return Resolution(None, f"override {pattern!r}: float", True)
+            layer = value if isinstance(value, LayerSpec) else default.model_copy(update={"weights": weights})
             return Resolution(layer, f"override {pattern!r}", True)
         for pattern in self.exclude:
             if fnmatchcase(name, pattern):
                 return Resolution(None, f"excluded by {pattern!r}", True)
         for pattern in self.include:
             if fnmatchcase(name, pattern):
-                return Resolution(self._layer(self.weights), f"included by {pattern!r}", True)
-        if self.include:
-            return Resolution(None, "matches no include pattern", False)
-        return Resolution(self._layer(self.weights), "", False)
+                return Resolution(default, f"included by {pattern!r}", True)
+        return Resolution(None, "matches no include pattern", False) if self.include else Resolution(default, "", False)
 
     def check_patterns(self, names: Iterable[str], others: Mapping[str, str] | None = None) -> None:
         """Raise `SpecError` for every pattern that matches none of ``names``.
@@ -205,6 +200,3 @@ class QuantSpec(BaseModel, metaclass=_RaisesSpecError):
                 faults.append(f"{argument}: pattern {pattern!r} matches no linear layer of the model{hint}")
         if faults:
             raise SpecError("\n".join(faults))
-
-    def _layer(self, weights: WeightType | Literal["float"]) -> LayerSpec:
-        return LayerSpec(weights=weights, activations=None if weights == "float" else self.activations)

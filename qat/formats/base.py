@@ -1,12 +1,9 @@
 """What a format is: how a stored weight is made of numbers. A format knows nothing about models.
 
 It says which types there are and how their values are computed (`QType`), which tensors a layer is stored as and under
-which keys, and which module runs a frozen layer. Four records pass through it::
+which keys, and which module runs a frozen layer::
 
     FrozenLayer --pack--> tensors --build--> module --read--> FrozenLayer
-
-`pack` and `build` meet at the stored tensors, so a layer that was just frozen and one that was loaded from files are
-built by the same code.
 """
 
 from __future__ import annotations
@@ -57,11 +54,7 @@ class FrozenLayer:
     """Likewise."""
 
     def evidence(self, value: Tensor) -> LayerEvidence:
-        """Digests of the layer.
-
-        Args:
-            value: the dequantized weight in the serving dtype, ``(out, in)``.
-        """
+        """Digests of the layer, and of the ``value`` that its weight dequantizes to."""
         weight, active = self.weight, self.types.activations
         out_features, in_features = weight.shape
         return LayerEvidence(
@@ -183,13 +176,8 @@ class Format(ABC):
         Loaders are lenient: codes of the wrong type are read as other numbers, a missing bias stays uninitialised
         memory. All of that can be seen in the headers of the files, before one tensor is read.
 
-        Args:
-            name: the layer's full name, for the messages.
-            types: what is declared of it.
-            shape: ``(out, in)`` of the layer in the model.
-            bias: whether it has one there.
-            group_size: what is declared of its groups.
-            found: what the headers say, by the tensors' names below the layer's.
+        ``types`` and ``group_size`` are declared; ``shape`` and ``bias`` are those of the layer in the model; ``found``
+        is what the headers say, by the tensors' names below the layer's.
         """
         weights, dtype = types.weights.name, str(types.dtype).removeprefix("torch.")
         computed = types.weights.group_size(shape[1])
@@ -235,11 +223,8 @@ class Format(ABC):
     ) -> nn.Module:
         """The module that runs a frozen linear layer, made of its stored tensors, on their device.
 
-        Args:
-            types: its types.
-            shape: ``(out, in)``.
-            tensors: as `pack` gives them, or as a file holds them.
-            plain_on_cpu: leave codes on a CPU as they are stored, instead of in a kernel's own order.
+        ``shape`` is ``(out, in)``. With ``plain_on_cpu``, codes on a CPU stay as they are stored, instead of in a
+        kernel's own order.
         """
 
     @abstractmethod
@@ -273,15 +258,9 @@ class Format(ABC):
         return
 
     def fill(self, model: nn.Module, directory: Path, files: Iterable[str]) -> tuple[nn.Module, str] | None:
-        """Fill a float model by the format's own loader of plain modules; None where it has none but `qat.load`.
+        """Fill a float model by the format's own loader of plain modules, and name it; None: there is only `qat.load`.
 
-        Args:
-            model: built on the CPU, its tensors in the dtypes of the files.
-            directory: the exported directory.
-            files: names of the weight files.
-
-        Returns:
-            the model, and the name of the loader.
+        The model is built on the CPU, its tensors in the dtypes of the files.
         """
         return None
 
@@ -290,9 +269,5 @@ class Format(ABC):
         return None
 
     def stock_codes(self, layer: FrozenLayer) -> Tensor:
-        """The codes that a stock load derives from a layer's values in float32: ``(out, in)``.
-
-        Raises:
-            ExportError: no stock load quantizes into this format.
-        """
+        """The codes, ``(out, in)``, that a stock load derives from values in float32, if there is such a load."""
         raise ExportError(f"float_grid=True: no stock load quantizes into format {self.name!r}: export packed weights")

@@ -73,6 +73,12 @@ def _plain(weight: Any) -> Any:
     return weight
 
 
+def _codes(weight: Any) -> Tensor:
+    """The codes of a plain weight, ``(out, in)``."""
+    data = weight._data.unpack() if hasattr(weight._data, "unpack") else weight._data
+    return data.reshape(weight.shape)  # type: ignore[no-any-return]
+
+
 def _can_optimize(weight: Any) -> bool:
     """Whether ``optimize()`` can convert a weight: TinyGemm's packing raises on other row counts."""
     if weight.qtype.name != QUANTO_NAMES["int4"] or weight.dtype != torch.bfloat16 or weight._group_size != 128:
@@ -130,7 +136,6 @@ class _Quanto(Format):
         return None
 
     def warnings(self, layers: Iterable[tuple[LayerTypes, tuple[int, int], bool]]) -> list[str]:
-        """float8 layers with a bias on a CUDA GPU."""
         losing = sum(bias and _loses_bias_on_cuda(types, shape) for types, shape, bias in layers)
         if not losing:
             return []
@@ -160,7 +165,6 @@ class _Quanto(Format):
         return [("On a CUDA GPU", text)]
 
     def card_loading(self) -> list[str]:
-        """The loader of quanto itself."""
         return [
             f"Without `qat`: `optimum.quanto.requantize` with `{self.map_name}` fills a float model built on the CPU."
         ]
@@ -227,7 +231,6 @@ class _Quanto(Format):
         """A quanto layer on the meta device, to be filled."""
         from optimum.quanto.nn import QLinear
 
-        activations = None if types.activations is None else QUANTO_NAMES[types.activations.name]
         layer: Any = QLinear(
             shape[1],
             shape[0],
@@ -235,7 +238,7 @@ class _Quanto(Format):
             dtype=types.dtype,
             device=torch.device("meta"),
             weights=QUANTO_NAMES[types.weights.name],
-            activations=activations,
+            activations=None if types.activations is None else QUANTO_NAMES[types.activations.name],
             quantize_input=True,
         )
         layer.optimizer = None  # would only serve a second quantization, which must never happen
@@ -244,12 +247,9 @@ class _Quanto(Format):
         return layer
 
     def weight(self, layer: Any, tensors: Mapping[str, Tensor], *, plain_on_cpu: bool = False) -> nn.Parameter:
-        """The weight of a layer from its stored tensors, in the class in which it runs.
+        """The weight of a ``QLinear`` from its tensors of `WEIGHT_KEYS`, in the class in which it runs.
 
-        Args:
-            layer: the ``QLinear`` that will hold it; its own weight may be on the meta device.
-            tensors: those named in `WEIGHT_KEYS`.
-            plain_on_cpu: see `build`.
+        The layer's own weight may be on the meta device.
         """
         from optimum.quanto import WeightQBitsTensor, WeightQBytesTensor
 
@@ -278,18 +278,15 @@ class _Quanto(Format):
         *,
         plain_on_cpu: bool = False,
     ) -> nn.Module:
-        """A frozen ``optimum.quanto.nn.QLinear``."""
         layer = self.empty(types, shape, "bias" in tensors)
         parts = {key: tensors[key] for key in WEIGHT_KEYS if key in tensors}
         layer.weight = self.weight(layer, parts, plain_on_cpu=plain_on_cpu)
         if "bias" in tensors:
             layer.bias = nn.Parameter(tensors["bias"], requires_grad=False)
         layer.input_scale, layer.output_scale = tensors["input_scale"], tensors["output_scale"]
-        frozen: nn.Module = layer
-        return frozen
+        return layer  # type: ignore[no-any-return]
 
     def is_frozen(self, module: nn.Module) -> bool:
-        """Whether it is one of quanto's modules, with packed weights."""
         return getattr(module, "weight_qtype", None) is not None and bool(getattr(module, "frozen", False))
 
     def values(self, module: nn.Module) -> Tensor:
@@ -297,7 +294,6 @@ class _Quanto(Format):
         return module.weight.dequantize()  # type: ignore[operator]
 
     def declared(self, module: nn.Module) -> LayerTypes:
-        """As quanto's attributes say."""
         layer: Any = module
         active = layer.activation_qtype
         return LayerTypes(
@@ -307,16 +303,13 @@ class _Quanto(Format):
         )
 
     def read(self, module: nn.Module) -> FrozenLayer:
-        """What any of quanto's linear layers holds."""
         layer: Any = module
         weight, types = _plain(layer.weight), self.declared(module)
-        data = weight._data.unpack() if hasattr(weight._data, "unpack") else weight._data
         scale = weight._scale.reshape(1, 1) if weight._scale.ndim == 0 else weight._scale
-        frozen = FrozenWeight(data.reshape(weight.shape), scale, getattr(weight, "_shift", None), types.weights)
+        frozen = FrozenWeight(_codes(weight), scale, getattr(weight, "_shift", None), types.weights)
         return FrozenLayer(frozen, layer.bias, types, layer.input_scale, layer.output_scale)
 
     def is_settled(self, module: nn.Module, *, plain_on_cpu: bool) -> bool:
-        """Whether the tensor class is the one that the loader holds."""
         weight: Any = module.weight
         return type(_held(weight, plain_on_cpu)) is type(weight.data)
 
@@ -329,7 +322,6 @@ class _Quanto(Format):
             layer.weight = nn.Parameter(held, requires_grad=False)
 
     def fill(self, model: nn.Module, directory: Path, files: Iterable[str]) -> tuple[nn.Module, str]:
-        """``optimum.quanto.requantize``."""
         from optimum.quanto import requantize
         from safetensors.torch import load_file
 
@@ -340,7 +332,6 @@ class _Quanto(Format):
         return model.eval(), "optimum.quanto.requantize on a model built on CPU"
 
     def load_language_model(self, directory: Path, **arguments: Any) -> tuple[nn.Module, str]:
-        """``QuantizedModelForCausalLM.from_pretrained``."""
         from optimum.quanto import QuantizedModelForCausalLM
 
         wrapper: Any = QuantizedModelForCausalLM.from_pretrained(str(directory), trust_remote_code=False, **arguments)
@@ -357,11 +348,8 @@ class _Quanto(Format):
                 scale, shift = AbsmaxOptimizer()(weight, qtype=qtype, axis=0), None
             else:
                 scale, shift = MaxOptimizer()(weight, qtype=qtype, axis=0, group_size=size)
-            again = _plain(
-                quantize_weight(weight, qtype=qtype, axis=0, scale=scale, shift=shift, group_size=size, optimized=False)
-            )
-        codes = again._data.unpack() if hasattr(again._data, "unpack") else again._data
-        return codes.reshape(weight.shape)  # type: ignore[no-any-return]
+            parts: dict[str, Any] = {"scale": scale, "shift": shift, "group_size": size}
+            return _codes(_plain(quantize_weight(weight, qtype=qtype, axis=0, optimized=False, **parts)))
 
 
 def _held(weight: Any, plain_on_cpu: bool) -> Any:

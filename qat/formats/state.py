@@ -52,8 +52,10 @@ class ModelState:
         return self._sources[name]()
 
     def _walk(self, model: nn.Module, untie: bool) -> Iterator[TensorEntry]:
-        declared = _declared_ties(model)
-        kept = _kept_names(model, declared)
+        # What a model of a library ties again on load; other modules are filled in place, where names share theirs.
+        ties = getattr(model, "all_tied_weights_keys", None)
+        declared = ties if isinstance(ties, Mapping) else None
+        kept = _kept_names(model, declared or {})
         first: dict[int, str] = {}
         for prefix, module in model.named_modules(remove_duplicate=False):
             frozen = self._format.is_frozen(module)
@@ -106,20 +108,10 @@ def _check_data(name: str, tensor: Tensor) -> None:
         raise ExportError(f"tensor {name!r} is on the meta device and has no data: load or initialise the model first")
 
 
-def _declared_ties(model: nn.Module) -> Mapping[str, str] | None:
-    """The names that a model of a library ties again on load, or none for other modules."""
-    ties = getattr(model, "all_tied_weights_keys", None)
-    return ties if isinstance(ties, Mapping) else None
-
-
-def _kept_names(model: nn.Module, declared: Mapping[str, str] | None) -> dict[int, str]:
-    """For each tensor the one name it is written under: where there are several, one that no loader restores.
-
-    A library's model ties again what it declares, and nothing else; any other module is filled in place, where
-    names share their tensor already.
-    """
+def _kept_names(model: nn.Module, declared: Mapping[str, str]) -> dict[int, str]:
+    """For each tensor the one name it is written under: where there are several, one that no loader restores."""
     names: dict[int, str] = {}
     for name, tensor in stored_tensors(model):
-        if names.setdefault(id(tensor), name) in (declared or ()) and name not in (declared or ()):
+        if names.setdefault(id(tensor), name) in declared and name not in declared:
             names[id(tensor)] = name
     return names

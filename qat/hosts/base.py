@@ -38,12 +38,10 @@ class Reloaded(NamedTuple):
 
 
 class CardLines(NamedTuple):
-    """How a model card says that a directory is loaded."""
+    """How a model card says that a directory is loaded: the library for its header; paragraphs and code."""
 
     library: str
-    """Name of the library, for the card's header."""
     parts: list[str]
-    """Paragraphs and code, in order."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +54,7 @@ class Host:
     leaf_names_only: bool = False
     """The loader names float layers by the last part of their module name only."""
     initialises_buffers: bool = False
-    """Buffers that no file holds get their values after the model is built, in float32 and cast; otherwise while it is
-    built, in the serving dtype."""
+    """Buffers that no file holds are computed in float32 and cast; otherwise in the serving dtype."""
     plain_on_cpu: bool = False
     """The loader leaves packed weights on a CPU as they are stored, instead of in a kernel's own order."""
     unties: bool = False
@@ -83,13 +80,9 @@ class Host:
         return False
 
     def build(self, cls: Any, config: Any, dtype: torch.dtype, *, empty: bool) -> nn.Module:
-        """Build a model as its library's loader does.
+        """Build a model as its library's loader does when it serves ``dtype``; ``config`` is not changed.
 
-        Args:
-            cls: a class of this library.
-            config: its configuration, which is not changed.
-            dtype: the serving dtype.
-            empty: leave parameters on the meta device; buffers are real.
+        With ``empty``, parameters are on the meta device; buffers are real.
         """
         raise LoadError(f"model: no configuration builds a {cls.__name__}: pass the float model as model=")
 
@@ -104,11 +97,7 @@ class Host:
     def write_config(
         self, model: Any, directory: Path, dtype: torch.dtype, quantization_config: Mapping[str, Any] | None
     ) -> bool:
-        """Write ``config.json`` and, for models that generate, ``generation_config.json``; the model is left as it is.
-
-        Returns:
-            whether there is a ``config.json`` now.
-        """
+        """Write ``config.json`` and, for models that generate, ``generation_config.json``; say whether there is one."""
         fields = self.config_fields(model, dtype)
         if fields is None:
             return False
@@ -141,10 +130,9 @@ class Host:
         return False
 
     def added_parameters(self, model: nn.Module) -> list[str]:
-        """Names of the parameters that a fresh model of the same class and configuration lacks.
+        """Names of the parameters that a fresh model of the same class and configuration lacks, as of adapters.
 
-        They belong to adapters, or to modules that were put in after the model was built; a loader has no place for
-        them. Empty where no fresh model can be built. It is built on the meta device, without memory or numbers.
+        A loader has no place for them. The fresh model is built on the meta device; empty where none can be built.
         """
         config: Any = getattr(model, "config", None)
         if config is None or not self.can_build(type(model)):
@@ -224,29 +212,16 @@ class Host:
             "use target='transformers' or 'diffusers'"
         )
 
-    def load(self, cls: Any, directory: Path, manifest: Manifest) -> nn.Module | None:
+    def load(self, cls: Any, directory: Path, manifest: Manifest) -> Reloaded | None:
         """Load a directory as users of the library do; None for plain modules, which have no such call."""
         return None
 
-    def load_notes(self, manifest: Manifest) -> str:
-        """What a report says behind the name of the call."""
-        return ""
-
     def card(self, manifest: Manifest, module: str, cls: str, format: Format) -> CardLines:
-        """How a model card says that a directory is loaded.
-
-        Args:
-            manifest: of the export.
-            module: from where the model's class is imported.
-            cls: its name.
-            format: of the weights.
-        """
-        code = ["import qat", ""]
+        """How a model card says that a directory is loaded; the model's class ``cls`` is imported from ``module``."""
+        load = "model = qat.load(directory)"
         if any("no config.json" in note for note in manifest.notes):
-            code.append("model = qat.load(directory, model=float_model)  # the float model, to be filled")
-        else:
-            code.append("model = qat.load(directory)")
-        return CardLines(format.library, [python_block(code), *format.card_loading()])
+            load = "model = qat.load(directory, model=float_model)  # the float model, to be filled"
+        return CardLines(format.library, [python_block(["import qat", "", load]), *format.card_loading()])
 
 
 def last_parts(names: Iterable[str]) -> set[str]:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import copy
 import json
 import warnings
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +27,7 @@ from torch import nn
 from qat.errors import ExportError
 from qat.files.evidence import FrozenRecord
 from qat.files.manifest import Manifest
-from qat.hosts.base import CardLines, Host, last_parts, python_block
+from qat.hosts.base import CardLines, Host, Reloaded, last_parts, python_block
 from qat.hosts.sensitivity import sensitive_part
 from qat.numerics import QType
 from qat.spec import LayerSpec, QuantSpec
@@ -40,7 +41,6 @@ __all__ = ["DIFFUSERS"]
 @dataclass(frozen=True)
 class _Diffusers(Host):
     def can_build(self, cls: type) -> bool:
-        """Whether it is a model with a configuration."""
         return self.owns(cls) and hasattr(cls, "from_config")
 
     def build(self, cls: Any, config: Any, dtype: torch.dtype, *, empty: bool) -> nn.Module:
@@ -49,17 +49,14 @@ class _Diffusers(Host):
 
         config, default = copy.deepcopy(config), torch.get_default_dtype()
         torch.set_default_dtype(dtype)
+        meta = init_empty_weights(include_buffers=False) if empty else nullcontext()
         try:
-            with torch.random.fork_rng(devices=[]):
-                if not empty:
-                    return cls.from_config(config)  # type: ignore[no-any-return]
-                with init_empty_weights(include_buffers=False):
-                    return cls.from_config(config)  # type: ignore[no-any-return]
+            with torch.random.fork_rng(devices=[]), meta:
+                return cls.from_config(config)  # type: ignore[no-any-return]
         finally:
             torch.set_default_dtype(default)
 
     def read_config(self, cls: Any, directory: Path, manifest: Manifest) -> Any:
-        """The fields of ``config.json``."""
         return cls.load_config(directory)
 
     def config_fields(self, model: Any, dtype: torch.dtype) -> dict[str, Any] | None:
@@ -76,11 +73,9 @@ class _Diffusers(Host):
         return self.kept_in_float32(model, name, dtype)
 
     def sensitive_part(self, model: nn.Module, name: str) -> str | None:
-        """See `qat.hosts.sensitivity`."""
         return sensitive_part(model, name)
 
     def spec_faults(self, spec: QuantSpec) -> list[str]:
-        """Activations and a second weight type."""
         faults = super().spec_faults(spec)
         if spec.activation_type is not None:
             faults.append(
@@ -97,7 +92,6 @@ class _Diffusers(Host):
         return faults
 
     def model_faults(self, model: nn.Module) -> list[str]:
-        """A model of any other library, or one with adapters."""
         if self.owns(model):
             return self._added_faults(model)
         return [
@@ -111,8 +105,7 @@ class _Diffusers(Host):
 
     def layer_fault(self, model: nn.Module, name: str, weights: QType, dtype: torch.dtype) -> str | None:
         """As diffusers replaces and casts; float8 codes would be cast when float32 is served, too."""
-        kept = _kept(model)
-        leaf = name.rpartition(".")[2]
+        kept, leaf = _kept(model), name.rpartition(".")[2]
         if leaf in kept:
             return f"the loader never quantizes layers called {leaf!r} in a {type(model).__name__}"
         casts = dtype is not torch.float32 or weights.floating
@@ -123,7 +116,6 @@ class _Diffusers(Host):
         return False
 
     def quantization_config(self, model: nn.Module, record: FrozenRecord) -> dict[str, Any] | None:
-        """The stock fields."""
         return {
             "quant_method": "quanto",
             "weights_dtype": record.spec.weights,
@@ -131,12 +123,11 @@ class _Diffusers(Host):
         }
 
     def float_grid_arguments(self, model: nn.Module, record: FrozenRecord, weights: str) -> dict[str, Any]:
-        """The type, and the last parts of the names of float layers."""
         skipped = _modules_to_not_convert(model, record)
         return {"weights_dtype": weights, **({"modules_to_not_convert": skipped} if skipped else {})}
 
-    def load(self, cls: Any, directory: Path, manifest: Manifest) -> nn.Module:
-        """``from_pretrained``."""
+    def load(self, cls: Any, directory: Path, manifest: Manifest) -> Reloaded:
+        """``from_pretrained``; the report says that the dtype must be given."""
         from diffusers import QuantoConfig
 
         arguments: dict[str, Any] = {"torch_dtype": getattr(torch, manifest.dtype)}
@@ -145,16 +136,12 @@ class _Diffusers(Host):
         with warnings.catch_warnings():
             # The notice, at every load, that diffusers will drop its quanto backend in its release 1.0.
             warnings.filterwarnings("ignore", message=".*[qQ]uanto.*deprecated", category=FutureWarning)
-            loaded: nn.Module = cls.from_pretrained(str(directory), **arguments)
-        return loaded
-
-    def load_notes(self, manifest: Manifest) -> str:
-        """That the dtype must be given."""
+            loaded = cls.from_pretrained(str(directory), **arguments)
         without = "" if manifest.dtype == "float32" else "; without one diffusers loads float32, and outputs differ"
-        return f" with torch_dtype=torch.{manifest.dtype}{without}"
+        how = f"{type(loaded).__name__}.from_pretrained with torch_dtype=torch.{manifest.dtype}{without}"
+        return Reloaded(loaded, how)
 
     def card(self, manifest: Manifest, module: str, cls: str, format: Format) -> CardLines:
-        """``from_pretrained``, and the use in a pipeline."""
         dtype = f"torch.{manifest.dtype}"
         code = ["import torch", f"from {module} import {cls}"]
         if manifest.float_grid:
@@ -167,14 +154,15 @@ class _Diffusers(Host):
             text = "Without `quantization_config` the same file loads as a float model that computes the same."
             return CardLines(self.name, [python_block(code), text])
         code += ["", f"model = {cls}.from_pretrained(directory, torch_dtype={dtype})"]
+        why = (
+            "Any other `torch_dtype` keeps the codes but rounds scales"
+            if manifest.dtype == "float32"
+            else f"**Give `torch_dtype={dtype}`:** it is the dtype that the model was trained to be served in, and "
+            "without one diffusers loads float32, which keeps the codes but widens scales"
+        )
         text = (
             "Stock diffusers with optimum-quanto and accelerate, no other package. "
-            f"**Give `torch_dtype={dtype}`:** it is the dtype that the model was trained to be served in, and without "
-            "one diffusers loads float32, which keeps the codes but widens scales, so that outputs are no longer those "
-            "of training."
-            if manifest.dtype != "float32"
-            else "Stock diffusers with optimum-quanto and accelerate, no other package. Any other `torch_dtype` keeps "
-            "the codes but rounds scales, so that outputs are no longer those of training."
+            f"{why}, so that outputs are no longer those of training."
         )
         use = [
             "from diffusers import DiffusionPipeline",

@@ -1,10 +1,9 @@
 """The linear layers of a diffusion transformer that quantized activations harm most.
 
-The blocks of such a model are many and alike, and forgive; what stands before and after them does not. The embeddings
-of the timestep and the text, the first and the last layer, and the layers that make shifts, scales and gates of the
-embedded timestep (modulation) see inputs whose range changes with the timestep, and every block, or the picture
-itself, depends on their output. They are a small part of the computation, so with quantized activations they stay
-float unless they are named. Weights alone can be quantized in them as anywhere.
+The embeddings of the timestep and the text, the first and the last layer, and the layers that make shifts, scales and
+gates of the embedded timestep (modulation) see inputs whose range changes with the timestep, and every block, or the
+picture itself, depends on their output. They are a small part of the computation, so with quantized activations they
+stay float unless they are named. Weights alone can be quantized in them as anywhere.
 
 Nothing here imports diffusers: layers are told by where they stand and by what the modules around them are called.
 """
@@ -25,12 +24,7 @@ _MODULATION_NAME = re.compile(r"modulation|(^|_)mod$")
 def sensitive_part(model: nn.Module, name: str) -> str | None:
     """Say in which sensitive part of a model of diffusers a linear layer stands.
 
-    Args:
-        model: a model of diffusers.
-        name: full name of one of its linear layers.
-
-    Returns:
-        ``"modulation"``, ``"outside the blocks"``, or None for a layer that is not sensitive.
+    That is ``"modulation"``, ``"outside the blocks"``, or None for a layer that is not sensitive.
 
     >>> sensitive_part(nn.Sequential(nn.Linear(4, 4)), "0")
     'outside the blocks'

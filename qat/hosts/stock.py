@@ -62,12 +62,10 @@ def load_pretrained(directory: Path, manifest: Manifest, target: Target) -> Relo
         raise
     except Exception as error:  # nor is there an end to what a load can raise
         raise LoadError(f"{cls.__name__}.from_pretrained({str(directory)!r}) failed: {error}") from error
-    if loaded is None:
-        return None
-    for module in loaded.modules():
+    for module in loaded.model.modules() if loaded is not None else ():
         if target.format.is_frozen(module):
             target.format.settle(module, plain_on_cpu=target.host.plain_on_cpu)
-    return Reloaded(loaded, f"{type(loaded).__name__}.from_pretrained{target.host.load_notes(manifest)}")
+    return loaded
 
 
 def stock_reload(
@@ -75,12 +73,7 @@ def stock_reload(
 ) -> Reloaded | None:
     """Load a directory for verification, by the target's own loader; None where it has none but `qat.load`.
 
-    Args:
-        directory: the export.
-        manifest: what it says of itself.
-        target: who loads.
-        record: its evidence.
-        model: a float model of the exported architecture, for directories without ``config.json``; it is copied.
+    ``model`` is a float model of the exported architecture, for directories without ``config.json``; it is copied.
 
     Raises:
         LoadError: when the loader fails, or there is no model to fill.
@@ -97,18 +90,17 @@ def stock_reload(
             found = target.format.load_language_model(directory, **attention_arguments(manifest))
             if found is not None:
                 return Reloaded(*found)
-        # On CPU, not meta: quanto's loader fills the buffers of a meta model with garbage.
         config = library.read_config(cls, directory, manifest)
+        # On CPU, not meta: quanto's loader fills the buffers of a meta model with garbage.
         skeleton = library.build(cls, config, getattr(torch, manifest.dtype), empty=False)
     else:
         raise LoadError(f"{str(directory)!r} has no config.json: pass the float model as model=")
-    dtypes = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+    dtypes, serving = {name: dtype for dtype, name in DTYPE_NAMES.items()}, getattr(torch, manifest.dtype)
     for name, tensor in stored_tensors(skeleton):  # the loader may copy into the model, whose dtypes then decide
-        kept = manifest.tensors.get(name)
-        if kept is not None:
-            tensor.data = tensor.data.to(dtypes[kept.dtype])
+        if name in manifest.tensors:
+            tensor.data = tensor.data.to(dtypes[manifest.tensors[name].dtype])
         elif name.rpartition(".")[0] in record.layers:
-            tensor.data = tensor.data.to(getattr(torch, manifest.dtype))
+            tensor.data = tensor.data.to(serving)
     files = sorted({tensor.file for tensor in manifest.tensors.values()})
     filled = target.format.fill(skeleton, directory, files)
     return None if filled is None else Reloaded(*filled)

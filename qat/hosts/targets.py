@@ -58,12 +58,7 @@ class Target:
 
 
 class Rules:
-    """The rules of a target's host, and of every library model inside one module.
-
-    Args:
-        target: who will load.
-        model: any module.
-        dtype: the serving dtype.
+    """The rules of a target's host, and of every library model inside one module, for a serving dtype.
 
     Attributes:
         heads: ids of the output heads of all models inside.
@@ -121,10 +116,7 @@ TARGETS: dict[str, Target] = {
 
 
 def get_target(name: str) -> Target:
-    """The target called ``name``.
-
-    Raises:
-        TargetError: there is none of that name.
+    """The target called ``name``; `TargetError` if there is none of that name.
 
     >>> get_target("quanto").format.name
     'quanto'

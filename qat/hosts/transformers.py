@@ -15,6 +15,7 @@ from __future__ import annotations
 import copy
 import importlib
 import json
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,13 +26,12 @@ from torch import nn
 from qat.errors import ExportError
 from qat.files.evidence import FrozenRecord
 from qat.files.manifest import Manifest
-from qat.hosts.base import CardLines, Host, matches_path_part, python_block
-from qat.spec import QuantSpec
+from qat.hosts.base import CardLines, Host, Reloaded, matches_path_part, python_block
 
 if TYPE_CHECKING:
     from qat.formats import Format
 
-__all__ = ["TRANSFORMERS", "attention_arguments"]
+__all__ = ["TRANSFORMERS", "attention_arguments", "set_config_dtype"]
 
 PLUGIN = "qat.integrations.transformers"
 
@@ -45,19 +45,14 @@ def attention_arguments(manifest: Manifest) -> dict[str, str]:
 @dataclass(frozen=True)
 class _Transformers(Host):
     def can_build(self, cls: type) -> bool:
-        """Whether it is a model with a configuration."""
         return hasattr(cls, "_from_config")
 
     def build(self, cls: Any, config: Any, dtype: torch.dtype, *, empty: bool) -> nn.Module:
-        """As ``from_pretrained`` does before it loads."""
         from accelerate import init_empty_weights
 
         config = copy.deepcopy(config)
-        with torch.random.fork_rng(devices=[]):
-            if not empty:
-                return cls._from_config(config, dtype=dtype)  # type: ignore[no-any-return]
-            with init_empty_weights(include_buffers=False):
-                return cls._from_config(config, dtype=dtype)  # type: ignore[no-any-return]
+        with torch.random.fork_rng(devices=[]), init_empty_weights(include_buffers=False) if empty else nullcontext():
+            return cls._from_config(config, dtype=dtype)  # type: ignore[no-any-return]
 
     def read_config(self, cls: Any, directory: Path, manifest: Manifest) -> Any:
         """By the class's own configuration class, which runs no code of the directory."""
@@ -70,37 +65,26 @@ class _Transformers(Host):
         config: Any = copy.deepcopy(model.config)
         if hasattr(config, "quantization_config"):
             del config.quantization_config
-        config.dtype = dtype
-        for key in getattr(config, "sub_configs", ()):
-            if getattr(config, key, None) is not None:
-                getattr(config, key).dtype = dtype
+        set_config_dtype(config, dtype)
         config.architectures = [type(model).__name__]
         if getattr(config, "tie_word_embeddings", False) and not _embeddings_are_tied(model):
             config.tie_word_embeddings = False
-        fields: dict[str, Any] = json.loads(config.to_json_string(use_diff=True))
-        return fields
+        return json.loads(config.to_json_string(use_diff=True))  # type: ignore[no-any-return]
 
     def read_generation_config(self, model: Any, directory: Path) -> None:
-        """By transformers' own class."""
         if (directory / "generation_config.json").is_file():
             from transformers import GenerationConfig
 
             model.generation_config = GenerationConfig.from_pretrained(directory)
 
     def is_language_model(self, cls: Any) -> bool:
-        """Whether ``AutoModelForCausalLM`` builds this class."""
         from transformers import AutoModelForCausalLM
 
         mapping: Any = AutoModelForCausalLM._model_mapping
         config = getattr(cls, "config_class", None)
         return config in mapping and mapping[config] is cls
 
-    def spec_faults(self, spec: QuantSpec) -> list[str]:
-        """None: the plug-in is ours."""
-        return []
-
     def model_faults(self, model: nn.Module) -> list[str]:
-        """A model of any other library, a wrapper around one of this library, or one with adapters."""
         if self.owns(model) and self.can_build(type(model)):
             return self._added_faults(model)
         inside = [name for name, module in model.named_modules() if self.owns(module) and self.can_build(type(module))]
@@ -108,7 +92,6 @@ class _Transformers(Host):
         return [f"model: target 'transformers' loads models of transformers, got a {type(model).__name__}: {remedy}"]
 
     def kept_in_float32(self, model: nn.Module, name: str, dtype: torch.dtype) -> bool:
-        """As the loader's dtype plan has it."""
         kept: set[str] = set()
         if dtype is torch.float16:
             kept |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
@@ -165,7 +148,7 @@ class _Transformers(Host):
             "(float_grid=False)"
         )
 
-    def load(self, cls: Any, directory: Path, manifest: Manifest) -> nn.Module:
+    def load(self, cls: Any, directory: Path, manifest: Manifest) -> Reloaded:
         """``from_pretrained``, with the plug-in, which leaves float grids to the stock classes."""
         from transformers import QuantoConfig
 
@@ -173,32 +156,34 @@ class _Transformers(Host):
         arguments: dict[str, Any] = {"dtype": getattr(torch, manifest.dtype), **attention_arguments(manifest)}
         if manifest.stock_arguments is not None:
             arguments["quantization_config"] = QuantoConfig(**manifest.stock_arguments)
-        loaded: nn.Module = cls.from_pretrained(directory, trust_remote_code=False, **arguments)
-        return loaded
+        loaded = cls.from_pretrained(directory, trust_remote_code=False, **arguments)
+        return Reloaded(loaded, f"{type(loaded).__name__}.from_pretrained")
 
     def card(self, manifest: Manifest, module: str, cls: str, format: Format) -> CardLines:
-        """``from_pretrained``."""
-        dtype = f"torch.{manifest.dtype}"
+        code, text, dtype = ["import torch", f"from {module} import {cls}"], [], f"torch.{manifest.dtype}"
         if manifest.float_grid:
-            code = [
-                "import torch",
-                f"from {module} import {cls}",
+            code += [
                 "from transformers import QuantoConfig",
                 "",
                 f"quantization = QuantoConfig({manifest.shown_arguments})",
                 f"model = {cls}.from_pretrained(directory, dtype={dtype}, quantization_config=quantization)",
             ]
-            text = ["No package but transformers and optimum-quanto is needed."]
+            text.append("No package but transformers and optimum-quanto is needed.")
         else:
-            code = [
-                "import torch",
-                f"from {module} import {cls}",
+            code += [
                 f"import {PLUGIN}  # stock transformers cannot read packed weights",
                 "",
                 f"model = {cls}.from_pretrained(directory, dtype={dtype})",
             ]
-            text = []
         return CardLines(self.name, [python_block(code), *text])
+
+
+def set_config_dtype(config: Any, dtype: torch.dtype) -> None:
+    """Tell a configuration, and those within it, which dtype the weights have."""
+    config.dtype = dtype
+    for key in config.sub_configs:
+        if getattr(config, key, None) is not None:
+            getattr(config, key).dtype = dtype
 
 
 def _embeddings_are_tied(model: Any) -> bool:

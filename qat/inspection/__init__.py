@@ -10,15 +10,14 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
 from qat.errors import SpecError, StateError, TargetError
 from qat.formats import LayerTypes
 from qat.hosts import Rules, Target, get_target
-from qat.hosts.base import last_parts
 from qat.inspection.report import FloatWeight, InspectReport, LayerInspection, other_notes, other_weights
 from qat.layers import QuantizedLayer, layer_class
 from qat.probing import Probe
@@ -65,17 +64,8 @@ class _Decision:
     explicit: bool
     could_run: LayerSpec | None = None
     """For a layer left out only by a default of ours: the types it would run with."""
-
-
-class _Tie(NamedTuple):
-    """What comes of a tie that is broken."""
-
-    copied: bool
-    """The layer gets a copy of the weight; False: on the meta device the two may be separate already."""
-    float_copy: bool
-    """The weight stays in the file as floats too."""
-    counted: bool
-    """Those floats are counted with this layer, being in no other row."""
+    float_copy: bool = False
+    """Its weight was tied, and stays in the file as floats that no other row counts."""
 
 
 def inspect(model: nn.Module, spec: QuantSpec, *, target: str = "quanto", example_inputs: Any = None) -> InspectReport:
@@ -118,25 +108,15 @@ def inspect(model: nn.Module, spec: QuantSpec, *, target: str = "quanto", exampl
     facts = _Facts(model, spec, chosen, probe)
     decisions = {name: _decide(facts, name, module, cls) for name, (module, cls) in layers.items()}
     notes = _resolve_collisions(decisions, chosen, facts) if chosen.host.leaf_names_only else []
-    rows = tuple(_row(name, decision, facts) for name, decision in decisions.items())
-    if not any(row.weights for row in rows):
-        why = sorted({row.reason for row in rows}) or ["the model has no nn.Linear"]
+    if all(decision.layer is None for decision in decisions.values()):
+        why = sorted({decision.reason for decision in decisions.values()}) or ["the model has no nn.Linear"]
         held = sorted({f"{weight.kind} ({len(weight.shape)}-D)" for weight in others})
         elsewhere = f"; its weights are in {', '.join(held[:5])}, which have no quantized form" if held else ""
         raise SpecError(
             f"spec: no layer of the model would be quantized; reasons: {why[:5]}{elsewhere}: change the spec's patterns"
         )
-    copied = 0
-    for name, tie in _untied(facts, decisions).items():
-        kept = ", and its float copy stays in the file beside the codes" if tie.float_copy else ""
-        notes.append(
-            f"{name}: its weight is tied; quantizing it breaks the tie (config.tie_word_embeddings becomes False){kept}"
-        )
-        copied += decisions[name].weight.numel() if tie.copied else 0
-        rows = tuple(
-            replace(row, bytes_after=row.bytes_after + row.bytes_before) if row.name == name and tie.counted else row
-            for row in rows
-        )
+    told, copied = _break_ties(facts, decisions)
+    notes += told
     notes += chosen.format.warnings(
         (facts.types(d.layer), (d.weight.shape[0], d.weight.shape[1]), getattr(d.module, "bias", None) is not None)
         for d in decisions.values()
@@ -144,15 +124,8 @@ def inspect(model: nn.Module, spec: QuantSpec, *, target: str = "quanto", exampl
     )
     parameters = sum(parameter.numel() for parameter in model.parameters()) + copied
     notes += other_notes(others, parameters)
-    return InspectReport(
-        target=target,
-        spec=spec,
-        layers=rows,
-        parameters=parameters,
-        quantized_parameters=sum(row.shape[0] * row.shape[1] for row in rows if row.weights),
-        notes=tuple(notes),
-        others=others,
-    )
+    rows = tuple(_row(name, decision, facts) for name, decision in decisions.items())
+    return InspectReport(target, spec, rows, parameters, tuple(notes), others)
 
 
 def _layers(model: nn.Module, target: Target) -> Iterator[tuple[str, tuple[nn.Module, type[QuantizedLayer]]]]:
@@ -173,20 +146,18 @@ def _decide(facts: _Facts, name: str, module: nn.Module, cls: type[QuantizedLaye
     impossible = _impossible(facts, name, module, cls, layer)
     if impossible is not None:
         return _Decision(module, weight, None, impossible, False)
-    if not explicit:
-        if facts.tied(name, weight):
-            reason = "tied to another weight (include it by name to untie and quantize it)"
-            return _Decision(module, weight, None, reason, False)
-        if id(module) in facts.rules.heads:
-            reason = "output head, float by default (include it by name to quantize it)"
-            return _Decision(module, weight, None, reason, False, could_run=layer)
-        part = facts.rules.sensitive_part(name) if layer.activations is not None else None
-        if part is not None:
-            reason = (
-                f"sensitive with quantized activations ({part}), float by default (include it by name to quantize it)"
-            )
-            return _Decision(module, weight, None, reason, False, could_run=layer)
-    return _Decision(module, weight, layer, reason, explicit)
+    if explicit:
+        return _Decision(module, weight, layer, reason, True)
+    if facts.tied(name, weight):
+        reason = "tied to another weight (include it by name to untie and quantize it)"
+        return _Decision(module, weight, None, reason, False)
+    part = facts.rules.sensitive_part(name) if layer.activations is not None else None
+    default = f"sensitive with quantized activations ({part})" if part is not None else None
+    default = "output head" if id(module) in facts.rules.heads else default
+    if default is None:
+        return _Decision(module, weight, layer, reason, False)
+    reason = f"{default}, float by default (include it by name to quantize it)"
+    return _Decision(module, weight, None, reason, False, could_run=layer)
 
 
 def _impossible(facts: _Facts, name: str, module: nn.Module, cls: type[QuantizedLayer], layer: LayerSpec) -> str | None:
@@ -230,7 +201,7 @@ def _resolve_collisions(decisions: dict[str, _Decision], target: Target, facts: 
     families: dict[str, dict[str, _Decision]] = defaultdict(dict)
     for name, decision in decisions.items():
         for alias in facts.names[id(decision.module)]:
-            families[next(iter(last_parts([alias])))][name] = decision
+            families[alias.rpartition(".")[2]][name] = decision
     total = sum(d.weight.numel() for d in decisions.values())
     notes = []
     for leaf, family in families.items():
@@ -263,28 +234,34 @@ def _resolve_collisions(decisions: dict[str, _Decision], target: Target, facts: 
     return notes
 
 
-def _untied(facts: _Facts, decisions: Mapping[str, _Decision]) -> dict[str, _Tie]:
-    """The tied layers that will be quantized, in the order in which `qat.prepare` unties them."""
+def _break_ties(facts: _Facts, decisions: Mapping[str, _Decision]) -> tuple[list[str], int]:
+    """Notes on the tied layers that `qat.prepare` will untie, in its order, and how many elements it will copy."""
     chosen = Counter(id(d.weight) for d in decisions.values() if d.layer is not None)
     floats = {id(d.weight) for d in decisions.values() if d.layer is None}
-    parted: Counter[int] = Counter()
-    ties = {}
+    left, notes, copied = facts.holders.copy(), [], 0
     for name, decision in decisions.items():
         key = id(decision.weight)
         if decision.layer is None or not facts.tied(name, decision.weight):
             continue
-        holders = facts.holders[key]
+        holders = facts.holders[key]  # one, where the two are separate already: on the meta device
         kept = holders == 1 or chosen[key] < holders
-        ties[name] = _Tie(holders - parted[key] > 1, kept, kept and not parted[key] and key not in floats)
-        parted[key] += 1
-    return ties
+        decision.float_copy = kept and left[key] == holders and key not in floats
+        copied += decision.weight.numel() if left[key] > 1 else 0
+        left[key] -= 1
+        notes.append(
+            f"{name}: its weight is tied; quantizing it breaks the tie (config.tie_word_embeddings becomes False)"
+            + (", and its float copy stays in the file beside the codes" if kept else "")
+        )
+    return notes, copied
 
 
 def _row(name: str, decision: _Decision, facts: _Facts) -> LayerInspection:
     layer = decision.layer
     out_features, in_features = decision.weight.shape
-    before = out_features * in_features * facts.spec.torch_dtype.itemsize
+    before = after = out_features * in_features * facts.spec.torch_dtype.itemsize
     types = None if layer is None else facts.types(layer)
+    if types is not None:
+        after = facts.target.format.nbytes(types, (out_features, in_features)) + (before if decision.float_copy else 0)
     return LayerInspection(
         name=name,
         kind=type(decision.module).__name__,
@@ -294,5 +271,5 @@ def _row(name: str, decision: _Decision, facts: _Facts) -> LayerInspection:
         group_size=None if types is None else types.weights.group_size(in_features),
         reason=decision.reason,
         bytes_before=before,
-        bytes_after=before if types is None else facts.target.format.nbytes(types, (out_features, in_features)),
+        bytes_after=after,
     )

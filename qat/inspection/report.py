@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from math import prod
 from typing import Any
 
@@ -57,7 +57,6 @@ class InspectReport:
     layers: tuple[LayerInspection, ...]
     parameters: int
     """All parameters of the model as prepared, shared ones once: an untied weight and its copy are two."""
-    quantized_parameters: int
     notes: tuple[str, ...] = ()
     """What else a user should know (leaf-name collisions, a tie that will be broken, weights outside linear layers)."""
     others: tuple[FloatWeight, ...] = ()
@@ -74,6 +73,11 @@ class InspectReport:
         return layers | outside
 
     @property
+    def quantized_parameters(self) -> int:
+        """Weights that will be quantized."""
+        return sum(prod(layer.shape) for layer in self.layers if layer.weights)
+
+    @property
     def quantized_share(self) -> float:
         """Share of all parameters that will be quantized, 0 to 1."""
         return self.quantized_parameters / max(1, self.parameters)
@@ -81,8 +85,7 @@ class InspectReport:
     @property
     def linear_share(self) -> float:
         """Share of the linear layers' weights that will be quantized, 0 to 1."""
-        total = sum(layer.shape[0] * layer.shape[1] for layer in self.layers)
-        return self.quantized_parameters / max(1, total)
+        return self.quantized_parameters / max(1, sum(prod(layer.shape) for layer in self.layers))
 
     @property
     def bytes_before(self) -> int:
@@ -96,14 +99,9 @@ class InspectReport:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, for ``--json``."""
-        data = asdict(replace(self, spec=QuantSpec()))
-        return data | {
-            "spec": self.spec.model_dump(mode="json"),
-            "quantized_share": self.quantized_share,
-            "linear_share": self.linear_share,
-            "bytes_before": self.bytes_before,
-            "bytes_after": self.bytes_after,
-        }
+        totals = ("quantized_parameters", "quantized_share", "linear_share", "bytes_before", "bytes_after")
+        spec = self.spec.model_dump(mode="json")
+        return asdict(self) | {"spec": spec} | {name: getattr(self, name) for name in totals}
 
     def __str__(self) -> str:
         """A table: one line a layer, then the totals."""

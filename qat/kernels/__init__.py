@@ -1,10 +1,8 @@
-"""The fast form of `qat.numerics`, behind opaque operators.
+"""The fast form of `qat.numerics`, behind opaque operators (docs/numerics.md says why they are opaque).
 
-Fake quantization is an *operator*, not a chain of tensor expressions, for two reasons. A compiler that sees the
-chain drops its narrowing casts and fuses its two roundings, and then trains other weights than are served. And an
-operator can be implemented once per device: in cache-sized blocks on a CPU (`qat.kernels.cpu`), by Triton on
-CUDA (`qat.kernels.triton`), or plainly as `qat.numerics` says, which is what tests compare both with. A further
-device is one file and one entry in `_DEVICES`.
+An operator is implemented once per device: in cache-sized blocks on a CPU (`qat.kernels.cpu`), by Triton on CUDA
+(`qat.kernels.triton`), or plainly as `qat.numerics` says, which is what tests compare both with. A further device is
+one file, and its `implement` below.
 
 The operators have no gradient of their own; `qat.layers` and `qat.quantizers` define it around them. A missing shift
 is an empty tensor in their results, since an operator cannot return None.
@@ -62,15 +60,8 @@ def fake_quantize_weight(
 ) -> Tensor:
     """The weight that a loader will rebuild: `QType.fake_quantize`, bit for bit, without a gradient.
 
-    Args:
-        weight: master weight, ``(out, in)``, any float dtype.
-        scale: serving scale, float32, ``(groups, 1)``.
-        shift: serving shift likewise, or None for types without one.
-        qtype: the type of the codes.
-        dtype: serving dtype, in which ``scale * code - shift`` is rounded.
-        out_dtype: dtype of the result.
-        after: a tensor that must exist first; never read. A backward pass names its incoming gradient here, so
-            that a compiler cannot move this recomputation into the forward pass and keep its result in memory.
+    ``after`` must exist first, and is never read. A backward pass names its incoming gradient here, so that a compiler
+    cannot move this recomputation into the forward pass and keep its result in memory.
     """
     return torch.ops.qat.fake_quantize_weight(weight, scale, shift, qtype.key, dtype, out_dtype, after)  # type: ignore[no-any-return]
 
@@ -95,15 +86,8 @@ def quantize_own_range(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Fake-quantize a weight by its own range: absmax of a row, or minimum to maximum of a group. One pass on CUDA.
 
-    Args:
-        weight: ``(out, in)``, any float dtype.
-        qtype: the type of the codes.
-        dtype: the serving dtype.
-        out_dtype: dtype of the fake-quantized weight.
-
-    Returns:
-        the fake-quantized weight, and its serving scale and shift: float32, ``(groups, 1)``; the shift is None for
-        types without one. The same bits on every device.
+    Returns the fake-quantized weight with its serving scale and shift (float32, ``(groups, 1)``; None for types without
+    one): the same bits on every device.
     """
     value, scale, shift = torch.ops.qat.quantize_own_range(weight, qtype.key, dtype, out_dtype)
     return value, scale, shift if qtype.has_shift else None
@@ -139,17 +123,7 @@ def moved_scale_shift(
     dtype: torch.dtype,
     in_features: int,
 ) -> tuple[Tensor, Tensor | None]:
-    """The serving scale and shift of a `numerics.moved_range`; a compiler would fuse its products with its sums.
-
-    Args:
-        low: see there, as of the next three.
-        high: float32, ``(groups, 1)``.
-        low_move: None without ``low``.
-        high_move: like ``high``.
-        qtype: the type of the codes.
-        dtype: the serving dtype.
-        in_features: columns of the weight.
-    """
+    """The serving scale and shift of a `numerics.moved_range`; a compiler would fuse its products with its sums."""
     scale, shift = torch.ops.qat.moved_scale_shift(low, high, low_move, high_move, qtype.key, dtype, in_features)
     return scale, None if low is None else shift
 
@@ -186,10 +160,8 @@ def fake_quantize_activation(x: Tensor, scale: Tensor, qtype: QType, dtype: torc
     return torch.ops.qat.fake_quantize_activation(x, scale, qtype.key, dtype)  # type: ignore[no-any-return]
 
 
-_DEVICES = {"CPU": "qat.kernels.cpu", "CUDA": "qat.kernels.triton"}
-
-implement(_fake_quantize_weight, "CPU", _DEVICES["CPU"])
-implement(_scale_gradients, "CPU", _DEVICES["CPU"])
-implement(_fake_quantize_weight, "CUDA", _DEVICES["CUDA"])
-implement(_quantize_own_range, "CUDA", _DEVICES["CUDA"])
-implement(_scale_gradients, "CUDA", _DEVICES["CUDA"])
+implement(_fake_quantize_weight, "CPU", "qat.kernels.cpu")
+implement(_scale_gradients, "CPU", "qat.kernels.cpu")
+implement(_fake_quantize_weight, "CUDA", "qat.kernels.triton")
+implement(_quantize_own_range, "CUDA", "qat.kernels.triton")
+implement(_scale_gradients, "CUDA", "qat.kernels.triton")

@@ -1,7 +1,4 @@
-"""Layers with fake quantization: one file each, and one entry each in `LAYERS`.
-
-`LAYERS` names, for an exact class of float module, the class that it becomes. `layer_class` looks there.
-"""
+"""Layers with fake quantization: one file each, and one entry each in `LAYERS`, from float class to what it becomes."""
 
 from __future__ import annotations
 

@@ -52,8 +52,6 @@ class QuantizedLayer(nn.Module):
     """
 
     replaces: ClassVar[type[nn.Module]]
-    frozen_as_linear: ClassVar[bool] = True
-    """Whether a frozen layer is a format's linear layer with the same matrix and bias."""
 
     weight_quantizer: WeightQuantizer
     input_quantizer: ActivationQuantizer | None
@@ -65,8 +63,7 @@ class QuantizedLayer(nn.Module):
     def effective_weight(module: Any) -> Tensor:
         """The matrix ``(out, in)`` that is quantized: a view of a parameter, or computed from several.
 
-        Args:
-            module: a float module of the class that this one replaces, or a prepared one.
+        ``module`` is a float module of the class that this one replaces, or a prepared one.
         """
         weight: Tensor = module.weight
         return weight
@@ -180,22 +177,17 @@ class QuantizedLayer(nn.Module):
         return quantizer
 
     def fresh_state(self, prefix: str, weight: Tensor, algorithm: Algorithm) -> dict[str, Tensor]:
-        """What a checkpoint would hold of newly made quantizers, on the device of ``weight``.
+        """What a checkpoint would hold of quantizers newly made for an effective weight, on its device.
 
-        Args:
-            prefix: the layer's name in the checkpoint, with a dot at its end, or empty.
-            weight: the effective weight that they are made for.
-            algorithm: makes the weight's quantizer.
+        ``prefix`` is the layer's name in the checkpoint, with a dot at its end, or empty.
         """
         quantizer = self.weight_quantizer
-        states = {"weight_quantizer": algorithm.make(weight, quantizer.qtype, quantizer.dtype).state_dict()}
+        made = algorithm.make(weight, quantizer.qtype, quantizer.dtype).state_dict(prefix=f"{prefix}weight_quantizer.")
         for name in ("input_quantizer", "output_quantizer"):
             module: ActivationQuantizer | None = getattr(self, name)
-            if module is not None:
-                states[name] = {
-                    key: torch.zeros_like(v, device=weight.device) for key, v in module.state_dict().items()
-                }
-        return {f"{prefix}{name}.{key}": value for name, state in states.items() for key, value in state.items()}
+            state = {} if module is None else module.state_dict(prefix=f"{prefix}{name}.")
+            made |= {key: torch.zeros_like(value, device=weight.device) for key, value in state.items()}
+        return made
 
     def activation_quantizers(self) -> Iterator[ActivationQuantizer]:
         """The quantizers of the input and of the output, as far as there are any."""

@@ -1,9 +1,8 @@
 """Straight-through gradients around fake-quantized weights.
 
-`fake_quantized` is autograd on a weight: its result goes into any operation. That operation keeps it for backward, a
-copy of the weight. `quantized_linear` is the linear map without the copy: it keeps what `nn.Linear` keeps, the input
-and the master weight, and two small tensors with scales. The fake-quantized weight is computed again in the backward
-pass, which costs one pass over the weight. The input, if it is quantized too, is likewise quantized again.
+`fake_quantized` is autograd on a weight: its result goes into any operation, which keeps that copy for backward.
+`quantized_linear` keeps what `nn.Linear` keeps, the input and the master weight, and two small tensors with scales. In
+backward it computes the fake-quantized weight, and the quantized input, once more.
 
 Under autocast, `nn.Linear` pays a cast of the weight to the compute dtype; here the fake quantization is that cast.
 """
@@ -78,15 +77,9 @@ class _FakeQuantized(torch.autograd.Function):
 
 
 def fake_quantized(weight: Tensor, quantized: Quantized, quantizer: WeightQuantizer) -> Tensor:
-    """The fake-quantized weight, with the straight-through gradient to the master weight and to learned scales.
+    """``quantized.value``, with the straight-through gradient to the master weight and to learned scales.
 
-    Args:
-        weight: effective master weight, ``(out, in)``.
-        quantized: what ``quantizer.quantize(weight, dtype)`` returned.
-        quantizer: says the type, and whether gradients outside the range are masked.
-
-    Returns:
-        ``(out, in)`` in the dtype of ``quantized.value``.
+    ``weight`` is the effective master weight, ``(out, in)``; ``quantized`` is what the quantizer made of it.
     """
     value, scale, shift = quantized
     return _FakeQuantized.apply(value, weight, scale, shift, _options(quantizer))  # type: ignore[no-any-return,no-untyped-call]
@@ -144,24 +137,21 @@ def quantized_linear(
     quantizer: WeightQuantizer,
     activation: ActivationQuantizer | None = None,
 ) -> Tensor:
-    """Linear map with the weight, and perhaps the input, fake-quantized.
+    """Linear map with the weight, and perhaps the input, fake-quantized: ``(..., in)`` to ``(..., out)``.
 
     Args:
         x: ``(..., in)``.
         weight: effective master weight, ``(out, in)``.
         bias: ``(out,)`` or None.
-        quantized: what ``quantizer.quantize(weight, dtype)`` returned for the compute dtype.
+        quantized: what ``quantizer.quantize(weight, dtype)`` returned for the compute dtype, which is the result's.
         quantizer: says the type, and whether gradients outside the range are masked.
         activation: quantizes the input, with no gradient for elements that saturate.
-
-    Returns:
-        ``(..., out)`` in the compute dtype.
 
     Raises:
         CalibrationError: the input is quantized, has elements, and there is no scale yet.
     """
     if activation is not None:
-        activation.require_scale_for(x)
+        activation.require_scale(x)
     value, scale, shift = quantized
     if autocast_dtype(x) is not None:
         x = x.to(value.dtype)

@@ -7,6 +7,8 @@ producer's output went through nothing but a relu or a view), the stock layer ig
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -20,12 +22,9 @@ __all__ = ["ActivationQuantizer", "fake_quantize_output"]
 
 
 class ActivationQuantizer(QuantizerModule):
-    """A static scale for one activation, and the observer it comes from.
+    """A static scale for one activation, rounded to the serving dtype, and the observer it comes from.
 
-    Args:
-        qtype: the type of the codes, a symmetric one.
-        dtype: the serving dtype, to which the scale is rounded.
-        observer: records the range.
+    ``qtype`` is a symmetric type.
     """
 
     scale: Tensor
@@ -68,14 +67,9 @@ class ActivationQuantizer(QuantizerModule):
         self.scale.zero_()
         self.initialized = self.arrives_quantized = False
 
-    def require_scale_for(self, x: Tensor) -> None:
-        """Raise `CalibrationError` when ``x`` has elements and there is no scale for them yet."""
-        if x.numel():
-            self.require_scale()
-
-    def require_scale(self) -> None:
-        """Raise `CalibrationError` when there is no scale yet."""
-        if not self.initialized:
+    def require_scale(self, x: Tensor | None = None) -> None:
+        """Raise `CalibrationError` when there is no scale yet; an ``x`` without elements needs none."""
+        if not self.initialized and (x is None or x.numel()):
             raise CalibrationError(
                 "activations: a scale was never set: run qat.calibrate(model, batches) before training with quantized "
                 "activations, or let the schedule observe first"
@@ -88,19 +82,13 @@ class ActivationQuantizer(QuantizerModule):
 
 class _FakeQuantizedOutput(torch.autograd.Function):
     @staticmethod
-    def forward(x: Tensor, scale: Tensor, qtype: QType, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        return kernels.fake_quantize_activation(x, scale, qtype, dtype), qtype.inside_range(x, scale)
+    def forward(ctx: Any, x: Tensor, scale: Tensor, qtype: QType, dtype: torch.dtype) -> Tensor:
+        ctx.save_for_backward(qtype.inside_range(x, scale))
+        return kernels.fake_quantize_activation(x, scale, qtype, dtype)
 
     @staticmethod
-    def setup_context(
-        ctx: torch.autograd.function.FunctionCtx, inputs: tuple[object, ...], output: tuple[Tensor, Tensor]
-    ) -> None:
-        ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(output[1])
-
-    @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor, _: None) -> tuple[Tensor, None, None, None]:
-        (inside,) = ctx.saved_tensors  # type: ignore[attr-defined]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        (inside,) = ctx.saved_tensors
         return grad * inside, None, None, None
 
 
@@ -110,6 +98,6 @@ def fake_quantize_output(x: Tensor, quantizer: ActivationQuantizer) -> Tensor:
     Raises:
         CalibrationError: there is no scale yet, and ``x`` is not empty.
     """
-    quantizer.require_scale_for(x)
-    y: Tensor = _FakeQuantizedOutput.apply(x, quantizer.scale, quantizer.qtype, quantizer.dtype)[0]  # type: ignore[no-untyped-call]
+    quantizer.require_scale(x)
+    y: Tensor = _FakeQuantizedOutput.apply(x, quantizer.scale, quantizer.qtype, quantizer.dtype)  # type: ignore[no-untyped-call]
     return y

@@ -1,11 +1,8 @@
 """What a quantizer is, and what an algorithm is.
 
 A *quantizer* is a submodule beside a layer's weight (or at its input or output) that knows how to scale it. It owns
-whatever is learned, as float32 parameters; the layer adds the straight-through gradient and the recomputation. So a
-new algorithm writes one method, `WeightQuantizer.quantize`, as ordinary differentiable code on small tensors. Exact
-fake quantization, ``torch.compile``, freezing and export come with it.
-
-An *algorithm* is the frozen configuration that makes quantizers.
+whatever is learned, as float32 parameters; the layer adds the straight-through gradient and the recomputation. An
+*algorithm* is the frozen configuration that makes quantizers. docs/architecture.md shows how to add one.
 """
 
 from __future__ import annotations
@@ -55,10 +52,8 @@ class QuantizerModule(nn.Module):
 class WeightQuantizer(QuantizerModule, ABC):
     """How one weight is scaled; abstract. Subclasses implement `quantize`.
 
-    Args:
-        qtype: the type of the codes.
-        dtype: the serving dtype.
-        masked: stop the gradient of weights that lie outside the codes' range (needed once a range clips).
+    ``dtype`` is the serving dtype. ``masked`` stops the gradient of weights outside the codes' range, which is needed
+    once a range clips.
     """
 
     def __init__(self, qtype: QType, dtype: torch.dtype, *, masked: bool = False) -> None:
@@ -82,14 +77,7 @@ class WeightQuantizer(QuantizerModule, ABC):
         """
 
     def by_scale(self, weight: Tensor, scale: Tensor, shift: Tensor | None, out_dtype: torch.dtype) -> Quantized:
-        """Fake-quantize by a scale and a shift that are not yet rounded to the serving dtype.
-
-        Args:
-            weight: ``(out, in)``.
-            scale: float32, ``(groups, 1)``.
-            shift: likewise; None for types without one.
-            out_dtype: dtype of the fake-quantized weight.
-        """
+        """Fake-quantize by a scale and a shift, float32, ``(groups, 1)``, not yet rounded to the serving dtype."""
         return self.by_served(weight, *self.qtype.serve(scale, shift, self.dtype, weight.shape[1]), out_dtype)
 
     def by_served(self, weight: Tensor, scale: Tensor, shift: Tensor | None, out_dtype: torch.dtype) -> Quantized:

@@ -26,12 +26,7 @@ _ALONE = (0.1, 0.05, 0.025)
 def weight_error(weight: Tensor, low: Tensor | None, high: Tensor, qtype: QType, dtype: torch.dtype) -> Tensor:
     """Sum of ``(served - weight)^2`` of each group, in units of its largest magnitude: ``(groups, 1)``, float32.
 
-    Args:
-        weight: ``(out, in)``.
-        low: low end of each group's range, float32, ``(groups, 1)``; None for symmetric types.
-        high: the high end.
-        qtype: the type of the codes.
-        dtype: the serving dtype.
+    ``low`` and ``high`` are the ends of each group's range, as `clipped_range` gives them.
     """
     scale, shift = qtype.serve(*qtype.scale_shift(low, high), dtype, weight.shape[1])
     served = kernels.fake_quantize_weight(weight, scale, shift, qtype, dtype, torch.float32)
@@ -46,13 +41,7 @@ def weight_error(weight: Tensor, low: Tensor | None, high: Tensor, qtype: QType,
 def clipped_range(weight: Tensor, qtype: QType, dtype: torch.dtype) -> tuple[Tensor | None, Tensor]:
     """The ends of each group's range that give the smallest `weight_error` found, which is never above min-max's.
 
-    Args:
-        weight: ``(out, in)``, any float dtype; read in chunks of rows.
-        qtype: the type of the codes.
-        dtype: the serving dtype.
-
-    Returns:
-        Low end (None for symmetric types) and high end: float32, ``(groups, 1)``.
+    Low end (None for symmetric types) and high end: float32, ``(groups, 1)``. The weight is read in chunks of rows.
 
     >>> from qat.formats import QUANTO
     >>> _, high = clipped_range(torch.tensor([[0.1, -0.2, 0.3, 0.4]]), QUANTO.qtypes["int8"], torch.float32)

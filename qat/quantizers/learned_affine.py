@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from qat import kernels
 from qat.numerics import QType, moved_range, round_to
@@ -34,6 +34,7 @@ class _ServedRange(torch.autograd.Function):
 
     @staticmethod
     def forward(
+        ctx: Any,
         low: Tensor | None,
         high: Tensor,
         low_move: Tensor | None,
@@ -42,13 +43,9 @@ class _ServedRange(torch.autograd.Function):
         dtype: torch.dtype,
         in_features: int,
     ) -> tuple[Tensor, Tensor | None]:
-        return kernels.moved_scale_shift(low, high, low_move, high_move, qtype, dtype, in_features)
-
-    @staticmethod
-    def setup_context(ctx: FunctionCtx, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor | None]) -> None:
-        low, high, _, _, qtype, *_ = inputs
         ctx.save_for_backward(low, high)
-        ctx.qtype = qtype  # type: ignore[attr-defined]
+        ctx.qtype = qtype
+        return kernels.moved_scale_shift(low, high, low_move, high_move, qtype, dtype, in_features)
 
     @staticmethod
     @once_differentiable
@@ -63,15 +60,7 @@ class _ServedRange(torch.autograd.Function):
 
 
 class LearnedRange(WeightQuantizer):
-    """A range whose ends move.
-
-    Args:
-        low: low end at the start, float32, ``(groups, 1)``; None for symmetric types.
-        high: high end at the start.
-        qtype: the type of the codes.
-        dtype: the serving dtype.
-        masked: stop the gradient of weights outside the range.
-    """
+    """A range whose ends move from ``low`` (None for symmetric types) and ``high``: float32, ``(groups, 1)``."""
 
     low_start: Tensor | None
     high_start: Tensor
@@ -91,12 +80,12 @@ class LearnedRange(WeightQuantizer):
         self.high_move = nn.Parameter(torch.zeros_like(high))
         self._note_flat()
 
+    def _flat(self) -> Tensor:
+        return self.high_start == (0.0 if self.low_start is None else self.low_start)
+
     def _note_flat(self) -> None:
         # A Python bool: a forward that read a tensor would wait for the device, and few weights have such groups.
         self._some_flat = not self.high_start.is_meta and bool(self._flat().any())
-
-    def _flat(self) -> Tensor:
-        return self.high_start == (0.0 if self.low_start is None else self.low_start)
 
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
