@@ -188,7 +188,7 @@ class QType(ABC):
         return codes.clamp_(self.code_min, self.code_max).to(self.storage).reshape(weight.shape)
 
     def decode(self, codes: Tensor, scale: Tensor, shift: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """Values of codes, ``(out, in)`` in the serving dtype: ``scale * code - shift``, rounded twice as a loader does."""
+        """Values of codes, ``(out, in)`` in the serving dtype: ``scale * code - shift`` in a loader's two roundings."""
         values = scale.to(dtype) * self.grouped(codes).to(dtype)
         if shift is not None:
             values -= shift.to(dtype)

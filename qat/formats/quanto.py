@@ -1,7 +1,4 @@
-"""optimum-quanto's format: all that is known of it and of its kernels (https://github.com/huggingface/optimum-quanto).
-
-Types
-    See `qat.formats.quanto_types`.
+"""optimum-quanto's format and its kernels (https://github.com/huggingface/optimum-quanto). Types: `quanto_types`.
 
 Keys below a layer's name
     ``weight._data`` and ``weight._scale`` (8 bits); ``weight._data._data``, ``weight._scale`` and ``weight._shift``

@@ -31,11 +31,8 @@ class ModelState:
     ) -> None:
         """Look at a frozen model.
 
-        Args:
-            model: the frozen model.
-            format: of its quantized weights.
-            float_layers: names of quantized layers that are written as float32 weights, without activation scales.
-            untie: write a tensor for each module that holds it, for a loader that ties none again.
+        ``float_layers`` names quantized layers that are written as float32 weights, without activation scales. With
+        ``untie``, a tensor is written for each module that holds it, for a loader that ties none again.
 
         Raises:
             ExportError: when a tensor has no data (meta device) or a class that safetensors cannot hold.

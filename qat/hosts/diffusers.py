@@ -143,17 +143,10 @@ class _Diffusers(Host):
 
     def card(self, manifest: Manifest, module: str, cls: str, format: Format) -> CardLines:
         dtype = f"torch.{manifest.dtype}"
-        code = ["import torch", f"from {module} import {cls}"]
+        code = self.pretrained_code(manifest, module, cls, "torch_dtype")
         if manifest.float_grid:
-            code += [
-                "from diffusers import QuantoConfig",
-                "",
-                f"quantization = QuantoConfig({manifest.shown_arguments})",
-                f"model = {cls}.from_pretrained(directory, torch_dtype={dtype}, quantization_config=quantization)",
-            ]
             text = "Without `quantization_config` the same file loads as a float model that computes the same."
-            return CardLines(self.name, [python_block(code), text])
-        code += ["", f"model = {cls}.from_pretrained(directory, torch_dtype={dtype})"]
+            return CardLines(self.name, [code, text])
         why = (
             "Any other `torch_dtype` keeps the codes but rounds scales"
             if manifest.dtype == "float32"
@@ -175,7 +168,7 @@ class _Diffusers(Host):
             '`model.to("cpu")` helps; '
             "int4 in groups of 128 then goes over to another kernel, whose last bits differ."
         )
-        return CardLines(self.name, [python_block(code), text, moved, python_block(use)])
+        return CardLines(self.name, [code, text, moved, python_block(use)])
 
 
 def _kept(model: Any) -> set[str]:

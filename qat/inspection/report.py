@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from qat.errors import listed
 from qat.spec import QuantSpec
 
 __all__ = ["FloatWeight", "InspectReport", "LayerInspection", "other_notes", "other_weights"]
@@ -154,6 +155,5 @@ def other_notes(others: Iterable[FloatWeight], parameters: int) -> list[str]:
         return []
     share = sum(prod(weight.shape) for weight in told) / max(1, parameters)
     families = sorted(_families(told).items(), key=lambda item: -item[1][1])
-    shown = [f"{name} ({kind}, {count / max(1, parameters):.1%})" for name, (kind, count) in families[:4]]
-    more = f" and {len(families) - 4} more" if len(families) > 4 else ""
-    return [f"{share:.1%} of the parameters are weights outside nn.Linear and stay float: {', '.join(shown)}{more}"]
+    shown = listed([f"{name} ({kind}, {count / max(1, parameters):.1%})" for name, (kind, count) in families], 4)
+    return [f"{share:.1%} of the parameters are weights outside nn.Linear and stay float: {shown}"]
