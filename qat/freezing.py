@@ -42,7 +42,6 @@ class FreezeReport:
     layers: dict[str, LayerEvidence]
 
     def __str__(self) -> str:
-        """One line."""
         types = sorted({layer.weights for layer in self.layers.values()})
         return (
             f"froze {len(self.layers)} layers ({', '.join(types)}) for target {self.target!r}, served in {self.dtype}"

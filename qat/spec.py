@@ -6,7 +6,7 @@ the default; among overrides the last match wins. `qat.inspection` applies the r
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
@@ -16,8 +16,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from qat.errors import SpecError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     import torch
 
 __all__ = ["ActivationType", "LayerSpec", "QuantSpec", "Resolution", "ServingDtype", "WeightType"]

@@ -109,8 +109,6 @@ class Format(ABC):
     tags: ClassVar[tuple[str, ...]] = ()
     """Tags of a model card."""
 
-    # -- what can be served -------------------------------------------------------------------------------------------
-
     def layer_hazard(self, types: LayerTypes, shape: tuple[int, int]) -> str | None:
         """Why the format's kernels cannot run a layer of this shape (``(out, in)``), or None."""
         return None
@@ -130,8 +128,6 @@ class Format(ABC):
     def card_loading(self) -> list[str]:
         """How a plain module is filled without `qat`, in Markdown."""
         return []
-
-    # -- files --------------------------------------------------------------------------------------------------------
 
     @abstractmethod
     def slots(self, types: LayerTypes, shape: tuple[int, int], bias: bool) -> dict[str, Slot]:
@@ -201,8 +197,6 @@ class Format(ABC):
     def map_faults(self, record: FrozenRecord, directory: Path) -> list[str]:
         """Where the file `map_name` differs from what was frozen."""
         return []
-
-    # -- modules ------------------------------------------------------------------------------------------------------
 
     @abstractmethod
     def build(

@@ -20,10 +20,6 @@ class ModelState:
 
     A layer whose weight is in a kernel's own order is brought back to the stored one when it is fetched, and only one
     such layer is held at any moment.
-
-    Attributes:
-        entries: dtype and shape of every tensor that is written, in the model's order.
-        tied: names that share another tensor and are not written, with the name that is.
     """
 
     def __init__(
@@ -42,7 +38,9 @@ class ModelState:
         self._sources: dict[str, Callable[[], Tensor]] = {}
         self._held: tuple[nn.Module | None, dict[str, Tensor]] = (None, {})
         self.tied: dict[str, str] = {}
+        """Names that share another tensor and are not written, with the name that is."""
         self.entries: tuple[TensorEntry, ...] = tuple(self._walk(model, untie))
+        """Dtype and shape of every tensor that is written, in the model's order."""
 
     def fetch(self, name: str) -> Tensor:
         """The tensor of a name, as it is to be written."""

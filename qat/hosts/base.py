@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -20,12 +20,10 @@ from qat.errors import ExportError, LoadError, listed
 from qat.files.evidence import FrozenRecord
 from qat.files.manifest import Manifest
 from qat.files.weights import write_json
+from qat.formats import Format
 from qat.layers import quantized_layers
 from qat.numerics import QType
 from qat.spec import QuantSpec
-
-if TYPE_CHECKING:
-    from qat.formats import Format
 
 __all__ = ["CardLines", "Host", "Reloaded", "last_parts", "matches_path_part", "python_block"]
 
@@ -67,8 +65,6 @@ class Host:
     """Somebody else's loader fills such models; off: only `qat.load` does, and verification uses it."""
     leaves_outputs: bool = False
     """The loader can leave the outputs of layers with quantized inputs float."""
-
-    # -- as the library of a class ------------------------------------------------------------------------------------
 
     def owns(self, model: Any) -> bool:
         """Whether a model, or a class, is one of this library; told without importing it."""
@@ -156,8 +152,6 @@ class Host:
             f"the class {cls.__name__} is defined in {cls.__module__}, not in {self.name}, and its code is not copied: "
             "a load needs that code imported, or beside the weights"
         ]
-
-    # -- as the loader of a target ------------------------------------------------------------------------------------
 
     def spec_faults(self, spec: QuantSpec) -> list[str]:
         """What the spec asks for that the loader cannot express, each with its remedy."""

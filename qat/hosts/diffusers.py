@@ -19,7 +19,7 @@ import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -27,13 +27,11 @@ from torch import nn
 from qat.errors import ExportError
 from qat.files.evidence import FrozenRecord
 from qat.files.manifest import Manifest
+from qat.formats import Format
 from qat.hosts.base import CardLines, Host, Reloaded, last_parts, python_block
 from qat.hosts.sensitivity import sensitive_part
 from qat.numerics import QType
 from qat.spec import LayerSpec, QuantSpec
-
-if TYPE_CHECKING:
-    from qat.formats import Format
 
 __all__ = ["DIFFUSERS"]
 

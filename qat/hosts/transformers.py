@@ -18,7 +18,7 @@ import json
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,10 +26,8 @@ from torch import nn
 from qat.errors import ExportError, listed
 from qat.files.evidence import FrozenRecord
 from qat.files.manifest import Manifest
+from qat.formats import Format
 from qat.hosts.base import CardLines, Host, Reloaded, matches_path_part
-
-if TYPE_CHECKING:
-    from qat.formats import Format
 
 __all__ = ["TRANSFORMERS", "attention_arguments", "set_config_dtype"]
 

@@ -105,7 +105,6 @@ class InspectReport:
         return asdict(self) | {"spec": spec} | {name: getattr(self, name) for name in totals}
 
     def __str__(self) -> str:
-        """A table: one line a layer, then the totals."""
         width = max(len(name) for name in (*(layer.name for layer in self.layers), *_families(self.others), "layer"))
         lines = [f"{'layer':{width}}  {'shape':>13}  {'weights':8}  {'group':>5}  {'MiB':>15}  reason"]
         for layer in self.layers:

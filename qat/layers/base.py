@@ -39,7 +39,6 @@ class QuantizedLayer(nn.Module):
 
     A subclass derives from this and from the float class that it `replaces`. It says what its weight is as a matrix
     (`effective_weight`) and how its forward uses the fake-quantized form (`compute`). It stands in `qat.layers.LAYERS`.
-
     """
 
     replaces: ClassVar[type[nn.Module]]

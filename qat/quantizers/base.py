@@ -99,6 +99,7 @@ class Algorithm(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     kind: Any
+    """Names the algorithm in a configuration file; a subclass has a literal here."""
 
     @abstractmethod
     def make(self, weight: Tensor, qtype: QType, dtype: torch.dtype) -> WeightQuantizer:

@@ -119,7 +119,6 @@ class LearnedAffine(Algorithm):
     """
 
     kind: Literal["learned_affine"] = "learned_affine"
-    """Names the algorithm in a configuration file."""
     start: Literal["minmax", "clip"] = "clip"
     """The ranges to begin with: the weight's own, or those with the smallest squared weight error."""
     mask_saturated: bool = True
