@@ -42,7 +42,6 @@ class CalibrationReport:
     """Layers whose input comes quantized from its producer, so that their own input scale is not used."""
 
     def __str__(self) -> str:
-        """One line."""
         if not self.scales:
             return "nothing to calibrate: no layer has quantized activations"
         arriving = f"{len(self.arriving)} inputs arrive quantized"

@@ -60,6 +60,15 @@ class VerifyError(QatError, AssertionError):
 _FAULTS_SHOWN = 8
 
 
+def listed(names: Sequence[str], most: int) -> str:
+    """The first few of ``names``, and how many more there are.
+
+    >>> listed(["a", "b", "c"], 2)
+    'a, b and 1 more'
+    """
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
 def load_error(what: str, faults: Sequence[str]) -> LoadError:
     """One `LoadError` for all faults of a directory, shortened to the first few."""
     shown = [f"  - {fault}" for fault in faults[:_FAULTS_SHOWN]]

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from qat.errors import QatError, StateError, TargetError
+from qat.errors import QatError, StateError, TargetError, listed
 from qat.files.evidence import FrozenRecord, LayerEvidence, record_frozen
 from qat.formats import FrozenLayer, LayerTypes
 from qat.hosts import Target, get_target
@@ -42,7 +42,6 @@ class FreezeReport:
     layers: dict[str, LayerEvidence]
 
     def __str__(self) -> str:
-        """One line."""
         types = sorted({layer.weights for layer in self.layers.values()})
         return (
             f"froze {len(self.layers)} layers ({', '.join(types)}) for target {self.target!r}, served in {self.dtype}"
@@ -84,17 +83,13 @@ def freeze(model: nn.Module, target: str | None = None, *, allow_unreached: bool
     unreached = _unreached(model)
     if unreached and not allow_unreached:
         raise StateError(
-            f"model: {len(unreached)} prepared layers never ran ({_listed(unreached)}) although the model did, so "
+            f"model: {len(unreached)} prepared layers never ran ({listed(unreached, 4)}) although the model did, so "
             "nothing shows that training used their quantized weight: exclude layers whose weight is read without a "
             "call (prepare finds them with example_inputs), run the model once, or pass allow_unreached=True"
         )
     for warning in unchanged(model, unreached):
         logger.warning("%s", warning)
     return _freeze(model, target, unreached)
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 def _freeze(model: nn.Module, target: str | None, unreached: list[str]) -> FreezeReport:
@@ -110,7 +105,7 @@ def _freeze(model: nn.Module, target: str | None, unreached: list[str]) -> Freez
         _require_finite(name, layer)
     notes = prepared.notes
     if unreached:
-        notes += (f"{len(unreached)} layers were frozen although they never ran: {_listed(unreached)}",)
+        notes += (f"{len(unreached)} layers were frozen although they never ran: {listed(unreached, 4)}",)
     constructed = constructed_tensors(model, chosen, prepared.spec.torch_dtype)
     evidence: dict[str, LayerEvidence] = {}
     for name, layer in layers:

@@ -91,15 +91,13 @@ class QType(ABC):
     """A type of stored values; abstract. A format makes its own objects of `Symmetric` and `Affine`.
 
     Two objects with one `key` are the same type: an operator's arguments hold no objects, so types cross by key.
-
-    Attributes:
-        has_shift: whether a group has a shift beside its scale.
-        fused: whether the fast kernels compute this arithmetic. A subclass that overrides `serve`, `encode`,
-            `decode` or `scale_gradients` sets it to False; the kernels then call the methods.
     """
 
     has_shift: ClassVar[bool]
+    """Whether a group has a shift beside its scale."""
     fused: ClassVar[bool] = True
+    """Whether the fast kernels compute this arithmetic. A subclass that overrides `serve`, `encode`, `decode` or
+    `scale_gradients` sets it to False; the kernels then call the methods."""
 
     format: str
     """Name of the format that the type belongs to."""
@@ -108,9 +106,7 @@ class QType(ABC):
     bits: int
     """Bits of a stored code."""
     code_min: float
-    """The smallest code."""
     code_max: float
-    """The largest code."""
     steps: float
     """How many scales a range spans: from 0 to its magnitude (symmetric), or from its low to its high end (affine)."""
     storage: torch.dtype
@@ -188,7 +184,7 @@ class QType(ABC):
         return codes.clamp_(self.code_min, self.code_max).to(self.storage).reshape(weight.shape)
 
     def decode(self, codes: Tensor, scale: Tensor, shift: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """Values of codes in the serving dtype, ``(out, in)``: ``scale * code - shift``, rounded twice as loaded."""
+        """Values of codes, ``(out, in)`` in the serving dtype: ``scale * code - shift`` in a loader's two roundings."""
         values = scale.to(dtype) * self.grouped(codes).to(dtype)
         if shift is not None:
             values -= shift.to(dtype)

@@ -53,7 +53,6 @@ class PrepareReport:
     """Layers whose weight was tied and is now a copy of its own."""
 
     def __str__(self) -> str:
-        """The inspection's table and what was untied."""
         return "\n".join([str(self.inspection), *(f"untied: {name}" for name in self.untied)])
 
 

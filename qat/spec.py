@@ -6,7 +6,7 @@ the default; among overrides the last match wins. `qat.inspection` applies the r
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
@@ -16,8 +16,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from qat.errors import SpecError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     import torch
 
 __all__ = ["ActivationType", "LayerSpec", "QuantSpec", "Resolution", "ServingDtype", "WeightType"]
@@ -172,26 +170,23 @@ class QuantSpec(BaseModel, metaclass=_RaisesSpecError):
         return Resolution(None, "matches no include pattern", False) if self.include else Resolution(default, "", False)
 
     def check_patterns(self, names: Iterable[str], others: Mapping[str, str] | None = None) -> None:
-        """Raise `SpecError` for every pattern that matches none of ``names``.
+        """Raise `SpecError` for every pattern that matches none of ``names``, the layers that can be quantized.
 
-        Args:
-            names: the layers that can be quantized.
-            others: modules with weights that cannot, and their classes; a pattern that asks to quantize one is told so.
+        ``others`` are modules with weights that cannot, and their classes; a pattern that asks for one is told so.
         """
-        known = list(names)
-        faults = []
+        known, others, faults = list(names), others or {}, []
         for argument, patterns in (("include", self.include), ("exclude", self.exclude), ("overrides", self.overrides)):
             for pattern in patterns:
                 if any(fnmatchcase(name, pattern) for name in known):
                     continue
-                held = [name for name in others or () if fnmatchcase(name, pattern)]
+                held = [name for name in others if fnmatchcase(name, pattern)]
                 value = self.overrides.get(pattern) if argument == "overrides" else None
                 weights = value.weights if isinstance(value, LayerSpec) else value
                 if held and (argument == "exclude" or weights == "float"):
                     continue  # it stays float, as asked
                 tails = {name: name for name in known} | {name.rsplit(".", 1)[-1]: name for name in known}
                 close = [tails[near] for near in get_close_matches(pattern.lstrip("*."), tails, n=3, cutoff=0.6)]
-                if held and others is not None:
+                if held:
                     hint = f", only {held[0]} and the like: a {others[held[0]]}, whose weights have no quantized form"
                 elif close:
                     hint = f"; did you mean one of {close}?"

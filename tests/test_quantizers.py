@@ -183,16 +183,11 @@ def test_an_activation_quantizer_survives_a_state_dict() -> None:
     assert torch.equal(again.scale, quantizer.scale)
 
 
-def test_an_activation_quantizer_keeps_python_values_and_forgets_them_on_reset() -> None:
+def test_an_activation_quantizer_keeps_python_values() -> None:
     quantizer = calibrated()
     quantizer.arrives_quantized = True
     assert (quantizer.initialized, quantizer.arrives_quantized) == (True, True)
     assert quantizer.state_dict()["_extra_state"].tolist() == [True, True]
-    quantizer.reset()
-    assert (quantizer.initialized, quantizer.arrives_quantized) == (False, False)
-    assert not quantizer.scale
-    with pytest.raises(CalibrationError):
-        quantizer.require_scale()
 
 
 def test_an_empty_tensor_sets_no_scale_and_needs_none() -> None:

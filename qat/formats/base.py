@@ -29,29 +29,26 @@ __all__ = ["Format", "FrozenLayer", "LayerTypes", "Slot"]
 
 @dataclass(frozen=True)
 class LayerTypes:
-    """The types of one layer, resolved from the strings of a spec."""
+    """The types of one layer, resolved from the strings of a spec; ``dtype`` is the serving dtype."""
 
     weights: QType
     activations: QType | None
     """The type of its inputs and outputs, or None."""
     dtype: torch.dtype
-    """The serving dtype."""
     outputs: bool = True
     """Whether a layer with an activation type quantizes its output too."""
 
 
 @dataclass(frozen=True)
 class FrozenLayer:
-    """One linear layer as it is final."""
+    """One linear layer as it is final; tensors are in the serving dtype."""
 
     weight: FrozenWeight
     bias: Tensor | None
-    """``(out,)`` in the serving dtype."""
     types: LayerTypes
     input_scale: Tensor
-    """Scalar in the serving dtype; 1 without an activation type."""
+    """Scalar; 1 without an activation type."""
     output_scale: Tensor
-    """Likewise."""
 
     def evidence(self, value: Tensor) -> LayerEvidence:
         """Digests of the layer, and of the ``value`` that its weight dequantizes to."""
@@ -91,18 +88,13 @@ class Format(ABC):
 
     name: ClassVar[str]
     qtypes: ClassVar[Mapping[str, QType]]
-    """Types of weights by the name that a spec uses."""
+    """Types of weights by the name that a spec uses; below, those of activations."""
     activation_qtypes: ClassVar[Mapping[str, QType]]
-    """Types of activations likewise."""
     map_name: ClassVar[str | None] = None
     """A file beside the weights in which the format says which layer has which type."""
 
     def types(self, weights: str, activations: str | None, dtype: torch.dtype, outputs: bool = True) -> LayerTypes:
-        """Resolve the names that a spec uses; below the spec, types are objects.
-
-        Raises:
-            SpecError: the format has no such type.
-        """
+        """Resolve the names that a spec uses into objects; `SpecError` if the format has no such type."""
         for argument, name, known in (
             ("weights", weights, self.qtypes),
             ("activations", activations, self.activation_qtypes),
@@ -116,8 +108,6 @@ class Format(ABC):
     """Name of the package that reads the format, for model cards."""
     tags: ClassVar[tuple[str, ...]] = ()
     """Tags of a model card."""
-
-    # -- what can be served -------------------------------------------------------------------------------------------
 
     def layer_hazard(self, types: LayerTypes, shape: tuple[int, int]) -> str | None:
         """Why the format's kernels cannot run a layer of this shape (``(out, in)``), or None."""
@@ -138,8 +128,6 @@ class Format(ABC):
     def card_loading(self) -> list[str]:
         """How a plain module is filled without `qat`, in Markdown."""
         return []
-
-    # -- files --------------------------------------------------------------------------------------------------------
 
     @abstractmethod
     def slots(self, types: LayerTypes, shape: tuple[int, int], bias: bool) -> dict[str, Slot]:
@@ -209,8 +197,6 @@ class Format(ABC):
     def map_faults(self, record: FrozenRecord, directory: Path) -> list[str]:
         """Where the file `map_name` differs from what was frozen."""
         return []
-
-    # -- modules ------------------------------------------------------------------------------------------------------
 
     @abstractmethod
     def build(

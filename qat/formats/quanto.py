@@ -1,7 +1,4 @@
-"""optimum-quanto's format: all that is known of it and of its kernels (https://github.com/huggingface/optimum-quanto).
-
-Types
-    See `qat.formats.quanto_types`.
+"""optimum-quanto's format and its kernels (https://github.com/huggingface/optimum-quanto). Types: `quanto_types`.
 
 Keys below a layer's name
     ``weight._data`` and ``weight._scale`` (8 bits); ``weight._data._data``, ``weight._scale`` and ``weight._shift``
@@ -19,18 +16,16 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from qat.files.evidence import FrozenRecord
 from qat.formats.base import Format, FrozenLayer, LayerTypes, Slot
 from qat.formats.quanto_types import QTYPES, QTYPES_OF_QUANTO, QUANTO_NAMES
 from qat.numerics import FrozenWeight, QType
 from qat.tensors import inner_tensors
-
-if TYPE_CHECKING:
-    from qat.files.evidence import FrozenRecord
 
 __all__ = ["QUANTO", "WEIGHT_KEYS"]
 
@@ -101,8 +96,6 @@ class _Quanto(Format):
     library: ClassVar[str] = "optimum-quanto"
     tags: ClassVar[tuple[str, ...]] = ("quanto",)
 
-    # -- what can be served -------------------------------------------------------------------------------------------
-
     def layer_hazard(self, types: LayerTypes, shape: tuple[int, int]) -> str | None:
         """Shapes that the bfloat16 kernels of a CPU cannot run; one of them ends the process."""
         out_features, in_features = shape
@@ -169,8 +162,6 @@ class _Quanto(Format):
             f"Without `qat`: `optimum.quanto.requantize` with `{self.map_name}` fills a float model built on the CPU."
         ]
 
-    # -- files --------------------------------------------------------------------------------------------------------
-
     def slots(self, types: LayerTypes, shape: tuple[int, int], bias: bool) -> dict[str, Slot]:
         """See the module's docstring for the keys."""
         out_features, in_features = shape
@@ -224,8 +215,6 @@ class _Quanto(Format):
             for name in names
             if wanted.get(name) != found.get(name)
         ]
-
-    # -- modules ------------------------------------------------------------------------------------------------------
 
     def empty(self, types: LayerTypes, shape: tuple[int, int], bias: bool) -> Any:
         """A quanto layer on the meta device, to be filled."""

@@ -25,7 +25,6 @@ class _Grouped(Affine):
     """
 
     def group_size(self, in_features: int) -> int | None:
-        """See the module's docstring."""
         if in_features <= 128:
             return None
         return next((size for size in (128, 96, 64, 32) if in_features % size == 0), None)

@@ -20,10 +20,6 @@ class ModelState:
 
     A layer whose weight is in a kernel's own order is brought back to the stored one when it is fetched, and only one
     such layer is held at any moment.
-
-    Attributes:
-        entries: dtype and shape of every tensor that is written, in the model's order.
-        tied: names that share another tensor and are not written, with the name that is.
     """
 
     def __init__(
@@ -31,11 +27,8 @@ class ModelState:
     ) -> None:
         """Look at a frozen model.
 
-        Args:
-            model: the frozen model.
-            format: of its quantized weights.
-            float_layers: names of quantized layers that are written as float32 weights, without activation scales.
-            untie: write a tensor for each module that holds it, for a loader that ties none again.
+        ``float_layers`` names quantized layers that are written as float32 weights, without activation scales. With
+        ``untie``, a tensor is written for each module that holds it, for a loader that ties none again.
 
         Raises:
             ExportError: when a tensor has no data (meta device) or a class that safetensors cannot hold.
@@ -45,7 +38,9 @@ class ModelState:
         self._sources: dict[str, Callable[[], Tensor]] = {}
         self._held: tuple[nn.Module | None, dict[str, Tensor]] = (None, {})
         self.tied: dict[str, str] = {}
+        """Names that share another tensor and are not written, with the name that is."""
         self.entries: tuple[TensorEntry, ...] = tuple(self._walk(model, untie))
+        """Dtype and shape of every tensor that is written, in the model's order."""
 
     def fetch(self, name: str) -> Tensor:
         """The tensor of a name, as it is to be written."""

@@ -11,21 +11,19 @@ import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from qat.errors import ExportError, LoadError
+from qat.errors import ExportError, LoadError, listed
 from qat.files.evidence import FrozenRecord
 from qat.files.manifest import Manifest
 from qat.files.weights import write_json
+from qat.formats import Format
 from qat.layers import quantized_layers
 from qat.numerics import QType
 from qat.spec import QuantSpec
-
-if TYPE_CHECKING:
-    from qat.formats import Format
 
 __all__ = ["CardLines", "Host", "Reloaded", "last_parts", "matches_path_part", "python_block"]
 
@@ -67,8 +65,6 @@ class Host:
     """Somebody else's loader fills such models; off: only `qat.load` does, and verification uses it."""
     leaves_outputs: bool = False
     """The loader can leave the outputs of layers with quantized inputs float."""
-
-    # -- as the library of a class ------------------------------------------------------------------------------------
 
     def owns(self, model: Any) -> bool:
         """Whether a model, or a class, is one of this library; told without importing it."""
@@ -157,8 +153,6 @@ class Host:
             "a load needs that code imported, or beside the weights"
         ]
 
-    # -- as the loader of a target ------------------------------------------------------------------------------------
-
     def spec_faults(self, spec: QuantSpec) -> list[str]:
         """What the spec asks for that the loader cannot express, each with its remedy."""
         if spec.quantize_outputs or self.leaves_outputs:
@@ -174,10 +168,9 @@ class Host:
         added = self.added_parameters(model)
         if not added:
             return []
-        more = f" and {len(added) - 3} more" if len(added) > 3 else ""
         return [
             f"model: target {self.name!r} builds a {type(model).__name__} from its configuration, and that has no "
-            f"parameters {', '.join(added[:3])}{more}, so no load could fill them: merge adapters first (in peft: "
+            f"parameters {listed(added, 3)}, so no load could fill them: merge adapters first (in peft: "
             "merge_and_unload), or use target 'quanto', whose loader fills a model that you build"
         ]
 
@@ -194,19 +187,11 @@ class Host:
         return True
 
     def quantization_config(self, model: nn.Module, record: FrozenRecord) -> dict[str, Any] | None:
-        """What ``config.json`` tells the loader about the weights.
-
-        Raises:
-            ExportError: the loader cannot tell quantized layers from float ones.
-        """
+        """What ``config.json`` tells the loader about the weights; `ExportError` if it cannot tell which are float."""
         return None
 
     def float_grid_arguments(self, model: nn.Module, record: FrozenRecord, weights: str) -> dict[str, Any]:
-        """Arguments of the ``QuantoConfig`` with which a stock load turns on-grid floats into the codes again.
-
-        Raises:
-            ExportError: there are none.
-        """
+        """Arguments of the ``QuantoConfig`` by which a stock load finds the codes again; `ExportError` if none do."""
         raise ExportError(
             "float_grid=True writes weights for a stock load that quantizes; this target has no such load: "
             "use target='transformers' or 'diffusers'"
@@ -215,6 +200,23 @@ class Host:
     def load(self, cls: Any, directory: Path, manifest: Manifest) -> Reloaded | None:
         """Load a directory as users of the library do; None for plain modules, which have no such call."""
         return None
+
+    def pretrained_code(
+        self, manifest: Manifest, module: str, cls: str, dtype: str, imports: Iterable[str] = ()
+    ) -> str:
+        """The lines that load by ``from_pretrained``, as Markdown; ``dtype`` is the name of its argument for one."""
+        code = ["import torch", f"from {module} import {cls}", *imports]
+        arguments = f"directory, {dtype}=torch.{manifest.dtype}"
+        if manifest.float_grid:
+            code += [
+                f"from {self.name} import QuantoConfig",
+                "",
+                f"quantization = QuantoConfig({manifest.shown_arguments})",
+            ]
+            arguments += ", quantization_config=quantization"
+        else:
+            code.append("")
+        return python_block([*code, f"model = {cls}.from_pretrained({arguments})"])
 
     def card(self, manifest: Manifest, module: str, cls: str, format: Format) -> CardLines:
         """How a model card says that a directory is loaded; the model's class ``cls`` is imported from ``module``."""

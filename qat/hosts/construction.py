@@ -19,13 +19,11 @@ __all__ = ["Unstored", "constructed_tensors", "differs", "unstored_tensors"]
 
 
 class Unstored(NamedTuple):
-    """A tensor that no file holds, and where it lives."""
+    """A tensor that no file holds, its module, its name there, and its full name."""
 
     module: nn.Module
     key: str
-    """Its name in the module."""
     name: str
-    """Its full name in the model."""
     tensor: Tensor
 
 

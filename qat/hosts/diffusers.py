@@ -19,7 +19,7 @@ import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -27,13 +27,11 @@ from torch import nn
 from qat.errors import ExportError
 from qat.files.evidence import FrozenRecord
 from qat.files.manifest import Manifest
+from qat.formats import Format
 from qat.hosts.base import CardLines, Host, Reloaded, last_parts, python_block
 from qat.hosts.sensitivity import sensitive_part
 from qat.numerics import QType
 from qat.spec import LayerSpec, QuantSpec
-
-if TYPE_CHECKING:
-    from qat.formats import Format
 
 __all__ = ["DIFFUSERS"]
 
@@ -143,17 +141,10 @@ class _Diffusers(Host):
 
     def card(self, manifest: Manifest, module: str, cls: str, format: Format) -> CardLines:
         dtype = f"torch.{manifest.dtype}"
-        code = ["import torch", f"from {module} import {cls}"]
+        code = self.pretrained_code(manifest, module, cls, "torch_dtype")
         if manifest.float_grid:
-            code += [
-                "from diffusers import QuantoConfig",
-                "",
-                f"quantization = QuantoConfig({manifest.shown_arguments})",
-                f"model = {cls}.from_pretrained(directory, torch_dtype={dtype}, quantization_config=quantization)",
-            ]
             text = "Without `quantization_config` the same file loads as a float model that computes the same."
-            return CardLines(self.name, [python_block(code), text])
-        code += ["", f"model = {cls}.from_pretrained(directory, torch_dtype={dtype})"]
+            return CardLines(self.name, [code, text])
         why = (
             "Any other `torch_dtype` keeps the codes but rounds scales"
             if manifest.dtype == "float32"
@@ -175,7 +166,7 @@ class _Diffusers(Host):
             '`model.to("cpu")` helps; '
             "int4 in groups of 128 then goes over to another kernel, whose last bits differ."
         )
-        return CardLines(self.name, [python_block(code), text, moved, python_block(use)])
+        return CardLines(self.name, [code, text, moved, python_block(use)])
 
 
 def _kept(model: Any) -> set[str]:

@@ -3,8 +3,7 @@
 A stock load with a ``QuantoConfig``, in transformers and in diffusers, quantizes float weights on the way in, with
 scales that it derives afresh: absmax a row for 8-bit types, min-max a group for the others. Codes come back only where
 each row or group uses its whole range. So the stock path is simulated, layer by layer, with quanto's own optimizers in
-float32 (`Format.stock_codes`); whatever would change is an error that names the layers. Which arguments a load needs,
-so that it replaces exactly the quantized modules, is for the hosts to say.
+float32 (`Format.stock_codes`); whatever would change is an error that names the layers.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from qat.errors import ExportError
+from qat.errors import ExportError, listed
 from qat.files.evidence import FrozenRecord
 from qat.formats import Format
 
@@ -36,7 +35,7 @@ def check_float_grid(model: nn.Module, record: FrozenRecord, format: Format) -> 
     active = [name for name, layer in record.layers.items() if layer.activations is not None]
     if active:
         raise ExportError(
-            f"float_grid=True: a stock load cannot quantize activations, but {_named(active)} do; "
+            f"float_grid=True: a stock load cannot quantize activations, but {listed(active, 5)} do; "
             f"export packed weights (float_grid=False) or train with activations=None"
         )
     changed = {}
@@ -46,15 +45,10 @@ def check_float_grid(model: nn.Module, record: FrozenRecord, format: Format) -> 
         if count:
             changed[name] = count
     if changed:
-        worst = _named([f"{name} ({count} codes)" for name, count in changed.items()])
+        worst = listed([f"{name} ({count} codes)" for name, count in changed.items()], 5)
         raise ExportError(
             f"float_grid=True: a stock load would change codes in {len(changed)} of {len(record.layers)} layers: "
             f"{worst}; their rows or groups do not use the whole range of the scale. Export packed weights "
             f"(float_grid=False), or train with an algorithm that takes its range from the weights"
         )
     return kinds[0]
-
-
-def _named(names: list[str], most: int = 5) -> str:
-    rest = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + rest

@@ -46,11 +46,7 @@ def library_and_class(manifest: Manifest) -> tuple[Host, Any]:
 
 
 def load_pretrained(directory: Path, manifest: Manifest, target: Target) -> Reloaded | None:
-    """Load a directory by its host's own call; None for plain modules, which have none.
-
-    Raises:
-        LoadError: when the loader fails.
-    """
+    """Load a directory by its host's own call; None for plain modules, which have none. Failures are `LoadError`."""
     if type(target.host) is Host:
         return None
     library, cls = library_and_class(manifest)

@@ -58,18 +58,15 @@ class Target:
 
 
 class Rules:
-    """The rules of a target's host, and of every library model inside one module, for a serving dtype.
-
-    Attributes:
-        heads: ids of the output heads of all models inside.
-        tied_keys: full names of parameters that a model inside ties.
-    """
+    """The rules of a target's host, and of every library model inside one module, for a serving dtype."""
 
     def __init__(self, target: Target, model: nn.Module, dtype: torch.dtype) -> None:
         self.target, self.model, self.dtype = target, model, dtype
         self.inner = list(inner_models(model))
         self.heads: set[int] = set()
+        """Ids of the output heads of all models inside."""
         self.tied_keys: set[str] = set()
+        """Full names of parameters that a model inside ties."""
         for name, module in model.named_modules():
             head = getattr(module, "get_output_embeddings", lambda: None)()
             if head is not None:

@@ -18,18 +18,16 @@ import json
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
-from qat.errors import ExportError
+from qat.errors import ExportError, listed
 from qat.files.evidence import FrozenRecord
 from qat.files.manifest import Manifest
-from qat.hosts.base import CardLines, Host, Reloaded, matches_path_part, python_block
-
-if TYPE_CHECKING:
-    from qat.formats import Format
+from qat.formats import Format
+from qat.hosts.base import CardLines, Host, Reloaded, matches_path_part
 
 __all__ = ["TRANSFORMERS", "attention_arguments", "set_config_dtype"]
 
@@ -131,20 +129,19 @@ class _Transformers(Host):
         linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
         stay_float = [name for name in linear if name not in quantized]
         replaced: set[str] = set()
-        for listed in (None, stay_float):
+        for named in (None, stay_float):
             skip = HfQuantizer.get_modules_to_not_convert(
                 model,  # type: ignore[arg-type]
-                None if listed is None else list(listed),
+                None if named is None else list(named),
                 getattr(model, "_keep_in_fp32_modules", None),
             )
             replaced = {name for name in linear if should_convert_module(name, skip)}
             if replaced == quantized:
-                return {"weights": weights} | ({} if listed is None else {"modules_to_not_convert": listed})
+                return {"weights": weights} | ({} if named is None else {"modules_to_not_convert": named})
         wrong = sorted(replaced ^ quantized)
-        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         raise ExportError(
             "float_grid=True: no modules_to_not_convert makes a stock load replace exactly the quantized layers; it "
-            f"matches names by their ending, and would differ in {', '.join(wrong[:5])}{more}; export packed weights "
+            f"matches names by their ending, and would differ in {listed(wrong, 5)}; export packed weights "
             "(float_grid=False)"
         )
 
@@ -160,22 +157,11 @@ class _Transformers(Host):
         return Reloaded(loaded, f"{type(loaded).__name__}.from_pretrained")
 
     def card(self, manifest: Manifest, module: str, cls: str, format: Format) -> CardLines:
-        code, text, dtype = ["import torch", f"from {module} import {cls}"], [], f"torch.{manifest.dtype}"
         if manifest.float_grid:
-            code += [
-                "from transformers import QuantoConfig",
-                "",
-                f"quantization = QuantoConfig({manifest.shown_arguments})",
-                f"model = {cls}.from_pretrained(directory, dtype={dtype}, quantization_config=quantization)",
-            ]
-            text.append("No package but transformers and optimum-quanto is needed.")
-        else:
-            code += [
-                f"import {PLUGIN}  # stock transformers cannot read packed weights",
-                "",
-                f"model = {cls}.from_pretrained(directory, dtype={dtype})",
-            ]
-        return CardLines(self.name, [python_block(code), *text])
+            code = self.pretrained_code(manifest, module, cls, "dtype")
+            return CardLines(self.name, [code, "No package but transformers and optimum-quanto is needed."])
+        plugin = f"import {PLUGIN}  # stock transformers cannot read packed weights"
+        return CardLines(self.name, [self.pretrained_code(manifest, module, cls, "dtype", [plugin])])
 
 
 def set_config_dtype(config: Any, dtype: torch.dtype) -> None:

@@ -1,9 +1,7 @@
 """What will be quantized, what will not, and why, before anything is changed.
 
-`inspect` decides for every linear layer; `qat.prepare` does exactly what it decided. A layer stays float for a
-reason, and the reason is printed: the spec says so, the object is not exactly an `nn.Linear`, somebody reads its
-weight without calling it, its weight is tied, a stock kernel cannot run it, the loader keeps it in float32, the
-target cannot name it apart from a float one, or quantized activations would harm it.
+`inspect` decides for every linear layer; `qat.prepare` does exactly what it decided. A layer that stays float does so
+for a reason, and the reason is printed.
 """
 
 from __future__ import annotations
@@ -197,7 +195,7 @@ def _adapter(model: nn.Module, name: str) -> str | None:
 
 
 def _resolve_collisions(decisions: dict[str, _Decision], target: Target, facts: _Facts) -> list[str]:
-    """Make layers of one last name all quantized or all float, in place; see the module's docstring."""
+    """Make layers of one last name all quantized or all float, in place, since the target cannot tell them apart."""
     families: dict[str, dict[str, _Decision]] = defaultdict(dict)
     for name, decision in decisions.items():
         for alias in facts.names[id(decision.module)]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from qat.errors import listed
 from qat.spec import QuantSpec
 
 __all__ = ["FloatWeight", "InspectReport", "LayerInspection", "other_notes", "other_weights"]
@@ -104,7 +105,6 @@ class InspectReport:
         return asdict(self) | {"spec": spec} | {name: getattr(self, name) for name in totals}
 
     def __str__(self) -> str:
-        """A table: one line a layer, then the totals."""
         width = max(len(name) for name in (*(layer.name for layer in self.layers), *_families(self.others), "layer"))
         lines = [f"{'layer':{width}}  {'shape':>13}  {'weights':8}  {'group':>5}  {'MiB':>15}  reason"]
         for layer in self.layers:
@@ -154,6 +154,5 @@ def other_notes(others: Iterable[FloatWeight], parameters: int) -> list[str]:
         return []
     share = sum(prod(weight.shape) for weight in told) / max(1, parameters)
     families = sorted(_families(told).items(), key=lambda item: -item[1][1])
-    shown = [f"{name} ({kind}, {count / max(1, parameters):.1%})" for name, (kind, count) in families[:4]]
-    more = f" and {len(families) - 4} more" if len(families) > 4 else ""
-    return [f"{share:.1%} of the parameters are weights outside nn.Linear and stay float: {', '.join(shown)}{more}"]
+    shown = listed([f"{name} ({kind}, {count / max(1, parameters):.1%})" for name, (kind, count) in families], 4)
+    return [f"{share:.1%} of the parameters are weights outside nn.Linear and stay float: {shown}"]

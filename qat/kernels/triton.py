@@ -226,18 +226,11 @@ def quantize_own_range(
     scale = torch.empty((groups, 1), dtype=torch.float32, device=weight.device)
     shift = torch.empty_like(scale) if found.has_shift else scale.new_empty(0)
     out = torch.empty_like(weight, dtype=out_dtype)
+    tensors = (weight, scale, shift if found.has_shift else scale, out)
+    smallest, anchor = smallest_scale(dtype) if found.floating else 0.0, float(found.anchor(dtype, weight.shape[1]))
+    own = {"steps": float(found.steps), "smallest": smallest, "anchor": anchor}
     with _on(weight):
-        _own_range_kernel[(programs,)](
-            weight,
-            scale,
-            shift if found.has_shift else scale,
-            out,
-            groups,
-            **form,
-            steps=float(found.steps),
-            smallest=smallest_scale(dtype) if found.floating else 0.0,
-            anchor=float(found.anchor(dtype, weight.shape[1])),
-        )
+        _own_range_kernel[(programs,)](*tensors, groups, **form, **own)
     return out, scale, shift
 
 

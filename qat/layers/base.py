@@ -1,9 +1,7 @@
 """`QuantizedLayer`: what every layer with fake quantization has in common.
 
-A layer keeps the names of its float parameters, so a float checkpoint loads straight into a prepared model, and holds
-everything of quantization in submodules. `QuantizedLayer.adopt` turns an existing module into one *in place*: the
-object stays the same, so hooks, optimizers that already hold its parameters, and a layer that is registered under
-several names all stay as they were.
+A layer keeps the object and the names of its float parameters, and holds everything of quantization in submodules:
+docs/architecture.md, "How a layer works".
 """
 
 from __future__ import annotations
@@ -41,14 +39,6 @@ class QuantizedLayer(nn.Module):
 
     A subclass derives from this and from the float class that it `replaces`. It says what its weight is as a matrix
     (`effective_weight`) and how its forward uses the fake-quantized form (`compute`). It stands in `qat.layers.LAYERS`.
-
-    Attributes:
-        weight_quantizer: scales the weight.
-        input_quantizer: scales the input, or None.
-        output_quantizer: scales the output, or None.
-        mode: what the forward does.
-        reached: whether the layer has run, outside compiled code, since it was prepared; None: a checkpoint was loaded
-            since, and nothing is known.
     """
 
     replaces: ClassVar[type[nn.Module]]
@@ -58,6 +48,8 @@ class QuantizedLayer(nn.Module):
     output_quantizer: ActivationQuantizer | None
     mode: Mode
     reached: bool | None
+    """Whether the layer has run, outside compiled code, since it was prepared; None: a checkpoint was loaded since, and
+    nothing is known."""
 
     @staticmethod
     def effective_weight(module: Any) -> Tensor:
@@ -70,12 +62,7 @@ class QuantizedLayer(nn.Module):
 
     @abstractmethod
     def compute(self, x: Tensor, weight: Quantized | None) -> Tensor:
-        """The layer's function.
-
-        Args:
-            x: ``(..., in)``.
-            weight: the fake-quantized weight in the compute dtype, with its scale and shift; None: use the float one.
-        """
+        """The layer's function of ``x``, ``(..., in)``; without a fake-quantized weight, it uses the float one."""
         raise NotImplementedError(f"{type(self).__name__}: a subclass must say how it computes")
 
     @classmethod
@@ -118,11 +105,7 @@ class QuantizedLayer(nn.Module):
         input_quantizer: ActivationQuantizer | None = None,
         output_quantizer: ActivationQuantizer | None = None,
     ) -> Self:
-        """Turn ``module`` into a layer of this class, in place, and return it.
-
-        Raises:
-            StateError: it is not really what it seems to be, see `adoption_fault`.
-        """
+        """Turn ``module`` into a layer of this class, in place, and return it; `StateError` on an `adoption_fault`."""
         fault = cls.adoption_fault(module)
         if fault is not None:
             raise StateError(f"module: {fault}")

@@ -139,13 +139,8 @@ def quantized_linear(
 ) -> Tensor:
     """Linear map with the weight, and perhaps the input, fake-quantized: ``(..., in)`` to ``(..., out)``.
 
-    Args:
-        x: ``(..., in)``.
-        weight: effective master weight, ``(out, in)``.
-        bias: ``(out,)`` or None.
-        quantized: what ``quantizer.quantize(weight, dtype)`` returned for the compute dtype, which is the result's.
-        quantizer: says the type, and whether gradients outside the range are masked.
-        activation: quantizes the input, with no gradient for elements that saturate.
+    ``weight`` is the effective master weight, ``(out, in)``; ``quantized`` is what the quantizer made of it in the
+    compute dtype, which is the result's. ``activation`` quantizes the input; what saturates there gets no gradient.
 
     Raises:
         CalibrationError: the input is quantized, has elements, and there is no scale yet.

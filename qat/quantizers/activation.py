@@ -61,12 +61,6 @@ class ActivationQuantizer(QuantizerModule):
         self.scale.copy_(scale.clamp(min=smallest_scale(self.dtype)))  # a zero scale would divide 0 by 0
         self.initialized = True
 
-    def reset(self) -> None:
-        """Forget the scale and all that was observed."""
-        self.observer.reset()
-        self.scale.zero_()
-        self.initialized = self.arrives_quantized = False
-
     def require_scale(self, x: Tensor | None = None) -> None:
         """Raise `CalibrationError` when there is no scale yet; an ``x`` without elements needs none."""
         if not self.initialized and (x is None or x.numel()):

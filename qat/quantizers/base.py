@@ -64,16 +64,11 @@ class WeightQuantizer(QuantizerModule, ABC):
 
     @abstractmethod
     def quantize(self, weight: Tensor, out_dtype: torch.dtype) -> Quantized:
-        """Fake-quantize a weight. Most subclasses find a scale and a shift, and return `by_scale` of them.
+        """Fake-quantize an effective master weight, ``(out, in)``, any float dtype.
 
-        Args:
-            weight: the effective master weight, ``(out, in)``, any float dtype.
-            out_dtype: dtype of the fake-quantized weight.
-
-        Returns:
-            the value without a gradient, and scale and shift, differentiable with respect to the quantizer's own
-            parameters; the gradient that arrives there is that of LSQ (Esser et al. 2020, eq. 3). They depend on
-            nothing but the quantizer's state and ``weight``.
+        Most subclasses find a scale and a shift, differentiable with respect to the quantizer's own parameters, and
+        return `by_scale` of them. The gradient that arrives there is that of LSQ (Esser et al. 2020, eq. 3). The result
+        depends on nothing but the quantizer's state and ``weight``.
         """
 
     def by_scale(self, weight: Tensor, scale: Tensor, shift: Tensor | None, out_dtype: torch.dtype) -> Quantized:
@@ -104,6 +99,7 @@ class Algorithm(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     kind: Any
+    """Names the algorithm in a configuration file; a subclass has a literal here."""
 
     @abstractmethod
     def make(self, weight: Tensor, qtype: QType, dtype: torch.dtype) -> WeightQuantizer:

@@ -1,16 +1,12 @@
 """Learned ranges: the two ends of every group's range are parameters, and the weight trains together with them.
 
 The parametrisation is the robust one of Xu et al. 2024 (https://arxiv.org/abs/2404.16898): not scale and shift, whose
-gradients compete, but the ends. Each is the end of a start range plus a learned move in units of half that range's
-width, so that one learning rate fits all groups: a move of 0.01 is one per cent of the range, be it wide or narrow.
-Gradients are those of LSQ and LSQ+ (Esser et al. 2020, https://arxiv.org/abs/1902.08153; Bhalgat et al. 2020,
-https://arxiv.org/abs/2004.09576). Symmetric types have one end, which makes it LSQ relative to the largest magnitude.
+gradients compete, but the ends. Gradients are those of LSQ and LSQ+ (Esser et al. 2020,
+https://arxiv.org/abs/1902.08153; Bhalgat et al. 2020, https://arxiv.org/abs/2004.09576). docs/numerics.md has the
+formulas. Symmetric types have one end, which makes it LSQ relative to the largest magnitude.
 
 What it trades away: two numbers a group in every checkpoint and optimizer, and, in the backward pass, the reduction
 that gives their gradients. A range clips, so weights outside it get no gradient until the range comes back to them.
-
-A group of equal weights, such as one of zeros, has no range to start from. It follows its weights, as
-`StraightThrough` does.
 """
 
 from __future__ import annotations
@@ -123,7 +119,6 @@ class LearnedAffine(Algorithm):
     """
 
     kind: Literal["learned_affine"] = "learned_affine"
-    """Names the algorithm in a configuration file."""
     start: Literal["minmax", "clip"] = "clip"
     """The ranges to begin with: the weight's own, or those with the smallest squared weight error."""
     mask_saturated: bool = True

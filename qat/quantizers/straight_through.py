@@ -31,7 +31,6 @@ class StraightThrough(Algorithm):
     """Straight-through estimator with the range taken from the current weight."""
 
     kind: Literal["straight_through"] = "straight_through"
-    """Names the algorithm in a configuration file."""
     mask_saturated: bool = False
     """Stop the gradient of weights outside the range (here only what rounding the scale pushed there)."""
 
