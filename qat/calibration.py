@@ -9,6 +9,7 @@ The second pass needs every batch again, since a batch may not reach every layer
 
 from __future__ import annotations
 
+import copy
 import functools
 import logging
 from collections.abc import Iterable, Mapping
@@ -22,7 +23,7 @@ from torch import nn
 from qat.errors import CalibrationError
 from qat.freezing import frozen_copy
 from qat.layers import QuantizedLayer, quantized_layers
-from qat.preparation import prepared_as
+from qat.preparation import has_run, note_run, prepared_as
 from qat.probing import kept_modes, run
 from qat.tensors import map_tensors
 
@@ -70,11 +71,17 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> CalibrationReport:
     layers = {name: layer for name, layer in quantized_layers(model) if layer.input_quantizer is not None}
     if not layers:
         return CalibrationReport(0, {}, ())
+    before = [(q, copy.deepcopy(q.state_dict())) for layer in layers.values() for q in layer.activation_quantizers()]
     with kept_modes(model):
         model.eval()
         outputs = any(layer.output_quantizer is not None for layer in layers.values())
-        count, kept = _observe(model, layers, batches, keep=outputs)
-        arriving = _mark_arriving(model, layers, kept) if outputs else []  # else nothing leaves a layer quantized
+        try:
+            count, kept = _observe(model, layers, batches, keep=outputs)
+            arriving = _mark_arriving(model, layers, kept) if outputs else []  # else nothing leaves a layer quantized
+        except BaseException:
+            for quantizer, state in before:  # a part of the batches makes no scale
+                quantizer.load_state_dict(state)
+            raise
     scales = {name: _scales(layer) for name, layer in layers.items()}
     return CalibrationReport(count, scales, tuple(arriving))
 
@@ -89,6 +96,7 @@ def _observe(
         quantizer.arrives_quantized = False
     count, kept = 0, []
     with ExitStack() as stack:
+        stack.callback(note_run, model, has_run(model))  # observing is no run as it will be served
         for layer in layers.values():
             stack.callback(setattr, layer, "mode", layer.mode)
             layer.mode = layer.mode._replace(activations=False, observe=True)

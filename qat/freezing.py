@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from qat.errors import QatError, StateError, TargetError, listed
 from qat.files.evidence import FrozenRecord, LayerEvidence, record_frozen
 from qat.formats import FrozenLayer, LayerTypes
-from qat.hosts import Target, get_target
+from qat.hosts import Rules, Target, get_target
 from qat.hosts.base import last_parts
 from qat.hosts.construction import constructed_tensors, differs, unstored_tensors
 from qat.hosts.transformers import set_config_dtype
@@ -28,7 +28,7 @@ from qat.preparation import Prepared, forget_prepared, has_run, prepared_as
 from qat.quantizers.activation import ActivationQuantizer
 from qat.tensors import stored_tensors
 
-__all__ = ["FreezeReport", "freeze", "frozen_copy"]
+__all__ = ["FreezeReport", "freeze", "frozen_copy", "refuse_saving"]
 
 logger = logging.getLogger("qat")
 
@@ -48,7 +48,7 @@ class FreezeReport:
         )
 
 
-def freeze(model: nn.Module, target: str | None = None, *, allow_unreached: bool = False) -> FreezeReport:
+def freeze(model: nn.Module, *, target: str | None = None, allow_unreached: bool = False) -> FreezeReport:
     """Replace every prepared layer by a frozen one of the target's format, in place, ready to run and to export.
 
     All other float parameters and persistent buffers get the dtype in which the target's loader holds them (never by
@@ -83,10 +83,14 @@ def freeze(model: nn.Module, target: str | None = None, *, allow_unreached: bool
     unreached = _unreached(model)
     if unreached and not allow_unreached:
         raise StateError(
-            f"model: {len(unreached)} prepared layers never ran ({listed(unreached, 4)}) although the model did, so "
-            "nothing shows that training used their quantized weight: exclude layers whose weight is read without a "
-            "call (prepare finds them with example_inputs), run the model once, or pass allow_unreached=True"
+            f"model: {len(unreached)} prepared layers never ran with their quantized weight "
+            f"({listed(unreached, 4)}) although the model ran: exclude layers whose weight is read without a call "
+            "(prepare finds them with example_inputs), run the model once as it will be served, or pass "
+            "allow_unreached=True"
         )
+    hooked = [name for name, layer in quantized_layers(model) if layer._forward_hooks or layer._forward_pre_hooks]
+    if hooked:
+        logger.warning("%d layers have hooks, which a frozen layer has not: %s", len(hooked), listed(hooked, 4))
     for warning in unchanged(model, unreached):
         logger.warning("%s", warning)
     return _freeze(model, target, unreached)
@@ -102,10 +106,13 @@ def _freeze(model: nn.Module, target: str | None, unreached: list[str]) -> Freez
         for quantizer in layer.activation_quantizers():
             quantizer.require_scale()
     for name, layer in layers:
+        if (fault := layer.object_fault(layer)) is not None:
+            raise StateError(f"model: layer {name!r} has changed since it was prepared: {fault}")
         _require_finite(name, layer)
+    _require_range(model, layers, chosen.rules(model, prepared.spec.torch_dtype))
     notes = prepared.notes
     if unreached:
-        notes += (f"{len(unreached)} layers were frozen although they never ran: {listed(unreached, 4)}",)
+        notes += (f"{len(unreached)} layers were frozen although they never ran quantized: {listed(unreached, 4)}",)
     constructed = constructed_tensors(model, chosen, prepared.spec.torch_dtype)
     evidence: dict[str, LayerEvidence] = {}
     for name, layer in layers:
@@ -119,7 +126,7 @@ def _freeze(model: nn.Module, target: str | None, unreached: list[str]) -> Freez
     config = getattr(model, "config", None)
     if hasattr(config, "sub_configs"):
         set_config_dtype(config, prepared.spec.torch_dtype)
-    _refuse_saving(model)
+    refuse_saving(model)
     return FreezeReport(chosen.name, prepared.spec.dtype, evidence)
 
 
@@ -158,7 +165,7 @@ def frozen_copy(model: nn.Module) -> nn.Module:
 
 
 def _unreached(model: nn.Module) -> list[str]:
-    """Prepared layers that never ran, if anything did; compiled modules and loaded layers are not known."""
+    """Prepared layers that never ran quantized, if anything ran; nothing is known of compiled modules."""
     layers = list(quantized_layers(model))
     if not (has_run(model) or any(layer.reached for _, layer in layers)):
         return []
@@ -167,7 +174,25 @@ def _unreached(model: nn.Module) -> list[str]:
         for name, module in model.named_modules()
         if module._compiled_call_impl is not None or type(module).__name__ == "OptimizedModule"
     )
-    return [name for name, layer in layers if layer.reached is False and not f"{name}.".startswith(compiled)]
+    return [name for name, layer in layers if not layer.reached and not f"{name}.".startswith(compiled)]
+
+
+@torch.no_grad()
+def _require_range(model: nn.Module, layers: list[tuple[str, QuantizedLayer]], rules: Rules) -> None:
+    """Raise `StateError` where float16 cannot hold a number of a model that will be served in it."""
+    largest = torch.finfo(torch.float16).max
+    for name, tensor in stored_tensors(model):
+        if not tensor.is_floating_point() or tensor.is_meta or not tensor.numel():
+            continue
+        beyond = rules.tensor_dtype(name) is torch.float16 and (tensor.amax() > largest) | (tensor.amin() < -largest)
+        if bool(beyond):
+            raise StateError(
+                f"model: {name} holds numbers beyond ±{largest:g}, which float16 cannot hold: serve in bfloat16 "
+                "(QuantSpec(dtype='bfloat16')), or train with smaller weights"
+            )
+    for name, layer in layers:
+        if not all(bool(quantizer.scale.isfinite()) for quantizer in layer.activation_quantizers()):
+            raise StateError(f"model: layer {name!r} has an activation scale beyond its dtype: serve in bfloat16")
 
 
 @torch.no_grad()
@@ -238,7 +263,7 @@ def _cast_the_rest(model: nn.Module, quantized: set[str], target: Target, constr
             setattr(module, key, constructed[full].to(tensor.device))
 
 
-def _refuse_saving(model: nn.Module) -> None:
+def refuse_saving(model: nn.Module) -> None:
     """Let ``save_pretrained`` raise: it would write packed keys without the configuration that loads them."""
     for module in model.modules():
         if hasattr(type(module), "save_pretrained"):

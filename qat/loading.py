@@ -23,6 +23,7 @@ from qat.errors import LoadError, load_error
 from qat.files.evidence import FrozenRecord, LayerEvidence, record_frozen
 from qat.files.manifest import Manifest, file_record, read_manifest
 from qat.files.shards import ALIGNMENT, DTYPE_NAMES, read_headers
+from qat.freezing import refuse_saving
 from qat.hosts import get_target
 from qat.hosts.stock import library_and_class, load_pretrained
 from qat.layers import layer_class
@@ -87,6 +88,7 @@ def load(
     else:
         loaded = model if model is not None else skeleton(path, manifest)
         fill(loaded, path, manifest, record, torch.device(device))
+        refuse_saving(loaded)
     loaded.requires_grad_(False)
     record_frozen(loaded, record)
     return loaded.eval()

@@ -18,6 +18,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from qat.errors import StateError
 from qat.operators import operator
 
 __all__ = ["Affine", "FrozenWeight", "QType", "Symmetric", "moved_range", "qtype_of", "round_to", "smallest_scale"]
@@ -113,7 +114,8 @@ class QType(ABC):
     """dtype of a code before it is packed."""
 
     def __post_init__(self) -> None:
-        _BY_KEY[self.key] = self
+        if _BY_KEY.setdefault(self.key, self) != self:
+            raise StateError(f"QType: {self.key!r} is another type already: give the format or the type its own name")
 
     @property
     def key(self) -> str:

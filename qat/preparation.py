@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,11 +18,20 @@ from qat.inspection import InspectReport, inspect
 from qat.layers import layer_class, quantized_layers
 from qat.observers import ObserverChoice, Percentile
 from qat.optimizers import watch
-from qat.quantizers import Algorithm, StraightThrough
+from qat.quantizers import Algorithm, StraightThrough, WeightQuantizer
 from qat.quantizers.activation import ActivationQuantizer
 from qat.spec import QuantSpec
 
-__all__ = ["PrepareReport", "Prepared", "forget_prepared", "has_run", "parameter_groups", "prepare", "prepared_as"]
+__all__ = [
+    "PrepareReport",
+    "Prepared",
+    "forget_prepared",
+    "has_run",
+    "note_run",
+    "parameter_groups",
+    "prepare",
+    "prepared_as",
+]
 
 _ATTRIBUTE = "_qat_prepared"
 _RAN = "_qat_ran"
@@ -87,28 +97,32 @@ def prepare(
         raise StateError(f"algorithm: must be an Algorithm such as StraightThrough(), got {algorithm!r}")
     report = inspect(model, spec, target=target, example_inputs=example_inputs)
     observer, format = observer or Percentile(), get_target(target).format
-    untied = []
+    untied, made = [], []
     for row in report.layers:
         if row.weights is None:
             continue
         module = model.get_submodule(row.name)
         cls = layer_class(module)
         assert cls is not None
-        if _untie(model, module):
-            untied.append(row.name)
         weight = cls.effective_weight(module)
         types = format.types(row.weights, row.activations, spec.torch_dtype)
-        quantizer = algorithm.make(weight, types.weights, types.dtype).to(weight.device)
+        quantizer = algorithm.make(weight, types.weights, types.dtype)
+        if not isinstance(quantizer, WeightQuantizer):
+            raise StateError(f"algorithm: {algorithm!r} must make a WeightQuantizer, made {quantizer!r}")
         inputs = outputs = None
         if types.activations is not None:
             inputs = ActivationQuantizer(types.activations, types.dtype, observer.make()).to(weight.device)
             if spec.quantize_outputs:
                 outputs = ActivationQuantizer(types.activations, types.dtype, observer.make()).to(weight.device)
+        made.append((row.name, cls, module, quantizer.to(weight.device), inputs, outputs))
+    for name, cls, module, quantizer, inputs, outputs in made:  # now, so that no error leaves a half-prepared model
+        if _untie(model, module):
+            untied.append(name)
         cls.adopt(module, quantizer, inputs, outputs)
     notes = (*report.notes, *(f"untied: {name}" for name in untied))
     setattr(model, _ATTRIBUTE, Prepared(spec, algorithm, target, observer, notes, report.left_float))
     model.register_load_state_dict_pre_hook(_complete_float_checkpoint)  # type: ignore[no-untyped-call]
-    model.register_forward_pre_hook(_note_run)
+    model.register_forward_pre_hook(_before_run)
     watch(model)
     return PrepareReport(report, tuple(name for name, _ in quantized_layers(model)), tuple(untied))
 
@@ -121,9 +135,15 @@ def prepared_as(model: nn.Module) -> Prepared:
     return prepared
 
 
-def _note_run(model: nn.Module, _: Any) -> None:
+def note_run(model: nn.Module, ran: bool) -> None:
+    """Set what `has_run` says."""
+    setattr(model, _RAN, ran)
+
+
+def _before_run(model: nn.Module, _: Any) -> None:
     if not torch.compiler.is_compiling():  # compiled code under activation checkpointing may not set attributes
-        setattr(model, _RAN, True)
+        note_run(model, True)
+        watch(model)  # a copy of a prepared model is not known yet
 
 
 def has_run(model: nn.Module) -> bool:
@@ -145,8 +165,11 @@ def _untie(model: nn.Module, module: Any) -> bool:
     module.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
     for inner in model.modules():
         config: Any = getattr(inner, "config", None)
-        if config is not None and getattr(config, "tie_word_embeddings", False):
+        parts = {id(part) for part in inner.modules()}
+        if holders <= parts and getattr(config, "tie_word_embeddings", False):
+            config = copy.copy(config)  # which another model may share
             config.tie_word_embeddings = False
+            inner.config = config
             if hasattr(inner, "all_tied_weights_keys"):
                 inner.all_tied_weights_keys = {}  # type: ignore[assignment]
     return True
@@ -159,18 +182,25 @@ def _complete_float_checkpoint(model: nn.Module, state: dict[str, Any], prefix: 
     They are made for the weights of the checkpoint, on their device. Layers whose weight the checkpoint leaves out
     (``strict=False``) keep what they have.
     """
+    note_run(model, False)
     fresh: dict[str, Tensor] = {}
     lacking, stateful = [], 0
     for name, layer in quantized_layers(model):
         name = f"{prefix}{name}." if name else prefix
         if f"{name}weight" not in state:
             continue
-        layer.reached = None  # who trained these weights, and how, is not known
+        layer.reached = False  # what ran before says nothing of these weights
         own = [key for key in layer.state_dict(prefix=name) if "_quantizer." in key[len(name) :]]
         if not own:
             continue
         stateful += 1
-        if not any(key in state for key in own):
+        absent = [key for key in own if key not in state]
+        if absent and len(absent) < len(own):
+            raise StateError(
+                f"state_dict: layer {name.rstrip('.')!r} has only a part of its quantizers' state ({absent[0]!r} is "
+                "missing): load all that model.state_dict() gave, into a model prepared by the same spec and algorithm"
+            )
+        if len(absent) == len(own):
             lacking.append(name)
             found = {key: state[f"{name}{key}"] for key in layer._parameters if f"{name}{key}" in state}
             weight = layer.effective_weight(SimpleNamespace(**found))

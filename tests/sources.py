@@ -33,8 +33,8 @@ class Import:
         return f"{self.source}, line {self.line} ({self.when}): imports {self.target}"
 
 
-def room_of(module: str) -> str:
-    """`qat.layers.linear` lies in `layers`; the facade `qat` itself in the room ''."""
+def part_of(module: str) -> str:
+    """`qat.layers.linear` lies in `layers`; the facade `qat` itself in the part ''."""
     return module.removeprefix("qat").lstrip(".").partition(".")[0]
 
 

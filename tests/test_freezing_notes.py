@@ -15,7 +15,7 @@ import qat
 from qat.errors import StateError
 from qat.files.evidence import frozen_record
 from qat.freezing import freeze, frozen_copy
-from qat.layers import QLinear, quantized_layers
+from qat.layers import Mode, QLinear, quantized_layers
 from qat.preparation import prepared_as
 from qat.spec import QuantSpec
 from tests.helpers import tiny_model, tokens
@@ -39,7 +39,7 @@ def two_layers() -> nn.Sequential:
     return model
 
 
-def reached(model: nn.Module) -> list[bool | None]:
+def reached(model: nn.Module) -> list[bool]:
     return [layer.reached for _, layer in quantized_layers(model)]
 
 
@@ -54,15 +54,15 @@ def test_a_layer_that_was_never_called_is_refused_by_name_and_recorded_when_it_i
     with pytest.raises(StateError) as raised:
         freeze(model)
     assert str(raised.value) == (
-        "model: 1 prepared layers never ran (read) although the model did, so nothing shows that training used "
-        "their quantized weight: exclude layers whose weight is read without a call (prepare finds them with "
-        "example_inputs), run the model once, or pass allow_unreached=True"
+        "model: 1 prepared layers never ran with their quantized weight (read) although the model ran: exclude layers "
+        "whose weight is read without a call (prepare finds them with example_inputs), run the model once as it will "
+        "be served, or pass allow_unreached=True"
     )
     assert isinstance(model.called, QLinear)
     assert model.training
     assert prepared_as(model).spec == F32
     freeze(model, allow_unreached=True)
-    assert frozen_record(model).notes == ("1 layers were frozen although they never ran: read",)
+    assert frozen_record(model).notes == ("1 layers were frozen although they never ran quantized: read",)
 
 
 class ReadsAll(nn.Sequential):
@@ -79,7 +79,10 @@ def test_a_model_that_ran_without_reaching_any_layer_is_refused_too() -> None:
     qat.prepare(model, F32)
     assert frozen_record(frozen_copy(model)).notes == ()
     model(torch.randn(2, 8))
-    with pytest.raises(StateError, match=r"model: 6 prepared layers never ran \(0, 1, 2, 3 and 2 more\) although"):
+    with pytest.raises(
+        StateError,
+        match=r"model: 6 prepared layers never ran .* \(0, 1, 2, 3 and 2 more\) although",
+    ):
         freeze(model)
     assert reached(model) == [False] * 6
     assert frozen_record(frozen_copy(model)).notes == ()  # the question is for the end of training
@@ -115,7 +118,7 @@ def test_nothing_is_asked_of_layers_that_a_checkpoint_was_loaded_into(checkpoint
     model = two_layers()
     other = two_layers() if checkpoint_of == "prepared" else nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 16))
     model.load_state_dict(other.state_dict())
-    assert reached(model) == [None, None]
+    assert reached(model) == [False, False]
     freeze(model)
     assert frozen_record(model).notes == ()
 
@@ -126,8 +129,8 @@ def test_a_checkpoint_of_one_layer_says_nothing_of_the_other() -> None:
     model.append(nn.Identity())
     model.forward = lambda x: x  # type: ignore[method-assign]
     model(torch.zeros(1))
-    assert reached(model) == [None, False]
-    with pytest.raises(StateError, match=r"1 prepared layers never ran \(1\)"):
+    assert reached(model) == [False, False]
+    with pytest.raises(StateError, match=r"2 prepared layers never ran with their quantized weight \(0, 1\)"):
         freeze(model)
 
 
@@ -224,3 +227,61 @@ def test_a_prepared_model_and_an_export_still_save(tmp_path: Path) -> None:
     again = type(prepared).from_pretrained(tmp_path / "masters")
     assert torch.equal(again.lm_head.weight, prepared.lm_head.weight)
     assert "model.safetensors" in qat.export(frozen_llama(dtype="float32"), tmp_path / "export").files
+
+
+def test_a_run_in_float_is_no_run_of_quantized_layers() -> None:
+    """As a schedule whose quantization begins after the last step."""
+    model = two_layers()
+    for _, layer in quantized_layers(model):
+        layer.mode = Mode(weights=False)
+    model(torch.randn(2, 64))
+    with pytest.raises(StateError, match=r"2 prepared layers never ran with their quantized weight"):
+        freeze(model)
+
+
+def test_a_run_before_a_checkpoint_says_nothing_of_its_weights() -> None:
+    model = two_layers()
+    model(torch.randn(2, 64))
+    model.load_state_dict(two_layers().state_dict())
+    model.append(nn.Identity())
+    model.forward = lambda x: model[0](x)  # type: ignore[method-assign]
+    model(torch.randn(2, 64))
+    with pytest.raises(StateError, match=r"1 prepared layers never ran with their quantized weight \(1\)"):
+        freeze(model)
+
+
+def prune_it(layer: nn.Module) -> None:
+    torch.nn.utils.prune.l1_unstructured(layer, "weight", 0.5)
+
+
+def patch_it(layer: nn.Module) -> None:
+    layer.forward = lambda x: nn.functional.linear(x, layer.weight)  # type: ignore[method-assign, arg-type]
+
+
+@pytest.mark.parametrize("change", [prune_it, patch_it])
+def test_a_layer_that_changed_since_it_was_prepared_is_refused(change: Callable[[nn.Module], None]) -> None:
+    model = two_layers()
+    model(torch.randn(2, 64))
+    change(model[0])
+    with pytest.raises(StateError, match="model: layer '0' has changed since it was prepared: its "):
+        freeze(model)
+    assert isinstance(model[1], QLinear)
+
+
+def test_hooks_that_freezing_drops_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    model = two_layers()
+    model[1].register_forward_hook(lambda module, args, y: y * 2)
+    model(torch.randn(2, 64))
+    freeze(model)
+    assert "1 layers have hooks, which a frozen layer has not: 1" in caplog.text
+
+
+@pytest.mark.parametrize("key", ["0.bias", "norm.weight"])
+def test_numbers_that_float16_cannot_hold_are_refused(key: str) -> None:
+    model = nn.Sequential(nn.Linear(64, 32))
+    model.add_module("norm", nn.LayerNorm(32))
+    qat.prepare(model, QuantSpec(weights="int8", dtype="float16"))
+    model.get_parameter(key).data[3] = 1e5
+    with pytest.raises(StateError, match=rf"model: {key} holds numbers beyond .65504, .* serve in bfloat16"):
+        freeze(model)
+    assert isinstance(model[0], QLinear)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from optimum.quanto.tensor import WeightQBitsTensor
 from torch import Tensor
 
 from qat import numerics
+from qat.errors import StateError
 from qat.formats import QUANTO
 from qat.formats.quanto_types import QUANTO_NAMES
 from qat.numerics import Affine, FrozenWeight, QType, Symmetric
@@ -325,3 +327,11 @@ def test_inside_range_marks_what_does_not_saturate() -> None:
     x = torch.tensor([-300.0, -128.0, 0.0, 127.0, 127.5, 300.0])
     assert QTYPES["int8"].inside_range(x, torch.tensor(1.0)).tolist() == [False, True, True, True, False, False]
     assert QTYPES["float8"].inside_range(x, torch.tensor(1.0)).all()
+
+
+def test_one_key_is_one_type() -> None:
+    int8 = QUANTO.qtypes["int8"]
+    assert replace(int8) == int8
+    with pytest.raises(StateError, match=r"QType: 'quanto.int8' is another type already"):
+        replace(int8, steps=7.0)
+    assert numerics.qtype_of("quanto.int8").steps == 127

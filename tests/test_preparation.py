@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from qat.errors import QatError, SpecError, StateError, TargetError
 from qat.layers import QLinear, QuantizedLayer, quantized_layers
 from qat.observers import Absmax, AbsmaxObserver, Percentile, PercentileObserver
 from qat.preparation import parameter_groups, prepare, prepared_as
-from qat.quantizers import StraightThrough
+from qat.quantizers import LearnedAffine, StraightThrough
 from qat.spec import LayerSpec, QuantSpec
 from tests.helpers import LearnedStep, of_transformers, same_bits, tiny_model, tokens
 
@@ -190,7 +191,7 @@ def test_a_part_of_one_layers_quantizer_keys_is_refused() -> None:
     prepare(model, QuantSpec(weights="int4"), algorithm=LearnedStep())
     state = model.state_dict()
     del state["0.weight_quantizer.shift"]
-    with pytest.raises(RuntimeError, match=r"Missing key.*0.weight_quantizer.shift"):
+    with pytest.raises(RuntimeError, match=r"a part of its quantizers' state .'0.weight_quantizer.shift'"):
         model.load_state_dict(state, strict=True)
 
 
@@ -200,7 +201,7 @@ def test_a_float_checkpoint_of_a_wrapper_is_completed_too_and_left_as_it_was() -
     before = dict(checkpoint)
     wrapper.load_state_dict(checkpoint, strict=True)
     assert checkpoint == before
-    assert [layer.reached for _, layer in quantized_layers(wrapper)] == [None] * 3
+    assert [layer.reached for _, layer in quantized_layers(wrapper)] == [False] * 3
     again = mlp()
     prepare(again, F32, algorithm=LearnedStep())
     assert same_bits(wrapper["model"](inputs()), again(inputs()))
@@ -211,7 +212,7 @@ def test_a_checkpoint_for_a_copy_says_nothing_of_the_original() -> None:
     prepare(model, F32, algorithm=LearnedStep())
     copied = copy.deepcopy(model)
     copied.load_state_dict(mlp().state_dict(), strict=True)
-    assert [layer.reached for _, layer in quantized_layers(copied)] == [None] * 3
+    assert [layer.reached for _, layer in quantized_layers(copied)] == [False] * 3
     assert [layer.reached for _, layer in quantized_layers(model)] == [False] * 3
 
 
@@ -308,3 +309,34 @@ def test_parameter_groups_leave_out_what_needs_no_gradient_and_what_is_empty() -
     prepare(learned, F32, algorithm=LearnedStep())
     assert parameter_groups(learned, lr=1e-3, scale_lr=0.0)[-1]["lr"] == 0.0
     torch.optim.AdamW(groups)
+
+
+def test_untying_one_model_leaves_another_tied_and_its_config_alone() -> None:
+    from tests.exports import small_llama
+
+    both = nn.ModuleDict({"a": small_llama(), "b": small_llama()})
+    both["b"].config = both["a"].config  # as models made from one configuration object
+    prepare(both, QuantSpec(weights="int8", include=("a.lm_head",)))
+    assert both["a"].config.tie_word_embeddings is False
+    assert both["b"].config.tie_word_embeddings is True
+    assert both["b"].lm_head.weight is both["b"].get_input_embeddings().weight
+
+
+def test_an_algorithm_that_fails_leaves_the_model_float() -> None:
+    class Half(StraightThrough):
+        def make(self, weight: Any, qtype: Any, dtype: Any) -> Any:
+            return super().make(weight, qtype, dtype) if weight.shape[0] == 16 else None
+
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 32))
+    with pytest.raises(StateError, match="must make a WeightQuantizer, made None"):
+        prepare(model, QuantSpec(), algorithm=Half())
+    assert [type(layer) for layer in model] == [nn.Linear, nn.Linear]
+    prepare(model, QuantSpec())
+
+
+def test_a_part_of_a_layers_quantizer_state_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(64, 8))
+    prepare(model, QuantSpec(weights="int4"), algorithm=LearnedAffine())
+    parameters = {key: value.detach().clone() for key, value in model.named_parameters()}
+    with pytest.raises(StateError, match="layer '0' has only a part of its quantizers' state"):
+        model.load_state_dict(parameters, strict=False)

@@ -217,6 +217,10 @@ class Format(ABC):
     def is_frozen(self, module: nn.Module) -> bool:
         """Whether a module holds a quantized weight of this format."""
 
+    def owns(self, module: nn.Module) -> bool:
+        """Whether a module is one of this format's, with packed weights or not yet."""
+        return self.is_frozen(module)
+
     @abstractmethod
     def declared(self, module: nn.Module) -> LayerTypes:
         """The types of a frozen layer, without reading its weight."""

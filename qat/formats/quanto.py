@@ -275,6 +275,9 @@ class _Quanto(Format):
         layer.input_scale, layer.output_scale = tensors["input_scale"], tensors["output_scale"]
         return layer  # type: ignore[no-any-return]
 
+    def owns(self, module: nn.Module) -> bool:
+        return getattr(module, "weight_qtype", None) is not None
+
     def is_frozen(self, module: nn.Module) -> bool:
         return getattr(module, "weight_qtype", None) is not None and bool(getattr(module, "frozen", False))
 

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from qat.errors import SpecError, StateError, TargetError
-from qat.formats import LayerTypes
+from qat.formats import FORMATS, LayerTypes
 from qat.hosts import Rules, Target, get_target
 from qat.inspection.report import FloatWeight, InspectReport, LayerInspection, other_notes, other_weights
 from qat.layers import QuantizedLayer, layer_class
@@ -128,8 +128,9 @@ def inspect(model: nn.Module, spec: QuantSpec, *, target: str = "quanto", exampl
 
 def _layers(model: nn.Module, target: Target) -> Iterator[tuple[str, tuple[nn.Module, type[QuantizedLayer]]]]:
     """The modules that can become quantized layers, and the class that each becomes."""
+    formats = {target.format, *FORMATS.values()}
     for name, module in model.named_modules():
-        if isinstance(module, QuantizedLayer) or target.format.is_frozen(module):
+        if isinstance(module, QuantizedLayer) or any(format.owns(module) for format in formats):
             raise StateError(f"model: layer {name!r} is prepared or frozen already: start from a float model")
         cls = layer_class(module)
         if cls is not None:

@@ -47,9 +47,8 @@ class QuantizedLayer(nn.Module):
     input_quantizer: ActivationQuantizer | None
     output_quantizer: ActivationQuantizer | None
     mode: Mode
-    reached: bool | None
-    """Whether the layer has run, outside compiled code, since it was prepared; None: a checkpoint was loaded since, and
-    nothing is known."""
+    reached: bool
+    """Whether the layer ran with its quantized weight, outside compiled code, since it was prepared or loaded."""
 
     @staticmethod
     def effective_weight(module: Any) -> Tensor:
@@ -76,6 +75,21 @@ class QuantizedLayer(nn.Module):
         name = cls.replaces.__name__
         if type(module) is not cls.replaces:
             return f"{type(module).__name__} is not exactly nn.{name}: its own forward would be lost"
+        fault = cls.object_fault(module)
+        if fault is not None:
+            return fault
+        weight = module._parameters["weight"]
+        if weight is None or type(weight) is not nn.Parameter or type(weight.data) is not Tensor:
+            return f"its weight is a {type(weight).__name__}, not a plain nn.Parameter: prepare before it is converted"
+        if weight.dtype not in _MASTER_DTYPES:
+            return f"its weight has dtype {weight.dtype}: a master weight is float32, bfloat16 or float16"
+        if weight.ndim != 2 or not weight.numel():
+            return f"its weight has shape {tuple(weight.shape)}, which is no matrix with elements: prepare it unsharded"
+        return None
+
+    @staticmethod
+    def object_fault(module: nn.Module) -> str | None:
+        """Why the object is not what its class says, or None; asked before it is adopted and before it is frozen."""
         if "forward" in vars(module):
             return (
                 "its object has a forward of its own (as accelerate's hooks and adapters' patches set it), which would "
@@ -88,13 +102,6 @@ class QuantizedLayer(nn.Module):
                 "pruning and weight_norm do), and would be stale when frozen: make it permanent first, as with "
                 "torch.nn.utils.prune.remove"
             )
-        weight = module._parameters["weight"]
-        if weight is None or type(weight) is not nn.Parameter or type(weight.data) is not Tensor:
-            return f"its weight is a {type(weight).__name__}, not a plain nn.Parameter: prepare before it is converted"
-        if weight.dtype not in _MASTER_DTYPES:
-            return f"its weight has dtype {weight.dtype}: a master weight is float32, bfloat16 or float16"
-        if weight.ndim != 2 or not weight.numel():
-            return f"its weight has shape {tuple(weight.shape)}, which is no matrix with elements: prepare it unsharded"
         return None
 
     @classmethod
@@ -128,7 +135,7 @@ class QuantizedLayer(nn.Module):
         mode, weight = self.mode, self.effective_weight(self)
         if mode.weights or mode.observe:
             self._require_quantizers_on(weight.device)
-        if not torch.compiler.is_compiling():  # compiled code under activation checkpointing may not set attributes
+        if mode.weights and not torch.compiler.is_compiling():  # under checkpointing, compiled code may set nothing
             self.reached = True
         if mode.observe and self.input_quantizer is not None:
             self.input_quantizer.observe(input)

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import copy
 import os
-import site
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -144,8 +143,10 @@ def verify(
 
 
 def _in_fresh_process(directory: Path) -> VerifyReport:
-    # -P and no empty entry of PYTHONPATH: a module in the current folder takes the place of no library's.
-    command = [sys.executable, "-P", "-m", "qat.cli", "verify", str(directory), "--json"]
+    # -P and no empty entry of PYTHONPATH: a module in the current folder takes the place of no library's. The folder
+    # of this qat comes last: in a checkout it is the current folder too.
+    start = f"import sys; sys.path.append({str(Path(__file__).parents[2])!r}); from qat.cli import main; main()"
+    command = [sys.executable, "-P", "-c", start, "verify", str(directory), "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=_environment())
     try:
         report = TypeAdapter(VerifyReport).validate_json(done.stdout)
@@ -159,11 +160,8 @@ def _in_fresh_process(directory: Path) -> VerifyReport:
 
 
 def _environment() -> dict[str, str]:
-    """This process's, in which the same qat is found, wherever it was imported from."""
+    """This process's, without the empty entries that mean the current folder."""
     paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
-    home = str(Path(__file__).parents[2])
-    if home not in (*site.getsitepackages(), site.getusersitepackages()):  # which must not come before Python's own
-        paths.insert(0, home)
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
 
 
