@@ -219,9 +219,9 @@ def fill(model: nn.Module, directory: Path, manifest: Manifest, record: FrozenRe
         store[key] = loaded[source]
     if device.type != "cpu":
         model.to(device)
-    stranded = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
-    if stranded:
-        raise load_error("the load is incomplete", [f"{name} is still on the meta device" for name in stranded])
+    without_data = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
+    if without_data:
+        raise load_error("the load is incomplete", [f"{name} is still on the meta device" for name in without_data])
 
 
 def _leave_meta(model: nn.Module) -> None:

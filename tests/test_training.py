@@ -263,7 +263,7 @@ def test_learned_scales_in_no_optimizer_are_refused(tmp_path: Path) -> None:
         def configure_optimizers(self) -> Any:
             return self.optimizer
 
-    with pytest.raises(qat.TrainingError, match="holds 3 of 3 learned scales not at all"):
+    with pytest.raises(qat.TrainingError, match="does not hold 3 of 3 learned scales"):
         quiet_trainer(tmp_path, quantization(INT8, LearnedStep())).fit(Early(), loader())
     quiet_trainer(tmp_path, quantization(INT8)).fit(Early(), loader(1))
 

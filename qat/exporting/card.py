@@ -1,8 +1,7 @@
 """`README.md`: the model card of an export, for the people who find the directory.
 
 It says what the weights are, in which dtype they are served, how they are loaded, and which linear layers stayed
-float and why. People edit the card and add pictures, so neither is among the files whose hashes the
-manifest keeps and `qat.verify` checks.
+float and why. People edit the card and add pictures, so the manifest keeps no hash of them.
 """
 
 from __future__ import annotations

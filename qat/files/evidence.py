@@ -54,7 +54,7 @@ class FrozenRecord:
     layers: Mapping[str, LayerEvidence]
     notes: tuple[str, ...] = ()
     left_float: Mapping[str, str] = field(default_factory=dict)
-    """The linear layers that were not quantized, each with the reason."""
+    """Weights of two and more dimensions that were not quantized, each with the reason."""
 
 
 def record_frozen(model: nn.Module, record: FrozenRecord) -> None:

@@ -50,6 +50,8 @@ def _reopen(path: Path, planned: tuple[TensorEntry, ...]) -> None:
     except ValueError as error:
         raise ExportError(f"{path.name} was written but does not open again: {error}; check the disk") from error
     codes = {entry.name for entry in planned if entry.is_code}
-    crooked = [name for name, header in found.items() if name in codes and header.start % ALIGNMENT]
-    if found.keys() != {entry.name for entry in planned} or crooked:
-        raise ExportError(f"{path.name} was written but holds other keys, or unaligned codes {crooked}; check the disk")
+    unaligned = [name for name, header in found.items() if name in codes and header.start % ALIGNMENT]
+    if found.keys() != {entry.name for entry in planned} or unaligned:
+        raise ExportError(
+            f"{path.name} was written but holds other keys, or unaligned codes {unaligned}; check the disk"
+        )

@@ -134,7 +134,7 @@ class _Quanto(Format):
             return []
         return [
             f"{losing} float8 layers have a bias that optimum-quanto 0.2.7 leaves out on a CUDA GPU of compute "
-            "capability 8.0 or later: serve them by qat.load, which goes round that kernel, or mark their weights as "
+            "capability 8.0 or later: serve them by qat.load, which avoids that kernel, or mark their weights as "
             "the model card shows; int8 is not affected"
         ]
 
@@ -145,7 +145,7 @@ class _Quanto(Format):
             return []
         text = (
             "optimum-quanto 0.2.7 multiplies float8 weights by a kernel that **leaves out the bias** "
-            f"({losing} layers here) on GPUs of compute capability 8.0 or later. `qat.load` goes round it. Loaded "
+            f"({losing} layers here) on GPUs of compute capability 8.0 or later. `qat.load` avoids it. Loaded "
             "otherwise, mark the weights before the model goes to the GPU:\n\n"
             "```python\n"
             "from optimum.quanto import qfloat8_e4m3fn\n\n"

@@ -62,7 +62,7 @@ class Host:
     float_dtype: str = ""
     """What a stock load of a float grid must be told of its dtype, as it stands in the call."""
     stock_loader: bool = True
-    """Somebody else's loader fills such models; off: only `qat.load` does, and verification uses it."""
+    """The target has a loader outside qat; otherwise verification uses `qat.load`."""
     leaves_outputs: bool = False
     """The loader can leave the outputs of layers with quantized inputs float."""
 

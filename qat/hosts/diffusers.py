@@ -110,7 +110,7 @@ class _Diffusers(Host):
         return "kept in float32 by the loader" if casts and not kept.isdisjoint(name.split(".")) else None
 
     def writes_map(self, record: FrozenRecord) -> bool:
-        """Nobody would read it."""
+        """False: diffusers reads no such file."""
         return False
 
     def quantization_config(self, model: nn.Module, record: FrozenRecord) -> dict[str, Any] | None:

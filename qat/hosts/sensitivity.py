@@ -5,7 +5,7 @@ gates of the embedded timestep (modulation) see inputs whose range changes with 
 picture itself, depends on their output. They are a small part of the computation, so with quantized activations they
 stay float unless they are named. Weights alone can be quantized in them as anywhere.
 
-Nothing here imports diffusers: layers are told by where they stand and by what the modules around them are called.
+Nothing here imports diffusers: layers are recognized by where they stand, and by the names around them.
 """
 
 from __future__ import annotations

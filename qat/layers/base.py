@@ -66,7 +66,7 @@ class QuantizedLayer(nn.Module):
 
     @classmethod
     def adoption_fault(cls, module: nn.Module) -> str | None:
-        """Why a module cannot become such a layer, or None. What it is must be all that it does.
+        """Why a module cannot become such a layer, or None. Subclasses and patched objects are refused.
 
         >>> from qat.layers import QLinear
         >>> QLinear.adoption_fault(nn.Linear(4, 4)) is None

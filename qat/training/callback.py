@@ -195,9 +195,7 @@ class QuantizationAwareTraining(Callback):
         learned = learned_ranges(model)
         missing = learned.keys() - {id(p) for group in groups for p in group["params"]}
         if groups and missing and not trainer.strategy.restore_checkpoint_after_setup:  # those shard parameters
-            raise TrainingError(
-                f"optimizer: holds {len(missing)} of {len(learned)} learned scales not at all: {REMEDY}"
-            )
+            raise TrainingError(f"optimizer: does not hold {len(missing)} of {len(learned)} learned scales: {REMEDY}")
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Refuse to go on with an optimizer that never held the learned ranges."""

@@ -1,4 +1,4 @@
-"""Checkpoints of Lightning that do not fit the module they are loaded into: told by name, with the remedy.
+"""Clear errors for checkpoints of Lightning that do not fit the module they are loaded into.
 
 `LightningModule.load_from_checkpoint` builds a float module, which has no place for the state of quantizers, and torch
 lists the keys that it did not expect. No callback takes part there. So once this module is imported, every

@@ -48,8 +48,8 @@ def compute_outputs(model: nn.Module, inputs: Any) -> dict[str, Tensor]:
     def place(tensor: Tensor) -> Tensor:
         # Views of a memory-mapped file lie anywhere, and torch's int8 kernel on a CPU ends the process when its input
         # does not start on a 16-byte boundary.
-        crooked = tensor.device.type == "cpu" and tensor.data_ptr() % ALIGNMENT
-        return tensor.to(device, copy=bool(crooked))
+        unaligned = tensor.device.type == "cpu" and tensor.data_ptr() % ALIGNMENT
+        return tensor.to(device, copy=bool(unaligned))
 
     inputs = map_tensors(place, inputs)
     plain = torch.autocast(device.type, enabled=False)
