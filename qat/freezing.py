@@ -79,7 +79,10 @@ def freeze(model: nn.Module, *, target: str | None = None, allow_unreached: bool
     >>> print(freeze(model))
     froze 2 layers (int4, int8) for target 'quanto', served in bfloat16
     """
-    prepared_as(model)
+    layers = dict(quantized_layers(model))
+    gone = [name for name in prepared_as(model).layers if name not in layers]
+    if gone:
+        logger.warning("%d prepared layers were replaced since, and stay float: %s", len(gone), listed(gone, 4))
     unreached = _unreached(model)
     if unreached and not allow_unreached:
         raise StateError(
@@ -88,7 +91,7 @@ def freeze(model: nn.Module, *, target: str | None = None, allow_unreached: bool
             "(prepare finds them with example_inputs), run the model once as it will be served, or pass "
             "allow_unreached=True"
         )
-    hooked = [name for name, layer in quantized_layers(model) if layer._forward_hooks or layer._forward_pre_hooks]
+    hooked = [name for name, layer in layers.items() if layer._forward_hooks or layer._forward_pre_hooks]
     if hooked:
         logger.warning("%d layers have hooks, which a frozen layer has not: %s", len(hooked), listed(hooked, 4))
     for warning in unchanged(model, unreached):

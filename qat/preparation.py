@@ -50,6 +50,8 @@ class Prepared:
     """What inspection remarked, and what was untied; freezing puts it on record."""
     left_float: Mapping[str, str] = field(default_factory=dict)
     """The weights that stay float, each with the reason; freezing puts it on record too."""
+    layers: tuple[str, ...] = ()
+    """Full names of the layers that were prepared."""
 
 
 @dataclass(frozen=True)
@@ -120,11 +122,12 @@ def prepare(
             untied.append(name)
         cls.adopt(module, quantizer, inputs, outputs)
     notes = (*report.notes, *(f"untied: {name}" for name in untied))
-    setattr(model, _ATTRIBUTE, Prepared(spec, algorithm, target, observer, notes, report.left_float))
+    layers = tuple(name for name, _ in quantized_layers(model))
+    setattr(model, _ATTRIBUTE, Prepared(spec, algorithm, target, observer, notes, report.left_float, layers))
     model.register_load_state_dict_pre_hook(_complete_float_checkpoint)  # type: ignore[no-untyped-call]
     model.register_forward_pre_hook(_before_run)
     watch(model)
-    return PrepareReport(report, tuple(name for name, _ in quantized_layers(model)), tuple(untied))
+    return PrepareReport(report, layers, tuple(untied))
 
 
 def prepared_as(model: nn.Module) -> Prepared:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
 import qat
@@ -251,7 +252,7 @@ def test_a_run_before_a_checkpoint_says_nothing_of_its_weights() -> None:
 
 
 def prune_it(layer: nn.Module) -> None:
-    torch.nn.utils.prune.l1_unstructured(layer, "weight", 0.5)
+    prune.l1_unstructured(layer, "weight", 0.5)
 
 
 def patch_it(layer: nn.Module) -> None:
@@ -285,3 +286,12 @@ def test_numbers_that_float16_cannot_hold_are_refused(key: str) -> None:
     with pytest.raises(StateError, match=rf"model: {key} holds numbers beyond .65504, .* serve in bfloat16"):
         freeze(model)
     assert isinstance(model[0], QLinear)
+
+
+def test_prepared_layers_that_were_replaced_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    """As resize_token_embeddings replaces a head."""
+    model = two_layers()
+    model[1] = nn.Linear(32, 20)
+    model(torch.randn(2, 64))
+    assert set(freeze(model).layers) == {"0"}
+    assert "1 prepared layers were replaced since, and stay float: 1" in caplog.text

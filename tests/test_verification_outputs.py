@@ -44,6 +44,18 @@ def test_a_forward_on_the_object_is_passed_over_and_stays(place: str) -> None:
     assert not torch.equal(model(x), bare)
 
 
+def test_a_forward_that_does_something_else_is_no_wrapper(tmp_path: Path) -> None:
+    architecture, model, x = small_model(), small_model(), torch.randn(4, 64, dtype=torch.bfloat16)
+    qat.prepare(model, qat.QuantSpec(weights="int8"))
+    model.forward = lambda x: model[2](model[0](x))  # type: ignore[method-assign]  # without the activation
+    assert not torch.equal(compute_outputs(model, x.float())["output"], nn.Sequential.forward(model, x.float()))
+    model(x.float())
+    qat.freeze(model)
+    qat.export(model, tmp_path / "out", example_inputs=x)
+    with pytest.raises(qat.VerifyError, match=r"outputs .*FAILED"):
+        qat.verify(tmp_path / "out", model=architecture)
+
+
 def test_autocast_around_the_call_is_passed_over() -> None:
     model, x = small_model(), torch.randn(4, 64)
     with torch.autocast("cpu", torch.bfloat16):

@@ -17,13 +17,22 @@ from qat.tensors import difference, map_tensors, model_device
 __all__ = ["compute_outputs", "output_faults"]
 
 
+def _wraps_its_own(module: nn.Module) -> bool:
+    """Whether the object has a ``forward`` that is a wrapper around the one of its class."""
+    forward = vars(module).get("forward")
+    while forward is not None and forward is not type(module).forward:
+        forward = getattr(forward, "__func__", None) or getattr(forward, "__wrapped__", None)
+    return forward is not None
+
+
 @contextmanager
 def _bare(model: nn.Module) -> Iterator[None]:
-    """Hide what trainers leave on modules: a ``forward`` of the object's own, which no reload has.
+    """Take off the wrappers that trainers leave around ``forward``, and that no reload has.
 
-    HF Trainer and accelerate put autocast around ``model.forward`` and leave it there.
+    HF Trainer and accelerate put autocast around ``model.forward`` and leave it there. A ``forward`` that does
+    something else stays: it computes what a reload does not, and verification says so.
     """
-    patched = [(module, vars(module).pop("forward")) for module in model.modules() if "forward" in vars(module)]
+    patched = [(module, vars(module).pop("forward")) for module in model.modules() if _wraps_its_own(module)]
     try:
         yield
     finally:
