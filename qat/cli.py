@@ -18,18 +18,15 @@ import tyro
 import yaml
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from qat.errors import LoadError, VerifyError
-from qat.remote_code import refuse_remote_code
+from qat.errors import VerifyError
 from qat.report import quiet_libraries, run_command
 from qat.spec import QuantSpec
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from qat.inspection import InspectReport
     from qat.verification import VerifyReport
 
-__all__ = ["build_on_meta", "main", "mapping_rule"]
+__all__ = ["main", "mapping_rule"]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -65,10 +62,11 @@ def _inspect(
         target: Who will load the export.
         json: Print JSON instead of a table.
     """
+    from qat.hosts import directories
     from qat.inspection import inspect
 
     quiet_libraries()
-    _show(inspect(build_on_meta(model_dir), spec, target=target), json)
+    _show(inspect(directories.build_on_meta(model_dir), spec, target=target), json)
 
 
 def _verify(directory: Path, /, json: bool = False) -> None:
@@ -113,57 +111,6 @@ def mapping_rule(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[dict[str, 
         is_instance=lambda value: isinstance(value, dict),
         str_from_instance=lambda value: [f"{key}={item}" for key, item in value.items()],
     )
-
-
-def build_on_meta(directory: Path) -> nn.Module:
-    """Build the model of a directory without memory for its weights: names, shapes and ties.
-
-    Of transformers the first architecture in ``config.json`` is built, else the base model; of a pipeline of diffusers
-    its transformer.
-
-    Raises:
-        LoadError: there is no such configuration, its library cannot build it, or only code in the directory can.
-    """
-    if not directory.is_dir():
-        raise LoadError(f"MODEL_DIR: {str(directory)!r} is not a directory; give one that holds a model's config.json")
-    if (directory / "model_index.json").is_file():
-        directory /= "transformer"
-    path = directory / "config.json"
-    try:
-        fields = jsonlib.loads(path.read_text(encoding="utf-8"))
-        name, architectures = fields.get("_class_name"), fields.get("architectures") or []
-    except FileNotFoundError:
-        raise LoadError(f"MODEL_DIR: {str(directory)!r} has no config.json; give a model's directory") from None
-    except (OSError, ValueError, AttributeError) as error:
-        raise LoadError(f"MODEL_DIR: {str(path)!r} is not a model's configuration: {error}") from error
-    refuse_remote_code(directory, "MODEL_DIR")
-    library = "transformers" if name is None else "diffusers"
-    try:
-        return _of_transformers(directory, architectures) if name is None else _of_diffusers(directory, name)
-    except Exception as error:  # a configuration can be wrong in as many ways as there are models
-        message = " ".join(str(error).split()) or type(error).__name__
-        raise LoadError(f"MODEL_DIR: {library} cannot build the model of {str(path)!r}: {message}") from error
-
-
-def _of_transformers(directory: Path, architectures: list[str]) -> nn.Module:
-    import torch
-    import transformers
-
-    config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=False)
-    model_class: Any = getattr(transformers, architectures[0], None) if architectures else None
-    base: Any = transformers.AutoModel
-    with torch.device("meta"):
-        return base.from_config(config, trust_remote_code=False) if model_class is None else model_class(config)  # type: ignore[no-any-return]
-
-
-def _of_diffusers(directory: Path, name: str) -> nn.Module:
-    import diffusers
-    import torch
-
-    from qat.hosts.diffusers import DIFFUSERS
-
-    model_class = getattr(diffusers, name)
-    return DIFFUSERS.build(model_class, model_class.load_config(directory), torch.float32, empty=True)
 
 
 if __name__ == "__main__":

@@ -18,10 +18,9 @@ from torch import Tensor, nn
 from qat.errors import QatError, StateError, TargetError, listed
 from qat.files.evidence import FrozenRecord, LayerEvidence, record_frozen
 from qat.formats import FrozenLayer, LayerTypes
-from qat.hosts import Rules, Target, get_target
+from qat.hosts import Rules, Target, get_target, host_of
 from qat.hosts.base import last_parts
 from qat.hosts.construction import constructed_tensors, differs, unstored_tensors
-from qat.hosts.transformers import set_config_dtype
 from qat.layers import QuantizedLayer, layer_class, quantized_layers
 from qat.optimizers import unchanged
 from qat.preparation import Prepared, forget_prepared, has_run, prepared_as
@@ -126,9 +125,7 @@ def _freeze(model: nn.Module, target: str | None, unreached: list[str]) -> Freez
     forget_prepared(model)
     record = FrozenRecord(prepared.spec, chosen.name, prepared.algorithm.kind, evidence, notes, prepared.left_float)
     record_frozen(model, record)
-    config = getattr(model, "config", None)
-    if hasattr(config, "sub_configs"):
-        set_config_dtype(config, prepared.spec.torch_dtype)
+    host_of(model).set_dtype(model, prepared.spec.torch_dtype)
     refuse_saving(model)
     return FreezeReport(chosen.name, prepared.spec.dtype, evidence)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from qat.errors import StateError
-from qat.hosts import get_target
+from qat.hosts import get_target, inner_models
 from qat.inspection import InspectReport, inspect
 from qat.layers import layer_class, quantized_layers
 from qat.observers import ObserverChoice, Percentile
@@ -166,15 +165,9 @@ def _untie(model: nn.Module, module: Any) -> bool:
     if weight is None or len(holders) < 2:
         return False
     module.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
-    for inner in model.modules():
-        config: Any = getattr(inner, "config", None)
-        parts = {id(part) for part in inner.modules()}
-        if holders <= parts and getattr(config, "tie_word_embeddings", False):
-            config = copy.copy(config)  # which another model may share
-            config.tie_word_embeddings = False
-            inner.config = config
-            if hasattr(inner, "all_tied_weights_keys"):
-                inner.all_tied_weights_keys = {}  # type: ignore[assignment]
+    for _, inner, host in inner_models(model):
+        if holders <= {id(part) for part in inner.modules()}:
+            host.untie(inner)
     return True
 
 

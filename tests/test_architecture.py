@@ -35,7 +35,7 @@ ORDER: tuple[frozenset[str], ...] = tuple(
     frozenset(line.split())
     for line in (
         "errors",
-        "operators remote_code spec tensors",
+        "operators spec tensors",
         "numerics",
         "kernels",
         "observers",
@@ -65,16 +65,16 @@ PLAIN_RECIPE_PACKAGES: dict[str, frozenset[str]] = {
 
 KERNEL_ROOMS = frozenset({"kernels", "quantizers", "layers"})
 MODEL_LIBRARIES = frozenset({"transformers", "diffusers"})
-# Where what belongs to one format, or to one library, may stand. A model of a directory is built by the command too.
+# Where what belongs to one format, or to one library, may stand.
 QUANTO_FILES = ("qat/formats/quanto", "qat/integrations/")
 HOST_FILES = {
-    "transformers": ("qat/hosts/transformers.py", "qat/integrations/", "qat/cli.py", "qat/remote_code.py"),
-    "diffusers": ("qat/hosts/diffusers.py", "qat/cli.py", "qat/remote_code.py"),
+    "transformers": ("qat/hosts/", "qat/integrations/"),
+    "diffusers": ("qat/hosts/",),
 }
 TYPE_NAMES = frozenset({"int8", "float8", "int4", "int2"})
 TYPE_FILES = ("qat/spec.py", "qat/formats/quanto")  # where a type's name is turned into an object
 
-MOST_LIBRARY_LINES = 9_000
+MOST_LIBRARY_LINES = 9_030
 MOST_LINES = 400
 MOST_RECIPE_LINES = 150  # of a recipe itself
 
@@ -214,7 +214,8 @@ def test_a_library_is_imported_late_and_by_its_host_alone(library: str) -> None:
 
 def test_no_module_asks_which_library_a_model_is_of() -> None:
     """Such questions are methods of a host."""
-    asked = ("is_diffusers", "is_transformers", "PreTrainedModel", "ModelMixin", "from_single_file")
+    asked = ("is_diffusers", "is_transformers", "PreTrainedModel", "ModelMixin", "from_single_file", "sub_configs")
+    asked += ("all_tied_weights_keys", "_attn_implementation", "_keep_in_fp32")
     violations = [
         f"{path.relative_to(ROOT)}: {word}"
         for path in library_modules().values()

@@ -10,9 +10,10 @@ import pytest
 from transformers import LlamaConfig
 
 import qat
-from qat import cli
-from qat.cli import build_on_meta, main
+from qat.cli import main
 from qat.errors import LoadError, VerifyError
+from qat.hosts import directories
+from qat.hosts.directories import build_on_meta
 from tests.exports import frozen_llama
 
 
@@ -119,7 +120,7 @@ def test_a_failed_verification_is_code_1(capsys: pytest.CaptureFixture[str], mon
 
 
 def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, model_dir: Path) -> None:
-    monkeypatch.setattr(cli, "build_on_meta", lambda _: 1 / 0)
+    monkeypatch.setattr(directories, "build_on_meta", lambda _: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         main(["inspect", str(model_dir)])
 

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from qat.cli import build_on_meta, main
+from qat.cli import main
 from qat.errors import LoadError
+from qat.hosts.directories import build_on_meta
 from tests.exports import small_flux
 
 

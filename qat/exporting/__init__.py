@@ -142,7 +142,7 @@ def export(
             target=to.name,
             dtype=record.spec.dtype,
             model_class=f"{type(model).__module__}.{type(model).__qualname__}",
-            attn_implementation=getattr(getattr(model, "config", None), "_attn_implementation", None),
+            attn_implementation=host_of(model).attention(model),
             float_grid=float_grid,
             stock_arguments=stock_arguments,
             weights_stem=stem,
@@ -165,7 +165,7 @@ def _packed(
 ) -> tuple[ModelState, tuple[str, ...], None]:
     """Write the configuration; return the tensors to write, and notes for readers."""
     library, host = host_of(model), target.host
-    state = ModelState(model, target.format, untie=host.unties)
+    state = ModelState(model, target.format, library.ties(model), untie=host.unties)
     settings = host.quantization_config(model, record)
     notes: tuple[str, ...] = ()
     if not library.write_config(model, directory, record.spec.torch_dtype, settings):
@@ -183,8 +183,9 @@ def _float_grid(
     if host is MODULE:
         host.float_grid_arguments(model, record, record.spec.weights)  # says why not
     arguments = host.float_grid_arguments(model, record, check_float_grid(model, record, target.format))
-    state = ModelState(model, target.format, float_layers=record.layers, untie=host.unties)
-    host_of(model).write_config(model, directory, torch.float32, None)
+    library = host_of(model)
+    state = ModelState(model, target.format, library.ties(model), float_layers=record.layers, untie=host.unties)
+    library.write_config(model, directory, torch.float32, None)
     shown = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
     given = f"directory, {host.float_dtype}quantization_config=QuantoConfig({shown})"
     return state, (f"on-grid float32 weights: load with from_pretrained({given})",), arguments

@@ -23,12 +23,20 @@ class ModelState:
     """
 
     def __init__(
-        self, model: nn.Module, format: Format, *, float_layers: Collection[str] = (), untie: bool = False
+        self,
+        model: nn.Module,
+        format: Format,
+        ties: Mapping[str, str] | None = None,
+        *,
+        float_layers: Collection[str] = (),
+        untie: bool = False,
     ) -> None:
         """Look at a frozen model.
 
-        ``float_layers`` names quantized layers that are written as float32 weights, without activation scales. With
-        ``untie``, a tensor is written for each module that holds it, for a loader that ties none again.
+        ``ties`` are the names that a library ties again on load; None: the model is filled in place, where names share
+        their tensors already. ``float_layers`` names quantized layers that are written as float32 weights, without
+        activation scales. With ``untie``, a tensor is written for each module that holds it, for a loader that ties
+        none again.
 
         Raises:
             ExportError: when a tensor has no data (meta device) or a class that safetensors cannot hold.
@@ -39,17 +47,14 @@ class ModelState:
         self._held: tuple[nn.Module | None, dict[str, Tensor]] = (None, {})
         self.tied: dict[str, str] = {}
         """Names that share another tensor and are not written, with the name that is."""
-        self.entries: tuple[TensorEntry, ...] = tuple(self._walk(model, untie))
+        self.entries: tuple[TensorEntry, ...] = tuple(self._walk(model, ties, untie))
         """Dtype and shape of every tensor that is written, in the model's order."""
 
     def fetch(self, name: str) -> Tensor:
         """The tensor of a name, as it is to be written."""
         return self._sources[name]()
 
-    def _walk(self, model: nn.Module, untie: bool) -> Iterator[TensorEntry]:
-        # What a model of a library ties again on load; other modules are filled in place, where names share theirs.
-        ties = getattr(model, "all_tied_weights_keys", None)
-        declared = ties if isinstance(ties, Mapping) else None
+    def _walk(self, model: nn.Module, declared: Mapping[str, str] | None, untie: bool) -> Iterator[TensorEntry]:
         kept = _kept_names(model, declared or {})
         first: dict[int, str] = {}
         for prefix, module in model.named_modules(remove_duplicate=False):

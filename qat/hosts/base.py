@@ -113,6 +113,20 @@ class Host:
     def read_generation_config(self, model: Any, directory: Path) -> None:
         """Give a model that generates what ``generation_config.json`` says."""
 
+    def set_dtype(self, model: Any, dtype: torch.dtype) -> None:
+        """Tell the model's configuration which dtype its weights have now."""
+
+    def ties(self, model: Any) -> Mapping[str, str] | None:
+        """Names of tensors that the library ties again on load, with the name each is tied to; None: it ties none."""
+        return None
+
+    def untie(self, model: Any) -> None:
+        """Tell a model, and no other that shares its configuration, that its embeddings are not tied any more."""
+
+    def attention(self, model: Any) -> str | None:
+        """The attention implementation that a model runs with, where it has one: it decides how outputs round."""
+        return None
+
     def computes_in_float32(self, model: nn.Module, name: str, dtype: torch.dtype) -> bool:
         """Whether a model's forward computes with its tensor or module ``name`` in float32, whatever is served."""
         return False

@@ -16,9 +16,9 @@ from qat.files.evidence import FrozenRecord
 from qat.files.manifest import Manifest
 from qat.files.shards import DTYPE_NAMES
 from qat.hosts.base import Host, Reloaded
+from qat.hosts.remote_code import refuse_remote_code
 from qat.hosts.targets import HOSTS, Target, host_of
 from qat.hosts.transformers import attention_arguments
-from qat.remote_code import refuse_remote_code
 from qat.tensors import stored_tensors
 
 __all__ = ["library_and_class", "load_pretrained", "stock_reload"]

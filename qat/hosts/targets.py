@@ -67,12 +67,12 @@ class Rules:
         """Ids of the output heads of all models inside."""
         self.tied_keys: set[str] = set()
         """Full names of parameters that a model inside ties."""
-        for name, module in model.named_modules():
+        for module in model.modules():
             head = getattr(module, "get_output_embeddings", lambda: None)()
             if head is not None:
                 self.heads.add(id(head))
-            tied = getattr(module, "all_tied_weights_keys", None) or {}  # on the meta device objects may not be shared
-            prefix = f"{name}." if name else ""
+        for name, module, host in self.inner:
+            prefix, tied = f"{name}." if name else "", host.ties(module) or {}
             self.tied_keys |= {f"{prefix}{key}" for key in (*tied, *tied.values())}
 
     def layer_fault(self, name: str, weights: QType) -> str | None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import copy
 import importlib
 import json
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,7 @@ from qat.files.manifest import Manifest
 from qat.formats import Format
 from qat.hosts.base import CardLines, Host, Reloaded, matches_path_part
 
-__all__ = ["TRANSFORMERS", "attention_arguments", "set_config_dtype"]
+__all__ = ["TRANSFORMERS", "attention_arguments"]
 
 PLUGIN = "qat.integrations.transformers"
 
@@ -63,11 +64,31 @@ class _Transformers(Host):
         config: Any = copy.deepcopy(model.config)
         if hasattr(config, "quantization_config"):
             del config.quantization_config
-        set_config_dtype(config, dtype)
+        _set_config_dtype(config, dtype)
         config.architectures = [type(model).__name__]
         if getattr(config, "tie_word_embeddings", False) and not _embeddings_are_tied(model):
             config.tie_word_embeddings = False
         return json.loads(config.to_json_string(use_diff=True))  # type: ignore[no-any-return]
+
+    def set_dtype(self, model: Any, dtype: torch.dtype) -> None:
+        config = getattr(model, "config", None)
+        if hasattr(config, "sub_configs"):
+            _set_config_dtype(config, dtype)
+
+    def ties(self, model: Any) -> Mapping[str, str] | None:
+        ties = getattr(model, "all_tied_weights_keys", None)
+        return ties if isinstance(ties, Mapping) else None
+
+    def untie(self, model: Any) -> None:
+        if getattr(getattr(model, "config", None), "tie_word_embeddings", False):
+            config = copy.copy(model.config)
+            config.tie_word_embeddings = False
+            model.config = config
+            if self.ties(model) is not None:
+                model.all_tied_weights_keys = {}
+
+    def attention(self, model: Any) -> str | None:
+        return getattr(getattr(model, "config", None), "_attn_implementation", None)
 
     def read_generation_config(self, model: Any, directory: Path) -> None:
         if (directory / "generation_config.json").is_file():
@@ -164,7 +185,7 @@ class _Transformers(Host):
         return CardLines(self.name, [self.pretrained_code(manifest, module, cls, "dtype", [plugin])])
 
 
-def set_config_dtype(config: Any, dtype: torch.dtype) -> None:
+def _set_config_dtype(config: Any, dtype: torch.dtype) -> None:
     """Tell a configuration, and those within it, which dtype the weights have."""
     config.dtype = dtype
     for key in config.sub_configs:

@@ -12,6 +12,7 @@ from qat.files.manifest import Manifest
 from qat.files.shards import DTYPE_NAMES
 from qat.formats import Format
 from qat.formats.state import ModelState
+from qat.hosts import host_of
 from qat.tensors import difference, digest, inner_tensors
 
 __all__ = ["layer_faults", "meta_faults", "reference_faults", "tensor_faults"]
@@ -46,7 +47,7 @@ def layer_faults(model: nn.Module, record: FrozenRecord, format: Format, codes_o
 
 def tensor_faults(model: nn.Module, manifest: Manifest, record: FrozenRecord, format: Format) -> tuple[list[str], int]:
     """Compare everything but quantized weights with the digests of the export."""
-    state, faults, count = ModelState(model, format), [], 0
+    state, faults, count = ModelState(model, format, host_of(model).ties(model)), [], 0
     entries = {entry.name: entry for entry in state.entries}
     for name, kept in manifest.tensors.items():
         if _belongs_to_weight(name, record):
@@ -96,7 +97,7 @@ def reference_faults(
                 yield f"{name}, {part}: {gap}"
         if first.qtype != second.qtype:
             yield f"{name}, type: {second.qtype.name} instead of {first.qtype.name}"
-    kept, found = ModelState(reference, format), ModelState(loaded, format)
+    kept, found = (ModelState(model, format, host_of(model).ties(model)) for model in (reference, loaded))
     names = {entry.name for entry in found.entries} | set(found.tied)
     for entry in kept.entries:
         activation_scale = entry.name.endswith(("input_scale", "output_scale"))

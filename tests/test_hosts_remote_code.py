@@ -16,7 +16,7 @@ import pytest
 import qat
 from qat.errors import LoadError
 from qat.files.manifest import MANIFEST_NAME
-from qat.remote_code import refuse_remote_code
+from qat.hosts.remote_code import refuse_remote_code
 from tests.exports import forge_hashes, frozen_llama
 
 ROOT = Path(__file__).parent.parent
