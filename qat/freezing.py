@@ -9,21 +9,23 @@ from __future__ import annotations
 import copy
 import functools
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
+from qat.checks import function_fault, hooks_change, require_finite, require_range, unreached_layers
 from qat.errors import QatError, StateError, TargetError, listed
 from qat.files.evidence import FrozenRecord, LayerEvidence, record_frozen
 from qat.formats import FrozenLayer, LayerTypes
-from qat.hosts import Rules, Target, get_target, host_of
+from qat.hosts import Target, get_target, host_of
 from qat.hosts.base import last_parts
 from qat.hosts.construction import constructed_tensors, differs, unstored_tensors
 from qat.layers import QuantizedLayer, layer_class, quantized_layers
 from qat.optimizers import unchanged
-from qat.preparation import Prepared, forget_prepared, has_run, prepared_as
+from qat.preparation import Prepared, forget_prepared, prepared_as, read_past
 from qat.quantizers.activation import ActivationQuantizer
 from qat.tensors import stored_tensors
 
@@ -82,7 +84,7 @@ def freeze(model: nn.Module, *, target: str | None = None, allow_unreached: bool
     gone = [name for name in prepared_as(model).layers if name not in layers]
     if gone:
         logger.warning("%d prepared layers were replaced since, and stay float: %s", len(gone), listed(gone, 4))
-    unreached = _unreached(model)
+    unreached, read = unreached_layers(model), read_past(model)
     if unreached and not allow_unreached:
         raise StateError(
             f"model: {len(unreached)} prepared layers never ran with their quantized weight "
@@ -90,15 +92,26 @@ def freeze(model: nn.Module, *, target: str | None = None, allow_unreached: bool
             "(prepare finds them with example_inputs), run the model once as it will be served, or pass "
             "allow_unreached=True"
         )
+    if read is not None and not allow_unreached:
+        raise StateError(f"{read}, or pass allow_unreached=True where these reads do not change the outputs")
     hooked = [name for name, layer in layers.items() if layer._forward_hooks or layer._forward_pre_hooks]
+    changing = [name for name in hooked if hooks_change(layers[name])]
+    if changing:
+        raise StateError(
+            f"model: hooks change what {len(changing)} prepared layers compute ({listed(changing, 4)}), and a frozen "
+            "layer has none: remove them, or move what they do into a module of its own"
+        )
     if hooked:
         logger.warning("%d layers have hooks, which a frozen layer has not: %s", len(hooked), listed(hooked, 4))
     for warning in unchanged(model, unreached):
         logger.warning("%s", warning)
-    return _freeze(model, target, unreached)
+    notes = [] if read is None else [read]
+    if unreached:
+        notes.append(f"{len(unreached)} layers were frozen although they never ran quantized: {listed(unreached, 4)}")
+    return _freeze(model, target, notes)
 
 
-def _freeze(model: nn.Module, target: str | None, unreached: list[str]) -> FreezeReport:
+def _freeze(model: nn.Module, target: str | None, remarks: Sequence[str] = ()) -> FreezeReport:
     prepared = prepared_as(model)
     chosen = get_target(target or prepared.target)
     layers = list(quantized_layers(model))
@@ -110,19 +123,18 @@ def _freeze(model: nn.Module, target: str | None, unreached: list[str]) -> Freez
     for name, layer in layers:
         if (fault := layer.object_fault(layer)) is not None:
             raise StateError(f"model: layer {name!r} has changed since it was prepared: {fault}")
-        _require_finite(name, layer)
-    _require_range(model, layers, chosen.rules(model, prepared.spec.torch_dtype))
-    notes = prepared.notes
-    if unreached:
-        notes += (f"{len(unreached)} layers were frozen although they never ran quantized: {listed(unreached, 4)}",)
+        require_finite(name, layer)
+    require_range(model, layers, chosen.rules(model, prepared.spec.torch_dtype))
     constructed = constructed_tensors(model, chosen, prepared.spec.torch_dtype)
     evidence: dict[str, LayerEvidence] = {}
+    kinds: set[Any] = set()
     for name, layer in layers:
-        frozen, evidence[name] = _freeze_layer(name, layer, chosen, prepared)
+        frozen, evidence[name] = _freeze_layer(name, layer, chosen, prepared, kinds)
         _replace(model, layer, frozen)
     _cast_the_rest(model, set(evidence), chosen, constructed)
     model.eval()
     forget_prepared(model)
+    notes = (*prepared.notes, *remarks)
     record = FrozenRecord(prepared.spec, chosen.name, prepared.algorithm.kind, evidence, notes, prepared.left_float)
     record_frozen(model, record)
     host_of(model).set_dtype(model, prepared.spec.torch_dtype)
@@ -160,56 +172,15 @@ def _check_other_target(
 def frozen_copy(model: nn.Module) -> nn.Module:
     """A frozen copy of a prepared model; the model itself goes on training."""
     duplicate = copy.deepcopy(model)
-    _freeze(duplicate, None, [])  # without the question that is for the end of training
+    _freeze(duplicate, None)  # without the question that is for the end of training
     return duplicate
-
-
-def _unreached(model: nn.Module) -> list[str]:
-    """Prepared layers that never ran quantized, if anything ran; nothing is known of compiled modules."""
-    layers = list(quantized_layers(model))
-    if not (has_run(model) or any(layer.reached for _, layer in layers)):
-        return []
-    compiled = tuple(
-        f"{name}." if name else ""
-        for name, module in model.named_modules()
-        if module._compiled_call_impl is not None or type(module).__name__ == "OptimizedModule"
-    )
-    return [name for name, layer in layers if not layer.reached and not f"{name}.".startswith(compiled)]
-
-
-@torch.no_grad()
-def _require_range(model: nn.Module, layers: list[tuple[str, QuantizedLayer]], rules: Rules) -> None:
-    """Raise `StateError` where float16 cannot hold a number of a model that will be served in it."""
-    largest = torch.finfo(torch.float16).max
-    for name, tensor in stored_tensors(model):
-        if not tensor.is_floating_point() or tensor.is_meta or not tensor.numel():
-            continue
-        beyond = rules.tensor_dtype(name) is torch.float16 and (tensor.amax() > largest) | (tensor.amin() < -largest)
-        if bool(beyond):
-            raise StateError(
-                f"model: {name} holds numbers beyond ±{largest:g}, which float16 cannot hold: serve in bfloat16 "
-                "(QuantSpec(dtype='bfloat16')), or train with smaller weights"
-            )
-    for name, layer in layers:
-        if not all(bool(quantizer.scale.isfinite()) for quantizer in layer.activation_quantizers()):
-            raise StateError(f"model: layer {name!r} has an activation scale beyond its dtype: serve in bfloat16")
-
-
-@torch.no_grad()
-def _require_finite(name: str, layer: QuantizedLayer) -> None:
-    for key, parameter in layer.named_parameters():
-        # NaN passes through a minimum and a maximum, and neither needs memory.
-        if parameter.numel() and not bool(parameter.amin().isfinite() & parameter.amax().isfinite()):
-            raise StateError(
-                f"model: layer {name!r} holds inf or NaN in its {key}, so training diverged: go back to an earlier "
-                "checkpoint, and train with a lower learning rate or with clipped gradients"
-            )
 
 
 @torch.no_grad()
 def _freeze_layer(
-    name: str, layer: QuantizedLayer, target: Target, prepared: Prepared
+    name: str, layer: QuantizedLayer, target: Target, prepared: Prepared, kinds: set[Any]
 ) -> tuple[nn.Module, LayerEvidence]:
+    """The frozen layer and its evidence; ``kinds`` are those whose function was compared already."""
     quantizer, activations = layer.weight_quantizer, layer.input_quantizer
     master = layer.effective_weight(layer)
     trained = quantizer.quantize(master, quantizer.dtype).value  # as a forward asks for it, apart from the codes
@@ -235,6 +206,11 @@ def _freeze_layer(
             f"freeze: layer {name!r} dequantizes to other values than its fake-quantized forward used; this is a fault "
             f"of {type(quantizer).__name__}: what quantize returns must depend on nothing but its state and the weight"
         )
+    kind = (type(layer), type(quantizer), types, bias is None, device.type, layer.weight.dtype)
+    if kind not in kinds and device.type != "meta":
+        kinds.add(kind)
+        if (fault := function_fault(layer, frozen, dtype)) is not None:
+            raise QatError(f"freeze: layer {name!r}: {fault}")
     frozen.train(layer.training)
     return frozen, target.format.read(frozen).evidence(trained)
 

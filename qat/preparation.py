@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qat.errors import StateError
+from qat.errors import StateError, listed
 from qat.hosts import get_target, inner_models
 from qat.inspection import InspectReport, inspect
 from qat.layers import layer_class, quantized_layers
 from qat.observers import ObserverChoice, Percentile
 from qat.optimizers import watch
+from qat.probing import Probe, compiled_parts
 from qat.quantizers import Algorithm, StraightThrough, WeightQuantizer
 from qat.quantizers.activation import ActivationQuantizer
 from qat.spec import QuantSpec
@@ -30,10 +32,14 @@ __all__ = [
     "parameter_groups",
     "prepare",
     "prepared_as",
+    "read_past",
 ]
 
 _ATTRIBUTE = "_qat_prepared"
+_HOOKS = "_qat_hooks"
+_PROBE = "_qat_probe"
 _RAN = "_qat_ran"
+_READ = "_qat_read_past"
 logger = logging.getLogger("qat")
 
 
@@ -123,14 +129,20 @@ def prepare(
     notes = (*report.notes, *(f"untied: {name}" for name in untied))
     layers = tuple(name for name, _ in quantized_layers(model))
     setattr(model, _ATTRIBUTE, Prepared(spec, algorithm, target, observer, notes, report.left_float, layers))
-    model.register_load_state_dict_pre_hook(_complete_float_checkpoint)  # type: ignore[no-untyped-call]
-    model.register_forward_pre_hook(_before_run)
+    complete = functools.partial(_complete_float_checkpoint, algorithm)
+    loaded = (model, *(layer for _, layer in quantized_layers(model)))  # a part of a model may be loaded by itself
+    hooks = [module.register_load_state_dict_pre_hook(complete) for module in loaded]  # type: ignore[no-untyped-call]
+    hooks.append(model.register_forward_pre_hook(_before_run))
+    hooks.append(model.register_forward_hook(_after_run, always_call=True))
+    setattr(model, _HOOKS, hooks)
     watch(model)
     return PrepareReport(report, layers, tuple(untied))
 
 
 def prepared_as(model: nn.Module) -> Prepared:
     """How ``model`` was prepared; `StateError` if it was not (or only a submodule of it was)."""
+    if not isinstance(model, nn.Module):
+        raise StateError(f"model: must be a prepared nn.Module, got {type(model).__name__}")
     prepared: Prepared | None = getattr(model, _ATTRIBUTE, None)
     if prepared is None:
         raise StateError("model: was not prepared: call qat.prepare(model, spec) first, on this same module")
@@ -143,9 +155,25 @@ def note_run(model: nn.Module, ran: bool) -> None:
 
 
 def _before_run(model: nn.Module, _: Any) -> None:
-    if not torch.compiler.is_compiling():  # compiled code under activation checkpointing may not set attributes
-        note_run(model, True)
-        watch(model)  # a copy of a prepared model is not known yet
+    if torch.compiler.is_compiling():  # compiled code under activation checkpointing may not set attributes
+        return
+    if not has_run(model) and not compiled_parts(model):
+        layers = dict(quantized_layers(model))
+        weights = {f"{n}.{k}": p for n, m in layers.items() for k, p in m._parameters.items() if p is not None}
+        probe = Probe(layers, {name: p for name, p in weights.items() if not name.endswith(".bias")})
+        setattr(model, _PROBE, probe)
+        probe.start(model)
+    note_run(model, True)
+    watch(model)  # a copy of a prepared model is not known yet
+
+
+def _after_run(model: nn.Module, *_: Any) -> None:
+    probe: Probe | None = vars(model).pop(_PROBE, None)
+    if probe is not None:
+        probe.stop()
+        setattr(model, _READ, probe.read)
+        if probe.read:
+            logger.warning("%s", read_past(model))
 
 
 def has_run(model: nn.Module) -> bool:
@@ -153,9 +181,23 @@ def has_run(model: nn.Module) -> bool:
     return getattr(model, _RAN, False)
 
 
+def read_past(model: nn.Module) -> str | None:
+    """Which prepared layers the first run of ``model`` went around, reading their float weight; None: none."""
+    read: Mapping[str, str] = getattr(model, _READ, {})
+    if not read:
+        return None
+    names = listed([f"{name} (by {reader})" for name, reader in read.items()], 4)
+    return (
+        f"model: {len(read)} weights of prepared layers were read without calling their layer, in float: {names}: "
+        "exclude those layers in the spec"
+    )
+
+
 def forget_prepared(model: nn.Module) -> None:
     """Mark ``model`` as no longer prepared (freezing has replaced its layers)."""
     delattr(model, _ATTRIBUTE)
+    for hook in vars(model).pop(_HOOKS):
+        hook.remove()
 
 
 def _untie(model: nn.Module, module: Any) -> bool:
@@ -172,16 +214,19 @@ def _untie(model: nn.Module, module: Any) -> bool:
 
 
 @torch.no_grad()
-def _complete_float_checkpoint(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Before a checkpoint is loaded into a prepared model: give a float one the state of new quantizers.
+def _complete_float_checkpoint(
+    algorithm: Algorithm, module: nn.Module, state: dict[str, Any], prefix: str, *_: Any
+) -> None:
+    """Before a checkpoint is loaded into a prepared model or layer: give a float one the state of new quantizers.
 
     They are made for the weights of the checkpoint, on their device. Layers whose weight the checkpoint leaves out
     (``strict=False``) keep what they have.
     """
-    note_run(model, False)
+    if hasattr(module, _ATTRIBUTE):
+        note_run(module, False)
     fresh: dict[str, Tensor] = {}
     lacking, stateful = [], 0
-    for name, layer in quantized_layers(model):
+    for name, layer in quantized_layers(module):
         name = f"{prefix}{name}." if name else prefix
         if f"{name}weight" not in state:
             continue
@@ -200,7 +245,7 @@ def _complete_float_checkpoint(model: nn.Module, state: dict[str, Any], prefix: 
             lacking.append(name)
             found = {key: state[f"{name}{key}"] for key in layer._parameters if f"{name}{key}" in state}
             weight = layer.effective_weight(SimpleNamespace(**found))
-            fresh |= layer.fresh_state(name, weight, prepared_as(model).algorithm)
+            fresh |= layer.fresh_state(name, weight, algorithm)
     if lacking and len(lacking) < stateful:
         raise StateError(
             f"state_dict: quantizer keys may be absent only for all layers together, but {len(lacking)} of "

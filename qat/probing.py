@@ -1,4 +1,4 @@
-"""What one batch shows of a float model: the layouts its linear layers read, and who reads a weight uncalled."""
+"""What one run shows of a model: the layouts its linear layers read, and who reads a weight uncalled."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.hooks import RemovableHandle
 
 from qat.errors import SpecError
 
-__all__ = ["Probe", "kept_modes", "run"]
+__all__ = ["Probe", "compiled_parts", "kept_modes", "run"]
 
 
 @contextmanager
@@ -35,7 +36,10 @@ def kept_modes(model: nn.Module) -> Iterator[None]:
 
 
 class Probe(TorchFunctionMode):
-    """What one batch shows: the layouts in which linear layers are read, and weights that are read without a call."""
+    """What a run shows: the layouts in which linear layers are read, and weights that are read without a call.
+
+    ``layers`` are those to watch, by name, with their ``weights``.
+    """
 
     def __init__(self, layers: Mapping[str, nn.Module], weights: Mapping[str, torch.Tensor]) -> None:
         super().__init__()
@@ -45,6 +49,29 @@ class Probe(TorchFunctionMode):
         self._layers = layers
         self._names = {id(weight): name for name, weight in weights.items()}
         self._running: list[nn.Module] = []
+        self._handles: list[RemovableHandle] = []
+
+    def start(self, model: nn.Module) -> None:
+        """Begin to look, right before ``model`` runs or in a hook before its forward."""
+        self._running = [model]
+        for module in list(model.modules())[1:]:
+            self._handles += [
+                module.register_forward_pre_hook(lambda m, _: self._running.append(m)),
+                module.register_forward_hook(lambda *_: self._running.pop() and None, always_call=True),
+            ]
+        for name, layer in self._layers.items():
+            self._handles.append(
+                layer.register_forward_pre_hook(
+                    lambda _, args, layouts=self.inputs[name]: layouts.extend(map(_layout, args[:1]))
+                )
+            )
+        self.__enter__()  # type: ignore[no-untyped-call]
+
+    def stop(self) -> None:
+        """Look no longer, and leave no hook."""
+        self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        while self._handles:
+            self._handles.pop().remove()
 
     @torch.no_grad()
     def watch(self, model: nn.Module, batch: Any) -> Probe:
@@ -53,17 +80,10 @@ class Probe(TorchFunctionMode):
         Raises:
             SpecError: the model cannot run it.
         """
-        handles = [m.register_forward_pre_hook(lambda m, _: self._running.append(m)) for m in model.modules()]
-        handles += [m.register_forward_hook(lambda *_: self._running.pop() and None) for m in model.modules()]
-        for name, layer in self._layers.items():
-            handles.append(
-                layer.register_forward_pre_hook(
-                    lambda _, args, layouts=self.inputs[name]: layouts.extend(map(_layout, args[:1]))
-                )
-            )
         buffers = [(m, key, b, b.clone()) for m in model.modules() for key, b in m._buffers.items() if b is not None]
+        self.start(model)
         try:
-            with kept_modes(model), torch.random.fork_rng(devices=[]), self:
+            with kept_modes(model), torch.random.fork_rng(devices=[]):
                 run(model.eval(), batch)
                 with suppress(ValueError):  # batch norm: one row is enough for evaluation only
                     run(model.train(), batch)
@@ -74,8 +94,7 @@ class Probe(TorchFunctionMode):
                 "leave example_inputs out"
             ) from error
         finally:
-            for handle in handles:
-                handle.remove()
+            self.stop()
             for module, key, buffer, kept in buffers:
                 module._buffers[key] = buffer.copy_(kept)
         return self
@@ -88,14 +107,31 @@ class Probe(TorchFunctionMode):
             name = self._names.get(id(value)) if isinstance(value, torch.Tensor) else None
             if name is None or not any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(result)):
                 continue  # its dtype or shape is no reading
-            reader = self._running[-1] if self._running else None
-            if reader is None or not any(value is parameter for parameter in reader._parameters.values()):
+            reader = self._running[-1]
+            if not any(value is parameter for parameter in reader._parameters.values()) and _reads(func, args, value):
                 self.read[name] = type(reader).__name__
         return result
 
 
+def _reads(func: Any, args: tuple[Any, ...], value: torch.Tensor) -> bool:
+    """Whether a function reads the numbers of ``value``, and not only its dtype, device or shape."""
+    name = getattr(func, "__name__", "")
+    if name in ("to", "type_as"):
+        return args[0] is value
+    return not (name.endswith("_like") or name.startswith("new_"))
+
+
 def _layout(x: torch.Tensor) -> torch.Tensor:
     return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+
+
+def compiled_parts(model: nn.Module) -> tuple[str, ...]:
+    """How the names of layers in compiled modules begin, of which a run in Python says nothing."""
+    return tuple(
+        f"{name}." if name else ""
+        for name, module in model.named_modules()
+        if module._compiled_call_impl is not None or type(module).__name__ == "OptimizedModule"
+    )
 
 
 def run(model: nn.Module, batch: Any) -> Any:

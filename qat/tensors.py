@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 __all__ = [
+    "TOLERANCE",
     "Difference",
     "difference",
     "digest",
@@ -22,6 +23,9 @@ __all__ = [
     "raw_bytes",
     "stored_tensors",
 ]
+
+TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2, "float16": 4e-3}
+"""Largest difference of outputs, relative to the largest output, allowed where kernels may round sums differently."""
 
 
 def digest(tensor: Tensor) -> str:

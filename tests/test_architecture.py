@@ -44,7 +44,7 @@ ORDER: tuple[frozenset[str], ...] = tuple(
         "files",
         "formats",
         "hosts",
-        "optimizers probing inspection preparation calibration freezing",
+        "optimizers probing inspection preparation checks calibration freezing",
         "exporting loading verification integrations",
         "training",
         "cli __main__",

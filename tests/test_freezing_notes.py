@@ -50,6 +50,8 @@ def test_a_layer_that_was_never_called_is_refused_by_name_and_recorded_when_it_i
     model = ReadsUncalled()
     qat.prepare(model, F32)
     model(torch.randn(2, 64))
+    assert "1 weights of prepared layers were read without calling their layer" in caplog.text
+    caplog.clear()
     frozen_copy(model)
     assert not caplog.text
     with pytest.raises(StateError) as raised:
@@ -63,7 +65,11 @@ def test_a_layer_that_was_never_called_is_refused_by_name_and_recorded_when_it_i
     assert model.training
     assert prepared_as(model).spec == F32
     freeze(model, allow_unreached=True)
-    assert frozen_record(model).notes == ("1 layers were frozen although they never ran quantized: read",)
+    assert frozen_record(model).notes == (
+        "model: 1 weights of prepared layers were read without calling their layer, in float: read.weight (by "
+        "ReadsUncalled): exclude those layers in the spec",
+        "1 layers were frozen although they never ran quantized: read",
+    )
 
 
 class ReadsAll(nn.Sequential):
@@ -271,7 +277,8 @@ def test_a_layer_that_changed_since_it_was_prepared_is_refused(change: Callable[
 
 def test_hooks_that_freezing_drops_are_named(caplog: pytest.LogCaptureFixture) -> None:
     model = two_layers()
-    model[1].register_forward_hook(lambda module, args, y: y * 2)
+    seen: list[Tensor] = []
+    model[1].register_forward_hook(lambda module, args, y: seen.append(y))
     model(torch.randn(2, 64))
     freeze(model)
     assert "1 layers have hooks, which a frozen layer has not: 1" in caplog.text

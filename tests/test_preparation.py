@@ -186,6 +186,34 @@ def test_a_partial_load_with_a_weight_starts_that_layer_afresh(caplog: pytest.Lo
     assert "1 quantizers start afresh" in caplog.text
 
 
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_float_checkpoint_of_a_part_of_the_model_starts_its_layers_afresh(
+    strict: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = nn.Sequential(mlp(), nn.ZeroPad1d((0, 248)), mlp())
+    prepare(model, F32, algorithm=LearnedStep())
+    model(inputs())
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model[2].load_state_dict({name: 2 * tensor for name, tensor in mlp().state_dict().items()}, strict=strict)
+    changed = {name for name, tensor in model.state_dict().items() if not same_bits(tensor, before[name])}
+    assert changed >= {f"2.{i}.weight_quantizer.log_scale" for i in (0, 2, 4)}
+    assert not any(name.startswith("0.") for name in changed)
+    assert caplog.text.count("1 quantizers start afresh") == 3
+    assert [layer.reached for _, layer in quantized_layers(model)] == [True] * 3 + [False] * 3
+
+
+def test_a_frozen_model_keeps_no_hook_of_preparation() -> None:
+    model = mlp()
+    prepare(model, F32)
+    duplicate = copy.deepcopy(model)
+    for one in (duplicate, model):
+        one(inputs())
+        qat.freeze(one)
+        assert not one._forward_pre_hooks
+        assert not one._forward_hooks
+        assert not one._load_state_dict_pre_hooks
+
+
 def test_a_part_of_one_layers_quantizer_keys_is_refused() -> None:
     model = mlp()
     prepare(model, QuantSpec(weights="int4"), algorithm=LearnedStep())

@@ -245,7 +245,7 @@ def _check_unchanged(model: nn.Module, record: FrozenRecord) -> None:
     format, layers = get_target(record.target).format, dict(model.named_modules())
 
     def holds(layer: nn.Module, kept: LayerEvidence) -> bool:
-        return format.is_frozen(layer) and format.read(layer).evidence(format.values(layer)) == kept
+        return format.is_frozen(layer) and not kept.differences(format.read(layer).evidence(format.values(layer)))
 
     gone = [name for name in record.layers if name not in layers]
     changed = [name for name, kept in record.layers.items() if name in layers and not holds(layers[name], kept)]

@@ -8,7 +8,7 @@ was packed; so a reload that reproduces all four proves that what was trained is
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from pydantic import ConfigDict
 from torch import nn
@@ -40,6 +40,13 @@ class LayerEvidence:
     """Of the fake-quantized weight in the serving dtype, ``(out, in)``, row-major."""
     input_scale: float | None
     output_scale: float | None
+    bias: str | None = None
+    """None without a bias, and in exports from before it was recorded."""
+
+    def differences(self, found: LayerEvidence) -> list[str]:
+        """The names of the fields in which a layer that was ``found`` is another one."""
+        recorded = (field.name for field in fields(self) if field.name != "bias" or self.bias is not None)
+        return [name for name in recorded if getattr(found, name) != getattr(self, name)]
 
 
 @dataclass(frozen=True)

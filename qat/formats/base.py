@@ -65,6 +65,7 @@ class FrozenLayer:
             weight=digest(value),
             input_scale=None if active is None else float(self.input_scale),
             output_scale=None if active is None else float(self.output_scale),
+            bias=None if self.bias is None else digest(self.bias),
         )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import fields
 
 from torch import nn
 
@@ -13,6 +12,7 @@ from qat.files.shards import DTYPE_NAMES
 from qat.formats import Format
 from qat.formats.state import ModelState
 from qat.hosts import host_of
+from qat.hosts.construction import unstored_tensors
 from qat.tensors import difference, digest, inner_tensors
 
 __all__ = ["layer_faults", "meta_faults", "reference_faults", "tensor_faults"]
@@ -38,8 +38,9 @@ def layer_faults(model: nn.Module, record: FrozenRecord, format: Format, codes_o
             faults.append(f"{name} is not a quantized layer after loading")
             continue
         found = format.read(module).evidence(format.values(module))
-        compared = ("weights", "shape", "group_size", "codes") if codes_only else [field.name for field in fields(kept)]
-        differ = [part for part in compared if getattr(found, part) != getattr(kept, part)]
+        differ = kept.differences(found)
+        if codes_only:
+            differ = [part for part in differ if part in ("weights", "shape", "group_size", "codes")]
         if differ:
             faults.append(f"{name}: {', '.join(differ)} differ from what freezing left")
     return faults
@@ -97,6 +98,11 @@ def reference_faults(
                 yield f"{name}, {part}: {gap}"
         if first.qtype != second.qtype:
             yield f"{name}, type: {second.qtype.name} instead of {first.qtype.name}"
+    unstored = {name: tensor for _, _, name, tensor in unstored_tensors(loaded)}
+    for _, _, name, tensor in unstored_tensors(reference):
+        gap = difference(tensor, unstored[name]) if name in unstored else None
+        if gap is not None and not codes_only:
+            yield f"{name}, which no file holds: {gap}"
     kept, found = (ModelState(model, format, host_of(model).ties(model)) for model in (reference, loaded))
     names = {entry.name for entry in found.entries} | set(found.tied)
     for entry in kept.entries:

@@ -1,0 +1,115 @@
+"""What freezing asks of a prepared model: did its layers run, are its numbers fit to serve, does a frozen layer agree?
+
+The last question runs layers on a few random rows, one layer of each kind. It finds what digests of weights cannot: a
+layer, a format or a quantizer of your own whose forward computes something else than what is exported.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from qat.errors import StateError
+from qat.hosts import Rules
+from qat.layers import Mode, QuantizedLayer, quantized_layers
+from qat.preparation import has_run
+from qat.probing import compiled_parts
+from qat.quantizers.activation import fake_quantize_output
+from qat.tensors import TOLERANCE, stored_tensors
+
+__all__ = ["function_fault", "hooks_change", "require_finite", "require_range", "unreached_layers"]
+
+_ROWS = 4
+_CODE_STEP = 0.13
+"""What one code more or less of an activation makes, of the largest output: 1/8 with float8."""
+
+
+def unreached_layers(model: nn.Module) -> list[str]:
+    """Prepared layers that never ran quantized, if anything ran; nothing is known of compiled modules."""
+    layers = list(quantized_layers(model))
+    if not (has_run(model) or any(layer.reached for _, layer in layers)):
+        return []
+    compiled = compiled_parts(model)
+    return [name for name, layer in layers if not layer.reached and not f"{name}.".startswith(compiled)]
+
+
+@torch.no_grad()
+def require_range(model: nn.Module, layers: list[tuple[str, QuantizedLayer]], rules: Rules) -> None:
+    """Raise `StateError` where float16 cannot hold a number of a model that will be served in it."""
+    largest = torch.finfo(torch.float16).max
+    for name, tensor in stored_tensors(model):
+        if not tensor.is_floating_point() or tensor.is_meta or not tensor.numel():
+            continue
+        beyond = rules.tensor_dtype(name) is torch.float16 and (tensor.amax() > largest) | (tensor.amin() < -largest)
+        if bool(beyond):
+            raise StateError(
+                f"model: {name} holds numbers beyond ±{largest:g}, which float16 cannot hold: serve in bfloat16 "
+                "(QuantSpec(dtype='bfloat16')), or train with smaller weights"
+            )
+    for name, layer in layers:
+        if not all(bool(quantizer.scale.isfinite()) for quantizer in layer.activation_quantizers()):
+            raise StateError(f"model: layer {name!r} has an activation scale beyond its dtype: serve in bfloat16")
+
+
+@torch.no_grad()
+def require_finite(name: str, layer: QuantizedLayer) -> None:
+    """Raise `StateError` where training left inf or NaN in a layer."""
+    for key, parameter in layer.named_parameters():
+        # NaN passes through a minimum and a maximum, and neither needs memory.
+        if parameter.numel() and not bool(parameter.amin().isfinite() & parameter.amax().isfinite()):
+            raise StateError(
+                f"model: layer {name!r} holds inf or NaN in its {key}, so training diverged: go back to an earlier "
+                "checkpoint, and train with a lower learning rate or with clipped gradients"
+            )
+
+
+def _example(layer: QuantizedLayer, dtype: torch.dtype) -> Tensor:
+    """A few random rows, on the grid of the layer's input if that is quantized, so that no code is a close call."""
+    weight = layer.effective_weight(layer)
+    x = torch.randn(_ROWS, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight.device, dtype)
+    quantizer = layer.input_quantizer
+    if quantizer is None or not quantizer.initialized:
+        return x
+    return fake_quantize_output(x, quantizer)
+
+
+@torch.no_grad()
+def hooks_change(layer: QuantizedLayer) -> bool:
+    """Whether the forward hooks of a layer change what it computes, or its weight. The weight is left as it was."""
+    x, kept = _example(layer, layer.effective_weight(layer).dtype), [(p, p.clone()) for p in layer.parameters()]
+    bare = layer.forward(x)
+    try:
+        hooked = layer(x)
+        return not isinstance(hooked, Tensor) or not torch.equal(hooked, bare)
+    except Exception:  # of a hook that wants other inputs nothing is known; freezing names it all the same
+        return False
+    finally:
+        for parameter, value in kept:
+            parameter.copy_(value)
+
+
+@torch.no_grad()
+def function_fault(layer: QuantizedLayer, frozen: nn.Module, dtype: torch.dtype) -> str | None:
+    """Where a frozen layer computes something else than the prepared one, in the serving ``dtype``; None: nowhere.
+
+    Kernels round sums in their own ways, so outputs are compared within a tolerance; weights are compared elsewhere.
+    """
+    quantizer, master, training = layer.weight_quantizer, layer.effective_weight(layer), layer.training
+    values = [quantizer.train(mode).quantize(master, torch.float32).value for mode in (True, False)]
+    quantizer.train(training)
+    if not torch.equal(values[0], values[1]):
+        return f"{type(quantizer).__name__} quantizes in another way in training mode than in evaluation mode"
+    layer.mode, x = Mode(), _example(layer, dtype)
+    mixed = dtype is not torch.float32 and dtype is not master.dtype
+    with torch.autocast(x.device.type, dtype if mixed else None, enabled=mixed):
+        wanted = layer.forward(x if mixed else x.to(master.dtype))
+    tolerance = max(TOLERANCE.get(str(d).removeprefix("torch."), 0.0) for d in (dtype, wanted.dtype))
+    found, wanted = frozen(x).dequantize().float(), wanted.float()
+    if layer.input_quantizer is not None:
+        tolerance = max(tolerance, _CODE_STEP)
+    if found.shape == wanted.shape and bool((found - wanted).abs().max() <= tolerance * wanted.abs().max()):
+        return None
+    return (
+        f"frozen, it computes something else than {type(layer).__name__} did (an output of {tuple(found.shape)}): its "
+        f"compute, or the module that the format builds ({type(frozen).__name__}), is wrong"
+    )
