@@ -65,7 +65,7 @@ def test_every_verb(tmp_path: Path, weights: Any, algorithm: Any) -> None:
     architecture, model = floats(), floats()
     spec = qat.QuantSpec(weights=weights, dtype="float32")
     report = qat.inspect(model, spec, target="ours")
-    assert [(row.name, row.kind, row.shape) for row in report.layers] == [
+    assert [(row.name, row.class_name, row.shape) for row in report.layers] == [
         ("0", "Transposed", (64, 256)),
         ("2", "Linear", (32, 64)),
         ("4", "Transposed", (16, 32)),

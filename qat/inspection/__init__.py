@@ -97,7 +97,7 @@ def inspect(model: nn.Module, spec: QuantSpec, *, target: str = "quanto", exampl
         raise TargetError("\n".join(faults))
     layers = dict(_layers(model, chosen))
     others = tuple(other_weights(model, layers))
-    outside = {weight.name.rpartition(".")[0]: weight.kind for weight in others}
+    outside = {weight.name.rpartition(".")[0]: weight.class_name for weight in others}
     spec.check_patterns(layers, outside)
     weights = {name: cls.effective_weight(module) for name, (module, cls) in layers.items()}
     probe = Probe({name: module for name, (module, _) in layers.items()}, weights)
@@ -108,7 +108,7 @@ def inspect(model: nn.Module, spec: QuantSpec, *, target: str = "quanto", exampl
     notes = _resolve_collisions(decisions, chosen, facts) if chosen.host.leaf_names_only else []
     if all(decision.layer is None for decision in decisions.values()):
         why = sorted({decision.reason for decision in decisions.values()}) or ["the model has no nn.Linear"]
-        held = sorted({f"{weight.kind} ({len(weight.shape)}-D)" for weight in others})
+        held = sorted({f"{weight.class_name} ({len(weight.shape)}-D)" for weight in others})
         elsewhere = f"; its weights are in {', '.join(held[:5])}, which have no quantized form" if held else ""
         raise SpecError(
             f"spec: no layer of the model would be quantized; reasons: {why[:5]}{elsewhere}: change the spec's patterns"
@@ -263,7 +263,7 @@ def _row(name: str, decision: _Decision, facts: _Facts) -> LayerInspection:
         after = facts.target.format.nbytes(types, (out_features, in_features)) + (before if decision.float_copy else 0)
     return LayerInspection(
         name=name,
-        kind=type(decision.module).__name__,
+        class_name=type(decision.module).__name__,
         shape=(out_features, in_features),
         weights=None if layer is None else layer.weights,
         activations=None if layer is None else layer.activations,
