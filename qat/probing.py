@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from qat.errors import SpecError
+from qat.tensors import matrices
 
 __all__ = ["Probe", "kept_modes", "run"]
 
@@ -37,13 +38,13 @@ def kept_modes(model: nn.Module) -> Iterator[None]:
 class Probe(TorchFunctionMode):
     """What one batch shows: the layouts in which linear layers are read, and weights that are read without a call."""
 
-    def __init__(self, layers: Mapping[str, nn.Module], weights: Mapping[str, torch.Tensor]) -> None:
+    def __init__(self, layers: Mapping[str, nn.Module]) -> None:
         super().__init__()
         self.inputs: dict[str, list[torch.Tensor]] = {name: [] for name in layers}
         self.read: dict[str, str] = {}
         """Layer to the class of the module that reads its weight."""
         self._layers = layers
-        self._names = {id(weight): name for name, weight in weights.items()}
+        self._names = {id(p): name for name, layer in layers.items() for p in matrices(layer).values()}
         self._running: list[nn.Module] = []
 
     @torch.no_grad()

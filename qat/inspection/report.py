@@ -12,6 +12,7 @@ from torch import nn
 
 from qat.errors import listed
 from qat.spec import QuantSpec
+from qat.tensors import matrices
 
 __all__ = ["FloatWeight", "InspectReport", "LayerInspection", "other_notes", "other_weights"]
 
@@ -139,11 +140,10 @@ def other_weights(model: nn.Module, layers: Mapping[str, Any]) -> Iterator[Float
     """Every parameter of two and more dimensions that neither belongs to a layer here nor makes its weight, once."""
     seen = {id(parameter) for name in layers for parameter in model.get_submodule(name).parameters()}
     for path, module in model.named_modules():
-        for key, parameter in module._parameters.items():
-            if parameter is None or parameter.ndim < 2 or id(parameter) in seen:
-                continue
-            seen.add(id(parameter))
-            yield FloatWeight(f"{path}.{key}" if path else key, type(module).__name__, tuple(parameter.shape))
+        for key, parameter in matrices(module).items():
+            if id(parameter) not in seen:
+                seen.add(id(parameter))
+                yield FloatWeight(f"{path}.{key}" if path else key, type(module).__name__, tuple(parameter.shape))
 
 
 def other_notes(others: Iterable[FloatWeight], parameters: int) -> list[str]:
