@@ -68,9 +68,8 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 
 def learned_ranges(model: nn.Module) -> dict[int, str]:
     """The parameters that quantizers below ``model`` learn: ``id`` to full name."""
-    learned = (p for _, layer in quantized_layers(model) for p in layer.quantizer_parameters() if p.requires_grad)
-    ids = {id(p) for p in learned}
-    return {id(p): name for name, p in model.named_parameters() if id(p) in ids}
+    own = {id(p) for _, layer in quantized_layers(model) for p in layer.quantizer_parameters()}
+    return {id(p): name for name, p in model.named_parameters() if id(p) in own and p.requires_grad}
 
 
 def refuse_decay(model: nn.Module, groups: Iterable[Mapping[str, Any]]) -> None:
@@ -110,11 +109,8 @@ def unchanged(model: nn.Module, leave_out: Collection[str] = ()) -> list[str]:
 
 def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
     """Masters and learned ranges that are to be trained, by full name."""
-    own = {
-        id(p)
-        for _, layer in quantized_layers(model)
-        for p in (*matrices(layer).values(), *layer.quantizer_parameters())
-    }
+    masters = {id(p) for _, layer in quantized_layers(model) for p in matrices(layer).values()}
+    own = masters | learned_ranges(model).keys()
     return {n: p for n, p in model.named_parameters() if id(p) in own and p.requires_grad and not p.is_meta}
 
 
