@@ -19,12 +19,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from qat.calibration import calibrate
-from qat.errors import CalibrationError, QatError, StateError, TrainingError
+from qat.errors import CalibrationError, StateError, TrainingError
 from qat.files.evidence import is_frozen
 from qat.layers import Mode, layer_class, quantized_layers
 from qat.observers import ObserverChoice, Percentile
@@ -33,7 +31,7 @@ from qat.preparation import prepare, prepared_as
 from qat.quantizers import Algorithm, StraightThrough
 from qat.quantizers.activation import ActivationQuantizer
 from qat.spec import QuantSpec
-from qat.training.batches import default_model_inputs, training_batches
+from qat.training.batches import calibrate_on_training_data
 from qat.training.checkpoints import refuse_float_optimizer, refuse_masters
 from qat.training.schedule import QuantizationSchedule
 from qat.training.task import require_finite
@@ -55,7 +53,7 @@ class QuantizationAwareTraining(Callback):
             like stay out of it); None: the LightningModule itself.
         observer: what activation scales are taken from; default `Percentile`.
         model_inputs: turns a dataloader's batch into what the model is called with, for calibration; default the
-            LightningModule's own ``model_inputs`` if it has one, else `default_model_inputs`.
+            LightningModule's own ``model_inputs`` if it has one, else the first element of a tuple or list, else all.
         example_inputs: one batch for the model, to find layers whose input stock kernels cannot read.
 
     Raises (during ``trainer.fit``, before the first step):
@@ -199,15 +197,16 @@ class QuantizationAwareTraining(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give uncalibrated activations their first scales; a resumed run already has them."""
-        if _uncalibrated(self.model_of(pl_module)):
+        model, count = self.model_of(pl_module), self.schedule.calibration_batches
+        if _uncalibrated(model):
             if not self.schedule.sets_scales(trainer.global_step):
                 raise CalibrationError(
                     "schedule: activations are quantized but nothing sets their scales: set calibration_batches above "
                     "0, or let observers record before fake quantization begins (observe_from=0), or call "
                     "qat.calibrate before the fit"
                 )
-            if self.schedule.calibration_batches > 0:
-                self._calibrate(trainer, pl_module)
+            if count > 0:
+                logger.info("%s", calibrate_on_training_data(trainer, pl_module, model, count, self.model_inputs))
         self._follow_schedule(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -258,7 +257,8 @@ class QuantizationAwareTraining(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: Any = None) -> None:
         """Leave the model as it will be used: fake quantization on, observers off. Tuners call only this hook."""
         if self._phase is not None:
-            self._switch(pl_module, True, False, required=True)
+            for _, layer in quantized_layers(self.model_of(pl_module)):
+                layer.mode = Mode()
             self._phase = None
 
     on_train_end = teardown
@@ -270,32 +270,14 @@ class QuantizationAwareTraining(Callback):
             return True, False
         return trainer.global_step >= self.schedule.start_step, self.schedule.observes(trainer.global_step)
 
-    def _switch(self, pl_module: LightningModule, quantizing: bool, observing: bool, *, required: bool = False) -> None:
-        """Switch all layers. Activations without a scale stay float, unless one is ``required``.
+    def _switch(self, pl_module: LightningModule, quantizing: bool, observing: bool) -> None:
+        """Switch all layers. Activations without a scale stay float, so that sanity checks and tuners can run.
 
-        So sanity checks and tuners, which run before anything sets scales, can run. An observer that records gives its
-        scale in that same forward.
+        An observer that records gives its scale in that same forward.
         """
         for _, layer in quantized_layers(self.model_of(pl_module)):
-            layer.mode = Mode(quantizing, required or observing or not _uncalibrated(layer), observing)
+            layer.mode = Mode(quantizing, observing or not _uncalibrated(layer), observing)
         self._phase = (quantizing, observing)
-
-    def _calibrate(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        own: Callable[[Any], Any] = getattr(pl_module, "model_inputs", default_model_inputs)
-        convert = own if self.model_inputs is None else self.model_inputs
-        batches = training_batches(trainer, pl_module, self.schedule.calibration_batches, convert)
-        try:
-            # Random numbers of its own: a run with and one without this calibration shuffle their data alike.
-            with isolate_rng(), trainer.precision_plugin.forward_context():
-                logger.info("%s", calibrate(self.model_of(pl_module), batches))
-        except QatError:
-            raise
-        except (AttributeError, LookupError, TypeError, ValueError) as error:
-            raise CalibrationError(
-                f"model_inputs: the model cannot be called with what it makes of a training batch: "
-                f"{type(error).__name__}: {error}: pass model_inputs, a function from a batch to what the model is "
-                "called with, such as model_inputs=lambda batch: batch['x']"
-            ) from error
 
 
 def _activations(module: nn.Module) -> Iterator[ActivationQuantizer]:
