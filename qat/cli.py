@@ -31,19 +31,17 @@ __all__ = ["main", "mapping_rule"]
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command with ``argv``, by default the process's own arguments, and exit."""
-    run_command(lambda: _run((sys.argv[1:] if argv is None else argv) or ["--help"]))
-
-
-def _run(arguments: Sequence[str]) -> None:
     registry = ConstructorRegistry()
     registry.primitive_rule(mapping_rule)
-    tyro.extras.subcommand_cli_from_dict(
-        {"inspect": _inspect, "verify": _verify},
-        prog="qat",
-        description="Quantization-aware training: inspect and verify.",
-        args=arguments,
-        config=(tyro.conf.PositionalMetavarFromFieldName,),
-        registry=registry,
+    run_command(
+        lambda: tyro.extras.subcommand_cli_from_dict(
+            {"inspect": _inspect, "verify": _verify},
+            prog="qat",
+            description="Quantization-aware training: inspect and verify.",
+            args=(sys.argv[1:] if argv is None else argv) or ["--help"],
+            config=(tyro.conf.PositionalMetavarFromFieldName,),
+            registry=registry,
+        )
     )
 
 

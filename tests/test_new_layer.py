@@ -17,6 +17,7 @@ import qat
 from qat.hosts import TARGETS, Host, Target
 from qat.layers import LAYERS, QuantizedLayer
 from qat.layers.functional import quantized_linear
+from qat.optimizers import unchanged
 from qat.quantizers import Quantized
 
 
@@ -65,7 +66,7 @@ def test_every_verb(tmp_path: Path, weights: Any, algorithm: Any) -> None:
     architecture, model = floats(), floats()
     spec = qat.QuantSpec(weights=weights, dtype="float32")
     report = qat.inspect(model, spec, target="ours")
-    assert [(row.name, row.kind, row.shape) for row in report.layers] == [
+    assert [(row.name, row.class_name, row.shape) for row in report.layers] == [
         ("0", "Transposed", (64, 256)),
         ("2", "Linear", (32, 64)),
         ("4", "Transposed", (16, 32)),
@@ -119,3 +120,75 @@ def test_a_float_checkpoint_starts_the_quantizers_afresh() -> None:
     qat.prepare(fresh, qat.QuantSpec(weights="int4", dtype="float32"), algorithm=qat.LearnedAffine(), target="ours")
     x = torch.randn(4, 256)
     assert torch.equal(model(x), fresh(x))
+
+
+class Tied(nn.Module):
+    """Its second layer has the weight of the first, as a decoder may have that of its encoder."""
+
+    def __init__(self, other: nn.Module) -> None:
+        super().__init__()
+        self.encode, self.decode = Transposed(64, 32), other
+        other.weight = self.encode.weight
+        self.head = nn.Linear(64, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(nn.functional.linear(self.encode(x).relu(), self.decode.weight))
+
+
+@pytest.mark.parametrize("other", [nn.Linear(32, 64), Transposed(64, 32)], ids=["linear", "transposed"])
+def test_a_tie_is_seen_whatever_form_the_weight_is_stored_in(other: nn.Module) -> None:
+    model, spec = Tied(other), qat.QuantSpec(dtype="float32")
+    report = qat.inspect(model, spec, target="ours")
+    assert {row.name for row in report.layers if "tied to another weight" in row.reason} == {"encode", "decode"}
+    one = spec.model_copy(update={"include": ("encode", "head")})
+    report = qat.inspect(model, one, target="ours")
+    assert report.parameters == sum(p.numel() for p in model.parameters()) + 64 * 32
+    assert "encode: its weight is tied; quantizing it breaks the tie" in "\n".join(report.notes)
+    assert qat.prepare(model, one, target="ours").untied == ("encode",)
+    assert model.encode.weight is not model.decode.weight
+
+
+def test_a_weight_that_is_read_without_a_call_of_its_layer_is_seen() -> None:
+    model = Tied(Transposed(64, 32))
+    model.decode.weight = nn.Parameter(torch.randn(64, 32))
+    report = qat.inspect(model, qat.QuantSpec(dtype="float32"), target="ours", example_inputs=torch.ones(2, 64))
+    reasons = {row.name: row.reason for row in report.layers}
+    assert reasons["decode"] == "Tied reads the weight without calling the layer"
+
+
+class Named(nn.Linear):
+    """Its weight has another name."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features)
+        self.kernel = self.weight
+        del self.weight
+
+
+class QNamed(QuantizedLayer, Named):
+    replaces: ClassVar[type[nn.Module]] = Named
+
+    @staticmethod
+    def effective_weight(module: Any) -> Tensor:
+        kernel: Tensor = module.kernel
+        return kernel
+
+    @classmethod
+    def adoption_fault(cls, module: nn.Module) -> None:
+        return None
+
+    def compute(self, x: Tensor, weight: Quantized | None) -> Tensor:
+        assert weight is not None
+        return quantized_linear(x, self.kernel, self.bias, weight, self.weight_quantizer)
+
+
+def test_what_training_leaves_alone_is_told_whatever_the_name_of_the_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(LAYERS, Named, QNamed)
+    model, spec = nn.Sequential(Named(64, 64), Named(64, 32)), qat.QuantSpec(dtype="float32")
+    qat.prepare(model, spec, target="ours")
+    optimizer = torch.optim.SGD([model[0].kernel, model[1].bias], lr=0.1)
+    model(torch.ones(2, 64)).square().mean().backward()
+    optimizer.step()
+    (told,) = unchanged(model)
+    assert told.startswith("training never changed the weights of 1 layers")
+    assert told.endswith(": 1")
