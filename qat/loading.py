@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from qat.errors import LoadError, load_error
+from qat.files.directory import as_path
 from qat.files.evidence import FrozenRecord, LayerEvidence, record_frozen
 from qat.files.manifest import Manifest, file_record, read_manifest
 from qat.files.shards import ALIGNMENT, DTYPE_NAMES, read_headers
@@ -65,7 +66,7 @@ def load(
     ...     torch.equal(loaded(inputs), model(inputs))
     True
     """
-    path = Path(directory)
+    path = as_path(directory, LoadError)
     manifest = read_manifest(path)
     target = get_target(manifest.target)
     if model is not None and manifest.float_grid:

@@ -18,7 +18,7 @@ from torch import nn
 
 from qat.errors import ExportError, TargetError
 from qat.exporting.card import write_card
-from qat.files.directory import atomic_directory, check_destination
+from qat.files.directory import as_path, atomic_directory, check_destination
 from qat.files.evidence import FrozenRecord, LayerEvidence, frozen_record
 from qat.files.examples import flatten_inputs
 from qat.files.manifest import EVIDENCE_NAME, Environment, ExampleRecord, FileRecord, Manifest, file_record
@@ -97,7 +97,8 @@ def export(
             now, and the outputs are stored as evidence for `qat.verify`.
         config: the resolved configuration of the recipe, plain data; kept in the manifest and as ``qat_config.yaml``.
         max_shard_size: bytes a weight file, or a text such as ``"5GB"``. Alignment may cut files below it.
-        overwrite: replace a directory that is not empty; the old one stays whole until the new one is.
+        overwrite: replace an older export, which stays whole until the new one is. A directory that holds other files
+            is refused, unless the old model card shows them as its pictures.
         float_grid: targets transformers and diffusers only: on-grid float32 weights, which a stock ``QuantoConfig``
             load quantizes back into the same codes.
 
@@ -117,7 +118,7 @@ def export(
     """
     record = frozen_record(model)
     to = get_target(target or record.target)
-    destination = Path(directory).absolute()
+    destination = as_path(directory, ExportError).absolute()
     check_destination(destination, overwrite)
     limit = parse_size(max_shard_size)
     _check_target(model, record, to)

@@ -11,12 +11,11 @@ from collections import defaultdict
 from pathlib import Path
 
 from qat.files.evidence import FrozenRecord
-from qat.files.manifest import Manifest
+from qat.files.manifest import CARD_NAME, Manifest
 from qat.hosts import HOSTS, Target
 
 __all__ = ["CARD_NAME", "write_card"]
 
-CARD_NAME = "README.md"
 _MOST_NAMES = 6
 
 

@@ -24,6 +24,7 @@ from qat.files.evidence import FrozenRecord
 from qat.spec import ServingDtype
 
 __all__ = [
+    "CARD_NAME",
     "EVIDENCE_NAME",
     "MANIFEST_NAME",
     "Environment",
@@ -37,6 +38,7 @@ __all__ = [
 
 MANIFEST_NAME = "qat_manifest.json"
 EVIDENCE_NAME = "qat_evidence.safetensors"
+CARD_NAME = "README.md"
 _DECIDES_ROUNDING = ("torch", "quanto", "transformers", "diffusers", "cpu_capability", "threads", "device")
 
 

@@ -118,6 +118,6 @@ def get_target(name: str) -> Target:
     >>> get_target("quanto").format.name
     'quanto'
     """
-    if name not in TARGETS:
+    if name not in tuple(TARGETS):  # which asks no hash of what a user gives
         raise TargetError(f"target: must be one of {sorted(TARGETS)}, got {name!r}")
     return TARGETS[name]
