@@ -19,7 +19,6 @@ from qat.errors import QatError, StateError, TargetError, listed
 from qat.files.evidence import FrozenRecord, LayerEvidence, record_frozen
 from qat.formats import FrozenLayer, LayerTypes
 from qat.hosts import Rules, Target, get_target, host_of
-from qat.hosts.base import last_parts
 from qat.hosts.construction import constructed_tensors, differs, unstored_tensors
 from qat.layers import QuantizedLayer, layer_class, quantized_layers
 from qat.optimizers import unchanged
@@ -144,8 +143,9 @@ def _check_other_target(
         faults.append(f"{len(refused)} quantized layers would have to stay float, such as {', '.join(refused[:2])}")
     names = {name for name, _ in quantized}
     layers = {name for name, module in model.named_modules(remove_duplicate=False) if layer_class(module) is not None}
-    shared = last_parts(names) & last_parts(layers - names)
-    if target.host.leaf_names_only and shared:
+    key = target.host.layer_key
+    shared = {key(name) for name in names} & {key(name) for name in layers - names}
+    if shared:
         faults.append(
             f"target {target.name!r} tells layers apart by the last part of their name only, but some called "
             f"{sorted(shared)[:4]} are quantized and others not"
@@ -227,9 +227,7 @@ def _freeze_layer(
         _activation_scale(layer.output_quantizer, dtype, device),
     )
     out_features, in_features = weight.shape
-    frozen = target.format.build(
-        types, (out_features, in_features), target.format.pack(final), plain_on_cpu=target.host.plain_on_cpu
-    )
+    frozen = target.build(types, (out_features, in_features), target.format.pack(final))
     if not torch.equal(target.format.values(frozen), trained):
         raise QatError(
             f"freeze: layer {name!r} dequantizes to other values than its fake-quantized forward used; this is a fault "

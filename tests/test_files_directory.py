@@ -95,7 +95,9 @@ class TestAllOrNothing:
         path.parent.mkdir(exist_ok=True)
         path.write_text("mine")
         before = sorted((tmp_path / "out").rglob("*"))
-        with pytest.raises(ExportError, match=rf"files that its export did not write \({name}\).*: move them elsewhere"):
+        with pytest.raises(
+            ExportError, match=rf"files that its export did not write \({name}\).*: move them elsewhere"
+        ):
             export(frozen_layers((16, 32)), tmp_path / "out", overwrite=True)
         assert sorted((tmp_path / "out").rglob("*")) == before
 

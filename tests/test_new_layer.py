@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 import qat
-from qat.hosts import TARGETS, Host, Target
 from qat.layers import LAYERS, QuantizedLayer
 from qat.layers.functional import quantized_linear
 from qat.quantizers import Quantized
@@ -50,8 +49,6 @@ class QTransposed(QuantizedLayer, Transposed):
 @pytest.fixture(autouse=True)
 def registry(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(LAYERS, Transposed, QTransposed)
-    # quanto's own loader of plain modules replaces an nn.Linear only, so the target of this test is qat.load's.
-    monkeypatch.setitem(TARGETS, "ours", Target("ours", TARGETS["quanto"].format, Host("module", stock_loader=False)))
 
 
 def floats() -> nn.Sequential:
@@ -64,14 +61,14 @@ def floats() -> nn.Sequential:
 def test_every_verb(tmp_path: Path, weights: Any, algorithm: Any) -> None:
     architecture, model = floats(), floats()
     spec = qat.QuantSpec(weights=weights, dtype="float32")
-    report = qat.inspect(model, spec, target="ours")
+    report = qat.inspect(model, spec)
     assert [(row.name, row.kind, row.shape) for row in report.layers] == [
         ("0", "Transposed", (64, 256)),
         ("2", "Linear", (32, 64)),
         ("4", "Transposed", (16, 32)),
     ]
-    qat.prepare(model, spec, algorithm=algorithm, target="ours")
-    assert qat.prepare(floats(), spec, target="ours").layers == ("0", "2", "4")
+    qat.prepare(model, spec, algorithm=algorithm)
+    assert qat.prepare(floats(), spec).layers == ("0", "2", "4")
     x, start = torch.randn(8, 256), copy.deepcopy(model[0].weight)
     optimizer = torch.optim.AdamW(qat.parameter_groups(model, lr=1e-2, scale_lr=1e-3))
     for _ in range(2):
@@ -91,7 +88,11 @@ def test_every_verb(tmp_path: Path, weights: Any, algorithm: Any) -> None:
     assert (served - expected).abs().max() < 1e-5 * expected.abs().max() + 1e-6
 
     qat.export(model, tmp_path / "out", example_inputs=x)
-    assert qat.verify(tmp_path / "out", reference=model, model=architecture).ok
+    report = qat.verify(tmp_path / "out", reference=model, model=architecture)
+    # quanto's own loader of plain modules replaces an nn.Linear only.
+    assert [check.detail for check in report.checks if check.name == "load"] == [
+        "qat.load, the only loader of this target"
+    ]
     loaded = qat.load(tmp_path / "out", model=architecture)
     assert torch.equal(loaded(x), served)
 
@@ -102,7 +103,7 @@ def test_the_gradient_is_that_of_a_linear_layer_with_the_same_matrix() -> None:
     other[0].weight.data, other[0].bias.data = one[0].weight.data.t().clone(), one[0].bias.data.clone()
     x = torch.randn(4, 64)
     for model in (one, other):
-        qat.prepare(model, qat.QuantSpec(weights="int4", dtype="float32"), algorithm=qat.LearnedAffine(), target="ours")
+        qat.prepare(model, qat.QuantSpec(weights="int4", dtype="float32"), algorithm=qat.LearnedAffine())
         model(x).square().sum().backward()
     assert torch.equal(one[0].weight.grad.t(), other[0].weight.grad)
     for name in ("low_move", "high_move"):
@@ -112,10 +113,10 @@ def test_the_gradient_is_that_of_a_linear_layer_with_the_same_matrix() -> None:
 def test_a_float_checkpoint_starts_the_quantizers_afresh() -> None:
     model, checkpoint = floats(), floats().state_dict()
     checkpoint["0.weight"] *= 3
-    qat.prepare(model, qat.QuantSpec(weights="int4", dtype="float32"), algorithm=qat.LearnedAffine(), target="ours")
+    qat.prepare(model, qat.QuantSpec(weights="int4", dtype="float32"), algorithm=qat.LearnedAffine())
     model.load_state_dict(checkpoint)
     fresh = floats()
     fresh[0].weight.data *= 3
-    qat.prepare(fresh, qat.QuantSpec(weights="int4", dtype="float32"), algorithm=qat.LearnedAffine(), target="ours")
+    qat.prepare(fresh, qat.QuantSpec(weights="int4", dtype="float32"), algorithm=qat.LearnedAffine())
     x = torch.randn(4, 256)
     assert torch.equal(model(x), fresh(x))

@@ -26,8 +26,8 @@ from qat.files.shards import TensorEntry, parse_size, plan_shards, write_shard
 from qat.files.weights import write_weights
 from qat.formats.state import ModelState
 from qat.hosts import MODULE, Target, get_target, host_of
+from qat.hosts.base import FloatGrid
 from qat.hosts.construction import constructed_tensors, differs, unstored_tensors
-from qat.hosts.float_grid import check_float_grid
 from qat.tensors import model_device, stored_tensors
 from qat.verification.outputs import compute_outputs
 
@@ -124,9 +124,10 @@ def export(
     _check_target(model, record, to)
     _check_unchanged(model, record)
     with torch.no_grad(), atomic_directory(destination, overwrite) as temporary:
-        state, notes, stock_arguments = (_float_grid if float_grid else _packed)(model, record, to, temporary)
-        if float_grid and to.host.leaf_names_only:
-            limit = _ONE_FILE  # diffusers' `from_single_file`, and other programs, read one file only
+        grid = to.host.float_grid(model, record, to.format) if float_grid else None
+        state, notes = _configured(model, record, to, temporary, grid)
+        if grid is not None and grid.one_file:
+            limit = _ONE_FILE
         stem = host_of(model).weights_stem
         hashed, tensors = write_weights(state.entries, state.fetch, temporary, limit, stem)
         _save_processors(processor, temporary)
@@ -145,7 +146,7 @@ def export(
             model_class=f"{type(model).__module__}.{type(model).__qualname__}",
             attn_implementation=host_of(model).attention(model),
             float_grid=float_grid,
-            stock_arguments=stock_arguments,
+            stock_arguments=None if grid is None else grid.arguments,
             weights_stem=stem,
             frozen=record,
             environment=Environment.current(model_device(model).type),
@@ -161,35 +162,29 @@ def export(
     return ExportReport(destination, to.name, files, manifest.notes)
 
 
-def _packed(
-    model: nn.Module, record: FrozenRecord, target: Target, directory: Path
-) -> tuple[ModelState, tuple[str, ...], None]:
-    """Write the configuration; return the tensors to write, and notes for readers."""
+def _configured(
+    model: nn.Module, record: FrozenRecord, target: Target, directory: Path, grid: FloatGrid | None
+) -> tuple[ModelState, tuple[str, ...]]:
+    """Write the configuration; return the tensors to write, and notes for readers. ``grid`` is for float weights."""
     library, host = host_of(model), target.host
-    state = ModelState(model, target.format, library.ties(model), untie=host.unties)
-    settings = host.quantization_config(model, record)
+    ties = library.ties(model)
+    # A library that ties nothing again fills each module from its own key; a plain module is filled in place.
+    untie = ties is None and host is not MODULE
+    if grid is not None:
+        state = ModelState(model, target.format, ties, float_layers=record.layers, untie=untie)
+        library.write_config(model, directory, torch.float32, None)
+        config = target.format.libraries[host.name].config_class
+        shown = ", ".join(f"{key}={value!r}" for key, value in grid.arguments.items())
+        given = f"directory, {grid.dtype}quantization_config={config}({shown})"
+        return state, (f"on-grid float32 weights: load with from_pretrained({given})",)
+    state, floats = ModelState(model, target.format, ties, untie=untie), host.float_layers(model, record)
+    settings = None if floats is None else target.format.quantization_config(host.name, record, floats)
     notes: tuple[str, ...] = ()
     if not library.write_config(model, directory, record.spec.torch_dtype, settings):
         notes = ("no config.json: load with qat.load(directory, model=<the float model>) or quanto's requantize",)
-    if host.writes_map(record):
+    if host.writes_map():
         target.format.write_map(record, directory)
-    return state, notes, None
-
-
-def _float_grid(
-    model: nn.Module, record: FrozenRecord, target: Target, directory: Path
-) -> tuple[ModelState, tuple[str, ...], dict[str, Any]]:
-    """The same for float32 weights on the grid, with the arguments by which a stock load finds the same codes."""
-    host = target.host
-    if host is MODULE:
-        host.float_grid_arguments(model, record, record.spec.weights)  # says why not
-    arguments = host.float_grid_arguments(model, record, check_float_grid(model, record, target.format))
-    library = host_of(model)
-    state = ModelState(model, target.format, library.ties(model), float_layers=record.layers, untie=host.unties)
-    library.write_config(model, directory, torch.float32, None)
-    shown = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
-    given = f"directory, {host.float_dtype}quantization_config=QuantoConfig({shown})"
-    return state, (f"on-grid float32 weights: load with from_pretrained({given})",), arguments
+    return state, notes
 
 
 def _check_target(model: nn.Module, record: FrozenRecord, wanted: Target) -> None:
@@ -198,7 +193,7 @@ def _check_target(model: nn.Module, record: FrozenRecord, wanted: Target) -> Non
     faults = wanted.host.model_faults(model)
     if faults:
         raise TargetError("; ".join(faults))
-    _restore_classes(model, record, frozen)
+    frozen.settle(model)
     if wanted.name == record.target:
         return
     remedy = f"call qat.freeze(model, target={wanted.name!r}) instead and export that model"
@@ -218,27 +213,17 @@ def _check_target(model: nn.Module, record: FrozenRecord, wanted: Target) -> Non
         for found in unstored_tensors(model)
         if found.name in made and differs(found.tensor, made[found.name])
     ]
-    if wanted.format is not frozen.format:
-        moved += [f"{name}.weight" for name in record.layers]
-    else:
-        moved += [
-            f"{name}.weight"
-            for name, module in model.named_modules()
-            if name in record.layers and not wanted.format.is_settled(module, plain_on_cpu=wanted.host.plain_on_cpu)
-        ]
+    moved += [
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if name in record.layers and not (wanted.format is frozen.format and wanted.is_settled(module))
+    ]
     if moved:
         raise TargetError(
             f"target {wanted.name!r} would hold {len(moved)} tensors in another dtype or class, or computed in another "
             f"dtype, than target {record.target!r}, which the model was frozen for (first: {moved[0]!r}), so that "
             f"outputs would differ: {remedy}"
         )
-
-
-def _restore_classes(model: nn.Module, record: FrozenRecord, target: Target) -> None:
-    """Give the layers of a model that was moved between devices the tensor class of their loader again, in place."""
-    for name, module in model.named_modules():
-        if name in record.layers and target.format.is_frozen(module):
-            target.format.settle(module, plain_on_cpu=target.host.plain_on_cpu)
 
 
 def _check_unchanged(model: nn.Module, record: FrozenRecord) -> None:

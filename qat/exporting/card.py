@@ -12,7 +12,7 @@ from pathlib import Path
 
 from qat.files.evidence import FrozenRecord
 from qat.files.manifest import CARD_NAME, Manifest
-from qat.hosts import HOSTS, Target
+from qat.hosts import HOSTS, MODULE, Target
 
 __all__ = ["CARD_NAME", "write_card"]
 
@@ -25,7 +25,7 @@ def write_card(directory: Path, manifest: Manifest, record: FrozenRecord, target
     module, _, name = manifest.model_class.rpartition(".")
     package = module.partition(".")[0]
     importing = package if any(host.name == package for host in HOSTS) else module
-    library, loading = target.host.card(manifest, importing, name, target.format)
+    library = target.format.library if target.host is MODULE else target.host.name
     layers = [
         (target.format.recorded(record, layer), kept.shape, f"{layer}.bias" in manifest.tensors)
         for layer, kept in record.layers.items()
@@ -37,8 +37,8 @@ def write_card(directory: Path, manifest: Manifest, record: FrozenRecord, target
         _description(manifest, record, types, target.format.library),
         "## Load it",
         "`directory` is this one.",
-        *loading,
-        *(part for title, text in target.format.card_sections(layers) for part in (f"## {title}", text)),
+        *target.host.card(manifest, importing, name, target.format),
+        *(part for notice in target.format.notices(layers) for part in (f"## {notice.title}", notice.text)),
         "## Layers left float",
         *_left_float(record),
     ]

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from qat.files.shards import DTYPE_NAMES, TensorEntry
 from qat.numerics import FrozenWeight, QType
 from qat.tensors import digest
 
-__all__ = ["Format", "FrozenLayer", "LayerTypes", "Slot"]
+__all__ = ["Format", "FrozenLayer", "InLibrary", "LayerTypes", "Notice", "Slot"]
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,28 @@ class Slot:
         return self.shapes[0]
 
 
+class Notice(NamedTuple):
+    """What a user should know of frozen layers."""
+
+    warning: str
+    """A sentence, for inspection."""
+    title: str
+    """Of the section of a model card on the same subject; below, its Markdown."""
+    text: str
+
+
+@dataclass(frozen=True)
+class InLibrary:
+    """How a model library knows a format."""
+
+    config_class: str
+    """The library's class that configures a load which quantizes into the format."""
+    weights_argument: str
+    """Its argument for the type of weights."""
+    plugin: str | None = None
+    """The module to import before the library can load packed weights."""
+
+
 class Format(ABC):
     """A way to store quantized weights; abstract."""
 
@@ -92,6 +114,11 @@ class Format(ABC):
     activation_qtypes: ClassVar[Mapping[str, QType]]
     map_name: ClassVar[str | None] = None
     """A file beside the weights in which the format says which layer has which type."""
+    library: ClassVar[str]
+    """Name of the package that reads the format, for model cards; below, their tags."""
+    tags: ClassVar[tuple[str, ...]] = ()
+    libraries: ClassVar[Mapping[str, InLibrary]] = {}
+    """The model libraries that load the format, by name."""
 
     def types(self, weights: str, activations: str | None, dtype: torch.dtype, outputs: bool = True) -> LayerTypes:
         """Resolve the names that a spec uses into objects; `SpecError` if the format has no such type."""
@@ -104,11 +131,6 @@ class Format(ABC):
         active = None if activations is None else self.activation_qtypes[activations]
         return LayerTypes(self.qtypes[weights], active, dtype, outputs)
 
-    library: ClassVar[str]
-    """Name of the package that reads the format, for model cards."""
-    tags: ClassVar[tuple[str, ...]] = ()
-    """Tags of a model card."""
-
     def layer_hazard(self, types: LayerTypes, shape: tuple[int, int]) -> str | None:
         """Why the format's kernels cannot run a layer of this shape (``(out, in)``), or None."""
         return None
@@ -117,12 +139,8 @@ class Format(ABC):
         """Why the format's kernels cannot read ``x`` as the input of such a layer, or None."""
         return None
 
-    def warnings(self, layers: Iterable[tuple[LayerTypes, tuple[int, int], bool]]) -> list[str]:
+    def notices(self, layers: Iterable[tuple[LayerTypes, tuple[int, int], bool]]) -> list[Notice]:
         """What a user should know of these layers: types, shape, and whether there is a bias."""
-        return []
-
-    def card_sections(self, layers: Iterable[tuple[LayerTypes, tuple[int, int], bool]]) -> list[tuple[str, str]]:
-        """Sections of a model card on the same subject: title and Markdown."""
         return []
 
     def card_loading(self) -> list[str]:
@@ -189,6 +207,10 @@ class Format(ABC):
                     f"{dtype} need {DTYPE_NAMES[slot.dtype]} {shapes}"
                 )
         return faults
+
+    def quantization_config(self, library: str, record: FrozenRecord, floats: list[str]) -> dict[str, Any]:
+        """What ``config.json`` tells a model library about the weights; ``floats`` names its float linear layers."""
+        raise NotImplementedError(f"format {self.name!r} names no model libraries")
 
     def write_map(self, record: FrozenRecord, directory: Path) -> None:
         """Write the file `map_name`, if the format has one."""

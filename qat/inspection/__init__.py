@@ -105,7 +105,7 @@ def inspect(model: nn.Module, spec: QuantSpec, *, target: str = "quanto", exampl
         probe.watch(model, example_inputs)
     facts = _Facts(model, spec, chosen, probe)
     decisions = {name: _decide(facts, name, module, cls) for name, (module, cls) in layers.items()}
-    notes = _resolve_collisions(decisions, chosen, facts) if chosen.host.leaf_names_only else []
+    notes = _resolve_collisions(decisions, chosen, facts)
     if all(decision.layer is None for decision in decisions.values()):
         why = sorted({decision.reason for decision in decisions.values()}) or ["the model has no nn.Linear"]
         held = sorted({f"{weight.kind} ({len(weight.shape)}-D)" for weight in others})
@@ -115,11 +115,12 @@ def inspect(model: nn.Module, spec: QuantSpec, *, target: str = "quanto", exampl
         )
     told, copied = _break_ties(facts, decisions)
     notes += told
-    notes += chosen.format.warnings(
+    notices = chosen.format.notices(
         (facts.types(d.layer), (d.weight.shape[0], d.weight.shape[1]), getattr(d.module, "bias", None) is not None)
         for d in decisions.values()
         if d.layer is not None
     )
+    notes += [notice.warning for notice in notices]
     parameters = sum(parameter.numel() for parameter in model.parameters()) + copied
     notes += other_notes(others, parameters)
     rows = tuple(_row(name, decision, facts) for name, decision in decisions.items())
@@ -200,7 +201,7 @@ def _resolve_collisions(decisions: dict[str, _Decision], target: Target, facts: 
     families: dict[str, dict[str, _Decision]] = defaultdict(dict)
     for name, decision in decisions.items():
         for alias in facts.names[id(decision.module)]:
-            families[alias.rpartition(".")[2]][name] = decision
+            families[target.host.layer_key(alias)][name] = decision
     total = sum(d.weight.numel() for d in decisions.values())
     notes = []
     for leaf, family in families.items():
