@@ -7,10 +7,8 @@ layer. Why optimum-quanto's own ``freeze`` is not used: docs/decisions/0002-pack
 from __future__ import annotations
 
 import copy
-import functools
 import logging
 from dataclasses import dataclass
-from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +24,7 @@ from qat.preparation import Prepared, forget_prepared, has_run, prepared_as
 from qat.quantizers.activation import ActivationQuantizer
 from qat.tensors import stored_tensors
 
-__all__ = ["FreezeReport", "freeze", "frozen_copy", "refuse_saving"]
+__all__ = ["FreezeReport", "freeze", "frozen_copy"]
 
 logger = logging.getLogger("qat")
 
@@ -125,7 +123,6 @@ def _freeze(model: nn.Module, target: str | None, unreached: list[str]) -> Freez
     record = FrozenRecord(prepared.spec, chosen.name, prepared.algorithm.kind, evidence, notes, prepared.left_float)
     record_frozen(model, record)
     host_of(model).set_dtype(model, prepared.spec.torch_dtype)
-    refuse_saving(model)
     return FreezeReport(chosen.name, prepared.spec.dtype, evidence)
 
 
@@ -259,17 +256,3 @@ def _cast_the_rest(model: nn.Module, quantized: set[str], target: Target, constr
     for module, key, full, tensor in unstored_tensors(model):
         if full in constructed and differs(tensor, constructed[full]):
             setattr(module, key, constructed[full].to(tensor.device))
-
-
-def refuse_saving(model: nn.Module) -> None:
-    """Let ``save_pretrained`` raise: it would write packed keys without the configuration that loads them."""
-    for module in model.modules():
-        if hasattr(type(module), "save_pretrained"):
-            object.__setattr__(module, "save_pretrained", functools.partial(_saving_refused, type(module).__name__))
-
-
-def _saving_refused(name: str, *_: Any, **__: Any) -> NoReturn:
-    raise StateError(
-        f"save_pretrained: this {name} is frozen, and what it would write loads with random weights: "
-        "write it by qat.export(model, directory)"
-    )

@@ -103,7 +103,7 @@ class TestAllOrNothing:
 
     def test_an_export_without_a_readable_manifest_is_not_replaced(self, tmp_path: Path) -> None:
         (tmp_path / MANIFEST_NAME).write_text("{}")
-        with pytest.raises(ExportError, match="nothing says which files are its export's: choose another one"):
+        with pytest.raises(ExportError, match="no manifest says which files are an export's: choose another one"):
             export(frozen_layers((16, 32)), tmp_path, overwrite=True)
         assert [path.name for path in tmp_path.iterdir()] == [MANIFEST_NAME]
 
@@ -116,6 +116,6 @@ class TestAllOrNothing:
 
     def test_what_is_no_export_is_never_replaced(self, tmp_path: Path) -> None:
         (tmp_path / "notes.txt").write_text("mine")
-        with pytest.raises(ExportError, match=r"holds no qat_manifest.json, so it is no export, and is not replaced"):
+        with pytest.raises(ExportError, match=r"is not replaced, since no manifest says .*has no qat_manifest.json"):
             export(frozen_layers((16, 32)), tmp_path, overwrite=True)
         assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]

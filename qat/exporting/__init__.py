@@ -26,7 +26,7 @@ from qat.files.shards import TensorEntry, parse_size, plan_shards, write_shard
 from qat.files.weights import write_weights
 from qat.formats.state import ModelState
 from qat.hosts import MODULE, Target, get_target, host_of
-from qat.hosts.base import FloatGrid
+from qat.hosts.base import FloatGrid, shown_call
 from qat.hosts.construction import constructed_tensors, differs, unstored_tensors
 from qat.tensors import model_device, stored_tensors
 from qat.verification.outputs import compute_outputs
@@ -157,7 +157,7 @@ def export(
             config=None if config is None else dict(config),
             notes=(*record.notes, *notes, *host_of(model).export_notes(model)),
         )
-        for path in (manifest.write(temporary), write_card(temporary, manifest, record, to)):
+        for path in (manifest.write(temporary), write_card(temporary, manifest)):
             files = files | {path.name: file_record(path)}
     return ExportReport(destination, to.name, files, manifest.notes)
 
@@ -173,9 +173,8 @@ def _configured(
     if grid is not None:
         state = ModelState(model, target.format, ties, float_layers=record.layers, untie=untie)
         library.write_config(model, directory, torch.float32, None)
-        config = target.format.libraries[host.name].config_class
-        shown = ", ".join(f"{key}={value!r}" for key, value in grid.arguments.items())
-        given = f"directory, {grid.dtype}quantization_config={config}({shown})"
+        config = shown_call(target.format.libraries[host.name].config_class, grid.arguments)
+        given = f"directory, {grid.dtype}quantization_config={config}"
         return state, (f"on-grid float32 weights: load with from_pretrained({given})",)
     state, floats = ModelState(model, target.format, ties, untie=untie), host.float_layers(model, record)
     settings = None if floats is None else target.format.quantization_config(host.name, record, floats)
@@ -202,17 +201,11 @@ def _check_target(model: nn.Module, record: FrozenRecord, wanted: Target) -> Non
         raise TargetError(f"target {wanted.name!r} cannot express what was trained: {'; '.join(faults)}")
     dtype = record.spec.torch_dtype
     old, new = frozen.rules(model, dtype), wanted.rules(model, dtype)
-    moved = [
-        key
-        for key, tensor in stored_tensors(model)
-        if tensor.is_floating_point() and new.tensor_dtype(key) != old.tensor_dtype(key)
-    ]
+    floats = (key for key, tensor in stored_tensors(model) if tensor.is_floating_point())
+    moved = [key for key in floats if new.tensor_dtype(key) != old.tensor_dtype(key)]
     made = constructed_tensors(model, wanted, dtype)
-    moved += [
-        found.name
-        for found in unstored_tensors(model)
-        if found.name in made and differs(found.tensor, made[found.name])
-    ]
+    others = (found for found in unstored_tensors(model) if found.name in made)
+    moved += [found.name for found in others if differs(found.tensor, made[found.name])]
     moved += [
         f"{name}.weight"
         for name, module in model.named_modules()
@@ -268,6 +261,6 @@ def _write_example(model: nn.Module, example_inputs: Any, directory: Path) -> Ex
         raise ExportError("example_inputs: the model returns no tensor for them, so there is no evidence to keep")
     tensors |= {f"output.{name}": tensor for name, tensor in outputs.items()}
     entries = (TensorEntry(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items())
-    (shard,) = plan_shards(entries, max_shard_size=1 << 62)
+    (shard,) = plan_shards(entries, max_shard_size=_ONE_FILE)
     write_shard(directory / EVIDENCE_NAME, shard, tensors.__getitem__)
     return ExampleRecord(inputs=structure, outputs=tuple(outputs))

@@ -46,11 +46,6 @@ def check_destination(destination: Path, overwrite: bool) -> None:
             f"directory {str(destination)!r} exists and is not empty: choose another one, or replace it with "
             f"overwrite=True (on a command line --overwrite)"
         )
-    if not (destination / MANIFEST_NAME).is_file():
-        raise ExportError(
-            f"directory {str(destination)!r} is not empty and holds no {MANIFEST_NAME}, so it is no export, and is not "
-            f"replaced: choose another one, or empty it yourself"
-        )
     strange = _strange_files(destination)
     if strange:
         raise ExportError(
@@ -65,8 +60,8 @@ def _strange_files(destination: Path) -> list[str]:
         known = {*read_manifest(destination).files, MANIFEST_NAME, CARD_NAME}
     except LoadError as error:
         raise ExportError(
-            f"directory {str(destination)!r} is not replaced, since nothing says which files are its export's: choose "
-            f"another one, or empty it yourself ({error})"
+            f"directory {str(destination)!r} is not empty, and is not replaced, since no manifest says which files are "
+            f"an export's: choose another one, or empty it yourself ({error})"
         ) from error
     card = destination / CARD_NAME
     shown = card.read_text(encoding="utf-8") if card.is_file() else ""

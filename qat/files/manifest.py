@@ -156,11 +156,6 @@ class Manifest(_Frozen):
     notes: tuple[str, ...] = ()
     """What a reader should know."""
 
-    @property
-    def shown_arguments(self) -> str:
-        """`stock_arguments` as they stand in a call."""
-        return ", ".join(f"{key}={value!r}" for key, value in (self.stock_arguments or {}).items())
-
     def write(self, directory: Path) -> Path:
         """Write the manifest and return its path."""
         path = directory / MANIFEST_NAME

@@ -174,12 +174,14 @@ def _fill_shards(
     sizes = [0]
 
     def add(entry: TensorEntry, index: int | None = None) -> None:
-        """Into the shard of that index; None: into the last one, or a new one where it is full."""
-        if index is None and shards[-1] and sizes[-1] + entry.nbytes > limit:
+        """Into the shard of that index, which may be a new one; None: into the last, or a new one where it is full."""
+        if index is None:
+            index = len(shards) - 1 if not shards[-1] or sizes[-1] + entry.nbytes <= limit else len(shards)
+        if index == len(shards):
             shards.append([])
             sizes.append(0)
-        shards[-1 if index is None else index].append(entry)
-        sizes[-1 if index is None else index] += entry.nbytes
+        shards[index].append(entry)
+        sizes[index] += entry.nbytes
 
     for entry in whole:
         add(entry)
@@ -191,11 +193,7 @@ def _fill_shards(
         add(entry)
     for entry in waiting:
         fits = (i for i, size in enumerate(sizes) if size % ALIGNMENT == 0 and size + entry.nbytes <= limit)
-        index = next(fits, len(shards))
-        if index == len(shards):
-            shards.append([])
-            sizes.append(0)
-        add(entry, index)
+        add(entry, next(fits, len(shards)))
     return [shard for shard in shards if shard] or [[]]
 
 

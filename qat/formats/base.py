@@ -8,6 +8,7 @@ which keys, and which module runs a frozen layer::
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from qat.errors import ExportError, SpecError
 from qat.files.evidence import FrozenRecord, LayerEvidence
 from qat.files.shards import DTYPE_NAMES, TensorEntry
+from qat.files.weights import write_json
 from qat.numerics import FrozenWeight, QType
 from qat.tensors import digest
 
@@ -212,13 +214,30 @@ class Format(ABC):
         """What ``config.json`` tells a model library about the weights; ``floats`` names its float linear layers."""
         raise NotImplementedError(f"format {self.name!r} names no model libraries")
 
+    def map(self, record: FrozenRecord) -> dict[str, Any]:
+        """What the file `map_name` says of a frozen model; empty where it must not be there."""
+        return {}
+
     def write_map(self, record: FrozenRecord, directory: Path) -> None:
-        """Write the file `map_name`, if the format has one."""
-        return
+        """Write the file `map_name`, if such a model has one."""
+        if self.map_name is not None and (fields := self.map(record)):
+            write_json(directory / self.map_name, fields)
 
     def map_faults(self, record: FrozenRecord, directory: Path) -> list[str]:
-        """Where the file `map_name` differs from what was frozen."""
-        return []
+        """Where the file `map_name`, which loaders trust, differs from the evidence that freezing left."""
+        if self.map_name is None:
+            return []
+        wanted = self.map(record)
+        try:
+            found = json.loads((directory / self.map_name).read_text(encoding="utf-8"))
+            names = sorted(wanted.keys() | found.keys())
+        except (OSError, ValueError, AttributeError) as error:
+            return [f"{self.map_name} cannot be read: {error}"]
+        return [
+            f"{self.map_name} declares {name} as {found.get(name)}, freezing left {wanted.get(name)}"
+            for name in names
+            if wanted.get(name) != found.get(name)
+        ]
 
     @abstractmethod
     def build(

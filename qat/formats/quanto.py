@@ -199,13 +199,20 @@ class _Quanto(Format):
             tensors["bias"] = layer.bias
         return tensors | {"input_scale": layer.input_scale, "output_scale": layer.output_scale}
 
-    def write_map(self, record: FrozenRecord, directory: Path) -> None:
-        """``quanto_qmap.json``: the types of every layer, in quanto's names.
+    def map(self, record: FrozenRecord) -> dict[str, Any]:
+        """The types of every layer, in quanto's names.
 
-        Not where outputs stay float: quanto's own loader would quantize them whatever its map says.
+        None where outputs stay float: quanto's own loader would quantize them whatever its map says.
         """
-        if record.spec.quantize_outputs:
-            (directory / self.map_name).write_text(json.dumps(_map(record), indent=2) + "\n", encoding="utf-8")
+        if not record.spec.quantize_outputs:
+            return {}
+        return {
+            name: {
+                "weights": QUANTO_NAMES[layer.weights],
+                "activations": "none" if layer.activations is None else QUANTO_NAMES[layer.activations],
+            }
+            for name, layer in record.layers.items()
+        }
 
     def quantization_config(self, library: str, record: FrozenRecord, floats: list[str]) -> dict[str, Any]:
         """Of diffusers the stock fields alone; of transformers also the group ``qat``, for the plug-in.
@@ -231,20 +238,6 @@ class _Quanto(Format):
                 },
             },
         }
-
-    def map_faults(self, record: FrozenRecord, directory: Path) -> list[str]:
-        """Compare ``quanto_qmap.json``, which quanto's loader trusts, with the evidence that freezing left."""
-        wanted = _map(record)
-        try:
-            found = json.loads((directory / self.map_name).read_text(encoding="utf-8"))
-            names = sorted(wanted.keys() | found.keys())
-        except (OSError, ValueError, AttributeError) as error:
-            return [f"{self.map_name} cannot be read: {error}"]
-        return [
-            f"{self.map_name} declares {name} as {found.get(name)}, freezing left {wanted.get(name)}"
-            for name in names
-            if wanted.get(name) != found.get(name)
-        ]
 
     def empty(self, types: LayerTypes, shape: tuple[int, int], bias: bool) -> Any:
         """A quanto layer on the meta device, to be filled."""
@@ -384,16 +377,6 @@ def _held(weight: Any, plain_on_cpu: bool) -> Any:
     if plain_on_cpu and inner_tensors(weight)[0].device.type == "cpu":
         return _plain(weight) if hasattr(weight, "weight_qbits_tensor") else weight
     return weight.optimize() if _can_optimize(weight) else weight
-
-
-def _map(record: FrozenRecord) -> dict[str, dict[str, str]]:
-    return {
-        name: {
-            "weights": QUANTO_NAMES[layer.weights],
-            "activations": "none" if layer.activations is None else QUANTO_NAMES[layer.activations],
-        }
-        for name, layer in record.layers.items()
-    }
 
 
 QUANTO = _Quanto()

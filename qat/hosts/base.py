@@ -26,7 +26,7 @@ from qat.layers import quantized_layers
 from qat.numerics import QType
 from qat.spec import QuantSpec
 
-__all__ = ["FloatGrid", "Host", "Reloaded", "matches_path_part", "python_block"]
+__all__ = ["FloatGrid", "Host", "Reloaded", "matches_path_part", "python_block", "shown_call"]
 
 
 class Reloaded(NamedTuple):
@@ -71,8 +71,8 @@ class Host:
         """
         raise LoadError(f"model: no configuration builds a {cls.__name__}: pass the float model as model=")
 
-    def read_config(self, cls: Any, directory: Path, manifest: Manifest) -> Any:
-        """Read the ``config.json`` of a directory."""
+    def build_from(self, cls: Any, directory: Path, manifest: Manifest, *, empty: bool) -> nn.Module:
+        """Build the model of an exported directory from its configuration."""
         raise LoadError(f"{str(directory)!r}: no configuration builds a {cls.__name__}: pass the float model as model=")
 
     def config_fields(self, model: Any, dtype: torch.dtype) -> dict[str, Any] | None:
@@ -98,9 +98,6 @@ class Host:
                     f"the model's generation_config does not validate ({error}); mend model.generation_config first"
                 ) from error
         return True
-
-    def read_generation_config(self, model: Any, directory: Path) -> None:
-        """Give a model that generates what ``generation_config.json`` says."""
 
     def set_dtype(self, model: Any, dtype: torch.dtype) -> None:
         """Tell the model's configuration which dtype its weights have now."""
@@ -236,11 +233,10 @@ class Host:
         code = ["import torch", f"from {module} import {cls}"]
         arguments, rules = f"directory, {dtype}=torch.{manifest.dtype}", format.libraries[self.name]
         if manifest.float_grid:
-            shown = ", ".join(f"{key}={value!r}" for key, value in (manifest.stock_arguments or {}).items())
             code += [
                 f"from {self.name} import {rules.config_class}",
                 "",
-                f"quantization = {rules.config_class}({shown})",
+                f"quantization = {shown_call(rules.config_class, manifest.stock_arguments or {})}",
             ]
             arguments += ", quantization_config=quantization"
         else:
@@ -264,6 +260,15 @@ def matches_path_part(name: str, keys: set[str]) -> bool:
     (True, False)
     """
     return any(f".{key}." in f".{name}." for key in keys)
+
+
+def shown_call(name: str, arguments: Mapping[str, Any]) -> str:
+    """A call as it stands in code.
+
+    >>> shown_call("QuantoConfig", {"weights": "int8"})
+    "QuantoConfig(weights='int8')"
+    """
+    return f"{name}({', '.join(f'{key}={value!r}' for key, value in arguments.items())})"
 
 
 def python_block(lines: list[str]) -> str:

@@ -56,8 +56,8 @@ class _Diffusers(Host):
         finally:
             torch.set_default_dtype(default)
 
-    def read_config(self, cls: Any, directory: Path, manifest: Manifest) -> Any:
-        return cls.load_config(directory)
+    def build_from(self, cls: Any, directory: Path, manifest: Manifest, *, empty: bool) -> nn.Module:
+        return self.build(cls, cls.load_config(directory), getattr(torch, manifest.dtype), empty=empty)
 
     def config_fields(self, model: Any, dtype: torch.dtype) -> dict[str, Any] | None:
         """What ``save_config`` writes, without the path that the float model came from."""

@@ -12,12 +12,11 @@ import torch
 from torch import nn
 
 from qat.errors import LoadError
-from qat.files.evidence import FrozenRecord
 from qat.files.manifest import Manifest
 from qat.files.shards import DTYPE_NAMES
 from qat.hosts.base import Host, Reloaded
 from qat.hosts.remote_code import refuse_remote_code
-from qat.hosts.targets import HOSTS, Target, host_of
+from qat.hosts.targets import HOSTS, MODULE, get_target, host_of
 from qat.tensors import stored_tensors
 
 __all__ = ["library_and_class", "load_pretrained", "stock_reload"]
@@ -48,9 +47,10 @@ def library_and_class(directory: Path, manifest: Manifest) -> tuple[Host, Any]:
     return host_of(found), found
 
 
-def load_pretrained(directory: Path, manifest: Manifest, target: Target) -> Reloaded | None:
+def load_pretrained(directory: Path, manifest: Manifest) -> Reloaded | None:
     """Load a directory by its host's own call; None for plain modules, which have none. Failures are `LoadError`."""
-    if type(target.host) is Host:
+    target = get_target(manifest.target)
+    if target.host is MODULE:
         return None
     library, cls = library_and_class(directory, manifest)
     if cls.__module__.partition(".")[0] == library.name:  # a class that the caller imported is code that is trusted
@@ -66,9 +66,7 @@ def load_pretrained(directory: Path, manifest: Manifest, target: Target) -> Relo
     return loaded
 
 
-def stock_reload(
-    directory: Path, manifest: Manifest, target: Target, record: FrozenRecord, model: nn.Module | None
-) -> Reloaded | None:
+def stock_reload(directory: Path, manifest: Manifest, model: nn.Module | None) -> Reloaded | None:
     """Load a directory for verification, by the target's own loader; None where it has none but `qat.load`.
 
     ``model`` is a float model of the exported architecture, for directories without ``config.json``; it is copied.
@@ -76,7 +74,7 @@ def stock_reload(
     Raises:
         LoadError: when the loader fails, or there is no model to fill.
     """
-    loaded = load_pretrained(directory, manifest, target)
+    loaded, format = load_pretrained(directory, manifest), get_target(manifest.target).format
     if loaded is not None:
         return loaded
     if model is not None:
@@ -85,18 +83,17 @@ def stock_reload(
         library, cls = library_and_class(directory, manifest)
         if library.is_language_model(cls):
             refuse_remote_code(directory, auto_class="AutoModelForCausalLM")
-            found = target.format.load_language_model(directory, **library.attention_arguments(manifest))
+            found = format.load_language_model(directory, **library.attention_arguments(manifest))
             if found is not None:
                 return Reloaded(*found)
-        config = library.read_config(cls, directory, manifest)
         # On CPU, not meta: quanto's loader fills the buffers of a meta model with garbage.
-        skeleton = library.build(cls, config, getattr(torch, manifest.dtype), empty=False)
+        skeleton = library.build_from(cls, directory, manifest, empty=False)
     dtypes, serving = {name: dtype for dtype, name in DTYPE_NAMES.items()}, getattr(torch, manifest.dtype)
     for name, tensor in stored_tensors(skeleton):  # the loader may copy into the model, whose dtypes then decide
         if name in manifest.tensors:
             tensor.data = tensor.data.to(dtypes[manifest.tensors[name].dtype])
-        elif name.rpartition(".")[0] in record.layers:
+        elif name.rpartition(".")[0] in manifest.frozen.layers:
             tensor.data = tensor.data.to(serving)
     files = sorted({tensor.file for tensor in manifest.tensors.values()})
-    filled = target.format.fill(skeleton, directory, files)
+    filled = format.fill(skeleton, directory, files)
     return None if filled is None else Reloaded(*filled)

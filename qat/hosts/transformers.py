@@ -1,9 +1,7 @@
 """The host transformers: ``from_pretrained`` with the plug-in `qat.integrations.transformers`.
 
 The plug-in reads each module's type from the directory, so mixed types, activations, and outputs left float are
-expressible. Stock transformers cannot read packed weights: it would leave them random and print a table. So ``weights``
-in the ``quantization_config`` is deliberately no type name: a stock ``QuantoConfig`` raises on it and shows the text,
-which says what to import. What the plug-in needs is in the group ``qat``.
+expressible. Stock transformers cannot read packed weights: it would leave them random and print a table.
 
 What the loader adds is its own rule for dtypes: modules in ``_keep_in_fp32_modules`` stay float32 when float16 is asked
 for, those in ``_keep_in_fp32_modules_strict`` also with bfloat16 (``PreTrainedModel._get_dtype_plan``, transformers 5).
@@ -47,11 +45,16 @@ class _Transformers(Host):
         with torch.random.fork_rng(devices=[]), init_empty_weights(include_buffers=False) if empty else nullcontext():
             return cls._from_config(config, dtype=dtype)  # type: ignore[no-any-return]
 
-    def read_config(self, cls: Any, directory: Path, manifest: Manifest) -> Any:
+    def build_from(self, cls: Any, directory: Path, manifest: Manifest, *, empty: bool) -> nn.Module:
         """By the class's own configuration class, which runs no code of the directory."""
-        return cls.config_class.from_pretrained(
-            directory, trust_remote_code=False, **self.attention_arguments(manifest)
-        )
+        from transformers import GenerationConfig
+
+        attention = self.attention_arguments(manifest)
+        config = cls.config_class.from_pretrained(directory, trust_remote_code=False, **attention)
+        model: Any = self.build(cls, config, getattr(torch, manifest.dtype), empty=empty)
+        if (directory / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(directory)
+        return model  # type: ignore[no-any-return]
 
     def config_fields(self, model: Any, dtype: torch.dtype) -> dict[str, Any] | None:
         """What ``save_pretrained`` writes, with the serving dtype."""
@@ -90,12 +93,6 @@ class _Transformers(Host):
         """Where every machine has it."""
         kept = manifest.attn_implementation
         return {"attn_implementation": kept} if kept in ("eager", "sdpa") else {}
-
-    def read_generation_config(self, model: Any, directory: Path) -> None:
-        if (directory / "generation_config.json").is_file():
-            from transformers import GenerationConfig
-
-            model.generation_config = GenerationConfig.from_pretrained(directory)
 
     def is_language_model(self, cls: Any) -> bool:
         from transformers import AutoModelForCausalLM
