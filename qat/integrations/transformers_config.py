@@ -71,7 +71,7 @@ class PackedQuantoConfig(QuantoConfig):
         **_: Any,
     ) -> None:
         self.qat = qat
-        super().__init__(weights, activations, modules_to_not_convert)  # type: ignore[no-untyped-call]
+        super().__init__(weights, activations, modules_to_not_convert)
 
     def post_init(self) -> None:
         """Validate what the directory declares."""
