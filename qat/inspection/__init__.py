@@ -77,8 +77,8 @@ def inspect(model: nn.Module, spec: QuantSpec, *, target: str = "quanto", exampl
             input the stock kernels cannot read, or whose weight is used without calling them; these stay float.
 
     Raises:
-        SpecError: it is no spec, a pattern matches nothing, nothing at all would be quantized, or the model cannot run
-            ``example_inputs``.
+        SpecError: it is no spec or no model, the model is wrapped (``torch.compile``), a pattern matches nothing,
+            nothing at all would be quantized, or the model cannot run ``example_inputs``.
         TargetError: the target cannot express the spec, or cannot load such a model.
         StateError: the model is prepared or frozen already.
 
@@ -90,6 +90,13 @@ def inspect(model: nn.Module, spec: QuantSpec, *, target: str = "quanto", exampl
     if not isinstance(spec, QuantSpec):
         raise SpecError(
             f"spec: must be a QuantSpec, got {spec!r}: write QuantSpec(weights='int8'), or QuantSpec(**spec)"
+        )
+    if not isinstance(model, nn.Module):
+        raise SpecError(f"model: must be an nn.Module, got {type(model).__name__}: load the model first")
+    if type(model).__name__ in ("OptimizedModule", "DataParallel", "DistributedDataParallel"):
+        raise SpecError(
+            f"model: is a {type(model).__name__} around the model, whose names an export would get: pass the model "
+            "inside it (model._orig_mod, or model.module), and wrap it afterwards"
         )
     chosen = get_target(target)
     faults = chosen.faults(model, spec)
@@ -104,7 +111,7 @@ def inspect(model: nn.Module, spec: QuantSpec, *, target: str = "quanto", exampl
         probe.watch(model, example_inputs)
     facts = _Facts(model, spec, chosen, probe)
     decisions = {name: _decide(facts, name, module, cls) for name, (module, cls) in layers.items()}
-    notes = _resolve_collisions(facts, decisions) if chosen.host.leaf_names_only else []
+    notes = _resolve_collisions(facts, decisions)
     if all(decision.layer is None for decision in decisions.values()):
         why = sorted({decision.reason for decision in decisions.values()}) or ["the model has no nn.Linear"]
         held = sorted({f"{weight.class_name} ({len(weight.shape)}-D)" for weight in others})
@@ -114,11 +121,12 @@ def inspect(model: nn.Module, spec: QuantSpec, *, target: str = "quanto", exampl
         )
     told, copied = _break_ties(facts, decisions)
     notes += told
-    notes += chosen.format.warnings(
+    notices = chosen.format.notices(
         (facts.types(d.layer), (d.weight.shape[0], d.weight.shape[1]), getattr(d.module, "bias", None) is not None)
         for d in decisions.values()
         if d.layer is not None
     )
+    notes += [notice.warning for notice in notices]
     parameters = sum(parameter.numel() for parameter in model.parameters()) + copied
     notes += other_notes(others, parameters)
     rows = tuple(_row(name, decision, facts) for name, decision in decisions.items())
@@ -199,7 +207,7 @@ def _resolve_collisions(facts: _Facts, decisions: Mapping[str, _Decision]) -> li
     families: dict[str, dict[str, _Decision]] = defaultdict(dict)
     for name, decision in decisions.items():
         for alias in facts.names[id(decision.module)]:
-            families[alias.rpartition(".")[2]][name] = decision
+            families[facts.target.host.layer_key(alias)][name] = decision
     total = sum(d.weight.numel() for d in decisions.values())
     target, notes = facts.target.name, []
     for leaf, family in families.items():
