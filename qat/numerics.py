@@ -32,7 +32,7 @@ class _RoundTo(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: object, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-        return torch.ops.qat.round_to(tensor, dtype)  # type: ignore[no-any-return]
+        return _round_to(tensor, dtype)
 
     @staticmethod
     def backward(ctx: object, *grads: Tensor) -> tuple[Tensor, None]:

@@ -23,13 +23,7 @@ def supports(weight: Tensor, scale: Tensor, shift: Tensor | None, qtype: str, *_
 
 
 def fake_quantize_weight(
-    weight: Tensor,
-    scale: Tensor,
-    shift: Tensor | None,
-    qtype: str,
-    dtype: torch.dtype,
-    out_dtype: torch.dtype,
-    after: Tensor | None = None,
+    weight: Tensor, scale: Tensor, shift: Tensor | None, qtype: str, dtype: torch.dtype, out_dtype: torch.dtype
 ) -> Tensor:
     """See `qat.kernels.fake_quantize_weight`: the bits of the specification."""
     found = qtype_of(qtype)
@@ -76,7 +70,7 @@ def fake_quantize_weight(
 
 def scale_gradients(
     weight: Tensor, scale: Tensor, shift: Tensor | None, qtype: str, grad: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None, Tensor]:
     """See `qat.kernels.scale_gradients`: the results of the specification, but for the order of the sums."""
     found = qtype_of(qtype)
     rows, grad_rows = found.grouped(weight.detach()), found.grouped(grad)
@@ -108,7 +102,7 @@ def scale_gradients(
         grad_scale[block] = codes.sub_(within).mul_(given).sum(1, keepdim=True)
         if grad_shift is not None:
             grad_shift[block] = inside.sub_(1.0).mul_(given).sum(1, keepdim=True)
-    return grad_scale, scale.new_empty(0) if grad_shift is None else grad_shift, masked.view(grad.shape)
+    return grad_scale, grad_shift, masked.view(grad.shape)
 
 
 def _round_to_float8(values: Tensor, power: Tensor, sign: Tensor) -> None:

@@ -198,13 +198,7 @@ def _on(tensor: Tensor) -> AbstractContextManager[object]:
 
 
 def fake_quantize_weight(
-    weight: Tensor,
-    scale: Tensor,
-    shift: Tensor | None,
-    qtype: str,
-    dtype: torch.dtype,
-    out_dtype: torch.dtype,
-    after: Tensor | None = None,
+    weight: Tensor, scale: Tensor, shift: Tensor | None, qtype: str, dtype: torch.dtype, out_dtype: torch.dtype
 ) -> Tensor:
     """See `qat.kernels.fake_quantize_weight`: the bits of the specification; tensors on CUDA."""
     weight = weight.detach().contiguous()
@@ -218,15 +212,15 @@ def fake_quantize_weight(
 
 def quantize_own_range(
     weight: Tensor, qtype: str, dtype: torch.dtype, out_dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """See `qat.kernels.quantize_own_range`: the bits of the specification; tensors on CUDA."""
     found = qtype_of(qtype)
     weight = weight.detach().contiguous()
     groups, programs, _, form = _form(*weight.shape, qtype, dtype)
     scale = torch.empty((groups, 1), dtype=torch.float32, device=weight.device)
-    shift = torch.empty_like(scale) if found.has_shift else scale.new_empty(0)
+    shift = torch.empty_like(scale) if found.has_shift else None
     out = torch.empty_like(weight, dtype=out_dtype)
-    tensors = (weight, scale, shift if found.has_shift else scale, out)
+    tensors = (weight, scale, scale if shift is None else shift, out)
     smallest, anchor = smallest_scale(dtype) if found.floating else 0.0, float(found.anchor(dtype, weight.shape[1]))
     own = {"steps": float(found.steps), "smallest": smallest, "anchor": anchor}
     with _on(weight):
@@ -236,14 +230,14 @@ def quantize_own_range(
 
 def scale_gradients(
     weight: Tensor, scale: Tensor, shift: Tensor | None, qtype: str, grad: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None, Tensor]:
     """See `qat.kernels.scale_gradients`: the results of the specification, but for the order of the sums."""
     weight, grad = weight.detach().contiguous(), grad.contiguous()
     groups, programs, _, form = _form(*weight.shape, qtype, torch.float32)
     grad_scale, masked = torch.empty_like(scale), torch.empty_like(grad)
-    grad_shift = scale.new_empty(0) if shift is None else torch.empty_like(scale)
+    grad_shift = None if shift is None else torch.empty_like(scale)
     tensors = (weight, scale, scale if shift is None else shift, grad)
-    made = (grad_scale, grad_scale if shift is None else grad_shift, masked)
+    made = (grad_scale, grad_scale if grad_shift is None else grad_shift, masked)
     with _on(weight):
         _scale_gradients_kernel[(programs,)](*tensors, *made, groups, **form)
     return grad_scale, grad_shift, masked
