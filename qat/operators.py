@@ -9,6 +9,7 @@ hundreds of them. So these operators are registered without: they have no gradie
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
@@ -51,22 +52,19 @@ def operator(shapes: Callable[..., Any], **modules: str) -> Callable[[_F], _F]:
 
     def register(function: _F) -> _F:
         name = function.__name__.lstrip("_")
-
-        def faster(module: str) -> Callable[..., Any]:
-            def call(*args: Any, **_: Any) -> Any:
-                kernels = import_module(module)
-                return (getattr(kernels, name) if kernels.supports(*args) else function)(*args)
-
-            return call
-
         schema = name + torch.library.infer_schema(function, mutates_args=())
         _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
         _LIBRARY.impl(name, function, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
         for dispatch_key, module in modules.items():
-            _LIBRARY.impl(name, faster(module), dispatch_key)  # type: ignore[no-untyped-call]
+            _LIBRARY.impl(name, partial(_faster, module, name, function), dispatch_key)  # type: ignore[no-untyped-call]
         torch.library.register_fake(f"qat::{name}", shapes, lib=_LIBRARY)
         called: _F = getattr(torch.ops.qat, name).default
         called.__doc__ = function.__doc__
         return called
 
     return register
+
+
+def _faster(module: str, name: str, function: Callable[..., Any], /, *args: Any, **_: Any) -> Any:
+    kernels = import_module(module)
+    return (getattr(kernels, name) if kernels.supports(*args) else function)(*args)

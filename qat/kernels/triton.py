@@ -165,11 +165,6 @@ if triton is not None:
             tl.store(grad_shift + row, tl.sum(of_shift, 1), mask=row < groups)
 
 
-_TRITON_DTYPES: dict[torch.dtype, Any] = (
-    {} if triton is None else {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-)
-
-
 @functools.cache
 def _form(out_features: int, in_features: int, qtype: str, dtype: torch.dtype) -> tuple[int, int, int, dict[str, Any]]:
     """Groups of a weight, tiles down and across that cover it, and a kernel's constant arguments."""
@@ -186,7 +181,7 @@ def _form(out_features: int, in_features: int, qtype: str, dtype: torch.dtype) -
         "floating": found.floating,
         "code_min": float(found.code_min),
         "code_max": float(found.code_max),
-        "serving": _TRITON_DTYPES[dtype],
+        "serving": getattr(tl, str(dtype).removeprefix("torch.")),
         "enable_fp_fusion": False,  # a fused multiply-add would skip a rounding
     }
     return groups, triton.cdiv(groups, rows), triton.cdiv(size, columns), form

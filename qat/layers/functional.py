@@ -42,11 +42,7 @@ class _Options(NamedTuple):
     qtype: QType
     dtype: torch.dtype
     masked: bool
-    input_qtype: QType | None
-
-
-def _options(quantizer: WeightQuantizer, activation: ActivationQuantizer | None = None) -> _Options:
-    return _Options(quantizer.qtype, quantizer.dtype, quantizer.masked, activation.qtype if activation else None)
+    input_qtype: QType | None = None
 
 
 def _weight_gradients(
@@ -82,7 +78,8 @@ def fake_quantized(weight: Tensor, quantized: Quantized, quantizer: WeightQuanti
     ``weight`` is the effective master weight, ``(out, in)``; ``quantized`` is what the quantizer made of it.
     """
     value, scale, shift = quantized
-    return _FakeQuantized.apply(value, weight, scale, shift, _options(quantizer))  # type: ignore[no-any-return,no-untyped-call]
+    options = _Options(quantizer.qtype, quantizer.dtype, quantizer.masked)
+    return _FakeQuantized.apply(value, weight, scale, shift, options)  # type: ignore[no-any-return,no-untyped-call]
 
 
 class _QuantizedLinear(torch.autograd.Function):
@@ -152,7 +149,7 @@ def quantized_linear(
         x = x.to(value.dtype)
     if bias is not None:
         bias = bias.to(value.dtype)
-    input_scale = None if activation is None else activation.scale
-    options = _options(quantizer, activation)
+    input_scale, input_qtype = (None, None) if activation is None else (activation.scale, activation.qtype)
+    options = _Options(quantizer.qtype, quantizer.dtype, quantizer.masked, input_qtype)
     y: Tensor = _QuantizedLinear.apply(x, weight, scale, shift, bias, value, input_scale, options)  # type: ignore[no-untyped-call]
     return y
