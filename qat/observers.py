@@ -9,7 +9,6 @@ a range ever stands for "unset".
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from typing import Annotated, Literal
 
 import torch
@@ -21,8 +20,8 @@ from qat.errors import CalibrationError
 __all__ = ["Absmax", "AbsmaxObserver", "Observer", "ObserverChoice", "Percentile", "PercentileObserver"]
 
 
-class Observer(nn.Module, ABC):
-    """Records the magnitudes of a stream of tensors; abstract."""
+class Observer(nn.Module):
+    """Records the largest magnitude of a stream of tensors; a subclass may record more."""
 
     initialized: Tensor
     largest: Tensor
@@ -43,7 +42,6 @@ class Observer(nn.Module, ABC):
         torch.maximum(self.largest, largest, out=self.largest)
         self.initialized.fill_(True)
 
-    @abstractmethod
     def magnitude(self) -> Tensor:
         """The magnitude that the largest code stands for: float32 scalar."""
         if not bool(self.initialized):
@@ -52,9 +50,9 @@ class Observer(nn.Module, ABC):
 
     def reduce(self) -> None:
         """Make the statistics those of all ranks of the default process group."""
-        _all_reduce(self.largest, torch.distributed.ReduceOp.MAX)
+        torch.distributed.all_reduce(self.largest, torch.distributed.ReduceOp.MAX)
         seen = self.initialized.to(torch.int32)
-        _all_reduce(seen, torch.distributed.ReduceOp.MAX)
+        torch.distributed.all_reduce(seen, torch.distributed.ReduceOp.MAX)
         self.initialized.copy_(seen.bool())
 
     def reset(self) -> None:
@@ -63,16 +61,8 @@ class Observer(nn.Module, ABC):
             buffer.zero_()
 
 
-def _all_reduce(tensor: Tensor, operation: torch.distributed.ReduceOp.RedOpType) -> None:
-    torch.distributed.all_reduce(tensor, op=operation)
-
-
 class AbsmaxObserver(Observer):
     """The largest magnitude ever seen."""
-
-    def magnitude(self) -> Tensor:
-        """The largest magnitude seen."""
-        return super().magnitude()
 
 
 class PercentileObserver(Observer):
@@ -124,9 +114,9 @@ class PercentileObserver(Observer):
     def reduce(self) -> None:
         """Sum of the ranks' histograms, at the widest rank's range."""
         exponent = self.exponent.clone() if bool(self.initialized) else self.exponent.new_tensor(-(2**30))
-        _all_reduce(exponent, torch.distributed.ReduceOp.MAX)
+        torch.distributed.all_reduce(exponent, torch.distributed.ReduceOp.MAX)
         self._grow(int(exponent))
-        _all_reduce(self.counts, torch.distributed.ReduceOp.SUM)
+        torch.distributed.all_reduce(self.counts, torch.distributed.ReduceOp.SUM)
         super().reduce()
 
 

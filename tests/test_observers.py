@@ -151,8 +151,3 @@ def test_a_configuration_names_its_kind() -> None:
 def test_a_percentile_lies_between_0_and_100(value: float) -> None:
     with pytest.raises(ValidationError, match="percentile"):
         Percentile(percentile=value)
-
-
-def test_an_observer_that_records_nothing_cannot_be_made() -> None:
-    with pytest.raises(TypeError, match="magnitude"):
-        Observer()  # type: ignore[abstract]
