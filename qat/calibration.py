@@ -23,8 +23,9 @@ from torch import nn
 from qat.errors import CalibrationError
 from qat.freezing import frozen_copy
 from qat.layers import QuantizedLayer, quantized_layers
-from qat.preparation import has_run, note_run, prepared_as
+from qat.preparation import prepared_as
 from qat.probing import kept_modes, run
+from qat.runs import note_runs, runs
 from qat.tensors import map_tensors
 
 __all__ = ["CalibrationReport", "calibrate"]
@@ -96,7 +97,7 @@ def _observe(
         quantizer.arrives_quantized = False
     count, kept = 0, []
     with ExitStack() as stack:
-        stack.callback(note_run, model, has_run(model))  # observing is no run as it will be served
+        stack.callback(note_runs, model, runs(model))  # observing is no run as it will be served
         for layer in layers.values():
             stack.callback(setattr, layer, "mode", layer.mode)
             layer.mode = layer.mode._replace(activations=False, observe=True)

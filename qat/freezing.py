@@ -22,8 +22,9 @@ from qat.hosts import Target, get_target, host_of
 from qat.hosts.construction import constructed_tensors, differs, unstored_tensors
 from qat.layers import QuantizedLayer, layer_class, quantized_layers
 from qat.optimizers import unchanged
-from qat.preparation import Prepared, forget_prepared, prepared_as, read_past
+from qat.preparation import Prepared, forget_prepared, prepared_as
 from qat.quantizers.activation import ActivationQuantizer
+from qat.runs import read_without_call
 from qat.tensors import stored_tensors
 
 __all__ = ["FreezeReport", "freeze", "frozen_copy"]
@@ -46,7 +47,9 @@ class FreezeReport:
         )
 
 
-def freeze(model: nn.Module, *, target: str | None = None, allow_unreached: bool = False) -> FreezeReport:
+def freeze(
+    model: nn.Module, *, target: str | None = None, allow_unreached: bool = False, allow_reads: bool = False
+) -> FreezeReport:
     """Replace every prepared layer by a frozen one of the target's format, in place, ready to run and to export.
 
     All other float parameters and persistent buffers get the dtype in which the target's loader holds them (never by
@@ -60,15 +63,21 @@ def freeze(model: nn.Module, *, target: str | None = None, allow_unreached: bool
         allow_unreached: freeze layers that never ran although the model did: training or evaluation may have gone
             around them, with the float weight. A model that never ran since it was prepared is frozen without question,
             and so are layers in compiled modules and those that a checkpoint was loaded into: nothing is known of them.
+        allow_reads: freeze layers whose weight the model also uses without calling them, as for a penalty on weights
+            that is no part of the outputs.
+
+    A layer with forward hooks is called once more, with a few random rows, to see whether its hooks change it.
 
     Raises:
-        StateError: the model was not prepared, layers never ran although the model did, or training left inf or NaN in
-            a layer. Nothing is changed then.
+        StateError: the model was not prepared, or layers changed since; layers never ran although the model did; the
+            model uses a layer's weight without calling the layer; hooks change what a layer computes; training left inf
+            or NaN in a layer, or numbers that float16 cannot hold. Nothing is changed then.
         TargetError: it was prepared for another target, and this one cannot serve it.
         CalibrationError: activations are quantized but were never calibrated. Nothing is changed then.
-        QatError: a quantizer's packed codes give other values than its forward did. That is a fault of its algorithm,
-            found layer by layer, since all packed tensors at once would be a second model; the layers before it are
-            frozen by then, so take the masters from a checkpoint.
+        QatError: a quantizer's packed codes give other values than its forward did, or a frozen layer computes another
+            function: a fault of an algorithm, a layer or a format of your own. It is found layer by layer, since all
+            packed tensors at once would be a second model; the layers before it are frozen by then, so take the masters
+            from a checkpoint.
 
     >>> from qat import QuantSpec, prepare
     >>> model = nn.Sequential(nn.Linear(256, 64), nn.ReLU(), nn.Linear(64, 16))
@@ -81,7 +90,7 @@ def freeze(model: nn.Module, *, target: str | None = None, allow_unreached: bool
     gone = [name for name in prepared_as(model).layers if name not in layers]
     if gone:
         logger.warning("%d prepared layers were replaced since, and stay float: %s", len(gone), listed(gone, 4))
-    unreached, read = unreached_layers(model), read_past(model)
+    unreached, read = unreached_layers(model), read_without_call(model)
     if unreached and not allow_unreached:
         raise StateError(
             f"model: {len(unreached)} prepared layers never ran with their quantized weight "
@@ -89,17 +98,19 @@ def freeze(model: nn.Module, *, target: str | None = None, allow_unreached: bool
             "(prepare finds them with example_inputs), run the model once as it will be served, or pass "
             "allow_unreached=True"
         )
-    if read is not None and not allow_unreached:
-        raise StateError(f"{read}, or pass allow_unreached=True where these reads do not change the outputs")
+    if read is not None and not allow_reads:
+        raise StateError(f"{read}, or pass allow_reads=True if the outputs do not depend on them")
+    for name, layer in layers.items():
+        require_finite(name, layer)
     hooked = [name for name, layer in layers.items() if layer._forward_hooks or layer._forward_pre_hooks]
     changing = [name for name in hooked if hooks_change(layers[name])]
     if changing:
         raise StateError(
-            f"model: hooks change what {len(changing)} prepared layers compute ({listed(changing, 4)}), and a frozen "
-            "layer has none: remove them, or move what they do into a module of its own"
+            f"model: hooks change what {len(changing)} prepared layers compute ({listed(changing, 4)}), and freezing "
+            "drops them: remove them, or move what they do into a module of its own"
         )
     if hooked:
-        logger.warning("%d layers have hooks, which a frozen layer has not: %s", len(hooked), listed(hooked, 4))
+        logger.warning("%d layers have hooks, which freezing drops: %s", len(hooked), listed(hooked, 4))
     for warning in unchanged(model, unreached):
         logger.warning("%s", warning)
     notes = [] if read is None else [read]
@@ -120,8 +131,14 @@ def _freeze(model: nn.Module, target: str | None, remarks: Sequence[str] = ()) -
     for name, layer in layers:
         if (fault := layer.object_fault(layer)) is not None:
             raise StateError(f"model: layer {name!r} has changed since it was prepared: {fault}")
-        require_finite(name, layer)
     require_range(model, layers, chosen.rules(model, prepared.spec.torch_dtype))
+    narrow = [name for name, layer in layers if _narrower(layer.weight_quantizer.dtype, layer)]
+    if narrow:
+        logger.warning(
+            "%d layers trained in a narrower dtype than they are served in, which rounded their values: %s",
+            len(narrow),
+            listed(narrow, 4),
+        )
     constructed = constructed_tensors(model, chosen, prepared.spec.torch_dtype)
     evidence: dict[str, LayerEvidence] = {}
     kinds: set[tuple[object, ...]] = set()
@@ -204,10 +221,15 @@ def _freeze_layer(
     kind = (type(layer), type(quantizer), types, bias is None, device.type, layer.weight.dtype)
     if kind not in kinds and device.type != "meta":
         kinds.add(kind)
-        if (fault := function_fault(layer, frozen, dtype)) is not None:
+        if (fault := function_fault(layer, frozen, trained)) is not None:
             raise QatError(f"freeze: layer {name!r}: {fault}")
     frozen.train(layer.training)
     return frozen, target.format.read(frozen).evidence(trained)
+
+
+def _narrower(serving: torch.dtype, layer: QuantizedLayer) -> bool:
+    master = layer.effective_weight(layer).dtype
+    return torch.promote_types(master, serving) is not master
 
 
 def _activation_scale(quantizer: ActivationQuantizer | None, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -231,4 +253,7 @@ def _cast_the_rest(model: nn.Module, quantized: set[str], target: Target, constr
             tensor.data = tensor.data.to(rules.tensor_dtype(name))
     for module, key, full, tensor in unstored_tensors(model):
         if full in constructed and differs(tensor, constructed[full]):
-            setattr(module, key, constructed[full].to(tensor.device))
+            fresh = constructed[full].to(tensor.device)
+            if not torch.allclose(fresh.to(tensor.dtype), tensor, rtol=0.02, atol=1e-3, equal_nan=True):  # no mere cast
+                logger.warning("%s is in no file: it is set to what the target's loader makes, not what it was", full)
+            setattr(module, key, fresh)

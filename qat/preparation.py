@@ -12,34 +12,29 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qat.errors import StateError, listed
+from qat.errors import StateError
 from qat.hosts import get_target, inner_models
 from qat.inspection import InspectReport, inspect
 from qat.layers import layer_class, quantized_layers
 from qat.observers import ObserverChoice, Percentile
 from qat.optimizers import watch
-from qat.probing import Probe, compiled_parts
 from qat.quantizers import Algorithm, StraightThrough, WeightQuantizer
 from qat.quantizers.activation import ActivationQuantizer
+from qat.runs import note_runs, observe_runs
 from qat.spec import QuantSpec
+from qat.tensors import matrices
 
 __all__ = [
     "PrepareReport",
     "Prepared",
     "forget_prepared",
-    "has_run",
-    "note_run",
     "parameter_groups",
     "prepare",
     "prepared_as",
-    "read_past",
 ]
 
 _ATTRIBUTE = "_qat_prepared"
 _HOOKS = "_qat_hooks"
-_PROBE = "_qat_probe"
-_RAN = "_qat_ran"
-_READ = "_qat_read_past"
 logger = logging.getLogger("qat")
 
 
@@ -93,7 +88,8 @@ def prepare(
         example_inputs: one batch, to find layers whose input the stock kernels cannot read; see `qat.inspect`.
 
     Raises:
-        SpecError, TargetError, StateError: see `qat.inspect`; nothing is changed then.
+        SpecError, TargetError, StateError: see `qat.inspect`, or the model is wrapped, as by ``torch.compile``; nothing
+            is changed then.
 
     >>> model = nn.Sequential(nn.Linear(256, 64), nn.ReLU(), nn.Linear(64, 10))
     >>> prepare(model, QuantSpec(weights="int4")).layers
@@ -102,6 +98,11 @@ def prepare(
     algorithm = algorithm or StraightThrough()
     if not isinstance(algorithm, Algorithm):
         raise StateError(f"algorithm: must be an Algorithm such as StraightThrough(), got {algorithm!r}")
+    if type(model).__name__ in ("OptimizedModule", "DataParallel", "DistributedDataParallel"):
+        raise StateError(
+            f"model: is a {type(model).__name__} around the model, whose names an export would get: pass the model "
+            "inside it (model._orig_mod, or model.module), and wrap it afterwards"
+        )
     report = inspect(model, spec, target=target, example_inputs=example_inputs)
     observer, format = observer or Percentile(), get_target(target).format
     untied, made = [], []
@@ -132,9 +133,7 @@ def prepare(
     complete = functools.partial(_complete_float_checkpoint, algorithm)
     loaded = (model, *(layer for _, layer in quantized_layers(model)))  # a part of a model may be loaded by itself
     hooks = [module.register_load_state_dict_pre_hook(complete) for module in loaded]  # type: ignore[no-untyped-call]
-    hooks.append(model.register_forward_pre_hook(_before_run))
-    hooks.append(model.register_forward_hook(_after_run, always_call=True))
-    setattr(model, _HOOKS, hooks)
+    setattr(model, _HOOKS, hooks + observe_runs(model))
     watch(model)
     return PrepareReport(report, layers, tuple(untied))
 
@@ -149,48 +148,6 @@ def prepared_as(model: nn.Module) -> Prepared:
     return prepared
 
 
-def note_run(model: nn.Module, ran: bool) -> None:
-    """Set what `has_run` says."""
-    setattr(model, _RAN, ran)
-
-
-def _before_run(model: nn.Module, _: Any) -> None:
-    if torch.compiler.is_compiling():  # compiled code under activation checkpointing may not set attributes
-        return
-    if not has_run(model) and not compiled_parts(model):
-        probe = Probe(dict(quantized_layers(model)))
-        setattr(model, _PROBE, probe)
-        probe.start(model)
-    note_run(model, True)
-    watch(model)  # a copy of a prepared model is not known yet
-
-
-def _after_run(model: nn.Module, *_: Any) -> None:
-    probe: Probe | None = vars(model).pop(_PROBE, None)
-    if probe is not None:
-        probe.stop()
-        setattr(model, _READ, probe.read)
-        if probe.read:
-            logger.warning("%s", read_past(model))
-
-
-def has_run(model: nn.Module) -> bool:
-    """Whether ``model`` itself was called, outside compiled code, since it was prepared."""
-    return getattr(model, _RAN, False)
-
-
-def read_past(model: nn.Module) -> str | None:
-    """Which prepared layers the first run of ``model`` went around, reading their float weight; None: none."""
-    read: Mapping[str, str] = getattr(model, _READ, {})
-    if not read:
-        return None
-    names = listed([f"{name} (by {reader})" for name, reader in read.items()], 4)
-    return (
-        f"model: {len(read)} weights of prepared layers were read without calling their layer, in float: {names}: "
-        "exclude those layers in the spec"
-    )
-
-
 def forget_prepared(model: nn.Module) -> None:
     """Mark ``model`` as no longer prepared (freezing has replaced its layers)."""
     delattr(model, _ATTRIBUTE)
@@ -200,15 +157,17 @@ def forget_prepared(model: nn.Module) -> None:
 
 def _untie(model: nn.Module, module: Any) -> bool:
     """Give a layer a weight of its own if it shares one, and tell the configs of the models around it."""
-    weight = module._parameters.get("weight")
-    holders = {id(m) for m in model.modules() for p in m._parameters.values() if p is weight}
-    if weight is None or len(holders) < 2:
-        return False
-    module.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
-    for _, inner, host in inner_models(model):
-        if holders <= {id(part) for part in inner.modules()}:
-            host.untie(inner)
-    return True
+    untied = False
+    for key, weight in matrices(module).items():
+        holders = {id(m) for m in model.modules() for p in m._parameters.values() if p is weight}
+        if len(holders) < 2:
+            continue
+        untied = True
+        setattr(module, key, nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad))
+        for _, inner, host in inner_models(model):
+            if holders <= {id(part) for part in inner.modules()}:
+                host.untie(inner)
+    return untied
 
 
 @torch.no_grad()
@@ -221,12 +180,12 @@ def _complete_float_checkpoint(
     (``strict=False``) keep what they have.
     """
     if hasattr(module, _ATTRIBUTE):
-        note_run(module, False)
+        note_runs(module, frozenset())
     fresh: dict[str, Tensor] = {}
     lacking, stateful = [], 0
     for name, layer in quantized_layers(module):
         name = f"{prefix}{name}." if name else prefix
-        if f"{name}weight" not in state:
+        if not all(f"{name}{key}" in state for key in matrices(layer)):
             continue
         layer.reached = False  # what ran before says nothing of these weights
         own = [key for key in layer.state_dict(prefix=name) if "_quantizer." in key[len(name) :]]
@@ -242,7 +201,7 @@ def _complete_float_checkpoint(
         if len(absent) == len(own):
             lacking.append(name)
             found = {key: state[f"{name}{key}"] for key in layer._parameters if f"{name}{key}" in state}
-            weight = layer.effective_weight(SimpleNamespace(**found))
+            weight = layer.effective_weight(SimpleNamespace(**{**vars(layer), **found}))
             fresh |= layer.fresh_state(name, weight, algorithm)
     if lacking and len(lacking) < stateful:
         raise StateError(

@@ -1,4 +1,4 @@
-"""What one run shows of a model: the layouts its linear layers read, and who reads a weight uncalled."""
+"""What one run shows of a model: the layouts its linear layers read, and the weights that are read without one."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.hooks import RemovableHandle
 
 from qat.errors import SpecError
 from qat.tensors import matrices
 
-__all__ = ["Probe", "compiled_parts", "kept_modes", "run"]
+__all__ = ["Probe", "Weights", "compiled_parts", "kept_modes", "run"]
 
 
 @contextmanager
@@ -37,10 +36,7 @@ def kept_modes(model: nn.Module) -> Iterator[None]:
 
 
 class Probe(TorchFunctionMode):
-    """What a run shows: the layouts in which linear layers are read, and weights that are read without a call.
-
-    ``layers`` are those to watch, by name, with their ``weights``.
-    """
+    """What one batch shows: the layouts in which linear layers are read, and weights that are read without a call."""
 
     def __init__(self, layers: Mapping[str, nn.Module]) -> None:
         super().__init__()
@@ -48,31 +44,8 @@ class Probe(TorchFunctionMode):
         self.read: dict[str, str] = {}
         """Layer to the class of the module that reads its weight."""
         self._layers = layers
-        self._names = {id(p): name for name, layer in layers.items() for p in matrices(layer).values()}
+        self._weights = Weights(layers)
         self._running: list[nn.Module] = []
-        self._handles: list[RemovableHandle] = []
-
-    def start(self, model: nn.Module) -> None:
-        """Begin to look, right before ``model`` runs or in a hook before its forward."""
-        self._running = [model]
-        for module in list(model.modules())[1:]:
-            self._handles += [
-                module.register_forward_pre_hook(lambda m, _: self._running.append(m)),
-                module.register_forward_hook(lambda *_: self._running.pop() and None, always_call=True),
-            ]
-        for name, layer in self._layers.items():
-            self._handles.append(
-                layer.register_forward_pre_hook(
-                    lambda _, args, layouts=self.inputs[name]: layouts.extend(map(_layout, args[:1]))
-                )
-            )
-        self.__enter__()  # type: ignore[no-untyped-call]
-
-    def stop(self) -> None:
-        """Look no longer, and leave no hook."""
-        self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
-        while self._handles:
-            self._handles.pop().remove()
 
     @torch.no_grad()
     def watch(self, model: nn.Module, batch: Any) -> Probe:
@@ -81,10 +54,17 @@ class Probe(TorchFunctionMode):
         Raises:
             SpecError: the model cannot run it.
         """
+        handles = [m.register_forward_pre_hook(lambda m, _: self._running.append(m)) for m in model.modules()]
+        handles += [m.register_forward_hook(lambda *_: self._running.pop() and None) for m in model.modules()]
+        for name, layer in self._layers.items():
+            handles.append(
+                layer.register_forward_pre_hook(
+                    lambda _, args, layouts=self.inputs[name]: layouts.extend(map(_layout, args[:1]))
+                )
+            )
         buffers = [(m, key, b, b.clone()) for m in model.modules() for key, b in m._buffers.items() if b is not None]
-        self.start(model)
         try:
-            with kept_modes(model), torch.random.fork_rng(devices=[]):
+            with kept_modes(model), torch.random.fork_rng(devices=[]), self:
                 run(model.eval(), batch)
                 with suppress(ValueError):  # batch norm: one row is enough for evaluation only
                     run(model.train(), batch)
@@ -95,31 +75,54 @@ class Probe(TorchFunctionMode):
                 "leave example_inputs out"
             ) from error
         finally:
-            self.stop()
+            for handle in handles:
+                handle.remove()
             for module, key, buffer, kept in buffers:
                 module._buffers[key] = buffer.copy_(kept)
         return self
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Note every function that makes a tensor from a weight outside the module that holds it."""
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
-        for value in tree_leaves((args, kwargs)):
-            name = self._names.get(id(value)) if isinstance(value, torch.Tensor) else None
-            if name is None or not any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(result)):
-                continue  # its dtype or shape is no reading
-            reader = self._running[-1]
-            if not any(value is parameter for parameter in reader._parameters.values()) and _reads(func, args, value):
+        result = func(*args, **(kwargs or {}))
+        reader = self._running[-1] if self._running else None
+        for name in self._weights.read_by(func, args, kwargs, result):
+            if reader is None or reader is not self._layers[name]:
                 self.read[name] = type(reader).__name__
         return result
 
 
-def _reads(func: Any, args: tuple[Any, ...], value: torch.Tensor) -> bool:
-    """Whether a function reads the numbers of ``value``, and not only its dtype, device or shape."""
-    name = getattr(func, "__name__", "")
-    if name in ("to", "type_as"):
-        return args[0] is value
-    return not (name.endswith("_like") or name.startswith("new_"))
+class Weights:
+    """The weights of layers, by identity, and which of them a torch function reads."""
+
+    def __init__(self, layers: Mapping[str, nn.Module]) -> None:
+        self._names = {id(p): name for name, layer in layers.items() for p in matrices(layer).values()}
+        self._aliases: list[torch.Tensor] = []  # kept, so that no other tensor gets their identity
+
+    def read_by(self, func: Any, args: Any, kwargs: Any, result: Any) -> Iterator[str]:
+        """The layers whose numbers a call reads; views, and asking for a dtype or a shape, read none."""
+        found = [leaf for leaf in tree_leaves((args, kwargs)) if id(leaf) in self._names]
+        if not found or not any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(result)):
+            return
+        function = getattr(func, "__name__", "")
+        if function == "clone" or (isinstance(result, torch.Tensor) and _shares(result, found[0])):
+            self._names[id(result)] = self._names[id(found[0])]
+            self._aliases.append(result)
+        elif not (
+            getattr(func, "namespace", None) == "qat"  # our operators, in a layer that was compiled with its caller
+            or function.startswith("new_")
+            or function.endswith("_like")
+            or function in ("new", "__deepcopy__")
+        ):
+            for value in found:
+                if function not in ("to", "type_as", "view_as", "expand_as", "reshape_as") or args[0] is value:
+                    yield self._names[id(value)]
+
+
+def _shares(one: torch.Tensor, other: torch.Tensor) -> bool:
+    try:
+        return bool(one.untyped_storage()._cdata == other.untyped_storage()._cdata)
+    except NotImplementedError:  # a subclass without storage
+        return False
 
 
 def _layout(x: torch.Tensor) -> torch.Tensor:

@@ -44,7 +44,7 @@ ORDER: tuple[frozenset[str], ...] = tuple(
         "files",
         "formats",
         "hosts",
-        "optimizers probing inspection preparation checks calibration freezing",
+        "optimizers probing runs inspection preparation checks calibration freezing",
         "exporting loading verification integrations",
         "training",
         "cli __main__",
@@ -63,7 +63,7 @@ PLAIN_RECIPE_PACKAGES: dict[str, frozenset[str]] = {
     | {"datasets", "numpy", "PIL", "sklearn"},
 }
 
-KERNEL_ROOMS = frozenset({"kernels", "quantizers", "layers"})
+KERNEL_PARTS = frozenset({"kernels", "quantizers", "layers"})
 MODEL_LIBRARIES = frozenset({"transformers", "diffusers"})
 # Where what belongs to one format, or to one library, may stand.
 QUANTO_FILES = ("qat/formats/quanto", "qat/integrations/")
@@ -260,7 +260,7 @@ def test_kernels_are_called_by_quantizers_and_layers_alone() -> None:
     violations = [
         found
         for found in internal_imports()
-        if part_of(found.target) == "kernels" and part_of(found.source) not in KERNEL_ROOMS
+        if part_of(found.target) == "kernels" and part_of(found.source) not in KERNEL_PARTS
     ]
     assert not violations, listing(violations)
 

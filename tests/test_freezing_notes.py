@@ -50,7 +50,7 @@ def test_a_layer_that_was_never_called_is_refused_by_name_and_recorded_when_it_i
     model = ReadsUncalled()
     qat.prepare(model, F32)
     model(torch.randn(2, 64))
-    assert "1 weights of prepared layers were read without calling their layer" in caplog.text
+    assert "the weights of 1 prepared layers are used without calling their layer" in caplog.text
     caplog.clear()
     frozen_copy(model)
     assert not caplog.text
@@ -64,10 +64,10 @@ def test_a_layer_that_was_never_called_is_refused_by_name_and_recorded_when_it_i
     assert isinstance(model.called, QLinear)
     assert model.training
     assert prepared_as(model).spec == F32
-    freeze(model, allow_unreached=True)
+    freeze(model, allow_unreached=True, allow_reads=True)
     assert frozen_record(model).notes == (
-        "model: 1 weights of prepared layers were read without calling their layer, in float: read (by "
-        "ReadsUncalled): exclude those layers in the spec",
+        "model: the weights of 1 prepared layers are used without calling their layer, in float (read): exclude those "
+        "layers in the spec",
         "1 layers were frozen although they never ran quantized: read",
     )
 
@@ -281,7 +281,7 @@ def test_hooks_that_freezing_drops_are_named(caplog: pytest.LogCaptureFixture) -
     model[1].register_forward_hook(lambda module, args, y: seen.append(y))
     model(torch.randn(2, 64))
     freeze(model)
-    assert "1 layers have hooks, which a frozen layer has not: 1" in caplog.text
+    assert "1 layers have hooks, which freezing drops: 1" in caplog.text
 
 
 @pytest.mark.parametrize("key", ["0.bias", "norm.weight"])
@@ -302,3 +302,26 @@ def test_prepared_layers_that_were_replaced_are_named(caplog: pytest.LogCaptureF
     model(torch.randn(2, 64))
     assert set(freeze(model).layers) == {"0"}
     assert "1 prepared layers were replaced since, and stay float: 1" in caplog.text
+
+
+def test_a_master_narrower_than_the_serving_dtype_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    for dtype, said in ((torch.bfloat16, True), (torch.float32, False)):
+        caplog.clear()
+        model = nn.Sequential(nn.Linear(64, 32)).to(dtype)
+        qat.prepare(model, F32)
+        freeze(model)
+        assert ("1 layers trained in a narrower dtype than they are served in" in caplog.text) is said
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.25])
+def test_a_table_that_no_file_holds_and_that_was_changed_is_told(
+    factor: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = tiny_model("llama")
+    rotary = model.get_submodule("model.rotary_emb")
+    rotary.inv_freq.mul_(factor)  # position interpolation
+    rotary.bfloat16()
+    qat.prepare(model, F32)
+    freeze(model)
+    told = "model.rotary_emb.inv_freq is in no file: it is set to what the target's loader makes, not what it was"
+    assert (told in caplog.text) is (factor != 1.0)

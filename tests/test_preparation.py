@@ -110,6 +110,13 @@ def test_a_refused_preparation_changes_nothing(spec: QuantSpec, target: str, err
         prepared_as(model)
 
 
+@pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile], ids=["parallel", "compiled"])
+def test_a_wrapped_model_is_refused(wrap: Any) -> None:
+    model = wrap(mlp())
+    with pytest.raises(StateError, match=r"model: is a \w+ around .* pass the model inside it .model._orig_mod"):
+        prepare(model, F32)
+
+
 def test_something_that_is_no_algorithm_is_refused() -> None:
     with pytest.raises(StateError, match=r"algorithm: must be an Algorithm such as StraightThrough\(\), got 'lsq'"):
         prepare(mlp(), F32, algorithm="lsq")  # type: ignore[arg-type]

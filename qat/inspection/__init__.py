@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from qat.errors import SpecError, StateError, TargetError
 from qat.formats import FORMATS, LayerTypes
@@ -37,6 +38,8 @@ class _Facts:
         self.names: dict[int, list[str]] = defaultdict(list)
         for name, module in model.named_modules(remove_duplicate=False):
             self.names[id(module)].append(name)
+        self.listed = {id(leaf): name for name, leaf in _in_plain_containers(model)}
+        """Modules that a module also holds in a list or a mapping of Python, and where."""
         self.holders = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
 
     def tied(self, name: str, module: nn.Module) -> list[nn.Parameter]:
@@ -77,8 +80,8 @@ def inspect(model: nn.Module, spec: QuantSpec, *, target: str = "quanto", exampl
             input the stock kernels cannot read, or whose weight is used without calling them; these stay float.
 
     Raises:
-        SpecError: it is no spec or no model, the model is wrapped (``torch.compile``), a pattern matches nothing,
-            nothing at all would be quantized, or the model cannot run ``example_inputs``.
+        SpecError: it is no spec or no model, a pattern matches nothing, nothing at all would be quantized, or the model
+            cannot run ``example_inputs``.
         TargetError: the target cannot express the spec, or cannot load such a model.
         StateError: the model is prepared or frozen already.
 
@@ -93,11 +96,6 @@ def inspect(model: nn.Module, spec: QuantSpec, *, target: str = "quanto", exampl
         )
     if not isinstance(model, nn.Module):
         raise SpecError(f"model: must be an nn.Module, got {type(model).__name__}: load the model first")
-    if type(model).__name__ in ("OptimizedModule", "DataParallel", "DistributedDataParallel"):
-        raise SpecError(
-            f"model: is a {type(model).__name__} around the model, whose names an export would get: pass the model "
-            "inside it (model._orig_mod, or model.module), and wrap it afterwards"
-        )
     chosen = get_target(target)
     faults = chosen.faults(model, spec)
     if faults:
@@ -177,6 +175,8 @@ def _impossible(facts: _Facts, name: str, module: nn.Module, cls: type[Quantized
         return f"{type(parent).__name__} reads the weight without calling the layer"
     if name in facts.probe.read:
         return f"{facts.probe.read[name]} reads the weight without calling the layer"
+    if id(module) in facts.listed:
+        return f"also held in {facts.listed[id(module)]}, a plain container, in which loaders replace nothing"
     if len(facts.names[id(module)]) > 1:
         return f"registered under several names {facts.names[id(module)]}: loaders replace only one of them"
     adapter = _adapter(facts.model, name)
@@ -187,6 +187,14 @@ def _impossible(facts: _Facts, name: str, module: nn.Module, cls: type[Quantized
     hazards += [facts.target.format.layer_hazard(types, (weight.shape[0], weight.shape[1]))]
     hazards += [facts.target.format.input_hazard(types, x) for x in facts.probe.inputs[name]]
     return next((hazard for hazard in hazards if hazard is not None), None)
+
+
+def _in_plain_containers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for name, module in model.named_modules():
+        for key, value in vars(module).items():
+            if isinstance(value, list | tuple | dict) and not key.startswith("_"):
+                leaves = (leaf for leaf in tree_leaves(value) if isinstance(leaf, nn.Module))
+                yield from ((f"{name}.{key}" if name else key, leaf) for leaf in leaves)
 
 
 def _adapter(model: nn.Module, name: str) -> str | None:

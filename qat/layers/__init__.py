@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from qat.layers.base import Mode, QuantizedLayer
+from qat.layers.base import Mode, QuantizedLayer, inside_layer
 from qat.layers.linear import QLinear
 
-__all__ = ["LAYERS", "Mode", "QLinear", "QuantizedLayer", "layer_class", "quantized_layers"]
+__all__ = ["LAYERS", "Mode", "QLinear", "QuantizedLayer", "inside_layer", "layer_class", "quantized_layers"]
 
 LAYERS: dict[type[nn.Module], type[QuantizedLayer]] = {nn.Linear: QLinear}
 

@@ -6,6 +6,7 @@ docs/architecture.md, "How a layer works".
 
 from __future__ import annotations
 
+import threading
 from abc import abstractmethod
 from collections.abc import Iterator
 from typing import Any, ClassVar, NamedTuple, Self
@@ -18,9 +19,21 @@ from qat.layers.functional import autocast_dtype
 from qat.quantizers.activation import ActivationQuantizer, fake_quantize_output
 from qat.quantizers.base import Algorithm, Quantized, WeightQuantizer
 
-__all__ = ["Mode", "QuantizedLayer"]
+__all__ = ["Mode", "QuantizedLayer", "inside_layer"]
 
 _MASTER_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class _Thread(threading.local):
+    inside = False
+
+
+_thread = _Thread()
+
+
+def inside_layer() -> bool:
+    """Whether this thread is in the forward of a prepared layer, outside compiled code."""
+    return _thread.inside
 
 
 class Mode(NamedTuple):
@@ -132,11 +145,20 @@ class QuantizedLayer(nn.Module):
             StateError: a quantizer is on another device than the weight.
             CalibrationError: activations are quantized and have no scale yet.
         """
+        if torch.compiler.is_compiling():  # under checkpointing, compiled code may set nothing
+            return self._run(input)
+        if self.mode.weights:
+            self.reached = True
+        outer, _thread.inside = _thread.inside, True
+        try:
+            return self._run(input)
+        finally:
+            _thread.inside = outer
+
+    def _run(self, input: Tensor) -> Tensor:
         mode, weight = self.mode, self.effective_weight(self)
         if mode.weights or mode.observe:
             self._require_quantizers_on(weight.device)
-        if mode.weights and not torch.compiler.is_compiling():  # under checkpointing, compiled code may set nothing
-            self.reached = True
         if mode.observe and self.input_quantizer is not None:
             self.input_quantizer.observe(input)
         dtype = autocast_dtype(input) or weight.dtype  # in which a matrix product runs

@@ -20,7 +20,7 @@ from qat.optimizers import learned_ranges
 __all__ = ["refuse_float_optimizer", "refuse_masters"]
 
 _REASON = (
-    "the checkpoint holds other quantizers than the module: call qat.prepare(self.model, spec, algorithm) in its "
+    "the checkpoint holds other quantizers than the module: call qat.prepare(self.model, spec, algorithm=...) in its "
     "__init__, as the run that saved it, or pass ckpt_path to a Trainer with that run's QuantizationAwareTraining"
 )
 

@@ -31,7 +31,7 @@ class QuantizationSchedule(BaseModel):
     observe_until: int | None = Field(default=None, ge=0)
     """Activation observers stop at this step; none: they go on to the end."""
     calibration_batches: int = Field(default=16, ge=0)
-    """Batches for the calibration before the first step and before freezing; only with activations."""
+    """Batches for the calibration before the first step; recipes use as many before freezing. Only with activations."""
 
     @model_validator(mode="after")
     def _window_is_ordered(self) -> Self:
