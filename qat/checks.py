@@ -68,7 +68,7 @@ def _example(layer: QuantizedLayer, dtype: torch.dtype) -> Tensor:
     weight = layer.effective_weight(layer)
     x = torch.randn(_ROWS, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight.device, dtype)
     quantizer = layer.input_quantizer
-    if quantizer is None or not quantizer.initialized:
+    if quantizer is None or not quantizer.initialized or not quantizer.enabled:
         return x
     return fake_quantize_output(x, quantizer)
 

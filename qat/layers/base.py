@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from qat.errors import StateError
 from qat.layers.functional import autocast_dtype
+from qat.numerics import QType
 from qat.quantizers.activation import ActivationQuantizer, fake_quantize_output
 from qat.quantizers.base import Algorithm, Quantized, WeightQuantizer
 
@@ -138,15 +139,25 @@ class QuantizedLayer(nn.Module):
         if mode.weights and not torch.compiler.is_compiling():  # under checkpointing, compiled code may set nothing
             self.reached = True
         if mode.observe and self.input_quantizer is not None:
-            self.input_quantizer.observe(input)
+            self._observe(self.input_quantizer, input, weight)
         dtype = autocast_dtype(input) or weight.dtype  # in which a matrix product runs
         y = self.compute(input, self.weight_quantizer.quantize(weight, dtype) if mode.weights else None)
         if self.output_quantizer is not None:
             if mode.observe:
-                self.output_quantizer.observe(y)
-            if mode.weights and mode.activations:
+                self._observe(self.output_quantizer, y, None)
+            if mode.weights and mode.activations and self.output_quantizer.enabled:
                 y = fake_quantize_output(y, self.output_quantizer)
         return y
+
+    def _observe(self, quantizer: ActivationQuantizer, x: Tensor, weight: Tensor | None) -> None:
+        """Record an input or an output; the input of a ``weight`` may count by its columns, in 1/256 of their mean."""
+        importance = None
+        if weight is not None and quantizer.rule.weighted:
+            columns = weight.detach().float().square().sum(0)
+            importance = (columns / columns.mean().clamp(min=1e-30) * 256).round_().long()
+        quantizer.observer.update(x, importance)
+        if self.mode.activations and x.numel():  # which are quantized in this same forward
+            quantizer.refresh()
 
     def _require_quantizers_on(self, device: torch.device) -> None:
         # Meta tensors compute without numbers and without an error. Dictionaries, since looking up an attribute of a
@@ -162,9 +173,15 @@ class QuantizedLayer(nn.Module):
     def active_input_quantizer(self) -> ActivationQuantizer | None:
         """The quantizer that the input goes through now; None where the input comes quantized from its producer."""
         quantizer = self.input_quantizer
-        if quantizer is None or not self.mode.activations or quantizer.arrives_quantized:
+        if quantizer is None or not self.mode.activations or quantizer.arrives_quantized or not quantizer.enabled:
             return None
         return quantizer
+
+    @property
+    def activation_qtype(self) -> QType | None:
+        """The type of its activations when it is served, or None."""
+        quantizer = self.input_quantizer
+        return None if quantizer is None or not quantizer.enabled else quantizer.qtype
 
     def fresh_state(self, prefix: str, weight: Tensor, algorithm: Algorithm) -> dict[str, Tensor]:
         """What a checkpoint would hold of quantizers newly made for an effective weight, on its device.
