@@ -11,12 +11,13 @@ from __future__ import annotations
 import json as jsonlib
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 import yaml
-from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo, StructTypeInfo
 
 from qat.errors import VerifyError
 from qat.report import quiet_libraries, run_command
@@ -31,19 +32,18 @@ __all__ = ["main", "mapping_rule"]
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command with ``argv``, by default the process's own arguments, and exit."""
-    run_command(lambda: _run((sys.argv[1:] if argv is None else argv) or ["--help"]))
-
-
-def _run(arguments: Sequence[str]) -> None:
     registry = ConstructorRegistry()
     registry.primitive_rule(mapping_rule)
-    tyro.extras.subcommand_cli_from_dict(
-        {"inspect": _inspect, "verify": _verify},
-        prog="qat",
-        description="Quantization-aware training: inspect and verify.",
-        args=arguments,
-        config=(tyro.conf.PositionalMetavarFromFieldName,),
-        registry=registry,
+    registry.struct_rule(_spec_rule)
+    run_command(
+        lambda: tyro.extras.subcommand_cli_from_dict(
+            {"inspect": _inspect, "verify": _verify},
+            prog="qat",
+            description="Quantization-aware training: inspect and verify.",
+            args=(sys.argv[1:] if argv is None else argv) or ["--help"],
+            config=(tyro.conf.PositionalMetavarFromFieldName,),
+            registry=registry,
+        )
     )
 
 
@@ -62,11 +62,12 @@ def _inspect(
         target: Who will load the export.
         json: Print JSON instead of a table.
     """
+    made = QuantSpec(**dict(spec))  # which is a mapping, by `_spec_rule`
     from qat.hosts import directories
     from qat.inspection import inspect
 
     quiet_libraries()
-    _show(inspect(directories.build_on_meta(model_dir), spec, target=target), json)
+    _show(inspect(directories.build_on_meta(model_dir), made, target=target), json)
 
 
 def _verify(directory: Path, /, json: bool = False) -> None:
@@ -91,6 +92,14 @@ def _verify(directory: Path, /, json: bool = False) -> None:
 
 def _show(report: InspectReport | VerifyReport, as_json: bool) -> None:
     print(jsonlib.dumps(report.to_json(), indent=1) if as_json else report)
+
+
+def _spec_rule(info: StructTypeInfo) -> Any:
+    """Let tyro parse a spec into a mapping: before an error of the spec's own it would print a name of its own."""
+    if info.type is not QuantSpec or _spec_rule in info.markers:
+        return None
+    own: Any = ConstructorRegistry.get_struct_spec(replace(info, markers=(*info.markers, _spec_rule)))
+    return replace(own, instantiate=dict)
 
 
 def mapping_rule(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[dict[str, Any]] | None:

@@ -7,11 +7,9 @@ layer. Why optimum-quanto's own ``freeze`` is not used: docs/decisions/0002-pack
 from __future__ import annotations
 
 import copy
-import functools
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +19,6 @@ from qat.errors import QatError, StateError, TargetError, listed
 from qat.files.evidence import FrozenRecord, LayerEvidence, record_frozen
 from qat.formats import FrozenLayer, LayerTypes
 from qat.hosts import Target, get_target, host_of
-from qat.hosts.base import last_parts
 from qat.hosts.construction import constructed_tensors, differs, unstored_tensors
 from qat.layers import QuantizedLayer, layer_class, quantized_layers
 from qat.optimizers import unchanged
@@ -29,7 +26,7 @@ from qat.preparation import Prepared, forget_prepared, prepared_as, read_past
 from qat.quantizers.activation import ActivationQuantizer
 from qat.tensors import stored_tensors
 
-__all__ = ["FreezeReport", "freeze", "frozen_copy", "refuse_saving"]
+__all__ = ["FreezeReport", "freeze", "frozen_copy"]
 
 logger = logging.getLogger("qat")
 
@@ -127,7 +124,7 @@ def _freeze(model: nn.Module, target: str | None, remarks: Sequence[str] = ()) -
     require_range(model, layers, chosen.rules(model, prepared.spec.torch_dtype))
     constructed = constructed_tensors(model, chosen, prepared.spec.torch_dtype)
     evidence: dict[str, LayerEvidence] = {}
-    kinds: set[Any] = set()
+    kinds: set[tuple[object, ...]] = set()
     for name, layer in layers:
         frozen, evidence[name] = _freeze_layer(name, layer, chosen, prepared, kinds)
         _replace(model, layer, frozen)
@@ -140,7 +137,6 @@ def _freeze(model: nn.Module, target: str | None, remarks: Sequence[str] = ()) -
     record = FrozenRecord(prepared.spec, chosen.name, prepared.algorithm.kind, evidence, notes, prepared.left_float)
     record_frozen(model, record)
     host_of(model).set_dtype(model, prepared.spec.torch_dtype)
-    refuse_saving(model)
     return FreezeReport(chosen.name, prepared.spec.dtype, evidence)
 
 
@@ -158,8 +154,9 @@ def _check_other_target(
         faults.append(f"{len(refused)} quantized layers would have to stay float, such as {', '.join(refused[:2])}")
     names = {name for name, _ in quantized}
     layers = {name for name, module in model.named_modules(remove_duplicate=False) if layer_class(module) is not None}
-    shared = last_parts(names) & last_parts(layers - names)
-    if target.host.leaf_names_only and shared:
+    key = target.host.layer_key
+    shared = {key(name) for name in names} & {key(name) for name in layers - names}
+    if shared:
         faults.append(
             f"target {target.name!r} tells layers apart by the last part of their name only, but some called "
             f"{sorted(shared)[:4]} are quantized and others not"
@@ -180,7 +177,7 @@ def frozen_copy(model: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def _freeze_layer(
-    name: str, layer: QuantizedLayer, target: Target, prepared: Prepared, kinds: set[Any]
+    name: str, layer: QuantizedLayer, target: Target, prepared: Prepared, kinds: set[tuple[object, ...]]
 ) -> tuple[nn.Module, LayerEvidence]:
     """The frozen layer and its evidence; ``kinds`` are those whose function was compared already."""
     quantizer = layer.weight_quantizer
@@ -198,9 +195,7 @@ def _freeze_layer(
         _activation_scale(layer.output_quantizer, dtype, device),
     )
     out_features, in_features = weight.shape
-    frozen = target.format.build(
-        types, (out_features, in_features), target.format.pack(final), plain_on_cpu=target.host.plain_on_cpu
-    )
+    frozen = target.build(types, (out_features, in_features), target.format.pack(final))
     if not torch.equal(target.format.values(frozen), trained):
         raise QatError(
             f"freeze: layer {name!r} dequantizes to other values than its fake-quantized forward used; this is a fault "
@@ -237,17 +232,3 @@ def _cast_the_rest(model: nn.Module, quantized: set[str], target: Target, constr
     for module, key, full, tensor in unstored_tensors(model):
         if full in constructed and differs(tensor, constructed[full]):
             setattr(module, key, constructed[full].to(tensor.device))
-
-
-def refuse_saving(model: nn.Module) -> None:
-    """Let ``save_pretrained`` raise: it would write packed keys without the configuration that loads them."""
-    for module in model.modules():
-        if hasattr(type(module), "save_pretrained"):
-            object.__setattr__(module, "save_pretrained", functools.partial(_saving_refused, type(module).__name__))
-
-
-def _saving_refused(name: str, *_: Any, **__: Any) -> NoReturn:
-    raise StateError(
-        f"save_pretrained: this {name} is frozen, and what it would write loads with random weights: "
-        "write it by qat.export(model, directory)"
-    )

@@ -20,14 +20,14 @@ import torch
 from torch import Tensor, nn
 
 from qat.errors import LoadError, load_error
-from qat.files.evidence import FrozenRecord, LayerEvidence, record_frozen
+from qat.files.directory import as_path
+from qat.files.evidence import record_frozen
 from qat.files.manifest import Manifest, file_record, read_manifest
-from qat.files.shards import ALIGNMENT, DTYPE_NAMES, read_headers
-from qat.freezing import refuse_saving
+from qat.files.shards import DTYPE_NAMES, header_faults, read_headers
 from qat.hosts import get_target
 from qat.hosts.stock import library_and_class, load_pretrained
 from qat.layers import layer_class
-from qat.tensors import inner_tensors, stored_tensors
+from qat.tensors import stored_tensors
 
 __all__ = ["check_files", "check_headers", "fill", "load", "skeleton"]
 
@@ -65,9 +65,8 @@ def load(
     ...     torch.equal(loaded(inputs), model(inputs))
     True
     """
-    path = Path(directory)
+    path = as_path(directory, LoadError)
     manifest = read_manifest(path)
-    target = get_target(manifest.target)
     if model is not None and manifest.float_grid:
         raise LoadError(
             f"model: {str(path)!r} holds float weights (float_grid=True), which only the stock loader quantizes again, "
@@ -79,18 +78,14 @@ def load(
     faults = check_headers(path, manifest)
     if faults:
         raise load_error(f"the weight files in {str(path)!r} do not hold what the manifest declares", faults)
-    record = manifest.frozen
-    reloaded = load_pretrained(path, manifest, target) if model is None else None
+    reloaded = load_pretrained(path, manifest) if model is None else None
     if reloaded is not None:
-        loaded = reloaded.model
-        _leave_meta(loaded)
-        loaded = loaded.to(device) if torch.device(device).type != "cpu" else loaded
+        loaded = reloaded.model if torch.device(device).type == "cpu" else reloaded.model.to(device)
     else:
         loaded = model if model is not None else skeleton(path, manifest)
-        fill(loaded, path, manifest, record, torch.device(device))
-        refuse_saving(loaded)
+        fill(loaded, path, manifest, torch.device(device))
     loaded.requires_grad_(False)
-    record_frozen(loaded, record)
+    record_frozen(loaded, manifest.frozen, may_save=reloaded is not None)
     return loaded.eval()
 
 
@@ -117,34 +112,18 @@ def check_headers(directory: Path, manifest: Manifest) -> list[str]:
     present = {path.name for path in directory.glob(f"{manifest.weights_stem}*.safetensors")}
     names = {tensor.file for tensor in manifest.tensors.values()} | present
     headers = read_headers(directory / name for name in sorted(names))
-    faults = [f"{name} is missing" for name in manifest.tensors if name not in headers]
-    faults += [f"{name} is unexpected" for name in headers if name not in manifest.tensors]
-    for name, kept in manifest.tensors.items():
-        if name not in headers:
-            continue
-        file, entry, _ = headers[name]
-        if file != kept.file:
-            faults.append(f"{name} lies in {file} instead of {kept.file}")
-        if (DTYPE_NAMES[entry.dtype], entry.shape) != (kept.dtype, kept.shape):
-            faults.append(
-                f"{name} is {DTYPE_NAMES[entry.dtype]} {list(entry.shape)} instead of {kept.dtype} {list(kept.shape)}"
-            )
     if manifest.float_grid:
-        return faults
+        return header_faults(headers, manifest.tensors, ())
     record, format = manifest.frozen, get_target(manifest.target).format
+    codes: set[str] = set()
+    faults: list[str] = []
     for name, layer in record.layers.items():
         prefix = f"{name}."
-        found = {key.removeprefix(prefix): header for key, header in headers.items() if key.startswith(prefix)}
+        found = {key.removeprefix(prefix): header.entry for key, header in headers.items() if key.startswith(prefix)}
         types = replace(format.recorded(record, name), dtype=getattr(torch, manifest.dtype))
-        bias = "bias" in found
-        entries = {key: header.entry for key, header in found.items()}
-        faults += format.faults(name, types, layer.shape, bias, layer.group_size, entries)
-        faults += [
-            f"{prefix}{key} starts at byte {found[key].start}, which is not a multiple of {ALIGNMENT}"
-            for key, slot in format.slots(types, layer.shape, bias).items()
-            if slot.is_code and key in found and found[key].start % ALIGNMENT
-        ]
-    return faults
+        faults += format.faults(name, types, layer.shape, "bias" in found, layer.group_size, found)
+        codes |= {prefix + key for key, slot in format.slots(types, layer.shape, bias=False).items() if slot.is_code}
+    return header_faults(headers, manifest.tensors, codes) + faults
 
 
 def skeleton(directory: Path, manifest: Manifest) -> nn.Module:
@@ -153,44 +132,41 @@ def skeleton(directory: Path, manifest: Manifest) -> nn.Module:
     Raises:
         LoadError: there is no ``config.json``, or it does not build the class, or not what is in the files.
     """
-    if not (directory / "config.json").is_file():
-        raise LoadError(
-            f"{str(directory)!r} has no config.json to build the model from: pass the float model as model="
-        )
-    library, cls = library_and_class(manifest)
+    library, cls = library_and_class(directory, manifest)
     try:
         # Buffers are real: those that no file holds, such as rotary tables, are only computed here.
-        config = library.read_config(cls, directory, manifest)
-        built = library.build(cls, config, getattr(torch, manifest.dtype), empty=True)
+        built = library.build_from(cls, directory, manifest, empty=True)
     except LoadError:
         raise
     except Exception as error:  # a configuration can be wrong in as many ways as there are models
         raise LoadError(f"config.json in {str(directory)!r} does not build a {cls.__name__}: {error}") from error
-    library.read_generation_config(built, directory)
+    rules = get_target(manifest.target).rules(built, getattr(torch, manifest.dtype))
     wrong = [
-        f"{name} is {manifest.tensors[name].dtype} in the files and {tensor.dtype} in the model"
+        f"{name} is {manifest.tensors[name].dtype} in the files, but the model holds it in {rules.tensor_dtype(name)}"
         for name, tensor in built.named_parameters()
         if name in manifest.tensors
-        and manifest.tensors[name].dtype != DTYPE_NAMES[tensor.dtype]
-        and not library.attribute_tensors  # whose classes may build a parameter in float32, and hold it as loaded
+        and tensor.is_floating_point()
+        and manifest.tensors[name].dtype != DTYPE_NAMES[rules.tensor_dtype(name)]
     ]
     if wrong:
         raise load_error(f"config.json in {str(directory)!r} does not fit the files", wrong)
     return built
 
 
-def fill(model: nn.Module, directory: Path, manifest: Manifest, record: FrozenRecord, device: torch.device) -> None:
+def fill(model: nn.Module, directory: Path, manifest: Manifest, device: torch.device) -> None:
     """Put frozen layers and all stored tensors into a float model, in place.
 
     Raises:
         LoadError: the files do not fit the model. Nothing is changed then.
     """
-    target = get_target(manifest.target)
+    target, record = get_target(manifest.target), manifest.frozen
     modules = dict(model.named_modules(remove_duplicate=False))
     places = {name: module for name, module in modules.items() if name in record.layers}
-    faults = _place_faults(places, manifest, record)
+    faults = _place_faults(places, manifest)
     own = {name: tensor for name, tensor in stored_tensors(model) if name.rpartition(".")[0] not in record.layers}
-    plain = {name: tensor for name, tensor in manifest.tensors.items() if not _in_layers(name, record.layers)}
+    below = {name: [key for key in manifest.tensors if key.startswith(f"{name}.")] for name in record.layers}
+    packed = {key for keys in below.values() for key in keys}
+    plain = {name: tensor for name, tensor in manifest.tensors.items() if name not in packed}
     faults += [f"the files have {name}, which the model has not" for name in plain if name not in own]
     held = plain.keys() | manifest.tied.keys()
     faults += [f"the model has {name}, which the files have not" for name in own if name not in held]
@@ -201,10 +177,8 @@ def fill(model: nn.Module, directory: Path, manifest: Manifest, record: FrozenRe
         raise load_error(f"the files in {str(directory)!r} do not fit the model", faults)
     read = _reader(directory, manifest)
     for name, layer in record.layers.items():
-        below = [key for key in manifest.tensors if key.startswith(f"{name}.")]
-        tensors = {key.removeprefix(f"{name}."): read(key).to(device) for key in below}
-        types, plain_on_cpu = target.format.recorded(record, name), target.host.plain_on_cpu
-        new = target.format.build(types, layer.shape, tensors, plain_on_cpu=plain_on_cpu)
+        tensors = {key.removeprefix(f"{name}."): read(key).to(device) for key in below[name]}
+        new = target.build(target.format.recorded(record, name), layer.shape, tensors)
         for alias in [alias for alias, module in modules.items() if module is places[name]]:
             model.set_submodule(alias, new)
     loaded: dict[str, Any] = {}
@@ -224,30 +198,15 @@ def fill(model: nn.Module, directory: Path, manifest: Manifest, record: FrozenRe
         raise load_error("the load is incomplete", [f"{name} is still on the meta device" for name in without_data])
 
 
-def _leave_meta(model: nn.Module) -> None:
-    """Give weights that stock diffusers wrapped on the meta device a wrapper on the device where their data is.
-
-    A pipeline asks the first parameter for the model's device.
-    """
-    for module in model.modules():
-        weight = module._parameters.get("weight")
-        if weight is not None and weight.is_meta and not any(part.is_meta for part in inner_tensors(weight)):
-            module._parameters["weight"] = nn.Parameter(weight.detach(), requires_grad=False)
-
-
-def _in_layers(name: str, layers: Mapping[str, LayerEvidence]) -> bool:
-    return any(name[:i] in layers for i, character in enumerate(name) if character == ".")
-
-
-def _place_faults(places: Mapping[str, nn.Module], manifest: Manifest, record: FrozenRecord) -> list[str]:
-    faults = [f"the files have layer {name}, which the model has not" for name in record.layers if name not in places]
+def _place_faults(places: Mapping[str, nn.Module], manifest: Manifest) -> list[str]:
+    layers = manifest.frozen.layers
+    faults = [f"the files have layer {name}, which the model has not" for name in layers if name not in places]
     for name, module in places.items():
         cls = layer_class(module)
+        shape = layers[name].shape
         if cls is None:
             faults.append(f"layer {name} is a {type(module).__name__} in the model, which is no layer to quantize")
-            continue
-        found, shape = tuple(cls.effective_weight(module).shape), record.layers[name].shape
-        if found != shape:
+        elif (found := tuple(cls.effective_weight(module).shape)) != shape:
             faults.append(f"layer {name} is {found} in the model, {shape} in the files")
         elif (getattr(module, "bias", None) is None) != (f"{name}.bias" not in manifest.tensors):
             has, lacks = ("files", "model") if module.bias is None else ("model", "files")

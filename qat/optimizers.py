@@ -22,6 +22,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 from qat.errors import TrainingError
 from qat.layers import quantized_layers
+from qat.tensors import matrices
 
 __all__ = ["learned_ranges", "refuse_decay", "unchanged", "watch"]
 
@@ -67,9 +68,8 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 
 def learned_ranges(model: nn.Module) -> dict[int, str]:
     """The parameters that quantizers below ``model`` learn: ``id`` to full name."""
-    learned = (p for _, layer in quantized_layers(model) for p in layer.quantizer_parameters() if p.requires_grad)
-    ids = {id(p) for p in learned}
-    return {id(p): name for name, p in model.named_parameters() if id(p) in ids}
+    own = {id(p) for _, layer in quantized_layers(model) for p in layer.quantizer_parameters()}
+    return {id(p): name for name, p in model.named_parameters() if id(p) in own and p.requires_grad}
 
 
 def refuse_decay(model: nn.Module, groups: Iterable[Mapping[str, Any]]) -> None:
@@ -89,21 +89,19 @@ def unchanged(model: nn.Module, leave_out: Collection[str] = ()) -> list[str]:
 
     Layers in ``leave_out`` are said elsewhere.
     """
-    first, weights, ranges = _first.get(model, {}), [], []
+    first = _first.get(model, {})
+    faults: dict[str, list[str]] = {"weights": [], "learned ranges": []}
     trained = _trained(model).items()
     same = {id(p) for name, p in trained if name in first and torch.equal(first[name], _fingerprint(p))}
     for name, layer in quantized_layers(model):
-        learned = {id(p) for p in layer.quantizer_parameters() if p.requires_grad}
-        if name in leave_out:
-            continue
-        if id(layer.weight) in same:
-            weights.append(name)
-        if learned and learned <= same:
-            ranges.append(name)
+        parts = {"weights": matrices(layer).values(), "learned ranges": layer.quantizer_parameters()}
+        for what, parameters in parts.items():
+            own = {id(p) for p in parameters if p.requires_grad}
+            if own and own <= same and name not in leave_out:
+                faults[what].append(name)
     reason = f"no optimizer held them, no gradient reached them, or steps were too small for their dtype: {REMEDY}"
-    faults = {"weights of": weights, "learned ranges of": ranges}
     return [
-        f"training never changed the {what} {len(names)} layers: {reason}: {', '.join(names)}"
+        f"training never changed the {what} of {len(names)} layers: {reason}: {', '.join(names)}"
         for what, names in faults.items()
         if names
     ]
@@ -111,7 +109,8 @@ def unchanged(model: nn.Module, leave_out: Collection[str] = ()) -> list[str]:
 
 def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
     """Masters and learned ranges that are to be trained, by full name."""
-    own = {id(p) for _, layer in quantized_layers(model) for p in (layer.weight, *layer.quantizer_parameters())}
+    masters = {id(p) for _, layer in quantized_layers(model) for p in matrices(layer).values()}
+    own = masters | learned_ranges(model).keys()
     return {n: p for n, p in model.named_parameters() if id(p) in own and p.requires_grad and not p.is_meta}
 
 

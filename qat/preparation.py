@@ -158,9 +158,7 @@ def _before_run(model: nn.Module, _: Any) -> None:
     if torch.compiler.is_compiling():  # compiled code under activation checkpointing may not set attributes
         return
     if not has_run(model) and not compiled_parts(model):
-        layers = dict(quantized_layers(model))
-        weights = {f"{n}.{k}": p for n, m in layers.items() for k, p in m._parameters.items() if p is not None}
-        probe = Probe(layers, {name: p for name, p in weights.items() if not name.endswith(".bias")})
+        probe = Probe(dict(quantized_layers(model)))
         setattr(model, _PROBE, probe)
         probe.start(model)
     note_run(model, True)

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from qat.errors import SpecError
+from qat.tensors import matrices
 
 __all__ = ["Probe", "compiled_parts", "kept_modes", "run"]
 
@@ -41,13 +42,13 @@ class Probe(TorchFunctionMode):
     ``layers`` are those to watch, by name, with their ``weights``.
     """
 
-    def __init__(self, layers: Mapping[str, nn.Module], weights: Mapping[str, torch.Tensor]) -> None:
+    def __init__(self, layers: Mapping[str, nn.Module]) -> None:
         super().__init__()
         self.inputs: dict[str, list[torch.Tensor]] = {name: [] for name in layers}
         self.read: dict[str, str] = {}
         """Layer to the class of the module that reads its weight."""
         self._layers = layers
-        self._names = {id(weight): name for name, weight in weights.items()}
+        self._names = {id(p): name for name, layer in layers.items() for p in matrices(layer).values()}
         self._running: list[nn.Module] = []
         self._handles: list[RemovableHandle] = []
 

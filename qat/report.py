@@ -35,12 +35,9 @@ def run_command(main: Callable[[], object]) -> NoReturn:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes when it ends
         sys.exit(128 + signal.SIGPIPE)
-    except VerifyError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
     except QatError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(1 if isinstance(error, VerifyError) else 2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

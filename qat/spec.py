@@ -9,14 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator, model_validator
 
 from qat.errors import SpecError
 
 if TYPE_CHECKING:
     import torch
+    from pydantic_core import ErrorDetails
 
 __all__ = ["ActivationType", "LayerSpec", "QuantSpec", "Resolution", "ServingDtype", "WeightType"]
 
@@ -25,53 +26,39 @@ ActivationType = Literal["int8", "float8"]
 ServingDtype = Literal["float32", "bfloat16", "float16"]
 
 
-class _RaisesSpecError(type(BaseModel)):  # type: ignore[misc]
-    """Makes ``QuantSpec(...)`` raise `SpecError`.
-
-    A metaclass, because pydantic validates a spec within a configuration without calling the class, and must then
-    see its own error, to collect it with the others.
-    """
-
-    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-        try:
-            return super().__call__(*args, **kwargs)
-        except ValidationError as error:
-            faults = _faults(error, list(cls.model_fields))
-            raise SpecError("\n".join(f"{cls.__name__}: {fault}" for fault in faults)) from None
-
-
-def _faults(error: ValidationError, fields: list[str]) -> list[str]:
-    """Each fault once: field, rule, value, remedy."""
-    faults: dict[str, None] = {}
-    for fault in error.errors(include_url=False):
-        location, value, kind = fault["loc"], fault["input"], fault["type"]
-        rule = fault["msg"].removeprefix("Value error, ").replace("Input should be", "must be", 1)
-        if location[:1] == ("overrides",) and len(location) > 2:  # pydantic reports every member of the union
-            if "LayerSpec" in str(location[2]) and (len(location) > 3 or kind == "value_error"):
-                location = (*location[:2], *location[3:])
-            elif isinstance(value, Mapping):
-                continue
-            else:
-                allowed = ", ".join(map(repr, (*get_args(WeightType), "float")))
-                location, rule, kind = location[:2], f"must be {allowed} or a LayerSpec", "literal_error"
-        path = ".".join(map(str, location))
-        if kind == "extra_forbidden":
-            known = fields if len(location) == 1 else list(LayerSpec.model_fields)
-            close = get_close_matches(str(location[-1]), known, n=1)
-            fault_text = f"{path}: unknown field; " + (f"did you mean {close[0]!r}?" if close else f"known: {known}")
-        elif kind == "value_error":
-            fault_text = f"{path}: {rule}" if path else rule
-        else:
-            remedy = "choose one of these" if kind == "literal_error" else "give a value of that type"
-            fault_text = f"{path}: {rule}, got {value!r}: {remedy}"
-        faults[fault_text] = None
-    return list(faults)
-
-
-class LayerSpec(BaseModel, metaclass=_RaisesSpecError):
-    """The types of one layer, for `QuantSpec.overrides`."""
+class _Spec(BaseModel):
+    """Frozen, and made of named arguments; a wrong one raises `SpecError`, with all faults in pydantic's words."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def __init__(self, *unnamed: Any, **values: Any) -> None:
+        name, fields = type(self).__name__, type(self).model_fields
+        if unnamed:
+            raise SpecError(f"{name}: got {unnamed[0]!r} without a name: write {name}(weights={unnamed[0]!r})")
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            faults = error.errors(include_url=False)
+            raise SpecError("\n".join(f"{name}: {_told(fault, fields)}" for fault in faults)) from None
+
+    # With this pydantic validates a spec within a configuration without the call, and collects all faults there.
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
+
+
+def _told(fault: ErrorDetails, fields: Iterable[str]) -> str:
+    """The argument, the rule, the value and what to give instead, which most rules name."""
+    location, rule = fault["loc"], fault["msg"].removeprefix("Value error, ")
+    if len(location) > 2:  # the third says which form the override has
+        location, fields = location[:2] + location[3:], LayerSpec.model_fields
+    argument = ".".join(map(str, location))
+    if fault["type"] == "value_error":  # a rule of ours names the value itself
+        return f"{argument}: {rule}" if argument else rule
+    remedy = f": choose from {', '.join(fields)}" if fault["type"] == "extra_forbidden" else ""
+    return f"{argument}: {rule}, got {fault['input']!r}{remedy}"
+
+
+class LayerSpec(_Spec):
+    """The types of one layer, for `QuantSpec.overrides`."""
 
     weights: Literal[WeightType, "float"]
     """The weight's type, or ``"float"`` to leave the layer as it is."""
@@ -94,7 +81,14 @@ class Resolution(NamedTuple):
     """True when an include pattern or an override named the module, which also overrules defaults of ours."""
 
 
-class QuantSpec(BaseModel, metaclass=_RaisesSpecError):
+# Told apart by their form, so that a wrong override has the faults of one of them.
+_Override = Annotated[
+    Annotated[Literal[WeightType, "float"], Tag("name")] | Annotated[LayerSpec, Tag("LayerSpec")],
+    Discriminator(lambda value: "name" if isinstance(value, str) else "LayerSpec"),
+]
+
+
+class QuantSpec(_Spec):
     """What is quantized, to which types, and in which dtype it will be served.
 
     >>> spec = QuantSpec(weights="int4", exclude=("lm_head",), overrides={"*.down_proj": "int8"})
@@ -103,8 +97,6 @@ class QuantSpec(BaseModel, metaclass=_RaisesSpecError):
     >>> spec.resolve("lm_head").layer is None
     True
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     weights: WeightType = "int8"
     """The type of every quantized weight that no override names."""
@@ -116,7 +108,7 @@ class QuantSpec(BaseModel, metaclass=_RaisesSpecError):
     """Patterns of module names; when any is given, only modules that match one are quantized."""
     exclude: tuple[str, ...] = ()
     """Patterns of module names that stay float."""
-    overrides: dict[str, WeightType | Literal["float"] | LayerSpec] = Field(default_factory=dict)
+    overrides: dict[str, _Override] = Field(default_factory=dict)
     """Pattern to type (or `LayerSpec`); beats exclude and include, the last match wins."""
     quantize_outputs: bool = True
     """Quantize the outputs of layers that have an activation type, as stock loaders do; off: target transformers."""
@@ -154,13 +146,11 @@ class QuantSpec(BaseModel, metaclass=_RaisesSpecError):
         """Resolve the patterns for the module called ``name``."""
         default = LayerSpec(weights=self.weights, activations=self.activations)
         for pattern, value in reversed(self.overrides.items()):
-            if not fnmatchcase(name, pattern):
-                continue
-            weights = value.weights if isinstance(value, LayerSpec) else value
-            if weights == "float":
-                return Resolution(None, f"override {pattern!r}: float", True)
-            layer = value if isinstance(value, LayerSpec) else default.model_copy(update={"weights": weights})
-            return Resolution(layer, f"override {pattern!r}", True)
+            if fnmatchcase(name, pattern):
+                layer = value if isinstance(value, LayerSpec) else default.model_copy(update={"weights": value})
+                if layer.weights == "float":
+                    return Resolution(None, f"override {pattern!r}: float", True)
+                return Resolution(layer, f"override {pattern!r}", True)
         for pattern in self.exclude:
             if fnmatchcase(name, pattern):
                 return Resolution(None, f"excluded by {pattern!r}", True)

@@ -18,6 +18,7 @@ __all__ = [
     "digest",
     "inner_tensors",
     "map_tensors",
+    "matrices",
     "model_device",
     "own_tensors",
     "raw_bytes",
@@ -69,6 +70,15 @@ def own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for name, buffer in module._buffers.items():
         if buffer is not None and name not in module._non_persistent_buffers_set:
             yield name, buffer
+
+
+def matrices(module: nn.Module) -> dict[str, nn.Parameter]:
+    """A module's own parameters of two and more dimensions, by name: what the weight of a layer is made of.
+
+    >>> list(matrices(nn.Linear(3, 2)))
+    ['weight']
+    """
+    return {name: p for name, p in module.named_parameters(recurse=False) if p.ndim >= 2}
 
 
 def stored_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

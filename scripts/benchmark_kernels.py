@@ -55,7 +55,7 @@ def microseconds(run: Callable[[Tensor], object], weights: Iterator[Tensor], rep
 
 def arms(qtype: QType, dtype: torch.dtype, weight: Tensor) -> dict[str, tuple[Callable[[Tensor], object], int]]:
     """What is timed, and how many bytes each must move at least."""
-    _, scale, shift = kernels.quantize_own_range(weight, qtype, torch.bfloat16, dtype)
+    _, scale, shift = kernels.quantize_own_range(weight, qtype.key, torch.bfloat16, dtype)
     grad = torch.randn_like(weight)
     size, groups = weight.numel() * weight.element_size(), 4 * scale.numel() * (1 if shift is None else 2)
     columns = weight.shape[1]
@@ -67,7 +67,7 @@ def arms(qtype: QType, dtype: torch.dtype, weight: Tensor) -> dict[str, tuple[Ca
         "copy": (lambda w: w.clone(), 2 * size),
         "range, plain": (own_range, size + groups),
         "fake quantize": (
-            lambda w: kernels.fake_quantize_weight(w, scale, shift, qtype, torch.bfloat16, dtype),
+            lambda w: kernels.fake_quantize_weight(w, scale, shift, qtype.key, torch.bfloat16, dtype),
             2 * size + groups,
         ),
         "fake quantize, plain": (
@@ -75,10 +75,10 @@ def arms(qtype: QType, dtype: torch.dtype, weight: Tensor) -> dict[str, tuple[Ca
             2 * size + groups,
         ),
         "range and fake quantize": (
-            lambda w: kernels.quantize_own_range(w, qtype, torch.bfloat16, dtype),
+            lambda w: kernels.quantize_own_range(w, qtype.key, torch.bfloat16, dtype),
             2 * size + groups,
         ),
-        "scale gradients": (lambda w: kernels.scale_gradients(w, scale, shift, qtype, grad), 3 * size + 2 * groups),
+        "scale gradients": (lambda w: kernels.scale_gradients(w, scale, shift, qtype.key, grad), 3 * size + 2 * groups),
         "scale gradients, plain": (lambda w: qtype.scale_gradients(w, scale, shift, grad), 3 * size + 2 * groups),
     }
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import qat.files.shards as layout
-from qat.errors import ExportError
+from qat.errors import ExportError, LoadError
 from qat.exporting import ExportReport, export
 from qat.files.manifest import MANIFEST_NAME
+from qat.loading import load
 from tests.exports import (
     frozen_layers,
     frozen_llama,
@@ -78,14 +80,42 @@ class TestAllOrNothing:
         assert not list(tmp_path.iterdir())
 
     def test_overwrite_replaces_the_whole_directory(self, tmp_path: Path) -> None:
-        export(frozen_layers((16, 32)), tmp_path / "out")
-        (tmp_path / "out" / "stale.bin").write_text("old")
+        export(frozen_layers((16, 32)), tmp_path / "out", config={"seed": 1})
+        (tmp_path / "out" / "my grid.png").write_text("a picture")
+        with (tmp_path / "out" / "README.md").open("a") as card:
+            card.write("![images](my%20grid.png)")
         report: ExportReport = export(frozen_llama(weights="int8"), tmp_path / "out", overwrite=True)
         assert {path.name for path in (tmp_path / "out").iterdir()} == set(report.files)
         assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
+    @pytest.mark.parametrize("name", ["notes.txt", "folder/notes.txt", "model.safetensors.old"])
+    def test_files_of_the_user_are_never_removed(self, name: str, tmp_path: Path) -> None:
+        export(frozen_layers((16, 32)), tmp_path / "out")
+        path = tmp_path / "out" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("mine")
+        before = sorted((tmp_path / "out").rglob("*"))
+        with pytest.raises(
+            ExportError, match=rf"files that its export did not write \({name}\).*: move them elsewhere"
+        ):
+            export(frozen_layers((16, 32)), tmp_path / "out", overwrite=True)
+        assert sorted((tmp_path / "out").rglob("*")) == before
+
+    def test_an_export_without_a_readable_manifest_is_not_replaced(self, tmp_path: Path) -> None:
+        (tmp_path / MANIFEST_NAME).write_text("{}")
+        with pytest.raises(ExportError, match="no manifest says which files are an export's: choose another one"):
+            export(frozen_layers((16, 32)), tmp_path, overwrite=True)
+        assert [path.name for path in tmp_path.iterdir()] == [MANIFEST_NAME]
+
+    @pytest.mark.parametrize("directory", [None, 3, ["out"]])
+    def test_what_is_no_path_is_refused_by_name(self, directory: Any) -> None:
+        model = frozen_layers((16, 32))
+        for call, error in ((lambda: export(model, directory), ExportError), (lambda: load(directory), LoadError)):
+            with pytest.raises(error, match=r"directory: must be a path, a text or a Path, got .*: name the directory"):
+                call()
+
     def test_what_is_no_export_is_never_replaced(self, tmp_path: Path) -> None:
         (tmp_path / "notes.txt").write_text("mine")
-        with pytest.raises(ExportError, match=r"holds no qat_manifest.json, so it is no export, and is not replaced"):
+        with pytest.raises(ExportError, match=r"is not replaced, since no manifest says .*has no qat_manifest.json"):
             export(frozen_layers((16, 32)), tmp_path, overwrite=True)
         assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]

@@ -144,7 +144,7 @@ def test_a_format_that_says_little_has_no_hazard_no_map_and_no_loader(tmp_path: 
     types = plain.types("int8", None, torch.float32)
     record: Any = FrozenRecord(QuantSpec(), "quanto", "straight_through", {}, ())
     assert plain.layer_hazard(types, (4, 4)) is plain.input_hazard(types, torch.ones(1, 4)) is None
-    assert plain.warnings([(types, (4, 4), True)]) == plain.card_sections([]) == plain.card_loading() == []
+    assert plain.notices([(types, (4, 4), True)]) == plain.card_loading() == []
     plain.write_map(record, tmp_path)
     assert not list(tmp_path.iterdir())
     assert plain.map_faults(record, tmp_path) == []

@@ -66,7 +66,7 @@ def test_a_layer_that_was_never_called_is_refused_by_name_and_recorded_when_it_i
     assert prepared_as(model).spec == F32
     freeze(model, allow_unreached=True)
     assert frozen_record(model).notes == (
-        "model: 1 weights of prepared layers were read without calling their layer, in float: read.weight (by "
+        "model: 1 weights of prepared layers were read without calling their layer, in float: read (by "
         "ReadsUncalled): exclude those layers in the spec",
         "1 layers were frozen although they never ran quantized: read",
     )

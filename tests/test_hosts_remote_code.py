@@ -25,7 +25,7 @@ LOADERS = {"from_pretrained", "from_config", "_from_config"}
 WITHOUT_THE_ARGUMENT = {
     (
         "qat/hosts/transformers.py",
-        "read_generation_config",
+        "build_from",
         "GenerationConfig.from_pretrained",
     ): "numbers and names, no class",
     (

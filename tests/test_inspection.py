@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -283,6 +284,20 @@ def test_a_spec_that_does_not_fit_is_refused(
 def test_a_model_without_linear_layers_is_refused() -> None:
     with pytest.raises(SpecError, match=r"the model has no nn.Linear"):
         inspect(nn.Sequential(nn.Conv2d(1, 1, 1)), QuantSpec())
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (None, "model: must be an nn.Module, got NoneType: load the model first"),
+        (nn.DataParallel(nn.Linear(2, 2)), r"model: is a DataParallel around the model.*pass the model inside"),
+        (torch.compile(nn.Sequential(nn.Linear(2, 2))), r"model: is a OptimizedModule around .* \(model._orig_mod"),
+    ],
+    ids=["none", "parallel", "compiled"],
+)
+def test_what_is_no_bare_model_is_refused(model: Any, message: str) -> None:
+    with pytest.raises(SpecError, match=message):
+        inspect(model, QuantSpec())
 
 
 def test_a_prepared_or_frozen_model_is_refused() -> None:

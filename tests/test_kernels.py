@@ -23,7 +23,7 @@ SHAPES = [(1, 8), (3, 5), (7, 200), (64, 320), (1030, 256), (700, 192), (3, BLOC
 
 def own_range(weight: Tensor, qtype: QType, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     """Serving scale and shift of a weight's own range."""
-    return kernels.quantize_own_range(weight, qtype, dtype, dtype)[1:]
+    return kernels.quantize_own_range(weight, qtype.key, dtype, dtype)[1:]
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
@@ -34,7 +34,7 @@ def test_weights_are_those_of_the_specification(qtype: QType, dtype: torch.dtype
         scale, shift = own_range(weight, qtype, dtype)
         scale = scale * (1.0 if seed % 2 else 0.5)
         for out_dtype in {dtype, torch.float32}:
-            ours = kernels.fake_quantize_weight(weight, scale, shift, qtype, dtype, out_dtype)
+            ours = kernels.fake_quantize_weight(weight, scale, shift, qtype.key, dtype, out_dtype)
             assert same_bits(ours, qtype.fake_quantize(weight, scale, shift, dtype, out_dtype)), shape
 
 
@@ -50,7 +50,7 @@ def test_a_narrow_wide_or_strided_master_gives_the_same_bits(qtype: QType, maste
         scale, shift = own_range(weight, qtype, dtype)
         expected = qtype.fake_quantize(weight, scale, shift, dtype, master)
         for tensor in (weight, strided):
-            assert same_bits(kernels.fake_quantize_weight(tensor, scale, shift, qtype, dtype, master), expected)
+            assert same_bits(kernels.fake_quantize_weight(tensor, scale, shift, qtype.key, dtype, master), expected)
 
 
 def test_every_float8_number_and_every_midpoint_rounds_as_torch_does() -> None:
@@ -62,7 +62,7 @@ def test_every_float8_number_and_every_midpoint_rounds_as_torch_does() -> None:
         0
     )
     ones = torch.ones(1, 1)
-    ours = kernels.fake_quantize_weight(values, ones, None, QTYPES["float8"], torch.float32, torch.float32)
+    ours = kernels.fake_quantize_weight(values, ones, None, QTYPES["float8"].key, torch.float32, torch.float32)
     assert same_bits(ours, values.clamp(-448, 448).to(torch.float8_e4m3fn).float())
 
 
@@ -77,8 +77,8 @@ def test_ranges_are_those_of_the_specification(qtype: QType, dtype: torch.dtype)
         assert (shift is not None) is (wanted is not None) is qtype.has_shift
         assert shift is None or wanted is None or same_bits(shift, wanted)
         assert torch.equal(scale.to(dtype).float(), scale)
-        both = kernels.quantize_own_range(weight, qtype, dtype, torch.float32)
-        alone = kernels.fake_quantize_weight(weight, scale, shift, qtype, dtype, torch.float32), scale, shift
+        both = kernels.quantize_own_range(weight, qtype.key, dtype, torch.float32)
+        alone = kernels.fake_quantize_weight(weight, scale, shift, qtype.key, dtype, torch.float32), scale, shift
         assert all(ours is wanted or same_bits(ours, wanted) for ours, wanted in zip(both, alone, strict=True))
 
 
@@ -89,7 +89,7 @@ def test_gradients_of_scales_are_those_of_the_specification(qtype: QType) -> Non
         grad = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
         scale, shift = own_range(weight, qtype, torch.bfloat16)
         scale = scale * (1.0 if seed % 2 else 0.5)
-        found = kernels.scale_gradients(weight, scale, shift, qtype, grad)
+        found = kernels.scale_gradients(weight, scale, shift, qtype.key, grad)
         wanted = qtype.scale_gradients(weight, scale, shift, grad)
         assert torch.equal(found[2], wanted[2]), shape
         # Each is a sum in some order of a group's terms: float32's unit, times the terms' size, times their number.
@@ -103,7 +103,7 @@ def test_gradients_of_scales_of_a_narrow_or_wide_master(master: torch.dtype) -> 
     weight, grad = awkward_weight(130, 256).to(master), torch.randn(130, 256).to(master)
     int4 = QTYPES["int4"]
     scale, shift = own_range(weight, int4, torch.bfloat16)
-    found = kernels.scale_gradients(weight, scale, shift, int4, grad)
+    found = kernels.scale_gradients(weight, scale, shift, int4.key, grad)
     wanted = int4.scale_gradients(weight, scale, shift, grad)
     torch.testing.assert_close(found[:2], wanted[:2], rtol=1e-5, atol=1e-4)
     assert found[2].dtype is master
@@ -119,18 +119,15 @@ def test_activations_are_quantized_as_quanto_does(qtype: QType, dtype: torch.dty
         # Every other scale is too small for the largest magnitudes, so that codes saturate.
         scale = (x.abs().amax() / qtype.steps * (1.0 if seed % 2 else 0.6)).float().to(dtype)
         theirs = quantize_activation(x, qtype=quanto_type, scale=scale).dequantize()
-        ours = kernels.fake_quantize_activation(x, scale.float(), qtype, dtype)
+        ours = kernels.fake_quantize_activation(x, scale.float(), qtype.key, dtype)
         assert torch.equal(ours, theirs), seed
 
 
 def test_activations_keep_the_dtype_in_which_they_came() -> None:
-    x = torch.randn(4, 8)
-    ours = kernels.fake_quantize_activation(x, torch.tensor(0.03125), QTYPES["int8"], torch.bfloat16)
+    x, options = torch.randn(4, 8), (torch.tensor(0.03125), QTYPES["int8"].key, torch.bfloat16)
+    ours = kernels.fake_quantize_activation(x, *options)
     assert ours.dtype is torch.float32
-    assert torch.equal(
-        ours,
-        kernels.fake_quantize_activation(x.bfloat16(), torch.tensor(0.03125), QTYPES["int8"], torch.bfloat16).float(),
-    )
+    assert torch.equal(ours, kernels.fake_quantize_activation(x.bfloat16(), *options).float())
 
 
 @pytest.mark.parametrize("qtype", QTYPES.values(), ids=QTYPES)
@@ -140,7 +137,7 @@ def test_operators_leave_their_inputs_alone_and_record_nothing(qtype: QType) -> 
     scale, shift = own_range(weight.detach(), qtype, torch.bfloat16)
     copies = scale.clone(), None if shift is None else shift.clone()
     with torch.no_grad():
-        value = kernels.fake_quantize_weight(weight, scale, shift, qtype, torch.bfloat16, torch.float32)
+        value = kernels.fake_quantize_weight(weight, scale, shift, qtype.key, torch.bfloat16, torch.float32)
     assert not value.requires_grad
     assert same_bits(weight.detach(), before)
     assert same_bits(scale, copies[0])
@@ -150,16 +147,21 @@ def test_operators_leave_their_inputs_alone_and_record_nothing(qtype: QType) -> 
 def operator_arguments() -> dict[str, tuple[object, ...]]:
     weight, scale = awkward_weight(6, 256), torch.full((6, 1), 0.01)
     groups = torch.full((12, 1), 0.01)
+    strided = weight.t().contiguous().t()
     return {
-        "fake_quantize_weight": (weight, scale, None, "quanto.int8", torch.bfloat16, torch.float32, None),
-        "fake_quantize_weight affine": (weight, groups, groups, "quanto.int4", torch.bfloat16, torch.bfloat16, weight),
+        "fake_quantize_weight": (weight, scale, None, "quanto.int8", torch.bfloat16, torch.float32),
+        "fake_quantize_weight affine": (weight, groups, groups, "quanto.int4", torch.bfloat16, torch.bfloat16),
+        "fake_quantize_weight strided": (strided, scale, None, "quanto.float8", torch.bfloat16, torch.bfloat16),
         "quantize_own_range": (weight, "quanto.float8", torch.float16, torch.float32),
         "quantize_own_range affine": (weight, "quanto.int4", torch.bfloat16, torch.bfloat16),
+        "quantize_own_range strided": (strided, "quanto.int8", torch.float32, torch.float32),
         "moved_scale_shift": (None, scale, None, scale, "quanto.int8", torch.bfloat16, 256),
         "moved_scale_shift affine": (-groups, groups, groups, groups, "quanto.int4", torch.bfloat16, 256),
         "scale_gradients": (weight, scale, None, "quanto.int8", weight),
         "scale_gradients affine": (weight, groups, groups, "quanto.int4", weight),
+        "scale_gradients strided": (strided, scale, None, "quanto.int8", strided),
         "fake_quantize_activation": (weight, torch.tensor(0.01), "quanto.int8", torch.bfloat16),
+        "fake_quantize_activation strided": (strided, torch.tensor(0.01), "quanto.float8", torch.bfloat16),
         "round_to": (weight, torch.bfloat16),
     }
 
@@ -167,12 +169,15 @@ def operator_arguments() -> dict[str, tuple[object, ...]]:
 @pytest.mark.parametrize("case", operator_arguments())
 def test_operators_are_what_a_compiler_is_told(case: str) -> None:
     operator = getattr(torch.ops.qat, case.partition(" ")[0])
-    torch.library.opcheck(operator, operator_arguments()[case])
+    arguments = operator_arguments()[case]
+    torch.library.opcheck(operator, arguments)
+    if case.startswith("fake_quantize_weight"):
+        torch.library.opcheck(operator, arguments, {"after": torch.ones(3)})
 
 
 def test_the_tensor_that_must_exist_first_is_not_read() -> None:
     weight, scale = awkward_weight(4, 64), torch.full((4, 1), 0.01)
-    arguments = (weight, scale, None, QTYPES["int8"], torch.float32, torch.float32)
+    arguments = (weight, scale, None, QTYPES["int8"].key, torch.float32, torch.float32)
     after = torch.full((3,), float("nan"))
     assert same_bits(kernels.fake_quantize_weight(*arguments), kernels.fake_quantize_weight(*arguments, after=after))
 

@@ -28,7 +28,7 @@ def test_equals_numerics_on_the_same_device_and_on_the_cpu(qtype, dtype, master)
         _, scale, shift = StraightThrough().make(weight, qtype, dtype).quantize(weight, dtype)
         on_gpu = [None if t is None else t.cuda() for t in (weight, scale, shift)]
         expected = qtype.fake_quantize(weight, scale, shift, dtype, dtype)
-        found = kernels.fake_quantize_weight(*on_gpu, qtype, dtype, dtype)
+        found = kernels.fake_quantize_weight(*on_gpu, qtype.key, dtype, dtype)
         assert torch.equal(found.cpu(), expected)
         assert torch.equal(qtype.fake_quantize(*on_gpu, dtype, dtype), found)
 
@@ -41,8 +41,8 @@ def test_ranges_are_the_same_on_both_devices(qtype, dtype, master):
     for shape in SHAPES:
         weight = (torch.randn(shape, generator=generator) * 0.05).to(master)
         weight[0] = 0
-        expected = kernels.quantize_own_range(weight, qtype, dtype, master)
-        found = kernels.quantize_own_range(weight.cuda(), qtype, dtype, master)
+        expected = kernels.quantize_own_range(weight, qtype.key, dtype, master)
+        found = kernels.quantize_own_range(weight.cuda(), qtype.key, dtype, master)
         plain = qtype.serve(*qtype.scale_shift(*qtype.weight_range(weight.cuda())), dtype, shape[1])
         for pair in (zip(found, expected, strict=True), zip(plain, expected[1:], strict=True)):
             for ours, wanted in pair:
@@ -56,10 +56,10 @@ def test_gradients_of_scales_are_those_of_the_specification(qtype, master):
     for shape in SHAPES:
         weight = (torch.randn(shape, generator=generator) * 0.05).to(master)
         grad = torch.randn(shape, generator=generator).to(master)
-        _, scale, shift = kernels.quantize_own_range(weight, qtype, torch.bfloat16, torch.bfloat16)
+        _, scale, shift = kernels.quantize_own_range(weight, qtype.key, torch.bfloat16, torch.bfloat16)
         scale = scale * 0.6
         on_gpu = [None if t is None else t.cuda() for t in (weight, scale, shift)]
-        found = kernels.scale_gradients(*on_gpu, qtype, grad.cuda())
+        found = kernels.scale_gradients(*on_gpu, qtype.key, grad.cuda())
         wanted = qtype.scale_gradients(weight, scale, shift, grad)
         assert torch.equal(found[2].cpu(), wanted[2]), shape
         assert found[2].dtype is master
@@ -73,11 +73,11 @@ def test_gradients_of_scales_are_those_of_the_specification(qtype, master):
 @pytest.mark.parametrize("qtype", QTYPES.values(), ids=QTYPES)
 def test_not_a_number_is_not_hidden(qtype):
     weight = torch.randn(4, 256, device="cuda")
-    _, scale, shift = kernels.quantize_own_range(weight, qtype, torch.bfloat16, torch.bfloat16)
+    _, scale, shift = kernels.quantize_own_range(weight, qtype.key, torch.bfloat16, torch.bfloat16)
     weight[1, 7] = float("nan")
-    value = kernels.fake_quantize_weight(weight, scale, shift, qtype, torch.bfloat16, torch.float32)
+    value = kernels.fake_quantize_weight(weight, scale, shift, qtype.key, torch.bfloat16, torch.float32)
     assert value.isnan().nonzero().tolist() == [[1, 7]]
-    assert kernels.quantize_own_range(weight, qtype, torch.bfloat16, torch.float32)[1].isnan().sum() == 1
+    assert kernels.quantize_own_range(weight, qtype.key, torch.bfloat16, torch.float32)[1].isnan().sum() == 1
 
 
 @pytest.mark.parametrize("qtype", [QTYPES[name] for name in ["int8", "int4"]], ids=lambda qtype: qtype.name)

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 import qat.loading
-from qat.errors import LoadError
+from qat.errors import LoadError, StateError
 from qat.exporting import export
 from qat.files.evidence import frozen_record
 from qat.files.manifest import MANIFEST_NAME, file_record
@@ -141,6 +141,16 @@ def test_the_record_comes_along(exported: Path, tmp_path: Path) -> None:
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == (exported / "model.safetensors").read_bytes()
 
 
+def test_a_model_saves_again_only_if_its_librarys_own_loader_made_it(tmp_path: Path) -> None:
+    for target in ("transformers", "quanto"):
+        export(frozen(small_llama(), target, weights="int8"), tmp_path / target)
+    stock, ours = (load(tmp_path / target) for target in ("transformers", "quanto"))
+    stock.save_pretrained(tmp_path / "again")  # type: ignore[operator]
+    assert "quantization_config" in json.loads((tmp_path / "again" / "config.json").read_text())
+    with pytest.raises(StateError, match="save_pretrained: this LlamaForCausalLM is frozen"):
+        ours.save_pretrained(tmp_path / "random")  # type: ignore[operator]
+
+
 def test_attention_and_generation_are_configured_as_exported(tmp_path: Path) -> None:
     model = small_llama(attn_implementation="eager")
     model.generation_config.max_new_tokens = 7
@@ -233,6 +243,13 @@ class TestErrors:
         (exported / MANIFEST_NAME).write_text(json.dumps(manifest))
         with pytest.raises(LoadError, match="served in float32 need F32"):
             load(exported)
+
+    def test_a_tensor_in_another_dtype_than_the_loader_holds_it_in(self, tmp_path: Path) -> None:
+        model = frozen(small_llama(), weights="int8", dtype="bfloat16")
+        model.get_submodule("model.norm").float()
+        export(model, tmp_path / "out")
+        with pytest.raises(LoadError, match=r"norm\.weight is F32 in the files, but the model holds it in torch"):
+            load(tmp_path / "out")
 
     def test_a_directory_without_config_needs_the_model(self, tmp_path: Path) -> None:
         export(frozen(plain(), weights="int8"), tmp_path / "out")

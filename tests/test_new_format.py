@@ -18,9 +18,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import qat
-from qat.formats import Format, FrozenLayer, LayerTypes, Slot
+from qat.files.evidence import FrozenRecord
+from qat.formats import Format, FrozenLayer, InLibrary, LayerTypes, Slot
 from qat.hosts import MODULE, TARGETS, Target
 from qat.numerics import Affine, FrozenWeight, QType, round_to
+from tests.helpers import tiny_model
 
 GROUP = 32
 
@@ -192,6 +194,26 @@ def test_every_verb(tmp_path: Path, algorithm: Any, dtype: str) -> None:
     loaded = qat.load(tmp_path / "out", model=architecture)
     assert torch.equal(loaded(inputs), model(inputs))
     assert torch.equal(loaded[0].frozen_weight().dequantize(), trained)  # type: ignore[index]
+
+
+class InTransformers(ZeroFormat):
+    libraries: ClassVar[Mapping[str, InLibrary]] = {"transformers": InLibrary("ZeroConfig", "bits")}
+
+    def quantization_config(self, library: str, record: FrozenRecord, floats: list[str]) -> dict[str, Any]:
+        return {"quant_method": "zero", "ignore": floats}
+
+
+def test_what_a_model_library_reads_of_weights_comes_from_the_format(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(TARGETS, "zero", Target("zero", InTransformers(), TARGETS["transformers"].host))
+    model = tiny_model("llama")
+    qat.prepare(model, qat.QuantSpec(weights="int4"), target="zero")
+    qat.freeze(model, allow_unreached=True)
+    qat.export(model, tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["quantization_config"] == {"quant_method": "zero", "ignore": ["lm_head"]}
+    assert "import qat" not in (tmp_path / "out" / "README.md").read_text()  # the format needs no plug-in
 
 
 def test_a_changed_code_is_found(tmp_path: Path) -> None:

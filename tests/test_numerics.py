@@ -319,7 +319,7 @@ def test_a_type_is_found_by_its_key_and_types_of_one_key_are_equal() -> None:
 
 
 def test_what_is_abstract_cannot_be_made() -> None:
-    with pytest.raises(TypeError, match="weight_range"):
+    with pytest.raises(TypeError, match="has_shift"):
         QType(format="a", name="b", bits=8, code_min=0, code_max=1, steps=1, storage=torch.int8)
 
 

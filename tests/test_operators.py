@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from types import ModuleType
 from typing import ClassVar
@@ -15,54 +14,73 @@ from torch import Tensor
 from qat import kernels
 from qat.kernels import cpu
 from qat.numerics import Affine, QType, Symmetric
-from qat.operators import implement, operator
+from qat.operators import OptionalResult, operator
 from tests.helpers import awkward_weight, same_bits
 
 CALLS = []
 
 
 @operator(lambda x, note: torch.empty_like(x))
-def _halved_for_a_test(x: Tensor, note: str) -> Tensor:
+def halved_for_a_test(x: Tensor, note: str) -> Tensor:
+    """Half of ``x``."""
     CALLS.append(note)
     return x / 2
 
 
 def test_an_operator_is_its_function_under_torchs_own_name() -> None:
     CALLS.clear()
-    assert torch.equal(torch.ops.qat.halved_for_a_test(torch.ones(3), "eager"), torch.full((3,), 0.5))
+    assert halved_for_a_test is torch.ops.qat.halved_for_a_test.default
+    assert halved_for_a_test.__doc__ == "Half of ``x``."
+    assert torch.equal(halved_for_a_test(torch.ones(3), "eager"), torch.full((3,), 0.5))
     assert CALLS == ["eager"]
     assert str(torch.ops.qat.halved_for_a_test.default._schema).endswith("(Tensor x, str note) -> Tensor")
 
 
 def test_a_compiler_calls_it_without_looking_inside() -> None:
     CALLS.clear()
-    compiled = torch.compile(lambda x: torch.ops.qat.halved_for_a_test(x, "compiled") + 1, fullgraph=True)
+    compiled = torch.compile(lambda x: halved_for_a_test(x, "compiled") + 1, fullgraph=True)
     for _ in range(2):
         assert torch.equal(compiled(torch.ones(3)), torch.full((3,), 1.5))
     assert CALLS == ["compiled"] * 2  # a side effect that tracing the function would have lost
     torch.library.opcheck(torch.ops.qat.halved_for_a_test, (torch.ones(3), "checked"))
 
 
-@operator(lambda x, exact: torch.empty_like(x))
-def _tripled_for_a_test(x: Tensor, exact: bool) -> Tensor:
+@operator(lambda x, both: (torch.empty_like(x), torch.empty_like(x) if both else None))
+def split_for_a_test(x: Tensor, both: bool) -> tuple[Tensor, OptionalResult]:
+    return x + 1, x + 2 if both else None
+
+
+@pytest.mark.parametrize("both", [True, False], ids=["both", "one"])
+def test_a_result_may_be_none_eagerly_and_compiled(both: bool) -> None:
+    def total(x: Tensor) -> Tensor:
+        one, other = split_for_a_test(x, both)
+        return one if other is None else one + other
+
+    expected = torch.full((3,), 5.0 if both else 2.0)
+    for call in (total, torch.compile(total, fullgraph=True)):
+        assert torch.equal(call(torch.ones(3)), expected)
+    torch.library.opcheck(split_for_a_test, (torch.ones(3), both))
+
+
+@operator(lambda x, exact, **_: torch.empty_like(x), CPU="test_operators_fast_tripling")
+def tripled_for_a_test(x: Tensor, exact: bool, *, after: Tensor | None = None) -> Tensor:
     return x * 3
 
 
-@pytest.fixture(scope="module")
-def fast_tripling() -> Iterator[ModuleType]:
+@pytest.fixture
+def fast_tripling(monkeypatch: pytest.MonkeyPatch) -> None:
     """A module that exists in memory only, with a form for the CPU that is told apart by its wrong result."""
     module = ModuleType("test_operators_fast_tripling")
     module.__dict__["tripled_for_a_test"] = lambda x, exact: x * 4
     module.__dict__["supports"] = lambda x, exact: not exact
-    implement(_tripled_for_a_test, "CPU", module.__name__)
-    sys.modules[module.__name__] = module
-    yield module
-    del sys.modules[module.__name__]
+    monkeypatch.setitem(sys.modules, module.__name__, module)
 
 
-def test_a_faster_form_runs_where_it_is_registered_and_supports_the_arguments(fast_tripling: ModuleType) -> None:
-    call = torch.ops.qat.tripled_for_a_test
+@pytest.mark.usefixtures("fast_tripling")
+def test_a_faster_form_runs_where_it_is_registered_and_supports_the_arguments() -> None:
+    call = tripled_for_a_test
     assert torch.equal(call(torch.ones(2), False), torch.full((2,), 4.0))
+    assert torch.equal(call(torch.ones(2), False, after=torch.ones(1)), torch.full((2,), 4.0))
     assert torch.equal(call(torch.ones(2), True), torch.full((2,), 3.0))
     assert call(torch.ones(2, device="meta"), False).shape == (2,)  # shapes need neither form
     with torch.inference_mode():
@@ -113,15 +131,15 @@ def test_a_type_that_is_not_fused_takes_the_specification_on_a_cpu(
         monkeypatch.setattr(cpu, name, lambda *_: pytest.fail("the fast form ran"))
     weight, dtype = awkward_weight(6, 256), torch.bfloat16
     weight[0, 0] = 1.0  # no row without a range
-    value, scale, shift = kernels.quantize_own_range(weight, qtype, dtype, torch.float32)
+    value, scale, shift = kernels.quantize_own_range(weight, qtype.key, dtype, torch.float32)
     expected = qtype.serve(*qtype.scale_shift(*qtype.weight_range(weight)), dtype, 256)
     assert same_bits(scale, expected[0])
     assert (shift is None and expected[1] is None) or same_bits(shift, expected[1])  # type: ignore[arg-type]
     assert same_bits(value, qtype.fake_quantize(weight, scale, shift, dtype, torch.float32))
-    assert same_bits(value, kernels.fake_quantize_weight(weight, scale, shift, qtype, dtype, torch.float32))
+    assert same_bits(value, kernels.fake_quantize_weight(weight, scale, shift, qtype.key, dtype, torch.float32))
     grad = torch.randn(6, 256)
     found, wanted = (
-        kernels.scale_gradients(weight, scale, shift, qtype, grad),
+        kernels.scale_gradients(weight, scale, shift, qtype.key, grad),
         qtype.scale_gradients(weight, scale, shift, grad),
     )
     for ours, theirs in zip(found, wanted, strict=True):

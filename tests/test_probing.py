@@ -46,8 +46,7 @@ def test_a_probe_sees_layouts_and_weights_that_are_read_uncalled() -> None:
             return y
 
     model = Reading()
-    linears = {"called": model.called, "read": model.read}
-    probe = Probe(linears, {name: layer.weight for name, layer in linears.items()}).watch(model, torch.ones(2, 32))
+    probe = Probe({"called": model.called, "read": model.read}).watch(model, torch.ones(2, 32))
     assert probe.read == {"read": "Reading"}
     assert {tuple(x.shape) for x in probe.inputs["called"]} == {(2, 32)}
     assert probe.inputs["read"] == []

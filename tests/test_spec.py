@@ -111,8 +111,8 @@ def test_a_wrong_spec_is_refused_where_it_is_made(arguments: dict[str, object], 
         (
             {"weights": "int3", "activation": "int8"},
             [
-                "QuantSpec: weights: must be 'int8', 'float8', 'int4' or 'int2', got 'int3': choose one of these",
-                "QuantSpec: activation: unknown field; did you mean 'activations'?",
+                "QuantSpec: weights: Input should be 'int8', 'float8', 'int4' or 'int2', got 'int3'",
+                "QuantSpec: activation: Extra inputs are not permitted, got 'int8': choose from weights, activations, ",
             ],
         ),
         (
@@ -121,15 +121,20 @@ def test_a_wrong_spec_is_refused_where_it_is_made(arguments: dict[str, object], 
                     "a": "int5",
                     "b": {"weights": "int8", "x": 1},
                     "c": {"weights": "float", "activations": "int8"},
+                    "d": 3,
                 }
             },
             [
-                "overrides.a: must be 'int8', 'float8', 'int4', 'int2', 'float' or a LayerSpec, got 'int5': choose",
-                "overrides.b.x: unknown field; known: ['weights', 'activations']",
+                "overrides.a: Input should be 'int8', 'float8', 'int4', 'int2' or 'float', got 'int5'",
+                "overrides.b.x: Extra inputs are not permitted, got 1: choose from weights, activations",
                 "overrides.c: a layer with weights='float' cannot have quantized activations: leave activations out",
+                "overrides.d: Input should be a valid dictionary or instance of LayerSpec, got 3",
             ],
         ),
-        ({"quantize_outputs": "perhaps"}, ["quantize_outputs: must be a valid boolean", "'perhaps': give a value"]),
+        (
+            {"quantize_outputs": "perhaps"},
+            ["quantize_outputs: Input should be a valid boolean, unable to interpret input, got 'perhaps'"],
+        ),
     ],
     ids=["two faults", "overrides", "type"],
 )
@@ -139,6 +144,12 @@ def test_making_a_spec_lists_all_faults_in_one_error_of_ours(arguments: dict[str
     assert isinstance(raised.value, ValueError)
     for message in messages:
         assert str(raised.value).count(message) == 1
+    assert len(str(raised.value).splitlines()) == len(messages)
+
+
+def test_a_spec_without_an_arguments_name_is_told_to_give_it() -> None:
+    with pytest.raises(SpecError, match=r"^QuantSpec: got 'int4' without a name: write QuantSpec\(weights='int4'\)$"):
+        QuantSpec("int4")  # type: ignore[misc]
 
 
 def test_within_a_configuration_pydantic_collects_the_faults_of_a_spec() -> None:

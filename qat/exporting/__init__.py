@@ -18,7 +18,7 @@ from torch import nn
 
 from qat.errors import ExportError, TargetError
 from qat.exporting.card import write_card
-from qat.files.directory import atomic_directory, check_destination
+from qat.files.directory import as_path, atomic_directory, check_destination
 from qat.files.evidence import FrozenRecord, LayerEvidence, frozen_record
 from qat.files.examples import flatten_inputs
 from qat.files.manifest import EVIDENCE_NAME, Environment, ExampleRecord, FileRecord, Manifest, file_record
@@ -26,8 +26,8 @@ from qat.files.shards import TensorEntry, parse_size, plan_shards, write_shard
 from qat.files.weights import write_weights
 from qat.formats.state import ModelState
 from qat.hosts import MODULE, Target, get_target, host_of
+from qat.hosts.base import FloatGrid, shown_call
 from qat.hosts.construction import constructed_tensors, differs, unstored_tensors
-from qat.hosts.float_grid import check_float_grid
 from qat.tensors import model_device, stored_tensors
 from qat.verification.outputs import compute_outputs
 
@@ -97,7 +97,8 @@ def export(
             now, and the outputs are stored as evidence for `qat.verify`.
         config: the resolved configuration of the recipe, plain data; kept in the manifest and as ``qat_config.yaml``.
         max_shard_size: bytes a weight file, or a text such as ``"5GB"``. Alignment may cut files below it.
-        overwrite: replace a directory that is not empty; the old one stays whole until the new one is.
+        overwrite: replace an older export, which stays whole until the new one is. A directory that holds other files
+            is refused, unless the old model card shows them as its pictures.
         float_grid: targets transformers and diffusers only: on-grid float32 weights, which a stock ``QuantoConfig``
             load quantizes back into the same codes.
 
@@ -117,15 +118,16 @@ def export(
     """
     record = frozen_record(model)
     to = get_target(target or record.target)
-    destination = Path(directory).absolute()
+    destination = as_path(directory, ExportError).absolute()
     check_destination(destination, overwrite)
     limit = parse_size(max_shard_size)
     _check_target(model, record, to)
     _check_unchanged(model, record)
     with torch.no_grad(), atomic_directory(destination, overwrite) as temporary:
-        state, notes, stock_arguments = (_float_grid if float_grid else _packed)(model, record, to, temporary)
-        if float_grid and to.host.leaf_names_only:
-            limit = _ONE_FILE  # diffusers' `from_single_file`, and other programs, read one file only
+        grid = to.host.float_grid(model, record, to.format) if float_grid else None
+        state, notes = _configured(model, record, to, temporary, grid)
+        if grid is not None and grid.one_file:
+            limit = _ONE_FILE
         stem = host_of(model).weights_stem
         hashed, tensors = write_weights(state.entries, state.fetch, temporary, limit, stem)
         _save_processors(processor, temporary)
@@ -144,7 +146,7 @@ def export(
             model_class=f"{type(model).__module__}.{type(model).__qualname__}",
             attn_implementation=host_of(model).attention(model),
             float_grid=float_grid,
-            stock_arguments=stock_arguments,
+            stock_arguments=None if grid is None else grid.arguments,
             weights_stem=stem,
             frozen=record,
             environment=Environment.current(model_device(model).type),
@@ -155,40 +157,33 @@ def export(
             config=None if config is None else dict(config),
             notes=(*record.notes, *notes, *host_of(model).export_notes(model)),
         )
-        for path in (manifest.write(temporary), write_card(temporary, manifest, record, to)):
+        for path in (manifest.write(temporary), write_card(temporary, manifest)):
             files = files | {path.name: file_record(path)}
     return ExportReport(destination, to.name, files, manifest.notes)
 
 
-def _packed(
-    model: nn.Module, record: FrozenRecord, target: Target, directory: Path
-) -> tuple[ModelState, tuple[str, ...], None]:
-    """Write the configuration; return the tensors to write, and notes for readers."""
+def _configured(
+    model: nn.Module, record: FrozenRecord, target: Target, directory: Path, grid: FloatGrid | None
+) -> tuple[ModelState, tuple[str, ...]]:
+    """Write the configuration; return the tensors to write, and notes for readers. ``grid`` is for float weights."""
     library, host = host_of(model), target.host
-    state = ModelState(model, target.format, library.ties(model), untie=host.unties)
-    settings = host.quantization_config(model, record)
+    ties = library.ties(model)
+    # A library that ties nothing again fills each module from its own key; a plain module is filled in place.
+    untie = ties is None and host is not MODULE
+    if grid is not None:
+        state = ModelState(model, target.format, ties, float_layers=record.layers, untie=untie)
+        library.write_config(model, directory, torch.float32, None)
+        config = shown_call(target.format.libraries[host.name].config_class, grid.arguments)
+        given = f"directory, {grid.dtype}quantization_config={config}"
+        return state, (f"on-grid float32 weights: load with from_pretrained({given})",)
+    state, floats = ModelState(model, target.format, ties, untie=untie), host.float_layers(model, record)
+    settings = None if floats is None else target.format.quantization_config(host.name, record, floats)
     notes: tuple[str, ...] = ()
     if not library.write_config(model, directory, record.spec.torch_dtype, settings):
         notes = ("no config.json: load with qat.load(directory, model=<the float model>) or quanto's requantize",)
-    if host.writes_map(record):
+    if host.writes_map():
         target.format.write_map(record, directory)
-    return state, notes, None
-
-
-def _float_grid(
-    model: nn.Module, record: FrozenRecord, target: Target, directory: Path
-) -> tuple[ModelState, tuple[str, ...], dict[str, Any]]:
-    """The same for float32 weights on the grid, with the arguments by which a stock load finds the same codes."""
-    host = target.host
-    if host is MODULE:
-        host.float_grid_arguments(model, record, record.spec.weights)  # says why not
-    arguments = host.float_grid_arguments(model, record, check_float_grid(model, record, target.format))
-    library = host_of(model)
-    state = ModelState(model, target.format, library.ties(model), float_layers=record.layers, untie=host.unties)
-    library.write_config(model, directory, torch.float32, None)
-    shown = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
-    given = f"directory, {host.float_dtype}quantization_config=QuantoConfig({shown})"
-    return state, (f"on-grid float32 weights: load with from_pretrained({given})",), arguments
+    return state, notes
 
 
 def _check_target(model: nn.Module, record: FrozenRecord, wanted: Target) -> None:
@@ -197,7 +192,7 @@ def _check_target(model: nn.Module, record: FrozenRecord, wanted: Target) -> Non
     faults = wanted.host.model_faults(model)
     if faults:
         raise TargetError("; ".join(faults))
-    _restore_classes(model, record, frozen)
+    frozen.settle(model)
     if wanted.name == record.target:
         return
     remedy = f"call qat.freeze(model, target={wanted.name!r}) instead and export that model"
@@ -206,38 +201,22 @@ def _check_target(model: nn.Module, record: FrozenRecord, wanted: Target) -> Non
         raise TargetError(f"target {wanted.name!r} cannot express what was trained: {'; '.join(faults)}")
     dtype = record.spec.torch_dtype
     old, new = frozen.rules(model, dtype), wanted.rules(model, dtype)
-    moved = [
-        key
-        for key, tensor in stored_tensors(model)
-        if tensor.is_floating_point() and new.tensor_dtype(key) != old.tensor_dtype(key)
-    ]
+    floats = (key for key, tensor in stored_tensors(model) if tensor.is_floating_point())
+    moved = [key for key in floats if new.tensor_dtype(key) != old.tensor_dtype(key)]
     made = constructed_tensors(model, wanted, dtype)
+    others = (found for found in unstored_tensors(model) if found.name in made)
+    moved += [found.name for found in others if differs(found.tensor, made[found.name])]
     moved += [
-        found.name
-        for found in unstored_tensors(model)
-        if found.name in made and differs(found.tensor, made[found.name])
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if name in record.layers and not (wanted.format is frozen.format and wanted.is_settled(module))
     ]
-    if wanted.format is not frozen.format:
-        moved += [f"{name}.weight" for name in record.layers]
-    else:
-        moved += [
-            f"{name}.weight"
-            for name, module in model.named_modules()
-            if name in record.layers and not wanted.format.is_settled(module, plain_on_cpu=wanted.host.plain_on_cpu)
-        ]
     if moved:
         raise TargetError(
             f"target {wanted.name!r} would hold {len(moved)} tensors in another dtype or class, or computed in another "
             f"dtype, than target {record.target!r}, which the model was frozen for (first: {moved[0]!r}), so that "
             f"outputs would differ: {remedy}"
         )
-
-
-def _restore_classes(model: nn.Module, record: FrozenRecord, target: Target) -> None:
-    """Give the layers of a model that was moved between devices the tensor class of their loader again, in place."""
-    for name, module in model.named_modules():
-        if name in record.layers and target.format.is_frozen(module):
-            target.format.settle(module, plain_on_cpu=target.host.plain_on_cpu)
 
 
 def _check_unchanged(model: nn.Module, record: FrozenRecord) -> None:
@@ -282,6 +261,6 @@ def _write_example(model: nn.Module, example_inputs: Any, directory: Path) -> Ex
         raise ExportError("example_inputs: the model returns no tensor for them, so there is no evidence to keep")
     tensors |= {f"output.{name}": tensor for name, tensor in outputs.items()}
     entries = (TensorEntry(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items())
-    (shard,) = plan_shards(entries, max_shard_size=1 << 62)
+    (shard,) = plan_shards(entries, max_shard_size=_ONE_FILE)
     write_shard(directory / EVIDENCE_NAME, shard, tensors.__getitem__)
     return ExampleRecord(inputs=structure, outputs=tuple(outputs))

@@ -11,22 +11,22 @@ from collections import defaultdict
 from pathlib import Path
 
 from qat.files.evidence import FrozenRecord
-from qat.files.manifest import Manifest
-from qat.hosts import HOSTS, Target
+from qat.files.manifest import CARD_NAME, Manifest
+from qat.hosts import HOSTS, MODULE, get_target
 
 __all__ = ["CARD_NAME", "write_card"]
 
-CARD_NAME = "README.md"
 _MOST_NAMES = 6
 
 
-def write_card(directory: Path, manifest: Manifest, record: FrozenRecord, target: Target) -> Path:
+def write_card(directory: Path, manifest: Manifest) -> Path:
     """Write the model card of an export, from what it and freezing say about themselves, and return its path."""
+    record, target = manifest.frozen, get_target(manifest.target)
     types = sorted({layer.weights for layer in record.layers.values()})
     module, _, name = manifest.model_class.rpartition(".")
     package = module.partition(".")[0]
     importing = package if any(host.name == package for host in HOSTS) else module
-    library, loading = target.host.card(manifest, importing, name, target.format)
+    library = target.format.library if target.host is MODULE else target.host.name
     layers = [
         (target.format.recorded(record, layer), kept.shape, f"{layer}.bias" in manifest.tensors)
         for layer, kept in record.layers.items()
@@ -35,11 +35,11 @@ def write_card(directory: Path, manifest: Manifest, record: FrozenRecord, target
     parts = [
         "\n".join(["---", f"library_name: {library}", "tags:", *(f"- {tag}" for tag in tags), "---"]),
         f"# {name} with {' and '.join(types)} weights",
-        _description(manifest, record, types, target.format.library),
+        _description(manifest, types, target.format.library),
         "## Load it",
         "`directory` is this one.",
-        *loading,
-        *(part for title, text in target.format.card_sections(layers) for part in (f"## {title}", text)),
+        *target.host.card(manifest, importing, name, target.format),
+        *(part for notice in target.format.notices(layers) for part in (f"## {notice.title}", notice.text)),
         "## Layers left float",
         *_left_float(record),
     ]
@@ -50,12 +50,13 @@ def write_card(directory: Path, manifest: Manifest, record: FrozenRecord, target
     return path
 
 
-def _description(manifest: Manifest, record: FrozenRecord, types: list[str], library: str) -> str:
+def _description(manifest: Manifest, types: list[str], library: str) -> str:
     form = (
         "as float32 numbers on the quantization grid, which a stock load quantizes back into the same codes"
         if manifest.float_grid
         else f"in {library}'s format"
     )
+    record = manifest.frozen
     activations = record.spec.activation_type
     inputs = f" Inputs and outputs of these layers are quantized to {activations} too." if activations else ""
     return (

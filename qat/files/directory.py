@@ -15,18 +15,25 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from qat.errors import ExportError, QatError
-from qat.files.manifest import MANIFEST_NAME
+from qat.errors import ExportError, LoadError, QatError, listed
+from qat.files.manifest import CARD_NAME, MANIFEST_NAME, read_manifest
 
-__all__ = ["atomic_directory", "check_destination"]
+__all__ = ["as_path", "atomic_directory", "check_destination"]
+
+
+def as_path(directory: object, error: type[QatError]) -> Path:
+    """The path that a user gave as ``directory``; ``error`` when it is none."""
+    if not isinstance(directory, str | os.PathLike):
+        raise error(f"directory: must be a path, a text or a Path, got {directory!r}: name the directory")
+    return Path(directory)
 
 
 def check_destination(destination: Path, overwrite: bool) -> None:
     """Raise when a destination cannot be written, before any work is done.
 
     Raises:
-        ExportError: when it is a file, a non-empty directory and ``overwrite`` is off, or one that is no export:
-            nothing else is ever removed.
+        ExportError: when it is a file, a non-empty directory and ``overwrite`` is off, or one with anything but an
+            export: nothing else is ever removed.
     """
     if destination.is_symlink() or (destination.exists() and not destination.is_dir()):
         raise ExportError(
@@ -39,11 +46,28 @@ def check_destination(destination: Path, overwrite: bool) -> None:
             f"directory {str(destination)!r} exists and is not empty: choose another one, or replace it with "
             f"overwrite=True (on a command line --overwrite)"
         )
-    if not (destination / MANIFEST_NAME).is_file():
+    strange = _strange_files(destination)
+    if strange:
         raise ExportError(
-            f"directory {str(destination)!r} is not empty and holds no {MANIFEST_NAME}, so it is no export, and is not "
-            f"replaced: choose another one, or empty it yourself"
+            f"directory {str(destination)!r} holds files that its export did not write ({listed(strange, 5)}), and "
+            "overwrite=True would remove them: move them elsewhere, or choose another directory"
         )
+
+
+def _strange_files(destination: Path) -> list[str]:
+    """The files that neither the manifest of an export lists nor its model card shows, as pictures."""
+    try:
+        known = {*read_manifest(destination).files, MANIFEST_NAME, CARD_NAME}
+    except LoadError as error:
+        raise ExportError(
+            f"directory {str(destination)!r} is not empty, and is not replaced, since no manifest says which files are "
+            f"an export's: choose another one, or empty it yourself ({error})"
+        ) from error
+    card = destination / CARD_NAME
+    shown = card.read_text(encoding="utf-8") if card.is_file() else ""
+    files = sorted(path for path in destination.rglob("*") if path.is_symlink() or not path.is_dir())
+    names = [path.relative_to(destination).as_posix() for path in files]
+    return [name for name in names if name not in known and f"]({name.replace(' ', '%20')})" not in shown]
 
 
 @contextmanager

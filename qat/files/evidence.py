@@ -7,8 +7,10 @@ was packed; so a reload that reproduces all four proves that what was trained is
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from typing import Any, NoReturn
 
 from pydantic import ConfigDict
 from torch import nn
@@ -64,9 +66,23 @@ class FrozenRecord:
     """Weights of two and more dimensions that were not quantized, each with the reason."""
 
 
-def record_frozen(model: nn.Module, record: FrozenRecord) -> None:
-    """Attach ``record`` to ``model``."""
+def record_frozen(model: nn.Module, record: FrozenRecord, *, may_save: bool = False) -> None:
+    """Attach ``record`` to ``model``, and let ``save_pretrained`` raise.
+
+    It would write packed keys without the configuration that loads them. Models from a library's own loader have that
+    configuration, so they ``may_save``.
+    """
     setattr(model, _ATTRIBUTE, record)
+    for module in () if may_save else model.modules():
+        if hasattr(type(module), "save_pretrained"):
+            object.__setattr__(module, "save_pretrained", functools.partial(_saving_refused, type(module).__name__))
+
+
+def _saving_refused(name: str, *_: Any, **__: Any) -> NoReturn:
+    raise StateError(
+        f"save_pretrained: this {name} is frozen, and what it would write loads with random weights: "
+        "write it by qat.export(model, directory)"
+    )
 
 
 def frozen_record(model: nn.Module) -> FrozenRecord:

@@ -24,6 +24,7 @@ from qat.files.evidence import FrozenRecord
 from qat.spec import ServingDtype
 
 __all__ = [
+    "CARD_NAME",
     "EVIDENCE_NAME",
     "MANIFEST_NAME",
     "Environment",
@@ -37,6 +38,7 @@ __all__ = [
 
 MANIFEST_NAME = "qat_manifest.json"
 EVIDENCE_NAME = "qat_evidence.safetensors"
+CARD_NAME = "README.md"
 _DECIDES_ROUNDING = ("torch", "quanto", "transformers", "diffusers", "cpu_capability", "threads", "device")
 
 
@@ -153,11 +155,6 @@ class Manifest(_Frozen):
     """The resolved recipe configuration, when one was given."""
     notes: tuple[str, ...] = ()
     """What a reader should know."""
-
-    @property
-    def shown_arguments(self) -> str:
-        """`stock_arguments` as they stand in a call."""
-        return ", ".join(f"{key}={value!r}" for key, value in (self.stock_arguments or {}).items())
 
     def write(self, directory: Path) -> Path:
         """Write the manifest and return its path."""

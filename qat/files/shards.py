@@ -20,7 +20,7 @@ import math
 import os
 import re
 import struct
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -37,9 +37,9 @@ __all__ = [
     "Header",
     "Shard",
     "TensorEntry",
+    "header_faults",
     "parse_size",
     "plan_shards",
-    "read_header",
     "read_headers",
     "shard_names",
     "write_shard",
@@ -174,12 +174,14 @@ def _fill_shards(
     sizes = [0]
 
     def add(entry: TensorEntry, index: int | None = None) -> None:
-        """Into the shard of that index; None: into the last one, or a new one where it is full."""
-        if index is None and shards[-1] and sizes[-1] + entry.nbytes > limit:
+        """Into the shard of that index, which may be a new one; None: into the last, or a new one where it is full."""
+        if index is None:
+            index = len(shards) - 1 if not shards[-1] or sizes[-1] + entry.nbytes <= limit else len(shards)
+        if index == len(shards):
             shards.append([])
             sizes.append(0)
-        shards[-1 if index is None else index].append(entry)
-        sizes[-1 if index is None else index] += entry.nbytes
+        shards[index].append(entry)
+        sizes[index] += entry.nbytes
 
     for entry in whole:
         add(entry)
@@ -191,11 +193,7 @@ def _fill_shards(
         add(entry)
     for entry in waiting:
         fits = (i for i, size in enumerate(sizes) if size % ALIGNMENT == 0 and size + entry.nbytes <= limit)
-        index = next(fits, len(shards))
-        if index == len(shards):
-            shards.append([])
-            sizes.append(0)
-        add(entry, index)
+        add(entry, next(fits, len(shards)))
     return [shard for shard in shards if shard] or [[]]
 
 
@@ -244,42 +242,50 @@ def write_shard(
     return FileRecord(bytes=size, sha256=whole.hexdigest()), tensors
 
 
-def read_header(path: Path) -> dict[str, Header]:
-    """Read a safetensors header.
-
-    Raises:
-        ValueError: when the file is not a whole safetensors file (too short, header unreadable, data truncated).
-    """
-    from safetensors import SafetensorError, safe_open
-
-    dtypes = {name: dtype for dtype, name in DTYPE_NAMES.items()}
-    found = {}
-    try:
-        with path.open("rb") as file:
-            position = 8 + struct.unpack("<Q", file.read(8))[0]
-        with safe_open(path, framework="pt") as opened:
-            for name in opened.offset_keys():  # the format has no holes, so that the order gives the offsets
-                view = opened.get_slice(name)
-                entry = TensorEntry(name, dtypes[view.get_dtype()], tuple(view.get_shape()))
-                found[name] = Header(path.name, entry, position)
-                position += entry.nbytes
-    except (SafetensorError, struct.error, KeyError) as error:
-        raise ValueError(f"{path.name} is not a whole safetensors file that qat can read: {error}") from error
-    return found
-
-
 def read_headers(files: Iterable[Path]) -> dict[str, Header]:
     """Read the headers of several files.
 
     Raises:
-        LoadError: when a file is missing or not a whole safetensors file.
+        LoadError: when a file is missing or not a whole safetensors file (header unreadable, data truncated).
     """
+    from safetensors import SafetensorError, safe_open
+
+    dtypes = {name: dtype for dtype, name in DTYPE_NAMES.items()}
     found: dict[str, Header] = {}
     for path in files:
         try:
-            found |= read_header(path)
-        except (OSError, ValueError) as error:
+            with path.open("rb") as file:
+                position = 8 + struct.unpack("<Q", file.read(8))[0]
+            with safe_open(path, framework="pt") as opened:
+                for name in opened.offset_keys():  # the format has no holes, so that the order gives the offsets
+                    view = opened.get_slice(name)
+                    entry = TensorEntry(name, dtypes[view.get_dtype()], tuple(view.get_shape()))
+                    found[name] = Header(path.name, entry, position)
+                    position += entry.nbytes
+        except (OSError, SafetensorError, struct.error, KeyError) as error:
             raise LoadError(
-                f"{path.name} in {str(path.parent)!r} cannot be read: {error}; copy or export it again"
+                f"{path.name} in {str(path.parent)!r} is not a whole safetensors file that qat can read: {error}; "
+                "copy or export it again"
             ) from error
     return found
+
+
+def header_faults(
+    headers: Mapping[str, Header], recorded: Mapping[str, TensorRecord], codes: Collection[str]
+) -> list[str]:
+    """Where headers differ from what was recorded when the files were written, and which ``codes`` are not aligned."""
+    faults = [f"{name} is missing" for name in recorded if name not in headers]
+    faults += [f"{name} is unexpected" for name in headers if name not in recorded]
+    for name, (file, entry, start) in headers.items():
+        kept = recorded.get(name)
+        if kept is None:
+            continue
+        if file != kept.file:
+            faults.append(f"{name} lies in {file} instead of {kept.file}")
+        if (DTYPE_NAMES[entry.dtype], entry.shape) != (kept.dtype, kept.shape):
+            faults.append(
+                f"{name} is {DTYPE_NAMES[entry.dtype]} {list(entry.shape)} instead of {kept.dtype} {list(kept.shape)}"
+            )
+        if name in codes and start % ALIGNMENT:
+            faults.append(f"{name} starts at byte {start}, which is not a multiple of {ALIGNMENT}")
+    return faults

@@ -8,12 +8,13 @@ which keys, and which module runs a frozen layer::
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,10 +22,11 @@ from torch import Tensor, nn
 from qat.errors import ExportError, SpecError
 from qat.files.evidence import FrozenRecord, LayerEvidence
 from qat.files.shards import DTYPE_NAMES, TensorEntry
+from qat.files.weights import write_json
 from qat.numerics import FrozenWeight, QType
 from qat.tensors import digest
 
-__all__ = ["Format", "FrozenLayer", "LayerTypes", "Slot"]
+__all__ = ["Format", "FrozenLayer", "InLibrary", "LayerTypes", "Notice", "Slot"]
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,28 @@ class Slot:
         return self.shapes[0]
 
 
+class Notice(NamedTuple):
+    """What a user should know of frozen layers."""
+
+    warning: str
+    """A sentence, for inspection."""
+    title: str
+    """Of the section of a model card on the same subject; below, its Markdown."""
+    text: str
+
+
+@dataclass(frozen=True)
+class InLibrary:
+    """How a model library knows a format."""
+
+    config_class: str
+    """The library's class that configures a load which quantizes into the format."""
+    weights_argument: str
+    """Its argument for the type of weights."""
+    plugin: str | None = None
+    """The module to import before the library can load packed weights."""
+
+
 class Format(ABC):
     """A way to store quantized weights; abstract."""
 
@@ -93,6 +117,11 @@ class Format(ABC):
     activation_qtypes: ClassVar[Mapping[str, QType]]
     map_name: ClassVar[str | None] = None
     """A file beside the weights in which the format says which layer has which type."""
+    library: ClassVar[str]
+    """Name of the package that reads the format, for model cards; below, their tags."""
+    tags: ClassVar[tuple[str, ...]] = ()
+    libraries: ClassVar[Mapping[str, InLibrary]] = {}
+    """The model libraries that load the format, by name."""
 
     def types(self, weights: str, activations: str | None, dtype: torch.dtype, outputs: bool = True) -> LayerTypes:
         """Resolve the names that a spec uses into objects; `SpecError` if the format has no such type."""
@@ -105,11 +134,6 @@ class Format(ABC):
         active = None if activations is None else self.activation_qtypes[activations]
         return LayerTypes(self.qtypes[weights], active, dtype, outputs)
 
-    library: ClassVar[str]
-    """Name of the package that reads the format, for model cards."""
-    tags: ClassVar[tuple[str, ...]] = ()
-    """Tags of a model card."""
-
     def layer_hazard(self, types: LayerTypes, shape: tuple[int, int]) -> str | None:
         """Why the format's kernels cannot run a layer of this shape (``(out, in)``), or None."""
         return None
@@ -118,12 +142,8 @@ class Format(ABC):
         """Why the format's kernels cannot read ``x`` as the input of such a layer, or None."""
         return None
 
-    def warnings(self, layers: Iterable[tuple[LayerTypes, tuple[int, int], bool]]) -> list[str]:
+    def notices(self, layers: Iterable[tuple[LayerTypes, tuple[int, int], bool]]) -> list[Notice]:
         """What a user should know of these layers: types, shape, and whether there is a bias."""
-        return []
-
-    def card_sections(self, layers: Iterable[tuple[LayerTypes, tuple[int, int], bool]]) -> list[tuple[str, str]]:
-        """Sections of a model card on the same subject: title and Markdown."""
         return []
 
     def card_loading(self) -> list[str]:
@@ -191,13 +211,34 @@ class Format(ABC):
                 )
         return faults
 
+    def quantization_config(self, library: str, record: FrozenRecord, floats: list[str]) -> dict[str, Any]:
+        """What ``config.json`` tells a model library about the weights; ``floats`` names its float linear layers."""
+        raise NotImplementedError(f"format {self.name!r} names no model libraries")
+
+    def map(self, record: FrozenRecord) -> dict[str, Any]:
+        """What the file `map_name` says of a frozen model; empty where it must not be there."""
+        return {}
+
     def write_map(self, record: FrozenRecord, directory: Path) -> None:
-        """Write the file `map_name`, if the format has one."""
-        return
+        """Write the file `map_name`, if such a model has one."""
+        if self.map_name is not None and (fields := self.map(record)):
+            write_json(directory / self.map_name, fields)
 
     def map_faults(self, record: FrozenRecord, directory: Path) -> list[str]:
-        """Where the file `map_name` differs from what was frozen."""
-        return []
+        """Where the file `map_name`, which loaders trust, differs from the evidence that freezing left."""
+        if self.map_name is None:
+            return []
+        wanted = self.map(record)
+        try:
+            found = json.loads((directory / self.map_name).read_text(encoding="utf-8"))
+            names = sorted(wanted.keys() | found.keys())
+        except (OSError, ValueError, AttributeError) as error:
+            return [f"{self.map_name} cannot be read: {error}"]
+        return [
+            f"{self.map_name} declares {name} as {found.get(name)}, freezing left {wanted.get(name)}"
+            for name in names
+            if wanted.get(name) != found.get(name)
+        ]
 
     @abstractmethod
     def build(

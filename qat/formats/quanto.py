@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from qat.files.evidence import FrozenRecord
-from qat.formats.base import Format, FrozenLayer, LayerTypes, Slot
+from qat.formats.base import Format, FrozenLayer, InLibrary, LayerTypes, Notice, Slot
 from qat.formats.quanto_types import QTYPES, QTYPES_OF_QUANTO, QUANTO_NAMES
 from qat.numerics import FrozenWeight, QType
 from qat.tensors import inner_tensors
@@ -95,6 +95,10 @@ class _Quanto(Format):
     map_name: ClassVar[str] = "quanto_qmap.json"
     library: ClassVar[str] = "optimum-quanto"
     tags: ClassVar[tuple[str, ...]] = ("quanto",)
+    libraries: ClassVar[Mapping[str, InLibrary]] = {
+        "transformers": InLibrary("QuantoConfig", "weights", plugin="qat.integrations.transformers"),
+        "diffusers": InLibrary("QuantoConfig", "weights_dtype"),
+    }
 
     def layer_hazard(self, types: LayerTypes, shape: tuple[int, int]) -> str | None:
         """Shapes that the bfloat16 kernels of a CPU cannot run; one of them ends the process."""
@@ -128,25 +132,22 @@ class _Quanto(Format):
             return "kernel: int8 with bfloat16 raises on a CPU when the input is not contiguous within a row, as here"
         return None
 
-    def warnings(self, layers: Iterable[tuple[LayerTypes, tuple[int, int], bool]]) -> list[str]:
+    def notices(self, layers: Iterable[tuple[LayerTypes, tuple[int, int], bool]]) -> list[Notice]:
+        """Of the biases that a kernel loses, with the lines that mend it."""
         losing = sum(bias and _loses_bias_on_cuda(types, shape) for types, shape, bias in layers)
         if not losing:
             return []
-        return [
+        fact = (
             f"{losing} float8 layers have a bias that optimum-quanto 0.2.7 leaves out on a CUDA GPU of compute "
-            "capability 8.0 or later: serve them by qat.load, which avoids that kernel, or mark their weights as "
-            "the model card shows; int8 is not affected"
-        ]
-
-    def card_sections(self, layers: Iterable[tuple[LayerTypes, tuple[int, int], bool]]) -> list[tuple[str, str]]:
-        """The same, with the lines that mend it."""
-        losing = sum(bias and _loses_bias_on_cuda(types, shape) for types, shape, bias in layers)
-        if not losing:
-            return []
+            "capability 8.0 or later"
+        )
+        warning = (
+            f"{fact}: serve them by qat.load, which avoids that kernel, or mark their weights as the model card shows; "
+            "int8 is not affected"
+        )
         text = (
-            "optimum-quanto 0.2.7 multiplies float8 weights by a kernel that **leaves out the bias** "
-            f"({losing} layers here) on GPUs of compute capability 8.0 or later. `qat.load` avoids it. Loaded "
-            "otherwise, mark the weights before the model goes to the GPU:\n\n"
+            f"{fact}. `qat.load` avoids that kernel. Loaded otherwise, mark the weights before the model goes to the "
+            "GPU:\n\n"
             "```python\n"
             "from optimum.quanto import qfloat8_e4m3fn\n\n"
             "for module in model.modules():\n"
@@ -155,7 +156,7 @@ class _Quanto(Format):
             'model.to("cuda")\n'
             "```"
         )
-        return [("On a CUDA GPU", text)]
+        return [Notice(warning, "On a CUDA GPU", text)]
 
     def card_loading(self) -> list[str]:
         return [
@@ -198,23 +199,45 @@ class _Quanto(Format):
             tensors["bias"] = layer.bias
         return tensors | {"input_scale": layer.input_scale, "output_scale": layer.output_scale}
 
-    def write_map(self, record: FrozenRecord, directory: Path) -> None:
-        """``quanto_qmap.json``: the types of every layer, in quanto's names."""
-        (directory / self.map_name).write_text(json.dumps(_map(record), indent=2) + "\n", encoding="utf-8")
+    def map(self, record: FrozenRecord) -> dict[str, Any]:
+        """The types of every layer, in quanto's names.
 
-    def map_faults(self, record: FrozenRecord, directory: Path) -> list[str]:
-        """Compare ``quanto_qmap.json``, which quanto's loader trusts, with the evidence that freezing left."""
-        wanted = _map(record)
-        try:
-            found = json.loads((directory / self.map_name).read_text(encoding="utf-8"))
-            names = sorted(wanted.keys() | found.keys())
-        except (OSError, ValueError, AttributeError) as error:
-            return [f"{self.map_name} cannot be read: {error}"]
-        return [
-            f"{self.map_name} declares {name} as {found.get(name)}, freezing left {wanted.get(name)}"
-            for name in names
-            if wanted.get(name) != found.get(name)
-        ]
+        None where outputs stay float: quanto's own loader would quantize them whatever its map says.
+        """
+        if not record.spec.quantize_outputs:
+            return {}
+        return {
+            name: {
+                "weights": QUANTO_NAMES[layer.weights],
+                "activations": "none" if layer.activations is None else QUANTO_NAMES[layer.activations],
+            }
+            for name, layer in record.layers.items()
+        }
+
+    def quantization_config(self, library: str, record: FrozenRecord, floats: list[str]) -> dict[str, Any]:
+        """Of diffusers the stock fields alone; of transformers also the group ``qat``, for the plug-in.
+
+        To transformers ``weights`` is deliberately no type's name: without the plug-in, ``QuantoConfig`` raises on it
+        and shows the text, instead of leaving weights random.
+        """
+        rules, spec = self.libraries[library], record.spec
+        fields: dict[str, Any] = {"quant_method": "quanto", rules.weights_argument: spec.weights}
+        if rules.plugin is None:
+            return fields | {"modules_to_not_convert": floats}
+        return fields | {
+            "weights": f"{spec.weights}: packed by qat, load with `import {rules.plugin}`",
+            "activations": spec.activation_type,
+            "modules_to_not_convert": floats,
+            "qat": {
+                "format": 1,
+                "dtype": spec.dtype,
+                "quantize_outputs": spec.quantize_outputs,
+                "modules": {
+                    name: {"weights": layer.weights, "activations": layer.activations, "group_size": layer.group_size}
+                    for name, layer in record.layers.items()
+                },
+            },
+        }
 
     def empty(self, types: LayerTypes, shape: tuple[int, int], bias: bool) -> Any:
         """A quanto layer on the meta device, to be filled."""
@@ -313,14 +336,18 @@ class _Quanto(Format):
         if type(held) is not type(layer.weight.data):
             layer.weight = nn.Parameter(held, requires_grad=False)
 
-    def fill(self, model: nn.Module, directory: Path, files: Iterable[str]) -> tuple[nn.Module, str]:
+    def fill(self, model: nn.Module, directory: Path, files: Iterable[str]) -> tuple[nn.Module, str] | None:
+        """None for layers of other classes than ``nn.Linear``, which quanto's loader does not replace."""
         from optimum.quanto import requantize
         from safetensors.torch import load_file
 
+        types = json.loads((directory / self.map_name).read_text(encoding="utf-8"))
+        if not all(isinstance(model.get_submodule(name), nn.Linear) for name in types):
+            return None
         state: dict[str, Tensor] = {}
         for file in files:
             state |= load_file(directory / file)
-        requantize(model, state, json.loads((directory / self.map_name).read_text(encoding="utf-8")))
+        requantize(model, state, types)
         return model.eval(), "optimum.quanto.requantize on a model built on CPU"
 
     def load_language_model(self, directory: Path, **arguments: Any) -> tuple[nn.Module, str]:
@@ -350,16 +377,6 @@ def _held(weight: Any, plain_on_cpu: bool) -> Any:
     if plain_on_cpu and inner_tensors(weight)[0].device.type == "cpu":
         return _plain(weight) if hasattr(weight, "weight_qbits_tensor") else weight
     return weight.optimize() if _can_optimize(weight) else weight
-
-
-def _map(record: FrozenRecord) -> dict[str, dict[str, str]]:
-    return {
-        name: {
-            "weights": QUANTO_NAMES[layer.weights],
-            "activations": "none" if layer.activations is None else QUANTO_NAMES[layer.activations],
-        }
-        for name, layer in record.layers.items()
-    }
 
 
 QUANTO = _Quanto()

@@ -7,14 +7,15 @@ is called. A plain module (`Host` itself, as `qat.hosts.MODULE`) has no configur
 
 from __future__ import annotations
 
+import importlib
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qat.errors import ExportError, LoadError, listed
 from qat.files.evidence import FrozenRecord
@@ -25,7 +26,7 @@ from qat.layers import quantized_layers
 from qat.numerics import QType
 from qat.spec import QuantSpec
 
-__all__ = ["CardLines", "Host", "Reloaded", "last_parts", "matches_path_part", "python_block"]
+__all__ = ["FloatGrid", "Host", "Reloaded", "matches_path_part", "python_block", "shown_call"]
 
 
 class Reloaded(NamedTuple):
@@ -35,11 +36,15 @@ class Reloaded(NamedTuple):
     how: str
 
 
-class CardLines(NamedTuple):
-    """How a model card says that a directory is loaded: the library for its header; paragraphs and code."""
+class FloatGrid(NamedTuple):
+    """How a stock load finds the codes of on-grid float32 weights again."""
 
-    library: str
-    parts: list[str]
+    arguments: dict[str, Any]
+    """Arguments of the class that configures the load."""
+    dtype: str = ""
+    """What the call must say of the dtype, as it stands there."""
+    one_file: bool = False
+    """Whether all weights belong into one file, for programs that read no other."""
 
 
 @dataclass(frozen=True)
@@ -49,22 +54,6 @@ class Host:
     name: str
     weights_stem: str = "model"
     """How the names of weight files begin."""
-    leaf_names_only: bool = False
-    """The loader names float layers by the last part of their module name only."""
-    initialises_buffers: bool = False
-    """Buffers that no file holds are computed in float32 and cast; otherwise in the serving dtype."""
-    plain_on_cpu: bool = False
-    """The loader leaves packed weights on a CPU as they are stored, instead of in a kernel's own order."""
-    unties: bool = False
-    """The loader ties nothing again, so that a shared tensor is written for each module that holds it."""
-    attribute_tensors: bool = False
-    """Models keep tensors that no file holds as plain attributes too."""
-    float_dtype: str = ""
-    """What a stock load of a float grid must be told of its dtype, as it stands in the call."""
-    stock_loader: bool = True
-    """The target has a loader outside qat; otherwise verification uses `qat.load`."""
-    leaves_outputs: bool = False
-    """The loader can leave the outputs of layers with quantized inputs float."""
 
     def owns(self, model: Any) -> bool:
         """Whether a model, or a class, is one of this library; told without importing it."""
@@ -82,8 +71,8 @@ class Host:
         """
         raise LoadError(f"model: no configuration builds a {cls.__name__}: pass the float model as model=")
 
-    def read_config(self, cls: Any, directory: Path, manifest: Manifest) -> Any:
-        """Read the ``config.json`` of a directory."""
+    def build_from(self, cls: Any, directory: Path, manifest: Manifest, *, empty: bool) -> nn.Module:
+        """Build the model of an exported directory from its configuration."""
         raise LoadError(f"{str(directory)!r}: no configuration builds a {cls.__name__}: pass the float model as model=")
 
     def config_fields(self, model: Any, dtype: torch.dtype) -> dict[str, Any] | None:
@@ -109,9 +98,6 @@ class Host:
                     f"the model's generation_config does not validate ({error}); mend model.generation_config first"
                 ) from error
         return True
-
-    def read_generation_config(self, model: Any, directory: Path) -> None:
-        """Give a model that generates what ``generation_config.json`` says."""
 
     def set_dtype(self, model: Any, dtype: torch.dtype) -> None:
         """Tell the model's configuration which dtype its weights have now."""
@@ -169,7 +155,7 @@ class Host:
 
     def spec_faults(self, spec: QuantSpec) -> list[str]:
         """What the spec asks for that the loader cannot express, each with its remedy."""
-        if spec.quantize_outputs or self.leaves_outputs:
+        if spec.quantize_outputs:
             return []
         return ["quantize_outputs=False: this target's loader always quantizes outputs: leave it True"]
 
@@ -196,57 +182,75 @@ class Host:
         """Why the loader cannot hold the linear layer called ``name`` with such weights, or None."""
         return "kept in float32 by the loader" if self.kept_in_float32(model, name, dtype) else None
 
-    def writes_map(self, record: FrozenRecord) -> bool:
+    def layer_key(self, name: str) -> str:
+        """By what the loader tells the linear layer called ``name`` from others, when it leaves layers float."""
+        return name
+
+    def unstored(self, module: nn.Module) -> dict[str, Tensor | None]:
+        """The tensors of one module, of this library's models, that no file holds."""
+        return {key: module._buffers[key] for key in module._non_persistent_buffers_set}
+
+    def constructed(self, build: Callable[[torch.dtype], dict[str, Tensor]], dtype: torch.dtype) -> dict[str, Tensor]:
+        """What the loader that serves ``dtype`` makes of them; ``build`` gives those of a model built in a dtype."""
+        return build(dtype)
+
+    def writes_map(self) -> bool:
         """Whether the format's own file of types stands beside the weights."""
         return True
 
-    def quantization_config(self, model: nn.Module, record: FrozenRecord) -> dict[str, Any] | None:
-        """What ``config.json`` tells the loader about the weights; `ExportError` if it cannot tell which are float."""
+    def float_layers(self, model: nn.Module, record: FrozenRecord) -> list[str] | None:
+        """The linear layers that ``config.json`` calls float, as the loader names them; None: it says nothing of them.
+
+        Raises:
+            ExportError: when it cannot tell them from the others.
+        """
         return None
 
-    def float_grid_arguments(self, model: nn.Module, record: FrozenRecord, weights: str) -> dict[str, Any]:
-        """Arguments of the ``QuantoConfig`` by which a stock load finds the codes again; `ExportError` if none do."""
+    def float_grid(self, model: nn.Module, record: FrozenRecord, format: Format) -> FloatGrid:
+        """How a stock load finds the codes again; `ExportError` if none does."""
         raise ExportError(
             "float_grid=True writes weights for a stock load that quantizes; this target has no such load: "
             "use target='transformers' or 'diffusers'"
         )
 
-    def load(self, cls: Any, directory: Path, manifest: Manifest) -> Reloaded | None:
+    def load(self, cls: Any, directory: Path, manifest: Manifest, format: Format) -> Reloaded | None:
         """Load a directory as users of the library do; None for plain modules, which have no such call."""
         return None
 
-    def pretrained_code(
-        self, manifest: Manifest, module: str, cls: str, dtype: str, imports: Iterable[str] = ()
-    ) -> str:
+    def attention_arguments(self, manifest: Manifest) -> dict[str, str]:
+        """How a load gets the attention implementation that the model was trained with."""
+        return {}
+
+    def stock_config(self, manifest: Manifest, format: Format) -> dict[str, Any]:
+        """The argument by which a stock load quantizes a float grid; packed weights need none."""
+        if manifest.stock_arguments is None:
+            return {}
+        config = getattr(importlib.import_module(self.name), format.libraries[self.name].config_class)
+        return {"quantization_config": config(**manifest.stock_arguments)}
+
+    def pretrained_code(self, manifest: Manifest, module: str, cls: str, dtype: str, format: Format) -> str:
         """The lines that load by ``from_pretrained``, as Markdown; ``dtype`` is the name of its argument for one."""
-        code = ["import torch", f"from {module} import {cls}", *imports]
-        arguments = f"directory, {dtype}=torch.{manifest.dtype}"
+        code = ["import torch", f"from {module} import {cls}"]
+        arguments, rules = f"directory, {dtype}=torch.{manifest.dtype}", format.libraries[self.name]
         if manifest.float_grid:
             code += [
-                f"from {self.name} import QuantoConfig",
+                f"from {self.name} import {rules.config_class}",
                 "",
-                f"quantization = QuantoConfig({manifest.shown_arguments})",
+                f"quantization = {shown_call(rules.config_class, manifest.stock_arguments or {})}",
             ]
             arguments += ", quantization_config=quantization"
         else:
+            if rules.plugin is not None:
+                code.append(f"import {rules.plugin}  # stock {self.name} cannot read packed weights")
             code.append("")
         return python_block([*code, f"model = {cls}.from_pretrained({arguments})"])
 
-    def card(self, manifest: Manifest, module: str, cls: str, format: Format) -> CardLines:
-        """How a model card says that a directory is loaded; the model's class ``cls`` is imported from ``module``."""
+    def card(self, manifest: Manifest, module: str, cls: str, format: Format) -> list[str]:
+        """Paragraphs and code of a model card that load the model; its class ``cls`` is imported from ``module``."""
         load = "model = qat.load(directory)"
         if any("no config.json" in note for note in manifest.notes):
             load = "model = qat.load(directory, model=float_model)  # the float model, to be filled"
-        return CardLines(format.library, [python_block(["import qat", "", load]), *format.card_loading()])
-
-
-def last_parts(names: Iterable[str]) -> set[str]:
-    """The last parts of dotted names, by which some loaders name layers.
-
-    >>> sorted(last_parts(["blocks.0.to_q", "blocks.1.to_q", "head"]))
-    ['head', 'to_q']
-    """
-    return {name.rpartition(".")[2] for name in names}
+        return [python_block(["import qat", "", load]), *format.card_loading()]
 
 
 def matches_path_part(name: str, keys: set[str]) -> bool:
@@ -256,6 +260,15 @@ def matches_path_part(name: str, keys: set[str]) -> bool:
     (True, False)
     """
     return any(f".{key}." in f".{name}." for key in keys)
+
+
+def shown_call(name: str, arguments: Mapping[str, Any]) -> str:
+    """A call as it stands in code.
+
+    >>> shown_call("QuantoConfig", {"weights": "int8"})
+    "QuantoConfig(weights='int8')"
+    """
+    return f"{name}({', '.join(f'{key}={value!r}' for key, value in arguments.items())})"
 
 
 def python_block(lines: list[str]) -> str:

@@ -32,12 +32,9 @@ def unstored_tensors(model: nn.Module) -> Iterator[Unstored]:
 
     These are buffers that are not persistent; in models of some libraries also tensors that are plain attributes.
     """
-    attributes = host_of(model).attribute_tensors
+    host = host_of(model)
     for path, module in model.named_modules():
-        found = {key: module._buffers[key] for key in module._non_persistent_buffers_set}
-        if attributes:
-            found |= {key: value for key, value in vars(module).items() if isinstance(value, Tensor)}
-        for key, tensor in found.items():
+        for key, tensor in host.unstored(module).items():
             if tensor is not None and (tensor.is_floating_point() or tensor.is_complex()):
                 yield Unstored(module, key, f"{path}.{key}" if path else key, tensor)
 
@@ -61,10 +58,7 @@ def constructed_tensors(model: nn.Module, target: Target, dtype: torch.dtype) ->
         return {unstored.name: unstored.tensor for unstored in unstored_tensors(other) if unstored.name in names}
 
     try:
-        served = built(dtype)
-        if dtype is torch.float32 or not target.host.initialises_buffers:
-            return served
-        return {name: tensor.to(served[name].dtype) for name, tensor in built(torch.float32).items()}
+        return target.host.constructed(built, dtype)
     except TypeError:  # a class that its config alone does not build has no such loader
         return {}
 

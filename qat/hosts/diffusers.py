@@ -22,16 +22,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qat.errors import ExportError
 from qat.files.evidence import FrozenRecord
 from qat.files.manifest import Manifest
 from qat.formats import Format
-from qat.hosts.base import CardLines, Host, Reloaded, last_parts, python_block
+from qat.hosts.base import FloatGrid, Host, Reloaded, python_block
+from qat.hosts.float_grid import check_float_grid
 from qat.hosts.sensitivity import sensitive_part
 from qat.numerics import QType
 from qat.spec import LayerSpec, QuantSpec
+from qat.tensors import inner_tensors
 
 __all__ = ["DIFFUSERS"]
 
@@ -54,8 +56,8 @@ class _Diffusers(Host):
         finally:
             torch.set_default_dtype(default)
 
-    def read_config(self, cls: Any, directory: Path, manifest: Manifest) -> Any:
-        return cls.load_config(directory)
+    def build_from(self, cls: Any, directory: Path, manifest: Manifest, *, empty: bool) -> nn.Module:
+        return self.build(cls, cls.load_config(directory), getattr(torch, manifest.dtype), empty=empty)
 
     def config_fields(self, model: Any, dtype: torch.dtype) -> dict[str, Any] | None:
         """What ``save_config`` writes, without the path that the float model came from."""
@@ -109,42 +111,65 @@ class _Diffusers(Host):
         casts = dtype is not torch.float32 or weights.floating
         return "kept in float32 by the loader" if casts and not kept.isdisjoint(name.split(".")) else None
 
-    def writes_map(self, record: FrozenRecord) -> bool:
+    def layer_key(self, name: str) -> str:
+        """The last part of the name.
+
+        >>> DIFFUSERS.layer_key("blocks.0.to_q")
+        'to_q'
+        """
+        return name.rpartition(".")[2]
+
+    def unstored(self, module: nn.Module) -> dict[str, Tensor | None]:
+        """Plain attributes of a module, too."""
+        return super().unstored(module) | {k: v for k, v in vars(module).items() if isinstance(v, Tensor)}
+
+    def writes_map(self) -> bool:
         """False: diffusers reads no such file."""
         return False
 
-    def quantization_config(self, model: nn.Module, record: FrozenRecord) -> dict[str, Any] | None:
-        return {
-            "quant_method": "quanto",
-            "weights_dtype": record.spec.weights,
-            "modules_to_not_convert": _modules_to_not_convert(model, record),
-        }
+    def float_layers(self, model: nn.Module, record: FrozenRecord) -> list[str]:
+        """One last part for all layers that share it."""
+        linear = [name for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, nn.Linear)]
+        floats = {self.layer_key(name) for name in linear if name not in record.layers}
+        lost = [name for name in record.layers if self.layer_key(name) in floats]
+        lost += [name for name, layer in record.layers.items() if layer.weights != record.spec.weights]
+        if lost:
+            raise ExportError(
+                f"target='diffusers' cannot express {len(lost)} layers (first: {lost[0]!r}): diffusers has one weight "
+                "type and names float layers by the last part of their name; prepare with target='diffusers'"
+            )
+        return sorted(floats)
 
-    def float_grid_arguments(self, model: nn.Module, record: FrozenRecord, weights: str) -> dict[str, Any]:
-        skipped = _modules_to_not_convert(model, record)
-        return {"weights_dtype": weights, **({"modules_to_not_convert": skipped} if skipped else {})}
+    def float_grid(self, model: nn.Module, record: FrozenRecord, format: Format) -> FloatGrid:
+        """In one file, which `from_single_file` and other programs read."""
+        arguments = check_float_grid(model, record, format, self.name)
+        if floats := self.float_layers(model, record):
+            arguments["modules_to_not_convert"] = floats
+        return FloatGrid(arguments, dtype="torch_dtype=torch.float32, ", one_file=True)
 
-    def load(self, cls: Any, directory: Path, manifest: Manifest) -> Reloaded:
+    def load(self, cls: Any, directory: Path, manifest: Manifest, format: Format) -> Reloaded:
         """``from_pretrained``; the report says that the dtype must be given."""
-        from diffusers import QuantoConfig
-
-        arguments: dict[str, Any] = {"torch_dtype": getattr(torch, manifest.dtype)}
-        if manifest.stock_arguments is not None:
-            arguments["quantization_config"] = QuantoConfig(**manifest.stock_arguments)  # type: ignore[no-untyped-call]
+        arguments = {"torch_dtype": getattr(torch, manifest.dtype), **self.stock_config(manifest, format)}
         with warnings.catch_warnings():
             # The notice, at every load, that diffusers will drop its quanto backend in its release 1.0.
             warnings.filterwarnings("ignore", message=".*[qQ]uanto.*deprecated", category=FutureWarning)
             loaded = cls.from_pretrained(str(directory), **arguments)
+        # Stock diffusers leaves the wrapper of a quantized weight on the meta device, and a pipeline asks the first
+        # parameter for the model's device. A wrapper made anew is where its data is.
+        for module in loaded.modules():
+            weight = module._parameters.get("weight")
+            if weight is not None and weight.is_meta and not any(part.is_meta for part in inner_tensors(weight)):
+                module._parameters["weight"] = nn.Parameter(weight.detach(), requires_grad=False)
         without = "" if manifest.dtype == "float32" else "; without one diffusers loads float32, and outputs differ"
         how = f"{type(loaded).__name__}.from_pretrained with torch_dtype=torch.{manifest.dtype}{without}"
         return Reloaded(loaded, how)
 
-    def card(self, manifest: Manifest, module: str, cls: str, format: Format) -> CardLines:
+    def card(self, manifest: Manifest, module: str, cls: str, format: Format) -> list[str]:
         dtype = f"torch.{manifest.dtype}"
-        code = self.pretrained_code(manifest, module, cls, "torch_dtype")
+        code = self.pretrained_code(manifest, module, cls, "torch_dtype", format)
         if manifest.float_grid:
             text = "Without `quantization_config` the same file loads as a float model that computes the same."
-            return CardLines(self.name, [code, text])
+            return [code, text]
         why = (
             "Any other `torch_dtype` keeps the codes but rounds scales"
             if manifest.dtype == "float32"
@@ -152,7 +177,7 @@ class _Diffusers(Host):
             "without one diffusers loads float32, which keeps the codes but widens scales"
         )
         text = (
-            "Stock diffusers with optimum-quanto and accelerate, no other package. "
+            f"Stock diffusers with {format.library} and accelerate, no other package. "
             f"{why}, so that outputs are no longer those of training."
         )
         use = [
@@ -166,7 +191,7 @@ class _Diffusers(Host):
             '`model.to("cpu")` helps; '
             "int4 in groups of 128 then goes over to another kernel, whose last bits differ."
         )
-        return CardLines(self.name, [code, text, moved, python_block(use)])
+        return [code, text, moved, python_block(use)]
 
 
 def _kept(model: Any) -> set[str]:
@@ -174,30 +199,4 @@ def _kept(model: Any) -> set[str]:
     return {kept} if isinstance(kept, str) else set(kept)
 
 
-def _modules_to_not_convert(model: nn.Module, record: FrozenRecord) -> list[str]:
-    """The last parts of the names of all linear layers that are float.
-
-    Raises:
-        ExportError: when a quantized layer has such a last part too, or another type than the spec's.
-    """
-    linear = [name for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, nn.Linear)]
-    floats = last_parts(name for name in linear if name not in record.layers)
-    lost = [name for name in record.layers if not floats.isdisjoint(last_parts([name]))]
-    lost += [name for name, layer in record.layers.items() if layer.weights != record.spec.weights]
-    if lost:
-        raise ExportError(
-            f"target='diffusers' cannot express {len(lost)} layers (first: {lost[0]!r}): diffusers has one weight type "
-            "and names float layers by the last part of their name; prepare with target='diffusers'"
-        )
-    return sorted(floats)
-
-
-DIFFUSERS = _Diffusers(
-    "diffusers",
-    weights_stem="diffusion_pytorch_model",
-    leaf_names_only=True,
-    plain_on_cpu=True,
-    unties=True,
-    attribute_tensors=True,
-    float_dtype="torch_dtype=torch.float32, ",
-)
+DIFFUSERS = _Diffusers("diffusers", weights_stem="diffusion_pytorch_model")

@@ -40,7 +40,12 @@ def build_on_meta(directory: Path) -> nn.Module:
     refuse_remote_code(directory, "MODEL_DIR")
     library = "transformers" if name is None else "diffusers"
     try:
-        return _of_transformers(directory, architectures) if name is None else _of_diffusers(directory, name)
+        if name is None:
+            return _of_transformers(directory, architectures)
+        import diffusers
+
+        cls = getattr(diffusers, name)
+        return DIFFUSERS.build(cls, cls.load_config(directory), torch.float32, empty=True)
     except Exception as error:  # a configuration can be wrong in as many ways as there are models
         message = " ".join(str(error).split()) or type(error).__name__
         raise LoadError(f"MODEL_DIR: {library} cannot build the model of {str(path)!r}: {message}") from error
@@ -54,10 +59,3 @@ def _of_transformers(directory: Path, architectures: list[str]) -> nn.Module:
     base: Any = transformers.AutoModel
     with torch.device("meta"):
         return base.from_config(config, trust_remote_code=False) if model_class is None else model_class(config)  # type: ignore[no-any-return]
-
-
-def _of_diffusers(directory: Path, name: str) -> nn.Module:
-    import diffusers
-
-    model_class = getattr(diffusers, name)
-    return DIFFUSERS.build(model_class, model_class.load_config(directory), torch.float32, empty=True)

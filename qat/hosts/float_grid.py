@@ -8,6 +8,8 @@ float32 (`Format.stock_codes`); whatever would change is an error that names the
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -18,8 +20,8 @@ from qat.formats import Format
 __all__ = ["check_float_grid"]
 
 
-def check_float_grid(model: nn.Module, record: FrozenRecord, format: Format) -> str:
-    """Check that a stock float32 load gives every code back, and return the one weight type of the model.
+def check_float_grid(model: nn.Module, record: FrozenRecord, format: Format, library: str) -> dict[str, Any]:
+    """Check that a stock float32 load gives every code back; return the argument that names the one weight type.
 
     Raises:
         ExportError: when the spec is more than a stock load can express, or codes would change; it names the layers.
@@ -51,4 +53,4 @@ def check_float_grid(model: nn.Module, record: FrozenRecord, format: Format) -> 
             f"{worst}; their rows or groups do not use the whole range of the scale. Export packed weights "
             f"(float_grid=False), or train with an algorithm that takes its range from the weights"
         )
-    return kinds[0]
+    return {format.libraries[library].weights_argument: kinds[0]}

@@ -12,26 +12,28 @@ import torch
 from torch import nn
 
 from qat.errors import LoadError
-from qat.files.evidence import FrozenRecord
 from qat.files.manifest import Manifest
 from qat.files.shards import DTYPE_NAMES
 from qat.hosts.base import Host, Reloaded
 from qat.hosts.remote_code import refuse_remote_code
-from qat.hosts.targets import HOSTS, Target, host_of
-from qat.hosts.transformers import attention_arguments
+from qat.hosts.targets import HOSTS, MODULE, get_target, host_of
 from qat.tensors import stored_tensors
 
 __all__ = ["library_and_class", "load_pretrained", "stock_reload"]
 
 
-def library_and_class(manifest: Manifest) -> tuple[Host, Any]:
+def library_and_class(directory: Path, manifest: Manifest) -> tuple[Host, Any]:
     """The class named in the manifest: of a known library, or one that the caller has imported already.
 
     Nothing else is imported by a name that a file gives.
 
     Raises:
-        LoadError: when it is neither.
+        LoadError: when it is neither, or there is no ``config.json`` to build it from.
     """
+    if not (directory / "config.json").is_file():
+        raise LoadError(
+            f"{str(directory)!r} has no config.json to build the model from: pass the float model as model="
+        )
     module, _, name = manifest.model_class.rpartition(".")
     library = module.partition(".")[0]
     known = any(host.name == library for host in HOSTS)
@@ -45,28 +47,26 @@ def library_and_class(manifest: Manifest) -> tuple[Host, Any]:
     return host_of(found), found
 
 
-def load_pretrained(directory: Path, manifest: Manifest, target: Target) -> Reloaded | None:
+def load_pretrained(directory: Path, manifest: Manifest) -> Reloaded | None:
     """Load a directory by its host's own call; None for plain modules, which have none. Failures are `LoadError`."""
-    if type(target.host) is Host:
+    target = get_target(manifest.target)
+    if target.host is MODULE:
         return None
-    library, cls = library_and_class(manifest)
+    library, cls = library_and_class(directory, manifest)
     if cls.__module__.partition(".")[0] == library.name:  # a class that the caller imported is code that is trusted
         refuse_remote_code(directory, auto_class=cls.__name__)
     try:
-        loaded = target.host.load(cls, directory, manifest)
+        loaded = target.host.load(cls, directory, manifest, target.format)
     except LoadError:
         raise
     except Exception as error:  # nor is there an end to what a load can raise
         raise LoadError(f"{cls.__name__}.from_pretrained({str(directory)!r}) failed: {error}") from error
-    for module in loaded.model.modules() if loaded is not None else ():
-        if target.format.is_frozen(module):
-            target.format.settle(module, plain_on_cpu=target.host.plain_on_cpu)
+    if loaded is not None:
+        target.settle(loaded.model)
     return loaded
 
 
-def stock_reload(
-    directory: Path, manifest: Manifest, target: Target, record: FrozenRecord, model: nn.Module | None
-) -> Reloaded | None:
+def stock_reload(directory: Path, manifest: Manifest, model: nn.Module | None) -> Reloaded | None:
     """Load a directory for verification, by the target's own loader; None where it has none but `qat.load`.
 
     ``model`` is a float model of the exported architecture, for directories without ``config.json``; it is copied.
@@ -74,29 +74,26 @@ def stock_reload(
     Raises:
         LoadError: when the loader fails, or there is no model to fill.
     """
-    loaded = load_pretrained(directory, manifest, target)
-    if loaded is not None or not target.host.stock_loader:
+    loaded, format = load_pretrained(directory, manifest), get_target(manifest.target).format
+    if loaded is not None:
         return loaded
     if model is not None:
         skeleton = copy.deepcopy(model).to("cpu")
-    elif (directory / "config.json").is_file():
-        library, cls = library_and_class(manifest)
+    else:
+        library, cls = library_and_class(directory, manifest)
         if library.is_language_model(cls):
             refuse_remote_code(directory, auto_class="AutoModelForCausalLM")
-            found = target.format.load_language_model(directory, **attention_arguments(manifest))
+            found = format.load_language_model(directory, **library.attention_arguments(manifest))
             if found is not None:
                 return Reloaded(*found)
-        config = library.read_config(cls, directory, manifest)
         # On CPU, not meta: quanto's loader fills the buffers of a meta model with garbage.
-        skeleton = library.build(cls, config, getattr(torch, manifest.dtype), empty=False)
-    else:
-        raise LoadError(f"{str(directory)!r} has no config.json: pass the float model as model=")
+        skeleton = library.build_from(cls, directory, manifest, empty=False)
     dtypes, serving = {name: dtype for dtype, name in DTYPE_NAMES.items()}, getattr(torch, manifest.dtype)
     for name, tensor in stored_tensors(skeleton):  # the loader may copy into the model, whose dtypes then decide
         if name in manifest.tensors:
             tensor.data = tensor.data.to(dtypes[manifest.tensors[name].dtype])
-        elif name.rpartition(".")[0] in record.layers:
+        elif name.rpartition(".")[0] in manifest.frozen.layers:
             tensor.data = tensor.data.to(serving)
     files = sorted({tensor.file for tensor in manifest.tensors.values()})
-    filled = target.format.fill(skeleton, directory, files)
+    filled = format.fill(skeleton, directory, files)
     return None if filled is None else Reloaded(*filled)

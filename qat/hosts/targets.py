@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qat.errors import TargetError
-from qat.formats import QUANTO, Format
+from qat.formats import QUANTO, Format, LayerTypes
 from qat.hosts.base import Host
 from qat.hosts.diffusers import DIFFUSERS
 from qat.hosts.transformers import TRANSFORMERS
@@ -47,10 +47,26 @@ class Target:
     name: str
     format: Format
     host: Host
+    plain_on_cpu: bool = False
+    """The loader leaves packed weights on a CPU as they are stored, instead of in a kernel's own order."""
 
     def faults(self, model: nn.Module, spec: QuantSpec) -> list[str]:
         """Why the target cannot load such a model, or express such a spec; each with its remedy."""
         return [*self.host.model_faults(model), *self.host.spec_faults(spec)]
+
+    def build(self, types: LayerTypes, shape: tuple[int, int], tensors: Mapping[str, Tensor]) -> nn.Module:
+        """The module of a frozen layer, made of its stored tensors, with the weight as the loader holds it."""
+        return self.format.build(types, shape, tensors, plain_on_cpu=self.plain_on_cpu)
+
+    def is_settled(self, layer: nn.Module) -> bool:
+        """Whether a frozen layer has its weight as the loader holds it."""
+        return self.format.is_settled(layer, plain_on_cpu=self.plain_on_cpu)
+
+    def settle(self, model: nn.Module) -> None:
+        """Bring all frozen layers back to how the loader holds them, after moves between devices."""
+        for module in model.modules():
+            if self.format.is_frozen(module):
+                self.format.settle(module, plain_on_cpu=self.plain_on_cpu)
 
     def rules(self, model: nn.Module, dtype: torch.dtype) -> Rules:
         """What the target's loader, and the classes inside the model, say of its layers and tensors."""
@@ -107,7 +123,7 @@ TARGETS: dict[str, Target] = {
     for target in (
         Target("quanto", QUANTO, MODULE),
         Target("transformers", QUANTO, TRANSFORMERS),
-        Target("diffusers", QUANTO, DIFFUSERS),
+        Target("diffusers", QUANTO, DIFFUSERS, plain_on_cpu=True),
     )
 }
 
@@ -118,6 +134,6 @@ def get_target(name: str) -> Target:
     >>> get_target("quanto").format.name
     'quanto'
     """
-    if name not in TARGETS:
+    if name not in tuple(TARGETS):  # which asks no hash of what a user gives
         raise TargetError(f"target: must be one of {sorted(TARGETS)}, got {name!r}")
     return TARGETS[name]

@@ -1,9 +1,7 @@
 """The host transformers: ``from_pretrained`` with the plug-in `qat.integrations.transformers`.
 
 The plug-in reads each module's type from the directory, so mixed types, activations, and outputs left float are
-expressible. Stock transformers cannot read packed weights: it would leave them random and print a table. So ``weights``
-in the ``quantization_config`` is deliberately no type name: a stock ``QuantoConfig`` raises on it and shows the text,
-which says what to import. What the plug-in needs is in the group ``qat``.
+expressible. Stock transformers cannot read packed weights: it would leave them random and print a table.
 
 What the loader adds is its own rule for dtypes: modules in ``_keep_in_fp32_modules`` stay float32 when float16 is asked
 for, those in ``_keep_in_fp32_modules_strict`` also with bfloat16 (``PreTrainedModel._get_dtype_plan``, transformers 5).
@@ -15,30 +13,24 @@ from __future__ import annotations
 import copy
 import importlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qat.errors import ExportError, listed
 from qat.files.evidence import FrozenRecord
 from qat.files.manifest import Manifest
 from qat.formats import Format
-from qat.hosts.base import CardLines, Host, Reloaded, matches_path_part
+from qat.hosts.base import FloatGrid, Host, Reloaded, matches_path_part
+from qat.hosts.float_grid import check_float_grid
+from qat.spec import QuantSpec
 
-__all__ = ["TRANSFORMERS", "attention_arguments"]
-
-PLUGIN = "qat.integrations.transformers"
-
-
-def attention_arguments(manifest: Manifest) -> dict[str, str]:
-    """The attention implementation the model was trained with, where every machine has it."""
-    kept = manifest.attn_implementation
-    return {"attn_implementation": kept} if kept in ("eager", "sdpa") else {}
+__all__ = ["TRANSFORMERS"]
 
 
 @dataclass(frozen=True)
@@ -53,9 +45,16 @@ class _Transformers(Host):
         with torch.random.fork_rng(devices=[]), init_empty_weights(include_buffers=False) if empty else nullcontext():
             return cls._from_config(config, dtype=dtype)  # type: ignore[no-any-return]
 
-    def read_config(self, cls: Any, directory: Path, manifest: Manifest) -> Any:
+    def build_from(self, cls: Any, directory: Path, manifest: Manifest, *, empty: bool) -> nn.Module:
         """By the class's own configuration class, which runs no code of the directory."""
-        return cls.config_class.from_pretrained(directory, trust_remote_code=False, **attention_arguments(manifest))
+        from transformers import GenerationConfig
+
+        attention = self.attention_arguments(manifest)
+        config = cls.config_class.from_pretrained(directory, trust_remote_code=False, **attention)
+        model: Any = self.build(cls, config, getattr(torch, manifest.dtype), empty=empty)
+        if (directory / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(directory)
+        return model  # type: ignore[no-any-return]
 
     def config_fields(self, model: Any, dtype: torch.dtype) -> dict[str, Any] | None:
         """What ``save_pretrained`` writes, with the serving dtype."""
@@ -90,11 +89,10 @@ class _Transformers(Host):
     def attention(self, model: Any) -> str | None:
         return getattr(getattr(model, "config", None), "_attn_implementation", None)
 
-    def read_generation_config(self, model: Any, directory: Path) -> None:
-        if (directory / "generation_config.json").is_file():
-            from transformers import GenerationConfig
-
-            model.generation_config = GenerationConfig.from_pretrained(directory)
+    def attention_arguments(self, manifest: Manifest) -> dict[str, str]:
+        """Where every machine has it."""
+        kept = manifest.attn_implementation
+        return {"attn_implementation": kept} if kept in ("eager", "sdpa") else {}
 
     def is_language_model(self, cls: Any) -> bool:
         from transformers import AutoModelForCausalLM
@@ -102,6 +100,10 @@ class _Transformers(Host):
         mapping: Any = AutoModelForCausalLM._model_mapping
         config = getattr(cls, "config_class", None)
         return config in mapping and mapping[config] is cls
+
+    def spec_faults(self, spec: QuantSpec) -> list[str]:
+        """None: the plug-in can leave outputs float, too."""
+        return []
 
     def model_faults(self, model: nn.Module) -> list[str]:
         if self.owns(model) and self.can_build(type(model)):
@@ -118,47 +120,33 @@ class _Transformers(Host):
             kept |= set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
         return matches_path_part(name, kept)
 
-    def writes_map(self, record: FrozenRecord) -> bool:
-        """Not where outputs stay float: quanto's own loader would quantize them whatever its map says."""
-        return record.spec.quantize_outputs
+    def constructed(self, build: Callable[[torch.dtype], dict[str, Tensor]], dtype: torch.dtype) -> dict[str, Tensor]:
+        """Computed in float32 and cast, since it builds on the meta device and computes them afterwards."""
+        served = build(dtype)
+        if dtype is torch.float32:
+            return served
+        return {name: tensor.to(served[name].dtype) for name, tensor in build(torch.float32).items()}
 
-    def quantization_config(self, model: nn.Module, record: FrozenRecord) -> dict[str, Any] | None:
-        """The stock fields, and the group ``qat`` for the plug-in."""
+    def float_layers(self, model: nn.Module, record: FrozenRecord) -> list[str]:
+        """By their full names."""
         linear = (name for name, module in model.named_modules() if isinstance(module, nn.Linear))
-        return {
-            "quant_method": "quanto",
-            "weights": f"{record.spec.weights}: packed by qat, load with `import {PLUGIN}`",
-            "activations": record.spec.activation_type,
-            "modules_to_not_convert": [name for name in linear if name not in record.layers],
-            "qat": {
-                "format": 1,
-                "dtype": record.spec.dtype,
-                "quantize_outputs": record.spec.quantize_outputs,
-                "modules": {
-                    name: {"weights": layer.weights, "activations": layer.activations, "group_size": layer.group_size}
-                    for name, layer in record.layers.items()
-                },
-            },
-        }
+        return [name for name in linear if name not in record.layers]
 
-    def float_grid_arguments(self, model: nn.Module, record: FrozenRecord, weights: str) -> dict[str, Any]:
+    def float_grid(self, model: nn.Module, record: FrozenRecord, format: Format) -> FloatGrid:
         """The type, and the modules to skip where the default does not skip exactly the float ones."""
         from transformers.quantizers.base import HfQuantizer
         from transformers.quantizers.quantizers_utils import should_convert_module
 
-        quantized = set(record.layers)
-        linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-        stay_float = [name for name in linear if name not in quantized]
+        arguments = check_float_grid(model, record, format, self.name)
+        quantized, floats = set(record.layers), self.float_layers(model, record)
+        kept = getattr(model, "_keep_in_fp32_modules", None)
         replaced: set[str] = set()
-        for named in (None, stay_float):
-            skip = HfQuantizer.get_modules_to_not_convert(
-                model,  # type: ignore[arg-type]
-                None if named is None else list(named),
-                getattr(model, "_keep_in_fp32_modules", None),
-            )
-            replaced = {name for name in linear if should_convert_module(name, skip)}
+        for named in (None, floats):
+            # transformers changes the list that it is given.
+            skip = HfQuantizer.get_modules_to_not_convert(model, copy.copy(named), kept)  # type: ignore[arg-type]
+            replaced = {name for name in (*quantized, *floats) if should_convert_module(name, skip)}
             if replaced == quantized:
-                return {"weights": weights} | ({} if named is None else {"modules_to_not_convert": named})
+                return FloatGrid(arguments | ({} if named is None else {"modules_to_not_convert": named}))
         wrong = sorted(replaced ^ quantized)
         raise ExportError(
             "float_grid=True: no modules_to_not_convert makes a stock load replace exactly the quantized layers; it "
@@ -166,23 +154,19 @@ class _Transformers(Host):
             "(float_grid=False)"
         )
 
-    def load(self, cls: Any, directory: Path, manifest: Manifest) -> Reloaded:
-        """``from_pretrained``, with the plug-in, which leaves float grids to the stock classes."""
-        from transformers import QuantoConfig
-
-        importlib.import_module(PLUGIN)
-        arguments: dict[str, Any] = {"dtype": getattr(torch, manifest.dtype), **attention_arguments(manifest)}
-        if manifest.stock_arguments is not None:
-            arguments["quantization_config"] = QuantoConfig(**manifest.stock_arguments)
+    def load(self, cls: Any, directory: Path, manifest: Manifest, format: Format) -> Reloaded:
+        """``from_pretrained``, with the format's plug-in, which leaves float grids to the stock classes."""
+        plugin = format.libraries[self.name].plugin
+        if plugin is not None:
+            importlib.import_module(plugin)
+        arguments = {"dtype": getattr(torch, manifest.dtype), **self.attention_arguments(manifest)}
+        arguments |= self.stock_config(manifest, format)
         loaded = cls.from_pretrained(directory, trust_remote_code=False, **arguments)
         return Reloaded(loaded, f"{type(loaded).__name__}.from_pretrained")
 
-    def card(self, manifest: Manifest, module: str, cls: str, format: Format) -> CardLines:
-        if manifest.float_grid:
-            code = self.pretrained_code(manifest, module, cls, "dtype")
-            return CardLines(self.name, [code, "No package but transformers and optimum-quanto is needed."])
-        plugin = f"import {PLUGIN}  # stock transformers cannot read packed weights"
-        return CardLines(self.name, [self.pretrained_code(manifest, module, cls, "dtype", [plugin])])
+    def card(self, manifest: Manifest, module: str, cls: str, format: Format) -> list[str]:
+        code = self.pretrained_code(manifest, module, cls, "dtype", format)
+        return [code, f"No package but transformers and {format.library} is needed."] if manifest.float_grid else [code]
 
 
 def _set_config_dtype(config: Any, dtype: torch.dtype) -> None:
@@ -200,4 +184,4 @@ def _embeddings_are_tied(model: Any) -> bool:
     return getattr(inputs, "weight", None) is getattr(outputs, "weight", None)
 
 
-TRANSFORMERS = _Transformers("transformers", initialises_buffers=True, leaves_outputs=True)
+TRANSFORMERS = _Transformers("transformers")

@@ -20,6 +20,7 @@ from qat.inspection.report import FloatWeight, InspectReport, LayerInspection, o
 from qat.layers import QuantizedLayer, layer_class
 from qat.probing import Probe
 from qat.spec import LayerSpec, QuantSpec
+from qat.tensors import matrices
 
 __all__ = ["FloatWeight", "InspectReport", "LayerInspection", "inspect"]
 
@@ -36,13 +37,12 @@ class _Facts:
         self.names: dict[int, list[str]] = defaultdict(list)
         for name, module in model.named_modules(remove_duplicate=False):
             self.names[id(module)].append(name)
-        self.holders = Counter(
-            id(p) for module in model.modules() for p in module._parameters.values() if p is not None
-        )
+        self.holders = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
 
-    def tied(self, name: str, weight: Tensor) -> bool:
-        """Whether another module holds this layer's weight too."""
-        return f"{name}.weight" in self.rules.tied_keys or self.holders[id(weight)] > 1
+    def tied(self, name: str, module: nn.Module) -> list[nn.Parameter]:
+        """The parameters of a layer's weight that another module holds too."""
+        own = matrices(module).items()
+        return [p for key, p in own if f"{name}.{key}" in self.rules.tied_keys or self.holders[id(p)] > 1]
 
     def types(self, layer: LayerSpec) -> LayerTypes:
         """The types of a layer as objects."""
@@ -62,8 +62,8 @@ class _Decision:
     explicit: bool
     could_run: LayerSpec | None = None
     """For a layer left out only by a default of ours: the types it would run with."""
-    float_copy: bool = False
-    """Its weight was tied, and stays in the file as floats that no other row counts."""
+    float_copy: int = 0
+    """Elements of its weight that were tied, and stay in the file as floats that no other row counts."""
 
 
 def inspect(model: nn.Module, spec: QuantSpec, *, target: str = "quanto", example_inputs: Any = None) -> InspectReport:
@@ -77,8 +77,8 @@ def inspect(model: nn.Module, spec: QuantSpec, *, target: str = "quanto", exampl
             input the stock kernels cannot read, or whose weight is used without calling them; these stay float.
 
     Raises:
-        SpecError: it is no spec, a pattern matches nothing, nothing at all would be quantized, or the model cannot run
-            ``example_inputs``.
+        SpecError: it is no spec or no model, the model is wrapped (``torch.compile``), a pattern matches nothing,
+            nothing at all would be quantized, or the model cannot run ``example_inputs``.
         TargetError: the target cannot express the spec, or cannot load such a model.
         StateError: the model is prepared or frozen already.
 
@@ -91,35 +91,42 @@ def inspect(model: nn.Module, spec: QuantSpec, *, target: str = "quanto", exampl
         raise SpecError(
             f"spec: must be a QuantSpec, got {spec!r}: write QuantSpec(weights='int8'), or QuantSpec(**spec)"
         )
+    if not isinstance(model, nn.Module):
+        raise SpecError(f"model: must be an nn.Module, got {type(model).__name__}: load the model first")
+    if type(model).__name__ in ("OptimizedModule", "DataParallel", "DistributedDataParallel"):
+        raise SpecError(
+            f"model: is a {type(model).__name__} around the model, whose names an export would get: pass the model "
+            "inside it (model._orig_mod, or model.module), and wrap it afterwards"
+        )
     chosen = get_target(target)
     faults = chosen.faults(model, spec)
     if faults:
         raise TargetError("\n".join(faults))
     layers = dict(_layers(model, chosen))
     others = tuple(other_weights(model, layers))
-    outside = {weight.name.rpartition(".")[0]: weight.kind for weight in others}
+    outside = {weight.name.rpartition(".")[0]: weight.class_name for weight in others}
     spec.check_patterns(layers, outside)
-    weights = {name: cls.effective_weight(module) for name, (module, cls) in layers.items()}
-    probe = Probe({name: module for name, (module, _) in layers.items()}, weights)
+    probe = Probe({name: module for name, (module, _) in layers.items()})
     if example_inputs is not None:
         probe.watch(model, example_inputs)
     facts = _Facts(model, spec, chosen, probe)
     decisions = {name: _decide(facts, name, module, cls) for name, (module, cls) in layers.items()}
-    notes = _resolve_collisions(decisions, chosen, facts) if chosen.host.leaf_names_only else []
+    notes = _resolve_collisions(facts, decisions)
     if all(decision.layer is None for decision in decisions.values()):
         why = sorted({decision.reason for decision in decisions.values()}) or ["the model has no nn.Linear"]
-        held = sorted({f"{weight.kind} ({len(weight.shape)}-D)" for weight in others})
+        held = sorted({f"{weight.class_name} ({len(weight.shape)}-D)" for weight in others})
         elsewhere = f"; its weights are in {', '.join(held[:5])}, which have no quantized form" if held else ""
         raise SpecError(
             f"spec: no layer of the model would be quantized; reasons: {why[:5]}{elsewhere}: change the spec's patterns"
         )
     told, copied = _break_ties(facts, decisions)
     notes += told
-    notes += chosen.format.warnings(
+    notices = chosen.format.notices(
         (facts.types(d.layer), (d.weight.shape[0], d.weight.shape[1]), getattr(d.module, "bias", None) is not None)
         for d in decisions.values()
         if d.layer is not None
     )
+    notes += [notice.warning for notice in notices]
     parameters = sum(parameter.numel() for parameter in model.parameters()) + copied
     notes += other_notes(others, parameters)
     rows = tuple(_row(name, decision, facts) for name, decision in decisions.items())
@@ -147,7 +154,7 @@ def _decide(facts: _Facts, name: str, module: nn.Module, cls: type[QuantizedLaye
         return _Decision(module, weight, None, impossible, False)
     if explicit:
         return _Decision(module, weight, layer, reason, True)
-    if facts.tied(name, weight):
+    if facts.tied(name, module):
         reason = "tied to another weight (include it by name to untie and quantize it)"
         return _Decision(module, weight, None, reason, False)
     part = facts.rules.sensitive_part(name) if layer.activations is not None else None
@@ -195,14 +202,14 @@ def _adapter(model: nn.Module, name: str) -> str | None:
     return None
 
 
-def _resolve_collisions(decisions: dict[str, _Decision], target: Target, facts: _Facts) -> list[str]:
+def _resolve_collisions(facts: _Facts, decisions: Mapping[str, _Decision]) -> list[str]:
     """Make layers of one last name all quantized or all float, in place, since the target cannot tell them apart."""
     families: dict[str, dict[str, _Decision]] = defaultdict(dict)
     for name, decision in decisions.items():
         for alias in facts.names[id(decision.module)]:
-            families[alias.rpartition(".")[2]][name] = decision
+            families[facts.target.host.layer_key(alias)][name] = decision
     total = sum(d.weight.numel() for d in decisions.values())
-    notes = []
+    target, notes = facts.target.name, []
     for leaf, family in families.items():
         floats = {name: d for name, d in family.items() if d.layer is None}
         if not floats or len(floats) == len(family):
@@ -211,7 +218,7 @@ def _resolve_collisions(decisions: dict[str, _Decision], target: Target, facts: 
         if chosen:
             others = sorted(set(family) - set(floats))
             raise SpecError(
-                f"exclude: target {target.name!r} names float layers by the last part of their name, so excluding "
+                f"exclude: target {target!r} names float layers by the last part of their name, so excluding "
                 f"{chosen} would also exclude {others[:4]}{'...' if len(others) > 4 else ''}: "
                 f"exclude all of '*{leaf}', or none"
             )
@@ -219,8 +226,7 @@ def _resolve_collisions(decisions: dict[str, _Decision], target: Target, facts: 
             for name, d in floats.items():
                 d.layer, d.reason = d.could_run, f"quantized, since other layers called {leaf!r} are"
                 notes.append(
-                    f"{name}: quantized although float by default: target {target.name!r} cannot tell it from other "
-                    f"{leaf!r}"
+                    f"{name}: quantized although float by default: target {target!r} cannot tell it from other {leaf!r}"
                 )
             continue
         moved = {name: d for name, d in family.items() if d.layer is not None}
@@ -235,18 +241,20 @@ def _resolve_collisions(decisions: dict[str, _Decision], target: Target, facts: 
 
 def _break_ties(facts: _Facts, decisions: Mapping[str, _Decision]) -> tuple[list[str], int]:
     """Notes on the tied layers that `qat.prepare` will untie, in its order, and how many elements it will copy."""
-    chosen = Counter(id(d.weight) for d in decisions.values() if d.layer is not None)
-    floats = {id(d.weight) for d in decisions.values() if d.layer is None}
-    left, notes, copied = facts.holders.copy(), [], 0
+    chosen = Counter(id(p) for d in decisions.values() if d.layer is not None for p in matrices(d.module).values())
+    floats = {id(p) for d in decisions.values() if d.layer is None for p in matrices(d.module).values()}
+    holders, left = facts.holders, facts.holders.copy()
+    notes, copied = [], 0
     for name, decision in decisions.items():
-        key = id(decision.weight)
-        if decision.layer is None or not facts.tied(name, decision.weight):
+        tied = facts.tied(name, decision.module)
+        if decision.layer is None or not tied:
             continue
-        holders = facts.holders[key]  # one, where the two are separate already: on the meta device
-        kept = holders == 1 or chosen[key] < holders
-        decision.float_copy = kept and left[key] == holders and key not in floats
-        copied += decision.weight.numel() if left[key] > 1 else 0
-        left[key] -= 1
+        # One holder, where the two are separate already: on the meta device.
+        kept = [p for p in tied if holders[id(p)] == 1 or chosen[id(p)] < holders[id(p)]]
+        uncounted = [p for p in kept if left[id(p)] == holders[id(p)] and id(p) not in floats]
+        decision.float_copy = sum(p.numel() for p in uncounted)
+        copied += sum(p.numel() for p in tied if left[id(p)] > 1)
+        left.subtract(id(p) for p in tied)
         notes.append(
             f"{name}: its weight is tied; quantizing it breaks the tie (config.tie_word_embeddings becomes False)"
             + (", and its float copy stays in the file beside the codes" if kept else "")
@@ -257,13 +265,14 @@ def _break_ties(facts: _Facts, decisions: Mapping[str, _Decision]) -> tuple[list
 def _row(name: str, decision: _Decision, facts: _Facts) -> LayerInspection:
     layer = decision.layer
     out_features, in_features = decision.weight.shape
-    before = after = out_features * in_features * facts.spec.torch_dtype.itemsize
+    itemsize = facts.spec.torch_dtype.itemsize
+    before = after = out_features * in_features * itemsize
     types = None if layer is None else facts.types(layer)
     if types is not None:
-        after = facts.target.format.nbytes(types, (out_features, in_features)) + (before if decision.float_copy else 0)
+        after = facts.target.format.nbytes(types, (out_features, in_features)) + decision.float_copy * itemsize
     return LayerInspection(
         name=name,
-        kind=type(decision.module).__name__,
+        class_name=type(decision.module).__name__,
         shape=(out_features, in_features),
         weights=None if layer is None else layer.weights,
         activations=None if layer is None else layer.activations,

@@ -12,6 +12,7 @@ from torch import nn
 
 from qat.errors import listed
 from qat.spec import QuantSpec
+from qat.tensors import matrices
 
 __all__ = ["FloatWeight", "InspectReport", "LayerInspection", "other_notes", "other_weights"]
 
@@ -21,8 +22,7 @@ class LayerInspection:
     """What becomes of one linear layer."""
 
     name: str
-    kind: str
-    """Class name."""
+    class_name: str
     shape: tuple[int, int]
     """(out_features, in_features)."""
     weights: str | None
@@ -44,8 +44,8 @@ class FloatWeight:
 
     name: str
     """Full name of the parameter."""
-    kind: str
-    """Class name of the module that holds it."""
+    class_name: str
+    """The class of the module that holds it."""
     shape: tuple[int, ...]
 
 
@@ -68,8 +68,8 @@ class InspectReport:
         """Every weight of two and more dimensions that stays float, by its layer's or its own name, with the reason."""
         layers = {layer.name: layer.reason for layer in self.layers if layer.weights is None}
         outside = {
-            weight.name.removesuffix(".weight"): f"{len(weight.shape)}-D weight of {weight.kind}: no quantized form"
-            for weight in self.others
+            other.name.removesuffix(".weight"): f"{len(other.shape)}-D weight of {other.class_name}: no quantized form"
+            for other in self.others
         }
         return layers | outside
 
@@ -132,7 +132,7 @@ def _families(weights: Iterable[FloatWeight]) -> dict[str, tuple[str, int]]:
     for weight in weights:
         family = re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", weight.name)
         count = families.get(family, ("", 0))[1]
-        families[family] = (weight.kind, count + prod(weight.shape))
+        families[family] = (weight.class_name, count + prod(weight.shape))
     return families
 
 
@@ -140,16 +140,15 @@ def other_weights(model: nn.Module, layers: Mapping[str, Any]) -> Iterator[Float
     """Every parameter of two and more dimensions that neither belongs to a layer here nor makes its weight, once."""
     seen = {id(parameter) for name in layers for parameter in model.get_submodule(name).parameters()}
     for path, module in model.named_modules():
-        for key, parameter in module._parameters.items():
-            if parameter is None or parameter.ndim < 2 or id(parameter) in seen:
-                continue
-            seen.add(id(parameter))
-            yield FloatWeight(f"{path}.{key}" if path else key, type(module).__name__, tuple(parameter.shape))
+        for key, parameter in matrices(module).items():
+            if id(parameter) not in seen:
+                seen.add(id(parameter))
+                yield FloatWeight(f"{path}.{key}" if path else key, type(module).__name__, tuple(parameter.shape))
 
 
 def other_notes(others: Iterable[FloatWeight], parameters: int) -> list[str]:
     """Say what stays float outside linear layers; embeddings are expected there, and stand in the table."""
-    told = [weight for weight in others if weight.kind != "Embedding"]
+    told = [weight for weight in others if weight.class_name != "Embedding"]
     if not told:
         return []
     share = sum(prod(weight.shape) for weight in told) / max(1, parameters)

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming, rename_source_key
+from transformers.core_model_loading import ConversionOps, WeightRenaming, rename_source_key
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING, AutoHfQuantizer
 from transformers.quantizers.quantizer_quanto import QuantoHfQuantizer
 from transformers.utils.quantization_config import QuantoConfig
@@ -66,15 +66,11 @@ class PackedQuantizer(QuantoHfQuantizer):
                 "pass QuantoConfig(weights=...) to quantize float weights while loading"
             )
         self.group = quantization_config.group()
+        self.serving_dtype: torch.dtype = getattr(torch, self.group.dtype)
+        """The dtype that scales were packed in."""
         self.layers: dict[str, PackedModule] = {}
         self.canonical: dict[str, str] = {}
         self.headers: dict[str, TensorEntry] | None = None
-
-    @property
-    def serving_dtype(self) -> torch.dtype:
-        """The dtype that scales were packed in."""
-        dtype: torch.dtype = getattr(torch, self.group.dtype)
-        return dtype
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Raise when the device map would offload packed tensors."""
@@ -206,11 +202,7 @@ class PackedQuantizer(QuantoHfQuantizer):
         if faults:
             raise load_error("the files do not hold what config.json declares", faults)
         self.headers = None
-        return [*renamings, *self._converters()]
-
-    def _converters(self) -> list[WeightConverter]:
-        conversions: list[WeightConverter] = self.get_weight_conversions()  # type: ignore[no-untyped-call]
-        return conversions
+        return [*renamings, *self.get_weight_conversions()]  # type: ignore[no-untyped-call]
 
     def _placed(
         self, renamings: list[WeightRenaming], model: PreTrainedModel
@@ -219,7 +211,8 @@ class PackedQuantizer(QuantoHfQuantizer):
         found: dict[str, dict[str, TensorEntry]] = {name: {} for name in self.layers}
         strays = []
         # Renamings remember what they saw, so the rehearsal uses copies.
-        renamings, converters = copy.deepcopy(renamings), self._converters()
+        renamings = copy.deepcopy(renamings)
+        converters: list[Any] = self.get_weight_conversions()  # type: ignore[no-untyped-call]
         prefix, state = model.base_model_prefix, model.state_dict()
         for key, header in (self.headers or {}).items():
             target, slot = rename_source_key(key, renamings, converters, prefix, state)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from transformers.quantizers.quantizers_utils import should_convert_module
-from transformers.utils.quantization_config import QuantizationMethod, QuantoConfig
+from transformers.utils.quantization_config import QuantoConfig
 
 from qat.errors import LoadError, load_error
 from qat.formats.quanto import QUANTO
@@ -70,12 +70,8 @@ class PackedQuantoConfig(QuantoConfig):
         qat: object = None,
         **_: Any,
     ) -> None:
-        self.quant_method = QuantizationMethod.QUANTO
-        self.weights = weights
-        self.activations = activations
-        self.modules_to_not_convert = modules_to_not_convert
         self.qat = qat
-        self.post_init()
+        super().__init__(weights, activations, modules_to_not_convert)
 
     def post_init(self) -> None:
         """Validate what the directory declares."""

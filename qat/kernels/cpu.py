@@ -7,6 +7,9 @@ memory sees one read and one write. Same operations, same order, same bits.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -23,37 +26,18 @@ def supports(weight: Tensor, scale: Tensor, shift: Tensor | None, qtype: str, *_
 
 
 def fake_quantize_weight(
-    weight: Tensor,
-    scale: Tensor,
-    shift: Tensor | None,
-    qtype: str,
-    dtype: torch.dtype,
-    out_dtype: torch.dtype,
-    after: Tensor | None = None,
+    weight: Tensor, scale: Tensor, shift: Tensor | None, qtype: str, dtype: torch.dtype, out_dtype: torch.dtype
 ) -> Tensor:
     """See `qat.kernels.fake_quantize_weight`: the bits of the specification."""
     found = qtype_of(qtype)
     weight = weight.detach()
     rows = found.grouped(weight)
-    # Types narrower than float32 are promoted exactly by the division; float64 would be divided in float64.
-    wide = rows.dtype is torch.float64
     out = torch.empty(rows.shape, dtype=out_dtype)
     narrow = dtype is not torch.float32
     serving_scale = scale.to(dtype).float()
     serving_shift = None if shift is None else shift.to(dtype)
     constant = not found.floating and bool((scale == 0).any())
-    step = max(1, _BLOCK_ELEMENTS // max(1, rows.shape[1]))
-    # Scratch for all blocks: the allocator gives large blocks back to the system, and fresh pages cost more than this.
-    buffers = torch.empty((3 if found.floating else 1, min(step, rows.shape[0]), rows.shape[1]), dtype=torch.float32)
-    for start in range(0, rows.shape[0], step):
-        block = slice(start, start + step)
-        row_scale = scale[block]
-        codes, *scratch = buffers[:, : row_scale.shape[0]]
-        values = rows[block].float() if wide else rows[block]
-        if shift is None:
-            torch.div(values, row_scale, out=codes)
-        else:
-            torch.add(values, shift[block], out=codes).div_(row_scale)
+    for block, row_scale, codes, *scratch in _blocks(rows, scale, shift, 3 if found.floating else 1):
         if found.floating:
             codes.clamp_(found.code_min, found.code_max)
             _round_to_float8(codes, *scratch)
@@ -76,7 +60,7 @@ def fake_quantize_weight(
 
 def scale_gradients(
     weight: Tensor, scale: Tensor, shift: Tensor | None, qtype: str, grad: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None, Tensor]:
     """See `qat.kernels.scale_gradients`: the results of the specification, but for the order of the sums."""
     found = qtype_of(qtype)
     rows, grad_rows = found.grouped(weight.detach()), found.grouped(grad)
@@ -84,16 +68,8 @@ def scale_gradients(
     grad_scale = torch.empty_like(scale)
     grad_shift = None if shift is None else torch.empty_like(scale)
     flat = bool((scale == 0).any())
-    step = max(1, _BLOCK_ELEMENTS // max(1, rows.shape[1]))
-    buffers = torch.empty((5 if found.floating else 3, min(step, rows.shape[0]), rows.shape[1]), dtype=torch.float32)
-    for start in range(0, rows.shape[0], step):
-        block = slice(start, start + step)
-        given, values, row_scale = grad_rows[block].float(), rows[block].float(), scale[block]
-        x, codes, within, *scratch = buffers[:, : row_scale.shape[0]]
-        if shift is None:
-            torch.div(values, row_scale, out=x)
-        else:
-            torch.add(values, shift[block], out=x).div_(row_scale)
+    for block, row_scale, x, codes, within, *scratch in _blocks(rows, scale, shift, 5 if found.floating else 3):
+        given = grad_rows[block].float()
         if flat:
             x.masked_fill_(row_scale == 0, 0)
         torch.clamp(x, found.code_min, found.code_max, out=codes)
@@ -108,7 +84,25 @@ def scale_gradients(
         grad_scale[block] = codes.sub_(within).mul_(given).sum(1, keepdim=True)
         if grad_shift is not None:
             grad_shift[block] = inside.sub_(1.0).mul_(given).sum(1, keepdim=True)
-    return grad_scale, scale.new_empty(0) if grad_shift is None else grad_shift, masked.view(grad.shape)
+    return grad_scale, grad_shift, masked.view(grad.shape)
+
+
+def _blocks(rows: Tensor, scale: Tensor, shift: Tensor | None, count: int) -> Iterator[tuple[Any, ...]]:
+    """Each block of rows with its scales, its positions among the codes before rounding, and scratch like these."""
+    step = max(1, _BLOCK_ELEMENTS // max(1, rows.shape[1]))
+    # Made once: the allocator gives large blocks back to the system, and fresh pages cost more than this.
+    buffers = torch.empty((count, min(step, rows.shape[0]), rows.shape[1]), dtype=torch.float32)
+    for start in range(0, rows.shape[0], step):
+        block = slice(start, start + step)
+        row_scale = scale[block]
+        positions, *scratch = buffers[:, : row_scale.shape[0]]
+        # Types narrower than float32 are promoted exactly by the division; float64 would be divided in float64.
+        values = rows[block].float() if rows.dtype is torch.float64 else rows[block]
+        if shift is None:
+            torch.div(values, row_scale, out=positions)
+        else:
+            torch.add(values, shift[block], out=positions).div_(row_scale)
+        yield block, row_scale, positions, *scratch
 
 
 def _round_to_float8(values: Tensor, power: Tensor, sign: Tensor) -> None:

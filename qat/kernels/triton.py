@@ -165,11 +165,6 @@ if triton is not None:
             tl.store(grad_shift + row, tl.sum(of_shift, 1), mask=row < groups)
 
 
-_TRITON_DTYPES: dict[torch.dtype, Any] = (
-    {} if triton is None else {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-)
-
-
 @functools.cache
 def _form(out_features: int, in_features: int, qtype: str, dtype: torch.dtype) -> tuple[int, int, int, dict[str, Any]]:
     """Groups of a weight, tiles down and across that cover it, and a kernel's constant arguments."""
@@ -186,7 +181,7 @@ def _form(out_features: int, in_features: int, qtype: str, dtype: torch.dtype) -
         "floating": found.floating,
         "code_min": float(found.code_min),
         "code_max": float(found.code_max),
-        "serving": _TRITON_DTYPES[dtype],
+        "serving": getattr(tl, str(dtype).removeprefix("torch.")),
         "enable_fp_fusion": False,  # a fused multiply-add would skip a rounding
     }
     return groups, triton.cdiv(groups, rows), triton.cdiv(size, columns), form
@@ -198,13 +193,7 @@ def _on(tensor: Tensor) -> AbstractContextManager[object]:
 
 
 def fake_quantize_weight(
-    weight: Tensor,
-    scale: Tensor,
-    shift: Tensor | None,
-    qtype: str,
-    dtype: torch.dtype,
-    out_dtype: torch.dtype,
-    after: Tensor | None = None,
+    weight: Tensor, scale: Tensor, shift: Tensor | None, qtype: str, dtype: torch.dtype, out_dtype: torch.dtype
 ) -> Tensor:
     """See `qat.kernels.fake_quantize_weight`: the bits of the specification; tensors on CUDA."""
     weight = weight.detach().contiguous()
@@ -218,15 +207,15 @@ def fake_quantize_weight(
 
 def quantize_own_range(
     weight: Tensor, qtype: str, dtype: torch.dtype, out_dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """See `qat.kernels.quantize_own_range`: the bits of the specification; tensors on CUDA."""
     found = qtype_of(qtype)
     weight = weight.detach().contiguous()
     groups, programs, _, form = _form(*weight.shape, qtype, dtype)
     scale = torch.empty((groups, 1), dtype=torch.float32, device=weight.device)
-    shift = torch.empty_like(scale) if found.has_shift else scale.new_empty(0)
+    shift = torch.empty_like(scale) if found.has_shift else None
     out = torch.empty_like(weight, dtype=out_dtype)
-    tensors = (weight, scale, shift if found.has_shift else scale, out)
+    tensors = (weight, scale, scale if shift is None else shift, out)
     smallest, anchor = smallest_scale(dtype) if found.floating else 0.0, float(found.anchor(dtype, weight.shape[1]))
     own = {"steps": float(found.steps), "smallest": smallest, "anchor": anchor}
     with _on(weight):
@@ -236,14 +225,14 @@ def quantize_own_range(
 
 def scale_gradients(
     weight: Tensor, scale: Tensor, shift: Tensor | None, qtype: str, grad: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None, Tensor]:
     """See `qat.kernels.scale_gradients`: the results of the specification, but for the order of the sums."""
     weight, grad = weight.detach().contiguous(), grad.contiguous()
     groups, programs, _, form = _form(*weight.shape, qtype, torch.float32)
     grad_scale, masked = torch.empty_like(scale), torch.empty_like(grad)
-    grad_shift = scale.new_empty(0) if shift is None else torch.empty_like(scale)
+    grad_shift = None if shift is None else torch.empty_like(scale)
     tensors = (weight, scale, scale if shift is None else shift, grad)
-    made = (grad_scale, grad_scale if shift is None else grad_shift, masked)
+    made = (grad_scale, grad_scale if grad_shift is None else grad_shift, masked)
     with _on(weight):
         _scale_gradients_kernel[(programs,)](*tensors, *made, groups, **form)
     return grad_scale, grad_shift, masked

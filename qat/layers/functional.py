@@ -42,11 +42,7 @@ class _Options(NamedTuple):
     qtype: QType
     dtype: torch.dtype
     masked: bool
-    input_qtype: QType | None
-
-
-def _options(quantizer: WeightQuantizer, activation: ActivationQuantizer | None = None) -> _Options:
-    return _Options(quantizer.qtype, quantizer.dtype, quantizer.masked, activation.qtype if activation else None)
+    input_qtype: QType | None = None
 
 
 def _weight_gradients(
@@ -56,7 +52,7 @@ def _weight_gradients(
     _, needs_weight, needs_scale, needs_shift = ctx.needs_input_grad[:4]
     grad_scale = grad_shift = None
     if needs_scale or needs_shift or ctx.options.masked:
-        grad_scale, grad_shift, masked = kernels.scale_gradients(weight, scale, shift, ctx.options.qtype, grad)
+        grad_scale, grad_shift, masked = kernels.scale_gradients(weight, scale, shift, ctx.options.qtype.key, grad)
         grad = masked if ctx.options.masked else grad
     return grad.to(weight.dtype) if needs_weight else None, grad_scale, grad_shift
 
@@ -82,7 +78,8 @@ def fake_quantized(weight: Tensor, quantized: Quantized, quantizer: WeightQuanti
     ``weight`` is the effective master weight, ``(out, in)``; ``quantized`` is what the quantizer made of it.
     """
     value, scale, shift = quantized
-    return _FakeQuantized.apply(value, weight, scale, shift, _options(quantizer))  # type: ignore[no-any-return,no-untyped-call]
+    options = _Options(quantizer.qtype, quantizer.dtype, quantizer.masked)
+    return _FakeQuantized.apply(value, weight, scale, shift, options)  # type: ignore[no-any-return,no-untyped-call]
 
 
 class _QuantizedLinear(torch.autograd.Function):
@@ -103,7 +100,7 @@ class _QuantizedLinear(torch.autograd.Function):
         ctx.save_for_backward(x, weight, scale, shift, input_scale)
         ctx.options = options
         if input_scale is not None and options.input_qtype is not None:
-            x = kernels.fake_quantize_activation(x, input_scale, options.input_qtype, options.dtype)
+            x = kernels.fake_quantize_activation(x, input_scale, options.input_qtype.key, options.dtype)
         return torch.nn.functional.linear(x, value, bias)
 
     @staticmethod
@@ -115,13 +112,13 @@ class _QuantizedLinear(torch.autograd.Function):
         grad_x = grad_weight = grad_scale = grad_shift = grad_bias = None
         rows = grad.reshape(-1, grad.shape[-1])
         if needs_x:
-            value = kernels.fake_quantize_weight(weight, scale, shift, qtype, dtype, grad.dtype, after=grad)
+            value = kernels.fake_quantize_weight(weight, scale, shift, qtype.key, dtype, grad.dtype, after=grad)
             grad_x = (rows @ value).view(x.shape)
             if input_scale is not None:
                 grad_x = grad_x * input_qtype.inside_range(x, input_scale)
         if any(needs_scales):
             if input_scale is not None:
-                x = kernels.fake_quantize_activation(x, input_scale, input_qtype, dtype)
+                x = kernels.fake_quantize_activation(x, input_scale, input_qtype.key, dtype)
             grad_weight = rows.t() @ x.reshape(-1, x.shape[-1])
             grad_weight, grad_scale, grad_shift = _weight_gradients(ctx, grad_weight, weight, scale, shift)
         if needs_bias:
@@ -152,7 +149,7 @@ def quantized_linear(
         x = x.to(value.dtype)
     if bias is not None:
         bias = bias.to(value.dtype)
-    input_scale = None if activation is None else activation.scale
-    options = _options(quantizer, activation)
+    input_scale, input_qtype = (None, None) if activation is None else (activation.scale, activation.qtype)
+    options = _Options(quantizer.qtype, quantizer.dtype, quantizer.masked, input_qtype)
     y: Tensor = _QuantizedLinear.apply(x, weight, scale, shift, bias, value, input_scale, options)  # type: ignore[no-untyped-call]
     return y

@@ -36,10 +36,7 @@ ALGORITHMS: dict[str, type[Algorithm]] = {
 
 def any_of(algorithms: Mapping[str, type[Algorithm]]) -> Any:
     """The type of a configuration field that may hold each of ``algorithms``."""
-    members = tuple(algorithms.values())
-    if len(members) == 1:
-        return members[0]  # pydantic takes a discriminator for unions only
-    return Annotated[reduce(or_, members), Field(discriminator="kind")]
+    return Annotated[reduce(or_, algorithms.values()), Field(discriminator="kind")]
 
 
 if TYPE_CHECKING:

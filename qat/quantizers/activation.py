@@ -74,7 +74,7 @@ class _FakeQuantizedOutput(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, qtype: QType, dtype: torch.dtype) -> Tensor:
         ctx.save_for_backward(qtype.inside_range(x, scale))
-        return kernels.fake_quantize_activation(x, scale, qtype, dtype)
+        return kernels.fake_quantize_activation(x, scale, qtype.key, dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:

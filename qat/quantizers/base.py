@@ -78,7 +78,8 @@ class WeightQuantizer(QuantizerModule, ABC):
     def by_served(self, weight: Tensor, scale: Tensor, shift: Tensor | None, out_dtype: torch.dtype) -> Quantized:
         """Fake-quantize by a scale and a shift that the serving dtype holds already."""
         fixed = None if shift is None else shift.detach()
-        value = kernels.fake_quantize_weight(weight.detach(), scale.detach(), fixed, self.qtype, self.dtype, out_dtype)
+        options = (self.qtype.key, self.dtype, out_dtype)
+        value = kernels.fake_quantize_weight(weight.detach(), scale.detach(), fixed, *options)
         return Quantized(value, scale, shift)
 
     @torch.no_grad()

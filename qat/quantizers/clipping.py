@@ -29,7 +29,7 @@ def weight_error(weight: Tensor, low: Tensor | None, high: Tensor, qtype: QType,
     ``low`` and ``high`` are the ends of each group's range, as `clipped_range` gives them.
     """
     scale, shift = qtype.serve(*qtype.scale_shift(low, high), dtype, weight.shape[1])
-    served = kernels.fake_quantize_weight(weight, scale, shift, qtype, dtype, torch.float32)
+    served = kernels.fake_quantize_weight(weight, scale, shift, qtype.key, dtype, torch.float32)
     error = qtype.grouped(served.sub_(weight))
     # In units of the group's own size, the squares of no group overflow or vanish.
     size = qtype.grouped(weight).abs().amax(1, keepdim=True).float()

@@ -41,7 +41,7 @@ class _ServedRange(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None]:
         ctx.save_for_backward(low, high)
         ctx.qtype = qtype
-        return kernels.moved_scale_shift(low, high, low_move, high_move, qtype, dtype, in_features)
+        return kernels.moved_scale_shift(low, high, low_move, high_move, qtype.key, dtype, in_features)
 
     @staticmethod
     @once_differentiable

@@ -24,7 +24,7 @@ class DynamicRange(WeightQuantizer):
 
     def quantize(self, weight: Tensor, out_dtype: torch.dtype) -> Quantized:
         """Find the range and quantize; scale and shift have no gradient."""
-        return Quantized(*kernels.quantize_own_range(weight.detach(), self.qtype, self.dtype, out_dtype))
+        return Quantized(*kernels.quantize_own_range(weight.detach(), self.qtype.key, self.dtype, out_dtype))
 
 
 class StraightThrough(Algorithm):

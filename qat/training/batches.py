@@ -1,4 +1,4 @@
-"""Batches for calibration, from the training dataloaders of a trainer, whose own order stays as it was."""
+"""Calibration with batches from the training dataloaders of a trainer, whose own order stays as it was."""
 
 from __future__ import annotations
 
@@ -10,23 +10,44 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import nn
 
-__all__ = ["default_model_inputs", "training_batches"]
+from qat.calibration import CalibrationReport, calibrate
+from qat.errors import CalibrationError, QatError
+
+__all__ = ["calibrate_on_training_data"]
 
 
-def default_model_inputs(batch: Any) -> Any:
-    """What of a dataloader's batch the model is called with: of a tuple or list its first element, else all of it."""
-    return batch[0] if isinstance(batch, tuple | list) else batch
+def calibrate_on_training_data(
+    trainer: Trainer,
+    pl_module: LightningModule,
+    model: nn.Module,
+    count: int,
+    model_inputs: Callable[[Any], Any] | None,
+) -> CalibrationReport:
+    """Calibrate ``model`` with the first ``count`` batches of an epoch, as ``model_inputs`` makes them for the model.
 
-
-def training_batches(
-    trainer: Trainer, pl_module: LightningModule, count: int, convert: Callable[[Any], Any]
-) -> Iterator[Any]:
-    """The first ``count`` batches of an epoch, on the device, as ``convert`` makes them for the model.
-
-    The iterators and generators of the training loaders stay where they are. Global random numbers do not: wrap the
-    loop in Lightning's ``isolate_rng``.
+    Raises:
+        CalibrationError: the model cannot be called with them, or see `qat.calibrate`.
     """
+    own: Callable[[Any], Any] = getattr(pl_module, "model_inputs", lambda b: b[0] if isinstance(b, tuple | list) else b)
+    try:
+        # Random numbers of its own: a run with and one without this calibration shuffle their data alike.
+        with isolate_rng(), trainer.precision_plugin.forward_context():
+            return calibrate(model, map(model_inputs or own, _batches(trainer, pl_module, count)))
+    except QatError:
+        raise
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise CalibrationError(
+            f"model_inputs: the model cannot be called with what it makes of a training batch: "
+            f"{type(error).__name__}: {error}: pass model_inputs, a function from a batch to what the model is "
+            "called with, such as model_inputs=lambda batch: batch['x']"
+        ) from error
+
+
+def _batches(trainer: Trainer, pl_module: LightningModule, count: int) -> Iterator[Any]:
+    """Batches on the device. The iterators and generators of the training loaders stay where they are."""
     loaders = CombinedLoader(trainer.train_dataloader, "max_size_cycle")
     loaders.flattened = [_apart(loader) for loader in loaders.flattened]
     sources = [source for loader in loaders.flattened for source in (loader, getattr(loader, "sampler", None))]
@@ -36,7 +57,7 @@ def training_batches(
     hooks = data if data is not None and is_overridden("on_before_batch_transfer", data) else pl_module
     for batch, _, _ in islice(iter(loaders), count):
         batch = hooks.on_before_batch_transfer(trainer.precision_plugin.convert_input(batch), 0)
-        yield convert(trainer.strategy.batch_to_device(batch, pl_module.device, 0))
+        yield trainer.strategy.batch_to_device(batch, pl_module.device, 0)
     for generator, state in zip(generators, states, strict=True):
         generator.set_state(state)
 

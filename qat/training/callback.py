@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -19,22 +19,20 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from qat.calibration import calibrate
-from qat.errors import CalibrationError, QatError, StateError, TrainingError
-from qat.files.evidence import frozen_record, is_frozen
-from qat.layers import Mode, quantized_layers
+from qat.errors import CalibrationError, StateError, TrainingError
+from qat.files.evidence import is_frozen
+from qat.layers import Mode, layer_class, quantized_layers
 from qat.observers import ObserverChoice, Percentile
 from qat.optimizers import REMEDY, learned_ranges, refuse_decay, watch
 from qat.preparation import prepare, prepared_as
 from qat.quantizers import Algorithm, StraightThrough
 from qat.quantizers.activation import ActivationQuantizer
 from qat.spec import QuantSpec
-from qat.training.batches import default_model_inputs, training_batches
-from qat.training.checkpoints import refuse_float_optimizer
+from qat.training.batches import calibrate_on_training_data
+from qat.training.checkpoints import refuse_float_optimizer, refuse_masters
 from qat.training.schedule import QuantizationSchedule
 from qat.training.task import require_finite
 
@@ -53,9 +51,9 @@ class QuantizationAwareTraining(Callback):
         target: who will load the export.
         attribute: the attribute of the LightningModule that holds the model to prepare (its metrics, a teacher and the
             like stay out of it); None: the LightningModule itself.
-        observer: what activation scales are taken from.
+        observer: what activation scales are taken from; default `Percentile`.
         model_inputs: turns a dataloader's batch into what the model is called with, for calibration; default the
-            LightningModule's own ``model_inputs`` if it has one, else `default_model_inputs`.
+            LightningModule's own ``model_inputs`` if it has one, else the first element of a tuple or list, else all.
         example_inputs: one batch for the model, to find layers whose input stock kernels cannot read.
 
     Raises (during ``trainer.fit``, before the first step):
@@ -91,7 +89,7 @@ class QuantizationAwareTraining(Callback):
         self.schedule = schedule or QuantizationSchedule()
         self.target = target
         self.attribute = attribute
-        self.observer = observer
+        self.observer = observer or Percentile()
         self.model_inputs = model_inputs
         self.example_inputs = example_inputs
         self._phase: tuple[bool, bool] | None = None  # what the layers were last switched to
@@ -135,28 +133,32 @@ class QuantizationAwareTraining(Callback):
 
     def _is_built(self, pl_module: LightningModule) -> bool:
         model = None if self.attribute is None else getattr(pl_module, self.attribute, None)
-        linears = [m for m in model.modules() if isinstance(m, nn.Linear)] if isinstance(model, nn.Module) else []
-        return bool(linears) and not any(linear.weight.is_meta for linear in linears)
+        layers = [m for m in model.modules() if layer_class(m)] if isinstance(model, nn.Module) else []
+        return bool(layers) and not any(parameter.is_meta for layer in layers for parameter in layer.parameters())
 
     def _prepare(self, trainer: Trainer, pl_module: LightningModule) -> None:
         model = self.model_of(pl_module)
         if is_frozen(model):
-            self._accept_frozen(trainer, model)
+            if trainer.state.fn == TrainerFn.FITTING:
+                raise StateError("model: is frozen and cannot be trained further: build the float model again")
+            for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
+                loop.inference_mode = False  # in which quanto's packed weights raise
+            model.register_load_state_dict_pre_hook(refuse_masters)  # type: ignore[no-untyped-call]
             return
+        wanted: dict[str, Any] = {"algorithm": self.algorithm, "target": self.target, "observer": self.observer}
         if not any(quantized_layers(model)):
-            extras = {"observer": self.observer, "example_inputs": self.example_inputs}
-            report = prepare(model, self.spec, algorithm=self.algorithm, target=self.target, **extras)
-            logger.info("prepared %d layers", len(report.layers))
-            for note in (*report.inspection.notes, *(f"untied: {name}" for name in report.untied)):
+            prepare(model, self.spec, **wanted, example_inputs=self.example_inputs)
+            logger.info("prepared %d layers", len(prepared_as(model).layers))
+            for note in prepared_as(model).notes:
                 logger.warning("%s", note)
             self._refuse_worker_processes(trainer, model)
         watch(model)
-        prepared = prepared_as(model)
-        wanted = (self.spec, self.algorithm, self.target, self.observer or Percentile())
-        if (prepared.spec, prepared.algorithm, prepared.target, prepared.observer) != wanted:
+        wanted = {"spec": self.spec, **wanted}
+        found = {name: getattr(prepared_as(model), name) for name in wanted}
+        if found != wanted:
             raise StateError(
-                f"spec: the model is already prepared with {prepared}, but the callback has {wanted[0]!r}, "
-                f"{wanted[1]!r}, target {wanted[2]!r} and {wanted[3]!r}: use the same, or a fresh float model"
+                f"spec: the model is already prepared with {found}, but the callback has {wanted}: use the same, or a "
+                "fresh float model"
             )
         # DistributedDataParallel would overwrite every rank's statistics with rank 0's before each forward, and has no
         # public way to leave buffers out.
@@ -167,15 +169,6 @@ class QuantizationAwareTraining(Callback):
             pl_module, sorted(ignored)
         )
         self._follow_schedule(trainer, pl_module)
-
-    @staticmethod
-    def _accept_frozen(trainer: Trainer, model: nn.Module) -> None:
-        """A frozen model can still be validated, tested and predicted with."""
-        if trainer.state.fn == TrainerFn.FITTING:
-            raise StateError("model: is frozen and cannot be trained further: build the float model again")
-        for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
-            loop.inference_mode = False  # in which quanto's packed weights raise
-        model.register_load_state_dict_pre_hook(_refuse_masters)  # type: ignore[no-untyped-call]
 
     def _refuse_worker_processes(self, trainer: Trainer, model: nn.Module) -> None:
         """Of a copy of the module that a worker process trains, only the state returns to the process of the user."""
@@ -204,15 +197,16 @@ class QuantizationAwareTraining(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give uncalibrated activations their first scales; a resumed run already has them."""
-        if _uncalibrated(self.model_of(pl_module)):
+        model, count = self.model_of(pl_module), self.schedule.calibration_batches
+        if _uncalibrated(model):
             if not self.schedule.sets_scales(trainer.global_step):
                 raise CalibrationError(
                     "schedule: activations are quantized but nothing sets their scales: set calibration_batches above "
                     "0, or let observers record before fake quantization begins (observe_from=0), or call "
                     "qat.calibrate before the fit"
                 )
-            if self.schedule.calibration_batches > 0:
-                self._calibrate(trainer, pl_module)
+            if count > 0:
+                logger.info("%s", calibrate_on_training_data(trainer, pl_module, model, count, self.model_inputs))
         self._follow_schedule(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -260,19 +254,15 @@ class QuantizationAwareTraining(Callback):
                     "untouched: lower the learning rate, or clip gradients"
                 )
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave the model as it will be used: fake quantization on, observers off."""
-        self._switch(pl_module, True, False)
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """The same after a tuner's run, which ends without the hooks of training, and after an error."""
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: Any = None) -> None:
+        """Leave the model as it will be used: fake quantization on, observers off. Tuners call only this hook."""
         if self._phase is not None:
-            self._switch(pl_module, True, False, required=True)
+            for _, layer in quantized_layers(self.model_of(pl_module)):
+                layer.mode = Mode()
             self._phase = None
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """See `teardown`."""
-        self.teardown(trainer, pl_module, "")
+    on_train_end = teardown
+    on_exception = teardown  # type: ignore[assignment]
 
     def _phase_of(self, trainer: Trainer) -> tuple[bool, bool]:
         """Whether layers fake-quantize and whether observers record, at this step of a fit."""
@@ -280,32 +270,14 @@ class QuantizationAwareTraining(Callback):
             return True, False
         return trainer.global_step >= self.schedule.start_step, self.schedule.observes(trainer.global_step)
 
-    def _switch(self, pl_module: LightningModule, quantizing: bool, observing: bool, *, required: bool = False) -> None:
-        """Switch all layers. Activations without a scale stay float, unless one is ``required``.
+    def _switch(self, pl_module: LightningModule, quantizing: bool, observing: bool) -> None:
+        """Switch all layers. Activations without a scale stay float, so that sanity checks and tuners can run.
 
-        So sanity checks and tuners, which run before anything sets scales, can run. An observer that records gives its
-        scale in that same forward.
+        An observer that records gives its scale in that same forward.
         """
         for _, layer in quantized_layers(self.model_of(pl_module)):
-            layer.mode = Mode(quantizing, required or observing or not _uncalibrated(layer), observing)
+            layer.mode = Mode(quantizing, observing or not _uncalibrated(layer), observing)
         self._phase = (quantizing, observing)
-
-    def _calibrate(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        own: Callable[[Any], Any] = getattr(pl_module, "model_inputs", default_model_inputs)
-        convert = own if self.model_inputs is None else self.model_inputs
-        batches = training_batches(trainer, pl_module, self.schedule.calibration_batches, convert)
-        try:
-            # Random numbers of its own: a run with and one without this calibration shuffle their data alike.
-            with isolate_rng(), trainer.precision_plugin.forward_context():
-                logger.info("%s", calibrate(self.model_of(pl_module), batches))
-        except QatError:
-            raise
-        except (AttributeError, LookupError, TypeError, ValueError) as error:
-            raise CalibrationError(
-                f"model_inputs: the model cannot be called with what it makes of a training batch: "
-                f"{type(error).__name__}: {error}: pass model_inputs, a function from a batch to what the model is "
-                "called with, such as model_inputs=lambda batch: batch['x']"
-            ) from error
 
 
 def _activations(module: nn.Module) -> Iterator[ActivationQuantizer]:
@@ -314,12 +286,3 @@ def _activations(module: nn.Module) -> Iterator[ActivationQuantizer]:
 
 def _uncalibrated(module: nn.Module) -> bool:
     return any(not quantizer.initialized for quantizer in _activations(module))
-
-
-def _refuse_masters(model: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
-    """Quanto would take master weights into a frozen layer without a word, and quantize them in its own way."""
-    if is_frozen(model) and any(f"{prefix}{name}.weight" in state_dict for name in frozen_record(model).layers):
-        raise StateError(
-            "ckpt_path: the model is frozen, but the checkpoint holds float master weights: build the float model "
-            "again, and load the checkpoint into that"
-        )

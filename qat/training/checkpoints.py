@@ -1,13 +1,11 @@
 """Clear errors for checkpoints of Lightning that do not fit the module they are loaded into.
 
-`LightningModule.load_from_checkpoint` builds a float module, which has no place for the state of quantizers, and torch
-lists the keys that it did not expect. No callback takes part there. So once this module is imported, every
-LightningModule gets a hook that puts the reason in front of that list.
+`LightningModule.load_from_checkpoint` builds a float module, and no callback takes part there. So once this module is
+imported, every LightningModule gets a hook that puts the reason before the keys that torch did not expect.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,12 +13,12 @@ from lightning.pytorch import LightningModule
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from qat.errors import TrainingError
+from qat.errors import StateError, TrainingError
+from qat.files.evidence import frozen_record, is_frozen
 from qat.optimizers import learned_ranges
 
-__all__ = ["refuse_float_optimizer"]
+__all__ = ["refuse_float_optimizer", "refuse_masters"]
 
-_QUANTIZER = re.compile(r"\b(weight|input|output)_quantizer\.")
 _REASON = (
     "the checkpoint holds other quantizers than the module: call qat.prepare(self.model, spec, algorithm) in its "
     "__init__, as the run that saved it, or pass ckpt_path to a Trainer with that run's QuantizationAwareTraining"
@@ -39,10 +37,18 @@ def refuse_float_optimizer(module: LightningModule, checkpoint: Mapping[str, Any
         )
 
 
+def refuse_masters(model: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
+    """Quanto would take master weights into a frozen layer without a word, and quantize them in its own way."""
+    if is_frozen(model) and any(f"{prefix}{name}.weight" in state_dict for name in frozen_record(model).layers):
+        raise StateError(
+            "ckpt_path: the model is frozen, but the checkpoint holds float master weights: build the float model "
+            "again, and load the checkpoint into that"
+        )
+
+
 def _explain(module: nn.Module, incompatible: Any) -> None:
-    """Put the reason before the unexpected keys. With ``strict=False`` they are no error, and it is none either."""
-    keys = incompatible.unexpected_keys
-    if _REASON not in keys and any(map(_QUANTIZER.search, keys)):
+    keys = incompatible.unexpected_keys  # with strict=False these are no error, and the reason is none either
+    if _REASON not in keys and any("_quantizer." in key for key in keys):
         keys.insert(0, _REASON)
 
 

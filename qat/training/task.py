@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -107,10 +106,9 @@ class QuantizedTask(LightningModule):
         """The task's loss."""
         inputs = self.model_inputs(batch)
         guidance = None
-        if self._teacher:
-            teacher = self._teacher[0].to(self.device)
+        for teacher in self._teacher:
             with torch.no_grad():
-                guidance = teacher(**inputs)
+                guidance = teacher.to(self.device)(**inputs)
         loss = self.task.loss(self.model(**inputs), batch, guidance)
         self.log("train_loss", loss, prog_bar=True)
         return loss
@@ -130,9 +128,9 @@ class QuantizedTask(LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log the task's metrics."""
-        metrics: Mapping[str, Tensor] = self.evaluation_metrics.compute()
+        metrics = {f"val_{name}": value for name, value in self.evaluation_metrics.compute().items()}
         # Already reduced over ranks, which sync_dist=True repeats without effect; without it Lightning warns.
-        self.log_dict({f"val_{name}": value for name, value in metrics.items()}, prog_bar=True, sync_dist=True)
+        self.log_dict(metrics, prog_bar=True, sync_dist=True)
         self.evaluation_metrics.reset()
 
     def configure_optimizers(self) -> Any:
@@ -141,8 +139,6 @@ class QuantizedTask(LightningModule):
         optimizer = torch.optim.AdamW(groups)
         if self.warmup_steps == 0:
             return optimizer
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._warmup)
+        warmup = self.warmup_steps
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / warmup))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-    def _warmup(self, step: int) -> float:
-        return min(1.0, (step + 1) / self.warmup_steps)

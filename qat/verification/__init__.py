@@ -29,10 +29,10 @@ from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
 from qat.errors import LoadError, StateError, VerifyError
-from qat.files.evidence import FrozenRecord, frozen_record
+from qat.files.evidence import frozen_record
 from qat.files.examples import read_example
 from qat.files.manifest import Environment, ExampleRecord, Manifest, read_manifest
-from qat.hosts import Target, get_target
+from qat.hosts import get_target
 from qat.hosts.base import Reloaded
 from qat.hosts.stock import stock_reload
 from qat.loading import check_files, check_headers, fill, skeleton
@@ -166,8 +166,7 @@ def _environment() -> dict[str, str]:
 def _checks(
     directory: Path, manifest: Manifest, reference: nn.Module | None, inputs: Any, model: nn.Module | None
 ) -> Iterator[Check]:
-    record, target = manifest.frozen, get_target(manifest.target)
-    format = target.format
+    record, format = manifest.frozen, get_target(manifest.target).format
     faults = check_files(directory, manifest, hashes=True)
     yield _check("files", faults, f"{len(manifest.files)} files, sizes and hashes as written")
     try:
@@ -179,7 +178,7 @@ def _checks(
     if faults:
         return  # a loader could answer with garbage, or end the process
     try:
-        loaded, loader = _reload(directory, manifest, target, record, model)
+        loaded, loader = _reload(directory, manifest, model)
     except Exception as error:  # a stock loader can fail in any way
         yield Check("load", False, f"the target's own loader failed: {type(error).__name__}: {error}")
         return
@@ -200,15 +199,13 @@ def _checks(
         yield from _reference_outputs(loaded, reference, directory, manifest, inputs)
 
 
-def _reload(
-    directory: Path, manifest: Manifest, target: Target, record: FrozenRecord, model: nn.Module | None
-) -> Reloaded:
+def _reload(directory: Path, manifest: Manifest, model: nn.Module | None) -> Reloaded:
     """Load by the target's own loader; by ours for a format that has no other."""
-    reloaded = stock_reload(directory, manifest, target, record, model)
+    reloaded = stock_reload(directory, manifest, model)
     if reloaded is not None:
         return reloaded
     loaded = skeleton(directory, manifest) if model is None else copy.deepcopy(model)
-    fill(loaded, directory, manifest, record, torch.device("cpu"))
+    fill(loaded, directory, manifest, torch.device("cpu"))
     return Reloaded(loaded.eval(), "qat.load, the only loader of this target")
 
 
