@@ -54,8 +54,8 @@ class CalibrationReport:
     """What calibration found; prints as a summary, `table` as a line for each layer."""
 
     batches: int
-    layers: dict[str, tuple[ActivationReport, ActivationReport | None]]
-    """Layer name to its input and output."""
+    layers: dict[str, tuple[ActivationReport, ...]]
+    """Layer name to its input and, if that is quantized, its output."""
     arriving: tuple[str, ...]
     """Layers whose input comes quantized from its producer, so that their own input scale is not used."""
     kept_float: tuple[str, ...] = ()
@@ -71,16 +71,14 @@ class CalibrationReport:
     @property
     def scales(self) -> dict[str, tuple[float, float | None]]:
         """Layer name to its input and output scale."""
-        return {name: (x.scale, None if y is None else y.scale) for name, (x, y) in self.layers.items()}
+        return {name: (x.scale, y[0].scale if y else None) for name, (x, *y) in self.layers.items()}
 
     def table(self) -> str:
         """A line for each layer: scale, error, saturation and utilization of its input and its output."""
         width = max(map(len, self.layers), default=0)
         lines = [f"{'layer':{width}}  {'':6}  {'scale':>9}  {'error':>8}  {'beyond':>8}  {'used':>5}  batches"]
         for name, sides in self.layers.items():
-            for side, found in zip(("input", "output"), sides, strict=True):
-                if found is None:
-                    continue
+            for side, found in zip(("input", "output"), sides, strict=False):
                 note = "  float" if name in self.kept_float else ""
                 note = "  arrives quantized" if side == "input" and name in self.arriving else note
                 lines.append(
@@ -122,13 +120,14 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> CalibrationReport:
         outputs = any(layer.output_quantizer is not None for layer in layers.values())
         try:
             count, kept = _observe(model, layers, batches, keep=outputs)
-            fresh = {
-                name for name, layer in layers.items() if not all(q.initialized for q in layer.activation_quantizers())
-            }
-            found = {name: _report(layer) for name, layer in layers.items()}
-            for name in fresh:
-                _choose(layers[name], found[name])
+            fresh = [v for v in layers.values() if not all(q.initialized for q in v.activation_quantizers())]
+            for layer in layers.values():
+                for quantizer in layer.activation_quantizers():
+                    quantizer.refresh()
+            for layer in fresh:
+                _choose(layer)
             arriving = _mark_arriving(model, layers, kept) if outputs else []  # else nothing leaves a layer quantized
+            found = {name: tuple(map(_report, layer.activation_quantizers())) for name, layer in layers.items()}
         except BaseException:
             for quantizer, state in before:  # a part of the batches makes no scale
                 quantizer.load_state_dict(state)
@@ -190,28 +189,23 @@ def _require_finite(quantizers: Mapping[str, tuple[ActivationQuantizer, ...]], b
 
 
 @torch.no_grad()
-def _report(layer: QuantizedLayer) -> tuple[ActivationReport, ActivationReport | None]:
-    """Set the scales of a layer, and say what they do."""
-    found = []
-    for quantizer in layer.activation_quantizers():
-        quantizer.refresh()
-        observer, scale = quantizer.observer, quantizer.scale
-        found.append(
-            ActivationReport(
-                float(scale),
-                float(observer.errors(scale, quantizer.qtype)),
-                float(observer.saturated(scale, quantizer.qtype)),
-                min(1.0, float(observer.largest / (scale * quantizer.qtype.steps))),
-                int(observer.batches),
-            )
-        )
-    return found[0], found[1] if len(found) > 1 else None
+def _report(quantizer: ActivationQuantizer) -> ActivationReport:
+    observer, scale = quantizer.observer, quantizer.scale
+    return ActivationReport(
+        float(scale),
+        float(observer.errors(scale, quantizer.qtype)),
+        float(observer.saturated(scale, quantizer.qtype)),
+        min(1.0, float(observer.largest / (scale * quantizer.qtype.steps))),
+        int(observer.batches),
+    )
 
 
-def _choose(layer: QuantizedLayer, found: tuple[ActivationReport, ActivationReport | None]) -> None:
+@torch.no_grad()
+def _choose(layer: QuantizedLayer) -> None:
     """Quantize the activations of a layer, or leave both float where its output would be too far off."""
-    error = sum(side.error for side in found if side is not None)
-    for quantizer in layer.activation_quantizers():
+    quantizers = tuple(layer.activation_quantizers())
+    error = sum(float(quantizer.observer.errors(quantizer.scale, quantizer.qtype)) for quantizer in quantizers)
+    for quantizer in quantizers:
         quantizer.enabled = error <= quantizer.rule.largest_error
 
 

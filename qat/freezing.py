@@ -186,7 +186,7 @@ def _freeze_layer(
     weight, _ = quantizer.freeze(master)
     dtype, device = quantizer.dtype, weight.codes.device
     bias: Tensor | None = getattr(layer, "bias", None)
-    types = LayerTypes(weight.qtype, layer.activation_qtype, dtype, bool(prepared.spec.quantize_outputs))
+    types = LayerTypes(weight.qtype, layer.activation_qtype, dtype, prepared.spec.outputs)
     final = FrozenLayer(
         weight,
         None if bias is None else bias.detach().to(dtype),

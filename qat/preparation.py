@@ -103,7 +103,7 @@ def prepare(
     if not isinstance(algorithm, Algorithm):
         raise StateError(f"algorithm: must be an Algorithm such as StraightThrough(), got {algorithm!r}")
     report = inspect(model, spec, target=target, example_inputs=example_inputs)
-    observer, format = observer or Best(), get_target(target).format
+    spec, observer, format = report.spec, observer or Best(), get_target(target).format
     untied, made = [], []
     for row in report.layers:
         if row.weights is None:
@@ -119,7 +119,7 @@ def prepare(
         inputs = outputs = None
         if types.activations is not None:
             inputs = ActivationQuantizer(types.activations, types.dtype, observer).to(weight.device)
-            if spec.quantize_outputs:
+            if spec.outputs:
                 outputs = ActivationQuantizer(types.activations, types.dtype, observer).to(weight.device)
         made.append((row.name, cls, module, quantizer.to(weight.device), inputs, outputs))
     for name, cls, module, quantizer, inputs, outputs in made:  # now, so that no error leaves a half-prepared model

@@ -46,7 +46,7 @@ class _Facts:
 
     def types(self, layer: LayerSpec) -> LayerTypes:
         """The types of a layer as objects."""
-        outputs = self.spec.quantize_outputs
+        outputs = self.spec.outputs
         return self.target.format.types(layer.weights, layer.activations, self.spec.torch_dtype, outputs)
 
 
@@ -99,6 +99,7 @@ def inspect(model: nn.Module, spec: QuantSpec, *, target: str = "quanto", exampl
             "inside it (model._orig_mod, or model.module), and wrap it afterwards"
         )
     chosen = get_target(target)
+    spec = chosen.resolved(spec)
     faults = chosen.faults(model, spec)
     if faults:
         raise TargetError("\n".join(faults))

@@ -139,25 +139,19 @@ class QuantizedLayer(nn.Module):
         if mode.weights and not torch.compiler.is_compiling():  # under checkpointing, compiled code may set nothing
             self.reached = True
         if mode.observe and self.input_quantizer is not None:
-            self._observe(self.input_quantizer, input, weight)
+            self.input_quantizer.observe(input, weight)
+            if mode.activations:  # which are quantized in this same forward
+                self.input_quantizer.refresh()
         dtype = autocast_dtype(input) or weight.dtype  # in which a matrix product runs
         y = self.compute(input, self.weight_quantizer.quantize(weight, dtype) if mode.weights else None)
         if self.output_quantizer is not None:
             if mode.observe:
-                self._observe(self.output_quantizer, y, None)
+                self.output_quantizer.observe(y)
+                if mode.activations:
+                    self.output_quantizer.refresh()
             if mode.weights and mode.activations and self.output_quantizer.enabled:
                 y = fake_quantize_output(y, self.output_quantizer)
         return y
-
-    def _observe(self, quantizer: ActivationQuantizer, x: Tensor, weight: Tensor | None) -> None:
-        """Record an input or an output; the input of a ``weight`` may count by its columns, in 1/256 of their mean."""
-        importance = None
-        if weight is not None and quantizer.rule.weighted:
-            columns = weight.detach().float().square().sum(0)
-            importance = (columns / columns.mean().clamp(min=1e-30) * 256).round_().long()
-        quantizer.observer.update(x, importance)
-        if self.mode.activations and x.numel():  # which are quantized in this same forward
-            quantizer.refresh()
 
     def _require_quantizers_on(self, device: torch.device) -> None:
         # Meta tensors compute without numbers and without an error. Dictionaries, since looking up an attribute of a

@@ -51,8 +51,19 @@ class ActivationQuantizer(QuantizerModule):
         self.initialized, self.arrives_quantized, self.enabled = map(bool, state.tolist())
 
     @torch.no_grad()
+    def observe(self, x: Tensor, weight: Tensor | None = None) -> None:
+        """Record ``x``, an output, or the input of a layer with this effective ``weight``, ``(out, in)``."""
+        importance = None
+        if weight is not None and self.rule.weighted:
+            columns = weight.float().square().sum(0)
+            importance = (columns / columns.mean().clamp(min=1e-30) * 256).round_().long()  # in 1/256 of their mean
+        self.observer.update(x, importance)
+
+    @torch.no_grad()
     def refresh(self) -> None:
-        """Take the scale from all that was seen so far."""
+        """Take the scale from all that was seen so far; before that, there is none."""
+        if not self.initialized and not bool(self.observer.initialized):
+            return  # an empty tensor was all; asked only before the first scale, since it waits for the device
         scale = round_to(self.rule.magnitude(self.observer, self.qtype) / self.qtype.steps, self.dtype)
         self.scale.copy_(scale.clamp(min=smallest_scale(self.dtype)))  # a zero scale would divide 0 by 0
         self.initialized = True
