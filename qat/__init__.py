@@ -29,7 +29,7 @@ _HOMES = {
     "qat.inspection": ("InspectReport", "inspect"),
     "qat.layers": ("QLinear",),
     "qat.loading": ("load",),
-    "qat.observers": ("Absmax", "Percentile"),
+    "qat.observers": ("Absmax", "Best", "Mse", "Percentile"),
     "qat.preparation": ("PrepareReport", "parameter_groups", "prepare"),
     "qat.quantizers": ("Algorithm", "AnyAlgorithm", "LearnedAffine", "StraightThrough", "WeightQuantizer"),
     "qat.spec": ("LayerSpec", "QuantSpec"),

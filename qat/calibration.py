@@ -1,10 +1,11 @@
 """`calibrate`: scales for activations, from data.
 
-Two passes. The first runs the batches with activations left float and lets the observers record. The second runs them
-through a *frozen copy*, as the stock loader would run it, and notes which inputs arrive already quantized: the
-output of a layer stays quantized through relu, view, dropout and the like, and the next layer then ignores its own
-input scale and takes the producer's. Those layers are marked, so that training skips their input quantization too.
-The second pass needs every batch again, since a batch may not reach every layer; so batches are kept until then.
+Two passes. The first runs the batches with activations left float, while observers record. Then the rule takes a scale
+from each observer, and says how far off the layer's output will be: a layer that cannot bear it keeps float
+activations. The second pass runs the batches through a *frozen copy*, as the stock loader would run it, and notes which
+inputs arrive already quantized: the output of a layer stays quantized through relu, view, dropout and the like, and the
+next layer then ignores its own input scale and takes the producer's. Those layers are marked, so that training skips
+their input quantization too. A batch may not reach every layer, so all are needed again: they wait on the CPU.
 """
 
 from __future__ import annotations
@@ -20,38 +21,80 @@ from typing import Any
 import torch
 from torch import nn
 
-from qat.errors import CalibrationError
+from qat.errors import CalibrationError, QatError, listed
+from qat.files.examples import flatten_outputs
 from qat.freezing import frozen_copy
-from qat.layers import QuantizedLayer, quantized_layers
+from qat.layers import Mode, QuantizedLayer, quantized_layers
 from qat.preparation import prepared_as
 from qat.probing import kept_modes, run
+from qat.quantizers.activation import ActivationQuantizer
 from qat.runs import note_runs, runs
-from qat.tensors import map_tensors
+from qat.tensors import map_tensors, model_device
 
-__all__ = ["CalibrationReport", "calibrate"]
+__all__ = ["ActivationReport", "CalibrationReport", "calibrate"]
 
 logger = logging.getLogger("qat")
 
 
 @dataclass(frozen=True)
+class ActivationReport:
+    """What calibration found of one input or output."""
+
+    scale: float
+    error: float
+    """Squared error of quantizing it, relative to its squares; of an input by `Best`: that of the layer's output."""
+    saturated: float
+    """Share that lies beyond the largest code."""
+    utilization: float
+    """Share of the codes' range that the largest magnitude reaches."""
+    batches: int
+    """How many batches reached it."""
+
+
+@dataclass(frozen=True)
 class CalibrationReport:
-    """What calibration found."""
+    """What calibration found; prints as a summary, `table` as a line for each layer."""
 
     batches: int
-    scales: dict[str, tuple[float, float | None]]
-    """Layer name to its input and output scale."""
+    layers: dict[str, tuple[ActivationReport, ...]]
+    """Layer name to its input and, if that is quantized, its output."""
     arriving: tuple[str, ...]
     """Layers whose input comes quantized from its producer, so that their own input scale is not used."""
+    kept_float: tuple[str, ...] = ()
+    """Layers whose output would be too far off, so that their inputs and outputs stay float."""
 
     def __str__(self) -> str:
-        if not self.scales:
+        if not self.layers:
             return "nothing to calibrate: no layer has quantized activations"
+        kept = f"; {len(self.kept_float)} layers keep float activations" if self.kept_float else ""
         arriving = f"{len(self.arriving)} inputs arrive quantized"
-        return f"calibrated {len(self.scales)} layers on {self.batches} batches; {arriving}"
+        return f"calibrated {len(self.layers)} layers on {self.batches} batches; {arriving}{kept}"
+
+    @property
+    def scales(self) -> dict[str, tuple[float, float | None]]:
+        """Layer name to its input and output scale."""
+        return {name: (x.scale, y[0].scale if y else None) for name, (x, *y) in self.layers.items()}
+
+    def table(self) -> str:
+        """A line for each layer: scale, error, saturation and utilization of its input and its output."""
+        width = max(map(len, self.layers), default=0)
+        lines = [f"{'layer':{width}}  {'':6}  {'scale':>9}  {'error':>8}  {'beyond':>8}  {'used':>5}  batches"]
+        for name, sides in self.layers.items():
+            for side, found in zip(("input", "output"), sides, strict=False):
+                note = "  float" if name in self.kept_float else ""
+                note = "  arrives quantized" if side == "input" and name in self.arriving else note
+                lines.append(
+                    f"{name:{width}}  {side:6}  {found.scale:9.3g}  {found.error:8.1e}  {found.saturated:8.1e}  "
+                    f"{found.utilization:5.0%}  {found.batches:7}{note}"
+                )
+        return "\n".join(lines)
 
 
 def calibrate(model: nn.Module, batches: Iterable[Any]) -> CalibrationReport:
     """Set the scale of every quantized activation from ``batches``. In place; without gradients; in evaluation mode.
+
+    The first calibration of a model also decides which layers keep float activations: those whose output would be
+    further off than the rule's ``largest_error`` (`qat.Best`). Later ones leave that as it was trained.
 
     Args:
         model: a prepared model.
@@ -60,7 +103,9 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> CalibrationReport:
 
     Raises:
         StateError: the model was not prepared.
-        CalibrationError: there are no batches, or a layer was never reached by any of them.
+        CalibrationError: there are no batches, the model cannot run one, one gives inf or NaN, or a layer was never
+            reached by any of them; or an operation between layers would do something else when the model is served. The
+            scales are as before then.
 
     >>> from qat import QuantSpec, prepare
     >>> model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
@@ -69,6 +114,8 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> CalibrationReport:
     calibrated 2 layers on 1 batches; 1 inputs arrive quantized
     """
     prepared_as(model)
+    if isinstance(batches, Mapping | torch.Tensor):
+        raise CalibrationError(f"batches: must be several batches, got one {type(batches).__name__}: pass [batch]")
     layers = {name: layer for name, layer in quantized_layers(model) if layer.input_quantizer is not None}
     if not layers:
         return CalibrationReport(0, {}, ())
@@ -78,21 +125,38 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> CalibrationReport:
         outputs = any(layer.output_quantizer is not None for layer in layers.values())
         try:
             count, kept = _observe(model, layers, batches, keep=outputs)
-            arriving = _mark_arriving(model, layers, kept) if outputs else []  # else nothing leaves a layer quantized
+            fresh = [v for v in layers.values() if not all(q.initialized for q in v.activation_quantizers())]
+            for layer in layers.values():
+                for quantizer in layer.activation_quantizers():
+                    quantizer.refresh()
+            for layer in fresh:
+                _choose(layer)
+            arriving = []
+            if outputs:  # else nothing leaves a layer quantized
+                duplicate = frozen_copy(model)
+                arriving = _mark_arriving(model, duplicate, layers, kept)
+                _require_served(model, duplicate, layers, kept[0])
+            found = {name: tuple(map(_report, layer.activation_quantizers())) for name, layer in layers.items()}
         except BaseException:
             for quantizer, state in before:  # a part of the batches makes no scale
                 quantizer.load_state_dict(state)
             raise
-    scales = {name: _scales(layer) for name, layer in layers.items()}
-    return CalibrationReport(count, scales, tuple(arriving))
+    kept_float = tuple(name for name, layer in layers.items() if layer.activation_qtype is None)
+    if kept_float:
+        logger.warning(
+            "%d layers keep float activations, since their outputs would be too far off: %s",
+            len(kept_float),
+            listed(kept_float, 8),
+        )
+    return CalibrationReport(count, found, tuple(arriving), kept_float)
 
 
 @torch.no_grad()
 def _observe(
     model: nn.Module, layers: Mapping[str, QuantizedLayer], batches: Iterable[Any], *, keep: bool
 ) -> tuple[int, list[Any]]:
-    quantizers = [quantizer for layer in layers.values() for quantizer in layer.activation_quantizers()]
-    for quantizer in quantizers:
+    quantizers = {name: tuple(layer.activation_quantizers()) for name, layer in layers.items()}
+    for quantizer in sum(quantizers.values(), ()):
         quantizer.observer.reset()
         quantizer.arrives_quantized = False
     count, kept = 0, []
@@ -102,29 +166,110 @@ def _observe(
             stack.callback(setattr, layer, "mode", layer.mode)
             layer.mode = layer.mode._replace(activations=False, observe=True)
         for batch in batches:
-            run(model, batch)
+            _run(model, batch, count, "the model")
+            _require_finite(quantizers, count)
             count += 1
             if keep:
-                kept.append(batch)
+                kept.append(map_tensors(torch.Tensor.cpu, batch))
     if count == 0:
         raise CalibrationError("batches: calibration needs at least one batch, got none: pass some training batches")
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        for quantizer in quantizers:
+        for quantizer in sum(quantizers.values(), ()):
             quantizer.observer.reduce()
-    missed = [name for name, layer in layers.items() if not bool(layer.input_quantizer.observer.initialized)]  # type: ignore[union-attr]
+    missed = [name for name, (first, *_) in quantizers.items() if not bool(first.observer.initialized)]
     if missed:
         raise CalibrationError(
             f"batches: {len(missed)} layers were never reached in {count} batches (first: {missed[:3]}): pass batches "
             "that use them, or exclude those layers in the spec"
         )
-    for quantizer in quantizers:
-        quantizer.refresh()
     return count, kept
 
 
+def _run(model: nn.Module, batch: Any, number: int, what: str) -> Any:
+    try:
+        return run(model, batch)
+    except QatError:
+        raise
+    except Exception as error:  # whatever the code of a model or of a kernel raises
+        raise CalibrationError(
+            f"batches: {what} cannot run batch {number} ({type(error).__name__}: {error}): pass a tensor, a tuple of "
+            "positional arguments or a mapping of keyword arguments of its forward, on its device"
+        ) from error
+
+
+def _served(batch: Any, model: nn.Module) -> Any:
+    """A batch as whoever serves the frozen model brings it: in the serving dtype, on its device."""
+    device, dtype = model_device(model), prepared_as(model).spec.torch_dtype
+    return map_tensors(lambda x: x.to(device, dtype if x.is_floating_point() else None), batch)
+
+
 @torch.no_grad()
-def _mark_arriving(model: nn.Module, layers: Mapping[str, QuantizedLayer], batches: list[Any]) -> list[str]:
-    duplicate, dtype = frozen_copy(model), prepared_as(model).spec.torch_dtype
+def _require_served(model: nn.Module, duplicate: nn.Module, layers: Mapping[str, QuantizedLayer], batch: Any) -> None:
+    """Raise `CalibrationError` where operations between layers do other things to quantized activations than to floats.
+
+    Training sees floats between layers. quanto's layers hand on quantized tensors, whose in-place operations are lost,
+    and which softmax and where quantize again by a scale that does not fit.
+    """
+    outputs = {"served": flatten_outputs(_run(duplicate, _served(batch, model), 0, "the frozen model"))}
+    with ExitStack() as stack:
+        stack.callback(note_runs, model, runs(model))
+        for layer in layers.values():
+            stack.callback(setattr, layer, "mode", layer.mode)
+        for name, active in (("trained", True), ("float", False)):
+            for layer in layers.values():
+                layer.mode = Mode(activations=active)
+            outputs[name] = flatten_outputs(run(model, map_tensors(lambda x: x.to(model_device(model)), batch)))
+    gap = noise = size = 0.0
+    for key, trained in outputs["trained"].items():
+        if trained.is_floating_point() and key in outputs["served"]:
+            gap += float((outputs["served"][key].double() - trained.double()).square().sum())
+            noise += float((outputs["float"][key].double() - trained.double()).square().sum())
+            size += float(trained.double().square().sum())
+    if gap > max(noise, 0.01 * size):
+        raise CalibrationError(
+            f"model: served, its outputs differ from those of training by {(gap / size) ** 0.5:.0%}: an operation "
+            "right after a quantized layer is not carried out on quantized activations (in place, softmax, where): write it "
+            "out of place or exclude the layer before it, or leave outputs float (target 'transformers')"
+        )
+
+
+def _require_finite(quantizers: Mapping[str, tuple[ActivationQuantizer, ...]], batch: int) -> None:
+    """Raise `CalibrationError` where a batch gave inf or NaN; one wait for the device a batch."""
+    flags = [(name, quantizer.observer.nonfinite) for name, pair in quantizers.items() for quantizer in pair]
+    found = torch.stack([flag.cpu() if len({f.device for _, f in flags}) > 1 else flag for _, flag in flags]).tolist()
+    if any(found):
+        name = next(name for (name, _), bad in zip(flags, found, strict=True) if bad)
+        raise CalibrationError(
+            f"batches: batch {batch} gives inf or NaN in the activations of layer {name!r}: check the batch and the "
+            "model; no scale was changed"
+        )
+
+
+@torch.no_grad()
+def _report(quantizer: ActivationQuantizer) -> ActivationReport:
+    observer, scale = quantizer.observer, quantizer.scale
+    return ActivationReport(
+        float(scale),
+        float(observer.errors(scale, quantizer.qtype)),
+        float(observer.saturated(scale, quantizer.qtype)),
+        min(1.0, float(observer.largest / (scale * quantizer.qtype.steps))),
+        int(observer.batches),
+    )
+
+
+@torch.no_grad()
+def _choose(layer: QuantizedLayer) -> None:
+    """Quantize the activations of a layer, or leave both float where its output would be too far off."""
+    quantizers = tuple(layer.activation_quantizers())
+    error = sum(float(quantizer.observer.errors(quantizer.scale, quantizer.qtype)) for quantizer in quantizers)
+    for quantizer in quantizers:
+        quantizer.enabled = error <= quantizer.rule.largest_error
+
+
+@torch.no_grad()
+def _mark_arriving(
+    model: nn.Module, duplicate: nn.Module, layers: Mapping[str, QuantizedLayer], batches: list[Any]
+) -> list[str]:
     seen: dict[str, list[torch.Tensor | None]] = {name: [] for name in layers}
 
     def note(name: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -135,13 +280,14 @@ def _mark_arriving(model: nn.Module, layers: Mapping[str, QuantizedLayer], batch
     for name in layers:
         hook = functools.partial(note, name)
         duplicate.get_submodule(name).register_forward_pre_hook(hook, prepend=True, with_kwargs=True)
-    for batch in batches:
-        # As whoever serves the frozen model brings it: in the serving dtype.
-        run(duplicate, map_tensors(lambda x: x.to(dtype) if x.is_floating_point() else x, batch))
+    for number, batch in enumerate(batches):
+        _run(duplicate, _served(batch, model), number, "the frozen model")
     arriving = []
     for name, scales in seen.items():
         quantizer, quantized = layers[name].input_quantizer, [scale for scale in scales if scale is not None]
-        if quantizer is not None and quantized and len(quantized) == len(scales):
+        if quantizer is None or not quantizer.enabled:
+            continue
+        if quantized and len(quantized) == len(scales):
             quantizer.arrives_quantized = True
             quantizer.scale.copy_(torch.stack([scale.float() for scale in quantized]).max())
             arriving.append(name)
@@ -154,8 +300,3 @@ def _mark_arriving(model: nn.Module, layers: Mapping[str, QuantizedLayer], batch
                 len(scales),
             )
     return arriving
-
-
-def _scales(layer: QuantizedLayer) -> tuple[float, float | None]:
-    scale, *output = [float(quantizer.scale) for quantizer in layer.activation_quantizers()]
-    return scale, output[0] if output else None

@@ -71,7 +71,7 @@ def _example(layer: QuantizedLayer, dtype: torch.dtype) -> Tensor:
     cpu = torch.Generator("cpu").manual_seed(0)
     x = torch.randn(_ROWS, weight.shape[1], generator=cpu, device="cpu").to(weight.device, dtype)
     quantizer = layer.input_quantizer
-    if quantizer is None or not quantizer.initialized:
+    if quantizer is None or not quantizer.initialized or not quantizer.enabled:
         return x
     return fake_quantize_output(x * (quantizer.scale * quantizer.qtype.steps / 3).to(dtype), quantizer)
 

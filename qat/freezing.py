@@ -149,6 +149,8 @@ def _freeze(model: nn.Module, target: str | None, remarks: Sequence[str] = ()) -
     model.eval()
     forget_prepared(model)
     notes = (*prepared.notes, *remarks)
+    if calm := [name for name, layer in layers if not all(q.enabled for q in layer.activation_quantizers())]:
+        notes += (f"calibration left the activations of {len(calm)} layers float: {listed(calm, 8)}",)
     record = FrozenRecord(prepared.spec, chosen.name, prepared.algorithm.kind, evidence, notes, prepared.left_float)
     record_frozen(model, record)
     host_of(model).set_dtype(model, prepared.spec.torch_dtype)
@@ -195,15 +197,13 @@ def _freeze_layer(
     name: str, layer: QuantizedLayer, target: Target, prepared: Prepared, kinds: set[tuple[object, ...]]
 ) -> tuple[nn.Module, LayerEvidence]:
     """The frozen layer and its evidence; ``kinds`` are those whose function was compared already."""
-    quantizer, activations = layer.weight_quantizer, layer.input_quantizer
+    quantizer = layer.weight_quantizer
     master = layer.effective_weight(layer)
     trained = quantizer.quantize(master, quantizer.dtype).value  # as a forward asks for it, apart from the codes
     weight, _ = quantizer.freeze(master)
     dtype, device = quantizer.dtype, weight.codes.device
     bias: Tensor | None = getattr(layer, "bias", None)
-    types = LayerTypes(
-        weight.qtype, None if activations is None else activations.qtype, dtype, prepared.spec.quantize_outputs
-    )
+    types = LayerTypes(weight.qtype, layer.activation_qtype, dtype, prepared.spec.outputs)
     final = FrozenLayer(
         weight,
         None if bias is None else bias.detach().to(dtype),
@@ -233,7 +233,7 @@ def _narrower(serving: torch.dtype, layer: QuantizedLayer) -> bool:
 
 
 def _activation_scale(quantizer: ActivationQuantizer | None, dtype: torch.dtype, device: torch.device) -> Tensor:
-    if quantizer is None:
+    if quantizer is None or not quantizer.enabled:
         return torch.ones((), dtype=dtype, device=device)
     return quantizer.scale.detach().to(device=device, dtype=dtype).clone()
 

@@ -1,59 +1,123 @@
-"""Statistics of activations, as buffers: what calibration records and a scale is taken from.
+"""What calibration sees of an activation, and the rules that take a scale from it.
 
-Each observer gives a result that does not depend on the order of the batches, nor on whether activation
-checkpointing shows it the same batch twice in a row: a maximum is idempotent, and a histogram that counts
-everything twice has the same percentiles. None averages. `initialized` says whether anything was seen; no value of
-a range ever stands for "unset".
+An `Observer` keeps one histogram of magnitudes, in buffers. Its bins are the numbers of bfloat16, so no bin ever moves:
+the result depends neither on the order of the batches, nor on whether activation checkpointing shows a batch twice,
+and the histograms of several processes add up. Nothing averages, and nothing waits for the device.
+
+A rule is the configuration by which scales are taken. The default `Best` looks at what a scale does to the layer's
+*output*. Of an output that is its own squared error. Of an input the squared error of each channel counts as much as
+the weight's column for it is long. So a channel of outliers that small weights follow may be clipped. Plain squared
+error, or a maximum, would give the range to it.
 """
 
 from __future__ import annotations
 
-import math
-from typing import Annotated, Literal
+from abc import ABC, abstractmethod
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from qat.errors import CalibrationError
+from qat.numerics import QType
 
-__all__ = ["Absmax", "AbsmaxObserver", "Observer", "ObserverChoice", "Percentile", "PercentileObserver"]
+__all__ = ["Absmax", "Best", "Mse", "Observer", "ObserverChoice", "Percentile"]
+
+_OCTAVES = (-40, 24)
+"""Exponents of the smallest and the largest bin; what lies beyond counts in these."""
+_BINS = 128 * (_OCTAVES[1] - _OCTAVES[0])
+_OFFSET = (127 + _OCTAVES[0]) * 128
+_CHUNK = 1 << 22  # elements that are widened at a time
+_POINTS = 4  # of a bin, at which errors are computed
+_CANDIDATES = 121  # twelve scales in each of ten octaves
 
 
 class Observer(nn.Module):
-    """Records the largest magnitude of a stream of tensors; a subclass may record more."""
+    """A histogram of the magnitudes of a stream of tensors, which may count some channels more than others.
 
-    initialized: Tensor
+    >>> observer = Observer()
+    >>> observer.update(torch.tensor([[0.5, -2.0]]))
+    >>> float(observer.largest), int(observer.counts.sum())
+    (2.0, 2)
+    """
+
+    counts: Tensor
+    """int64, ``(bins,)``."""
     largest: Tensor
+    initialized: Tensor
+    """Whether anything was seen; no value of a range ever stands for "unset"."""
+    nonfinite: Tensor
+    """Whether inf or NaN was seen."""
+    batches: Tensor
+    """How often something was recorded."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.register_buffer("initialized", torch.tensor(False))
+        self.register_buffer("counts", torch.zeros(_BINS, dtype=torch.int64))
         self.register_buffer("largest", torch.zeros((), dtype=torch.float32))
+        self.register_buffer("initialized", torch.tensor(False))
+        self.register_buffer("nonfinite", torch.tensor(False))
+        self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
 
     @torch.no_grad()
-    def update(self, x: Tensor) -> None:
-        """Record ``x`` (any shape, any float dtype); an empty tensor changes nothing."""
+    def update(self, x: Tensor, importance: Tensor | None = None) -> None:
+        """Record ``x`` (any shape, any float dtype); an empty tensor changes nothing.
+
+        ``importance`` are integers, int64, ``(x.shape[-1],)``: how much an element of each channel counts.
+        """
         if not x.numel():
             return
         largest = x.abs().amax().float()
-        if not bool(largest.isfinite()):
-            raise CalibrationError("observer: a batch holds inf or NaN activations: check the model and the data")
-        torch.maximum(self.largest, largest, out=self.largest)
+        self.nonfinite.logical_or_(~largest.isfinite())
+        torch.maximum(self.largest, largest.nan_to_num(), out=self.largest)
         self.initialized.fill_(True)
+        self.batches += 1
+        rows = x.detach().reshape(-1, x.shape[-1] if x.ndim else 1)
+        for part in torch.split(rows, max(1, _CHUNK // rows.shape[1])):
+            bits = part.abs().float().view(torch.int32) >> 16  # a magnitude in bfloat16, cut off
+            index = (bits - _OFFSET).clamp_(0, _BINS - 1).flatten()
+            weight = torch.ones_like(part, dtype=torch.int64) if importance is None else importance.expand_as(part)
+            self.counts.index_add_(0, index, weight.flatten())
 
-    def magnitude(self) -> Tensor:
-        """The magnitude that the largest code stands for: float32 scalar."""
+    def require(self) -> None:
+        """Raise `CalibrationError` where nothing was seen."""
         if not bool(self.initialized):
             raise CalibrationError("observer: the range was asked for before any batch was seen: calibrate first")
-        return self.largest.clone()
+
+    def percentile(self, percent: float) -> Tensor:
+        """The smallest magnitude, float32, below which ``percent`` percent lie; at most 1/128 of itself too large."""
+        total = self.counts.cumsum(0)
+        wanted = (total[-1:].double() * (percent / 100)).ceil().long()
+        index = torch.searchsorted(total, wanted)[0]
+        edge = _edges(self.counts.device)[index + 1]
+        return torch.where(index == _BINS - 1, self.largest, torch.minimum(edge, self.largest))
+
+    def errors(self, scales: Tensor, qtype: QType) -> Tensor:
+        """Squared error of quantizing what was seen, relative to its squares: float64, the shape of ``scales``."""
+        edges = _edges(self.counts.device)
+        lower, width = edges[:-1], edges[1:] - edges[:-1]
+        within = (torch.arange(_POINTS, device=edges.device) + 0.5) / _POINTS
+        points = (lower + within[:, None] * width).flatten()
+        counts = self.counts.double().repeat(_POINTS)
+        found = qtype.fake_quantize_activation(points, scales.float().reshape(-1, 1), torch.float32)
+        error = (found - points).double().square_() @ counts
+        return (error / (points.double().square() @ counts).clamp(min=1e-300)).reshape(scales.shape)
+
+    def saturated(self, scale: Tensor, qtype: QType) -> Tensor:
+        """Share of what was seen, float64, that lies beyond the largest code of ``scale``."""
+        beyond = _edges(self.counts.device)[:-1] > scale * qtype.steps
+        return (self.counts * beyond).sum() / self.counts.sum().clamp(min=1).double()
 
     def reduce(self) -> None:
         """Make the statistics those of all ranks of the default process group."""
-        torch.distributed.all_reduce(self.largest, torch.distributed.ReduceOp.MAX)
-        seen = self.initialized.to(torch.int32)
-        torch.distributed.all_reduce(seen, torch.distributed.ReduceOp.MAX)
-        self.initialized.copy_(seen.bool())
+        for buffer in (self.counts, self.batches):
+            torch.distributed.all_reduce(buffer)
+        for flag in (self.initialized, self.nonfinite):
+            seen = flag.to(torch.int32)
+            torch.distributed.all_reduce(seen, op=torch.distributed.ReduceOp.MAX)
+            flag.copy_(seen.bool())
+        torch.distributed.all_reduce(self.largest, op=torch.distributed.ReduceOp.MAX)
 
     def reset(self) -> None:
         """Forget everything seen."""
@@ -61,87 +125,71 @@ class Observer(nn.Module):
             buffer.zero_()
 
 
-class AbsmaxObserver(Observer):
-    """The largest magnitude ever seen."""
+def _edges(device: torch.device) -> Tensor:
+    """The lower ends of all bins, and the upper end of the last one: float32."""
+    bits = torch.arange(_BINS + 1, dtype=torch.int32, device=device) + _OFFSET
+    edges = (bits << 16).view(torch.float32)
+    edges[0] = 0
+    return edges
 
 
-class PercentileObserver(Observer):
-    """A percentile of all magnitudes seen, from one histogram with a range that only ever doubles.
+class _Rule(BaseModel, ABC):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    weighted: ClassVar[bool] = False
+    """Whether the channels of an input count as much as the weight that follows them."""
+    kind: Any
+    largest_error: float = Field(default=1.0, gt=0)
+    """A layer whose output would be further off keeps float activations: squared error relative to its squares."""
 
-    The bins span ``[0, 2^exponent]``. When a larger value arrives the exponent grows and neighbouring bins are
-    added in pairs, which is exact; so the final histogram, and the percentile, are the same for every order of the
-    batches. The percentile is read at the upper edge of its bin (an error of at most 1/2048 of the range, upwards).
-    """
-
-    counts: Tensor
-    exponent: Tensor
-
-    def __init__(self, percentile: float = 99.99, bins: int = 4096) -> None:
-        super().__init__()
-        self.percentile = percentile
-        self.register_buffer("counts", torch.zeros(bins, dtype=torch.int64))
-        self.register_buffer("exponent", torch.zeros((), dtype=torch.int64))
-
-    @torch.no_grad()
-    def update(self, x: Tensor) -> None:
-        """Record ``x``."""
-        super().update(x)
-        largest, bins = float(self.largest), self.counts.numel()
-        self._grow(max(-100, math.ceil(math.log2(largest))) if largest > 0 else -100)
-        # A bin holds its upper edge and not its lower one, so that the very largest value, a power of two, lies where
-        # it would lie after any number of doublings: the last of 2n bins becomes the last of n, and so on.
-        values = x.abs().float().flatten().mul_(bins * 2.0 ** -int(self.exponent))
-        self.counts += torch.bincount(values.ceil_().long().sub_(1).clamp_(0, bins - 1), minlength=bins)
-
-    def _grow(self, exponent: int) -> None:
-        current = int(self.exponent) if bool(self.counts.any()) else exponent
-        while current < exponent:
-            paired = self.counts.view(-1, 2).sum(1)
-            self.counts.zero_()
-            self.counts[: paired.numel()] = paired
-            current += 1
-        self.exponent.fill_(current)
-
-    def magnitude(self) -> Tensor:
-        """The smallest bin edge below which ``percentile`` percent of the magnitudes lie."""
-        largest = super().magnitude()
-        cumulative = self.counts.cumsum(0)
-        wanted = math.ceil(float(cumulative[-1]) * self.percentile / 100)
-        index = int(torch.searchsorted(cumulative, wanted))
-        edge = (index + 1) / self.counts.numel() * 2.0 ** int(self.exponent)
-        return torch.clamp(largest.new_tensor(edge), max=largest)
-
-    def reduce(self) -> None:
-        """Sum of the ranks' histograms, at the widest rank's range."""
-        exponent = self.exponent.clone() if bool(self.initialized) else self.exponent.new_tensor(-(2**30))
-        torch.distributed.all_reduce(exponent, torch.distributed.ReduceOp.MAX)
-        self._grow(int(exponent))
-        torch.distributed.all_reduce(self.counts, torch.distributed.ReduceOp.SUM)
-        super().reduce()
+    @abstractmethod
+    def magnitude(self, observer: Observer, qtype: QType) -> Tensor:
+        """The magnitude that the largest code stands for: float32 scalar."""
 
 
-class Absmax(BaseModel):
+class Absmax(_Rule):
     """Scale activations by the largest magnitude seen."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     kind: Literal["absmax"] = "absmax"
 
-    def make(self) -> AbsmaxObserver:
-        """A new observer."""
-        return AbsmaxObserver()
+    def magnitude(self, observer: Observer, qtype: QType) -> Tensor:
+        """The largest magnitude seen."""
+        return observer.largest.clone()
 
 
-class Percentile(BaseModel):
+class Percentile(_Rule):
     """Scale activations by a percentile of their magnitudes; what lies beyond saturates."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     kind: Literal["percentile"] = "percentile"
     percentile: float = Field(default=99.99, gt=0, le=100)
     """Percent of the magnitudes that stay within the range."""
 
-    def make(self) -> PercentileObserver:
-        """A new observer."""
-        return PercentileObserver(self.percentile)
+    def magnitude(self, observer: Observer, qtype: QType) -> Tensor:
+        """The percentile."""
+        return observer.percentile(self.percentile)
 
 
-ObserverChoice = Annotated[Absmax | Percentile, Field(discriminator="kind")]
+class Mse(_Rule):
+    """Scale activations so that quantizing them makes the smallest squared error."""
+
+    kind: Literal["mse"] = "mse"
+
+    def magnitude(self, observer: Observer, qtype: QType) -> Tensor:
+        """The best of 121 magnitudes, from the largest that counts to a thousandth of it."""
+        steps = torch.arange(_CANDIDATES, device=observer.largest.device)
+        candidates = observer.percentile(100) * 2.0 ** (steps / -12.0)
+        return candidates[observer.errors(candidates / qtype.steps, qtype).argmin()]
+
+
+class Best(Mse):
+    """The same, with the error of the layer's output in place of that of its input; the default.
+
+    Channels of an input count by the squared length of their columns in the weight. That is the expected squared error
+    of the output where errors of channels do not depend on each other.
+    """
+
+    weighted: ClassVar[bool] = True
+    kind: Literal["best"] = "best"  # type: ignore[assignment]
+    largest_error: float = Field(default=0.01, gt=0)
+
+
+ObserverChoice = Annotated[Absmax | Percentile | Mse | Best, Field(discriminator="kind")]

@@ -16,7 +16,7 @@ from qat.errors import StateError
 from qat.hosts import get_target, inner_models
 from qat.inspection import InspectReport, inspect
 from qat.layers import layer_class, quantized_layers
-from qat.observers import ObserverChoice, Percentile
+from qat.observers import Best, ObserverChoice
 from qat.optimizers import watch
 from qat.quantizers import Algorithm, StraightThrough, WeightQuantizer
 from qat.quantizers.activation import ActivationQuantizer
@@ -84,7 +84,7 @@ def prepare(
         spec: what to quantize, and the serving dtype.
         algorithm: how scales are found; default `StraightThrough`.
         target: who will load the export; decides what can be expressed.
-        observer: what activation scales are taken from; default the 99.99th percentile. Only with activations.
+        observer: the rule that takes scales of activations from data; default `Best`. Only with activations.
         example_inputs: one batch, to find layers whose input the stock kernels cannot read; see `qat.inspect`.
 
     Raises:
@@ -104,7 +104,7 @@ def prepare(
             "inside it (model._orig_mod, or model.module), and wrap it afterwards"
         )
     report = inspect(model, spec, target=target, example_inputs=example_inputs)
-    observer, format = observer or Percentile(), get_target(target).format
+    spec, observer, format = report.spec, observer or Best(), get_target(target).format
     untied, made = [], []
     for row in report.layers:
         if row.weights is None:
@@ -119,9 +119,9 @@ def prepare(
             raise StateError(f"algorithm: {algorithm!r} must make a WeightQuantizer, made {quantizer!r}")
         inputs = outputs = None
         if types.activations is not None:
-            inputs = ActivationQuantizer(types.activations, types.dtype, observer.make()).to(weight.device)
-            if spec.quantize_outputs:
-                outputs = ActivationQuantizer(types.activations, types.dtype, observer.make()).to(weight.device)
+            inputs = ActivationQuantizer(types.activations, types.dtype, observer).to(weight.device)
+            if spec.outputs:
+                outputs = ActivationQuantizer(types.activations, types.dtype, observer).to(weight.device)
         made.append((row.name, cls, module, quantizer.to(weight.device), inputs, outputs))
     for name, cls, module, quantizer, inputs, outputs in made:  # now, so that no error leaves a half-prepared model
         if _untie(model, module):

@@ -110,8 +110,9 @@ class QuantSpec(_Spec):
     """Patterns of module names that stay float."""
     overrides: dict[str, _Override] = Field(default_factory=dict)
     """Pattern to type (or `LayerSpec`); beats exclude and include, the last match wins."""
-    quantize_outputs: bool = True
-    """Quantize the outputs of layers that have an activation type, as stock loaders do; off: target transformers."""
+    quantize_outputs: bool | None = None
+    """Quantize the outputs of layers that have an activation type. None: only where the target's loader does so anyway
+    (all stock loaders do; the plug-in of target transformers leaves outputs float)."""
 
     @field_validator("include", "exclude", mode="before")
     @classmethod
@@ -136,6 +137,11 @@ class QuantSpec(_Spec):
 
         dtype: torch.dtype = getattr(torch, self.dtype)
         return dtype
+
+    @property
+    def outputs(self) -> bool:
+        """Whether outputs are quantized too, once a target has resolved the spec."""
+        return self.quantize_outputs is not False
 
     @property
     def activation_type(self) -> ActivationType | None:

@@ -269,7 +269,7 @@ def test_an_example_finds_layers_whose_input_a_kernel_cannot_read(batch: str) ->
             TargetError,
             "loads models of diffusers, got a Net: pass the pipeline's transformer",
         ),
-        (QuantSpec(quantize_outputs=False), "quanto", TargetError, "leave it True"),
+        (QuantSpec(quantize_outputs=False), "quanto", TargetError, "leave it out"),
     ],
     ids=["pattern", "nothing left", "unknown target", "activations for diffusers", "no diffusers", "float outputs"],
 )

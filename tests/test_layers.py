@@ -38,9 +38,11 @@ def layer(
     quantizer = (algorithm or StraightThrough()).make(float_layer.weight, QTYPES[weights], dtype)
     if activations is None:
         return QLinear.adopt(float_layer, quantizer)
-    pair = [ActivationQuantizer(QTYPES[activations], dtype, Absmax().make()) for _ in range(2)]
+    pair = [ActivationQuantizer(QTYPES[activations], dtype, Absmax()) for _ in range(2)]
     pair[0].observe(torch.tensor(2.0))
+    pair[0].refresh()
     pair[1].observe(torch.tensor(1.0))
+    pair[1].refresh()
     return QLinear.adopt(float_layer, quantizer, *pair)
 
 

@@ -86,7 +86,7 @@ def adopted(module: nn.Module, algorithm: Algorithm | None = None, activations: 
     """An int8 layer served in float32; its activations are not calibrated."""
     weight = module.weight
     assert isinstance(weight, Tensor)
-    pair = [ActivationQuantizer(INT8, torch.float32, Absmax().make()) for _ in range(2)] if activations else []
+    pair = [ActivationQuantizer(INT8, torch.float32, Absmax()) for _ in range(2)] if activations else []
     return QLinear.adopt(module, (algorithm or StraightThrough()).make(weight, INT8, torch.float32), *pair)
 
 
@@ -163,6 +163,8 @@ def test_observers_record_whatever_else_the_mode_does(weights: bool) -> None:
     layer.mode = Mode(weights=weights, activations=False, observe=True)
     y = layer(x)
     inputs, outputs = layer.activation_quantizers()
+    for quantizer in (inputs, outputs):
+        quantizer.refresh()
     assert inputs.scale == x.abs().max() / 127
     assert outputs.scale == y.detach().abs().max() / 127
     layer.mode = Mode()

@@ -80,7 +80,7 @@ def test_a_frozen_weight_or_a_frozen_scale_gets_no_gradient() -> None:
 def test_a_quantized_input_needs_its_scale_where_it_has_elements() -> None:
     weight = nn.Parameter(torch.randn(4, 16))
     quantizer = StraightThrough().make(weight, QTYPES["int8"], torch.float32)
-    activation = ActivationQuantizer(QTYPES["int8"], torch.float32, Absmax().make())
+    activation = ActivationQuantizer(QTYPES["int8"], torch.float32, Absmax())
     quantized = quantizer.quantize(weight, torch.float32)
     with pytest.raises(CalibrationError, match=r"run qat.calibrate\(model, batches\)"):
         quantized_linear(torch.ones(1, 16), weight, None, quantized, quantizer, activation)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import qat
 from qat.errors import QatError, SpecError, StateError, TargetError
 from qat.layers import QLinear, QuantizedLayer, quantized_layers
-from qat.observers import Absmax, AbsmaxObserver, Percentile, PercentileObserver
+from qat.observers import Absmax, Best
 from qat.preparation import parameter_groups, prepare, prepared_as
 from qat.quantizers import LearnedAffine, StraightThrough
 from qat.spec import LayerSpec, QuantSpec
@@ -60,7 +60,7 @@ def test_how_a_model_was_prepared_is_known() -> None:
     prepare(of_transformers(model), F32, algorithm=LearnedStep(), target="transformers")
     prepared = prepared_as(model)
     assert (prepared.spec, prepared.algorithm, prepared.target) == (F32, LearnedStep(), "transformers")
-    assert (prepared.observer, prepared.notes) == (Percentile(), ())
+    assert (prepared.observer, prepared.notes) == (Best(), ())
     other = mlp()
     prepare(other, F32, observer=Absmax())
     assert prepared_as(other).observer == Absmax()
@@ -73,13 +73,13 @@ def test_activations_get_quantizers_where_the_spec_says() -> None:
     first, second, _ = (layer for _, layer in quantized_layers(model))
     assert first.input_quantizer is not None
     assert first.output_quantizer is not None
-    assert isinstance(first.input_quantizer.observer, AbsmaxObserver)
+    assert first.input_quantizer.rule == Absmax()
     assert second.input_quantizer is second.output_quantizer is None
     default = mlp()
     prepare(default, spec)
-    observer = next(layer for _, layer in quantized_layers(default)).input_quantizer
-    assert observer is not None
-    assert isinstance(observer.observer, PercentileObserver)
+    quantizer = next(layer for _, layer in quantized_layers(default)).input_quantizer
+    assert quantizer is not None
+    assert quantizer.rule == Best()
 
 
 @pytest.mark.parametrize("verb", ["prepare twice", "prepare after freezing"])

@@ -116,8 +116,9 @@ def test_an_algorithm_takes_no_unknown_field_and_cannot_be_changed() -> None:
 
 
 def calibrated(qtype: QType = INT8, dtype: torch.dtype = torch.float32, largest: float = 4.0) -> ActivationQuantizer:
-    quantizer = ActivationQuantizer(qtype, dtype, Absmax().make())
+    quantizer = ActivationQuantizer(qtype, dtype, Absmax())
     quantizer.observe(torch.tensor([largest, -1.0]))
+    quantizer.refresh()
     return quantizer
 
 
@@ -154,14 +155,15 @@ def test_an_activation_scale_is_the_observed_range_in_the_serving_dtype(qtype: Q
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("qtype", [QTYPES[name] for name in ["int8", "float8"]], ids=lambda qtype: qtype.name)
 def test_activations_that_are_all_zero_give_a_scale_above_zero(qtype: QType, dtype: torch.dtype) -> None:
-    quantizer = ActivationQuantizer(qtype, dtype, Absmax().make())
+    quantizer = ActivationQuantizer(qtype, dtype, Absmax())
     quantizer.observe(torch.zeros(4))
+    quantizer.refresh()
     assert quantizer.scale.to(dtype) > 0
     assert torch.equal(fake_quantize_output(torch.zeros(4), quantizer), torch.zeros(4))
 
 
 def test_a_scale_that_was_never_set_is_asked_for_with_the_remedy() -> None:
-    quantizer = ActivationQuantizer(INT8, torch.float32, Absmax().make())
+    quantizer = ActivationQuantizer(INT8, torch.float32, Absmax())
     with pytest.raises(CalibrationError, match=r"run qat.calibrate\(model, batches\)"):
         quantizer.require_scale()
     calibrated().require_scale()
@@ -176,7 +178,7 @@ def test_a_scale_of_exactly_1_counts_as_set() -> None:
 def test_an_activation_quantizer_survives_a_state_dict() -> None:
     quantizer = calibrated(largest=5.0)
     quantizer.arrives_quantized = True
-    again = ActivationQuantizer(INT8, torch.float32, Absmax().make())
+    again = ActivationQuantizer(INT8, torch.float32, Absmax())
     again.load_state_dict(quantizer.state_dict())
     again.require_scale()
     assert again.arrives_quantized is True
@@ -186,22 +188,25 @@ def test_an_activation_quantizer_survives_a_state_dict() -> None:
 def test_an_activation_quantizer_keeps_python_values() -> None:
     quantizer = calibrated()
     quantizer.arrives_quantized = True
-    assert (quantizer.initialized, quantizer.arrives_quantized) == (True, True)
-    assert quantizer.state_dict()["_extra_state"].tolist() == [True, True]
+    assert (quantizer.initialized, quantizer.arrives_quantized, quantizer.enabled) == (True, True, True)
+    assert quantizer.state_dict()["_extra_state"].tolist() == [True, True, True]
 
 
 def test_an_empty_tensor_sets_no_scale_and_needs_none() -> None:
-    quantizer = ActivationQuantizer(INT8, torch.float32, Absmax().make())
+    quantizer = ActivationQuantizer(INT8, torch.float32, Absmax())
     empty = torch.empty(0, 4, requires_grad=True)
     quantizer.observe(empty)
+    quantizer.refresh()
     assert not quantizer.initialized
     fake_quantize_output(empty, quantizer).sum().backward()
     assert empty.grad is not None
     with pytest.raises(CalibrationError):
         fake_quantize_output(torch.ones(1), quantizer)
     quantizer.observe(torch.ones(3))
+    quantizer.refresh()
     before = quantizer.scale.clone()
     quantizer.observe(empty)
+    quantizer.refresh()
     assert torch.equal(quantizer.scale, before)
 
 

@@ -169,7 +169,7 @@ class Format(ABC):
     def recorded(self, record: FrozenRecord, name: str) -> LayerTypes:
         """The types of a layer that was frozen."""
         layer, spec = record.layers[name], record.spec
-        return self.types(layer.weights, layer.activations, spec.torch_dtype, spec.quantize_outputs)
+        return self.types(layer.weights, layer.activations, spec.torch_dtype, spec.outputs)
 
     def faults(
         self,

@@ -204,7 +204,7 @@ class _Quanto(Format):
 
         None where outputs stay float: quanto's own loader would quantize them whatever its map says.
         """
-        if not record.spec.quantize_outputs:
+        if not record.spec.outputs:
             return {}
         return {
             name: {
@@ -231,7 +231,7 @@ class _Quanto(Format):
             "qat": {
                 "format": 1,
                 "dtype": spec.dtype,
-                "quantize_outputs": spec.quantize_outputs,
+                "quantize_outputs": spec.outputs,
                 "modules": {
                     name: {"weights": layer.weights, "activations": layer.activations, "group_size": layer.group_size}
                     for name, layer in record.layers.items()

@@ -155,9 +155,9 @@ class Host:
 
     def spec_faults(self, spec: QuantSpec) -> list[str]:
         """What the spec asks for that the loader cannot express, each with its remedy."""
-        if spec.quantize_outputs:
+        if spec.outputs:
             return []
-        return ["quantize_outputs=False: this target's loader always quantizes outputs: leave it True"]
+        return ["quantize_outputs=False: this target's loader always quantizes outputs: leave it out"]
 
     def model_faults(self, model: nn.Module) -> list[str]:
         """Why the loader cannot load such a model at all, each with its remedy."""

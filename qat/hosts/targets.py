@@ -54,6 +54,13 @@ class Target:
         """Why the target cannot load such a model, or express such a spec; each with its remedy."""
         return [*self.host.model_faults(model), *self.host.spec_faults(spec)]
 
+    def resolved(self, spec: QuantSpec) -> QuantSpec:
+        """The spec with ``quantize_outputs`` set: outputs stay float where the loader can leave them so."""
+        if spec.quantize_outputs is not None or spec.activation_type is None:
+            return spec
+        left = spec.model_copy(update={"quantize_outputs": False})
+        return left.model_copy(update={"quantize_outputs": True}) if self.host.spec_faults(left) else left
+
     def build(self, types: LayerTypes, shape: tuple[int, int], tensors: Mapping[str, Tensor]) -> nn.Module:
         """The module of a frozen layer, made of its stored tensors, with the weight as the loader holds it."""
         return self.format.build(types, shape, tensors, plain_on_cpu=self.plain_on_cpu)

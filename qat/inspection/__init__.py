@@ -49,7 +49,7 @@ class _Facts:
 
     def types(self, layer: LayerSpec) -> LayerTypes:
         """The types of a layer as objects."""
-        outputs = self.spec.quantize_outputs
+        outputs = self.spec.outputs
         return self.target.format.types(layer.weights, layer.activations, self.spec.torch_dtype, outputs)
 
 
@@ -97,6 +97,7 @@ def inspect(model: nn.Module, spec: QuantSpec, *, target: str = "quanto", exampl
     if not isinstance(model, nn.Module):
         raise SpecError(f"model: must be an nn.Module, got {type(model).__name__}: load the model first")
     chosen = get_target(target)
+    spec = chosen.resolved(spec)
     faults = chosen.faults(model, spec)
     if faults:
         raise TargetError("\n".join(faults))

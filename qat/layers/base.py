@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from qat.errors import StateError
 from qat.layers.functional import autocast_dtype
+from qat.numerics import QType
 from qat.quantizers.activation import ActivationQuantizer, fake_quantize_output
 from qat.quantizers.base import Algorithm, Quantized, WeightQuantizer
 
@@ -160,13 +161,17 @@ class QuantizedLayer(nn.Module):
         if mode.weights or mode.observe:
             self._require_quantizers_on(weight.device)
         if mode.observe and self.input_quantizer is not None:
-            self.input_quantizer.observe(input)
+            self.input_quantizer.observe(input, weight)
+            if mode.activations:  # which are quantized in this same forward
+                self.input_quantizer.refresh()
         dtype = autocast_dtype(input) or weight.dtype  # in which a matrix product runs
         y = self.compute(input, self.weight_quantizer.quantize(weight, dtype) if mode.weights else None)
         if self.output_quantizer is not None:
             if mode.observe:
                 self.output_quantizer.observe(y)
-            if mode.weights and mode.activations:
+                if mode.activations:
+                    self.output_quantizer.refresh()
+            if mode.weights and mode.activations and self.output_quantizer.enabled:
                 y = fake_quantize_output(y, self.output_quantizer)
         return y
 
@@ -184,9 +189,15 @@ class QuantizedLayer(nn.Module):
     def active_input_quantizer(self) -> ActivationQuantizer | None:
         """The quantizer that the input goes through now; None where the input comes quantized from its producer."""
         quantizer = self.input_quantizer
-        if quantizer is None or not self.mode.activations or quantizer.arrives_quantized:
+        if quantizer is None or not self.mode.activations or quantizer.arrives_quantized or not quantizer.enabled:
             return None
         return quantizer
+
+    @property
+    def activation_qtype(self) -> QType | None:
+        """The type of its activations when it is served, or None."""
+        quantizer = self.input_quantizer
+        return None if quantizer is None or not quantizer.enabled else quantizer.qtype
 
     def fresh_state(self, prefix: str, weight: Tensor, algorithm: Algorithm) -> dict[str, Tensor]:
         """What a checkpoint would hold of quantizers newly made for an effective weight, on its device.

@@ -15,49 +15,56 @@ from torch import Tensor
 from qat import kernels
 from qat.errors import CalibrationError
 from qat.numerics import QType, round_to, smallest_scale
-from qat.observers import Observer
+from qat.observers import Observer, ObserverChoice
 from qat.quantizers.base import QuantizerModule
 
 __all__ = ["ActivationQuantizer", "fake_quantize_output"]
 
 
 class ActivationQuantizer(QuantizerModule):
-    """A static scale for one activation, rounded to the serving dtype, and the observer it comes from.
+    """A static scale for one activation, rounded to the serving dtype, and the observer and rule it comes from.
 
     ``qtype`` is a symmetric type.
     """
 
     scale: Tensor
 
-    def __init__(self, qtype: QType, dtype: torch.dtype, observer: Observer) -> None:
+    def __init__(self, qtype: QType, dtype: torch.dtype, rule: ObserverChoice) -> None:
         super().__init__()
         self.qtype = qtype
         self.dtype = dtype
-        self.observer = observer
+        self.rule = rule
+        self.observer = Observer()
         self.register_buffer("scale", torch.zeros((), dtype=torch.float32))
         # Python values: a forward that read a tensor would wait for the device at every layer.
         self.initialized = False
         self.arrives_quantized = False
+        self.enabled = True
+        """Off where calibration found that the layer cannot bear quantized activations."""
 
     def get_extra_state(self) -> Tensor:
-        """What a checkpoint holds beside the scale: whether it is set, and whether the input arrives quantized."""
-        return torch.tensor([self.initialized, self.arrives_quantized])
+        """What a checkpoint holds beside the scale: the three Python values."""
+        return torch.tensor([self.initialized, self.arrives_quantized, self.enabled])
 
     def set_extra_state(self, state: Tensor) -> None:
         """Take over what a checkpoint holds."""
-        self.initialized, self.arrives_quantized = map(bool, state.tolist())
+        self.initialized, self.arrives_quantized, self.enabled = map(bool, state.tolist())
 
     @torch.no_grad()
-    def observe(self, x: Tensor) -> None:
-        """Record ``x`` and take the scale from all that was seen so far; an empty tensor changes nothing."""
-        if x.numel():
-            self.observer.update(x)
-            self.refresh()
+    def observe(self, x: Tensor, weight: Tensor | None = None) -> None:
+        """Record ``x``, an output, or the input of a layer with this effective ``weight``, ``(out, in)``."""
+        importance = None
+        if weight is not None and self.rule.weighted:
+            columns = weight.float().square().sum(0)
+            importance = (columns / columns.mean().clamp(min=1e-30) * 256).round_().long()  # in 1/256 of their mean
+        self.observer.update(x, importance)
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Take the scale from the observer."""
-        scale = round_to(self.observer.magnitude() / self.qtype.steps, self.dtype)
+        """Take the scale from all that was seen so far; before that, there is none."""
+        if not self.initialized and not bool(self.observer.initialized):
+            return  # an empty tensor was all; asked only before the first scale, since it waits for the device
+        scale = round_to(self.rule.magnitude(self.observer, self.qtype) / self.qtype.steps, self.dtype)
         self.scale.copy_(scale.clamp(min=smallest_scale(self.dtype)))  # a zero scale would divide 0 by 0
         self.initialized = True
 

@@ -24,8 +24,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from qat.errors import CalibrationError, StateError, TrainingError
 from qat.files.evidence import is_frozen
+from qat.hosts import get_target
 from qat.layers import Mode, layer_class, quantized_layers
-from qat.observers import ObserverChoice, Percentile
+from qat.observers import Best, ObserverChoice
 from qat.optimizers import REMEDY, learned_ranges, refuse_decay, watch
 from qat.preparation import prepare, prepared_as
 from qat.quantizers import Algorithm, StraightThrough
@@ -51,7 +52,7 @@ class QuantizationAwareTraining(Callback):
         target: who will load the export.
         attribute: the attribute of the LightningModule that holds the model to prepare (its metrics, a teacher and the
             like stay out of it); None: the LightningModule itself.
-        observer: what activation scales are taken from; default `Percentile`.
+        observer: what activation scales are taken from; default `Best`.
         model_inputs: turns a dataloader's batch into what the model is called with, for calibration; default the
             LightningModule's own ``model_inputs`` if it has one, else the first element of a tuple or list, else all.
         example_inputs: one batch for the model, to find layers whose input stock kernels cannot read.
@@ -89,7 +90,7 @@ class QuantizationAwareTraining(Callback):
         self.schedule = schedule or QuantizationSchedule()
         self.target = target
         self.attribute = attribute
-        self.observer = observer or Percentile()
+        self.observer = observer or Best()
         self.model_inputs = model_inputs
         self.example_inputs = example_inputs
         self._phase: tuple[bool, bool] | None = None  # what the layers were last switched to
@@ -153,7 +154,7 @@ class QuantizationAwareTraining(Callback):
                 logger.warning("%s", note)
             self._refuse_worker_processes(trainer, model)
         watch(model)
-        wanted = {"spec": self.spec, **wanted}
+        wanted = {"spec": get_target(self.target).resolved(self.spec), **wanted}
         found = {name: getattr(prepared_as(model), name) for name in wanted}
         if found != wanted:
             raise StateError(

@@ -12,7 +12,7 @@ from typing import Annotated, Literal, TypeAlias
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FilePath, ValidationInfo, field_validator
 
-from qat.observers import ObserverChoice, Percentile
+from qat.observers import Best, ObserverChoice
 from qat.spec import QuantSpec
 from qat.training.schedule import QuantizationSchedule
 
@@ -104,7 +104,7 @@ class RecipeConfig(BaseModel):
     """Run code that comes with the model, from its directory or from the hub, for models that need it."""
     spec: QuantSpec = QuantSpec(weights="int4")
     """What is quantized."""
-    observer: ObserverChoice = Percentile()
+    observer: ObserverChoice = Best()
     """What activation scales are taken from."""
     schedule: QuantizationSchedule = QuantizationSchedule()
     """When quantization happens."""
