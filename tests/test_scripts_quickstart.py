@@ -27,7 +27,7 @@ def checkout(tmp_path: Path) -> Path:
     """A checkout with an environment, and nothing that needs one."""
     shutil.copytree(ROOT / "scripts", tmp_path / "scripts", ignore=shutil.ignore_patterns("*.py", "__pycache__"))
     (tmp_path / "recipes").mkdir()
-    for name in ("__init__", "causal_lm", "image_classification", "text_to_image"):
+    for name in ("__init__", "causal_lm", "image_classification", "sequence_classification", "text_to_image"):
         (tmp_path / "recipes" / f"{name}.py").touch()
     for name in ("pyproject.toml", "constraints.txt"):
         shutil.copy(ROOT / name, tmp_path)
@@ -71,9 +71,8 @@ def test_a_recipe_is_run_with_the_arguments(arguments: list[str], expected: str,
 def test_an_unknown_recipe_is_an_error_before_an_installation(checkout: Path) -> None:
     done = quickstart(checkout, "image_to_text")
     assert done.returncode == 2
-    assert (
-        done.stderr == "error: image_to_text: no such recipe; there are: causal_lm image_classification text_to_image\n"
-    )
+    there = "causal_lm image_classification sequence_classification text_to_image"
+    assert done.stderr == f"error: image_to_text: no such recipe; there are: {there}\n"
     assert not (checkout / "pip.log").exists()
 
 

@@ -86,6 +86,11 @@ def _load(
     local = Path(source).expanduser().is_dir()
     try:
         processor = processor_class.from_pretrained(source, trust_remote_code=trust)
+        # For a folder without one, transformers makes tokenizers of some classes with an empty vocabulary.
+        files = set(getattr(processor, "vocab_files_names", {}).values())
+        known = sorted(files | {"tokenizer.json"}) if files else []
+        if local and known and not any((Path(source).expanduser() / file).is_file() for file in known):
+            raise FileNotFoundError(f"none of {', '.join(known)} is there")
     except Exception as error:  # what can be wrong with a directory, a file or a download has no common base
         if not local:
             raise _load_error(source, error) from error
