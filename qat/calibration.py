@@ -228,8 +228,8 @@ def _require_served(model: nn.Module, duplicate: nn.Module, layers: Mapping[str,
     if gap > max(noise, 0.01 * size):
         raise CalibrationError(
             f"model: served, its outputs differ from those of training by {(gap / size) ** 0.5:.0%}: an operation "
-            "right after a quantized layer is not carried out on quantized activations (in place, softmax, where): write it "
-            "out of place or exclude the layer before it, or leave outputs float (target 'transformers')"
+            "right after a quantized layer is not carried out on quantized activations (in place, softmax, where): "
+            "write it out of place or exclude the layer before it, or leave outputs float (target 'transformers')"
         )
 
 

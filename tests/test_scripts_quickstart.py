@@ -27,7 +27,7 @@ def checkout(tmp_path: Path) -> Path:
     """A checkout with an environment, and nothing that needs one."""
     shutil.copytree(ROOT / "scripts", tmp_path / "scripts", ignore=shutil.ignore_patterns("*.py", "__pycache__"))
     (tmp_path / "recipes").mkdir()
-    for name in ("__init__", "causal_lm", "text_to_image"):
+    for name in ("__init__", "causal_lm", "image_classification", "sequence_classification", "text_to_image"):
         (tmp_path / "recipes" / f"{name}.py").touch()
     for name in ("pyproject.toml", "constraints.txt"):
         shutil.copy(ROOT / name, tmp_path)
@@ -55,9 +55,13 @@ def quickstart(checkout: Path, *arguments: str, path: str | None = None) -> subp
         (["--spec.weights", "int2"], "./scripts/quickstart: -m recipes.causal_lm --spec.weights int2"),
         (["a/int2.yaml", "--seed", "1"], "./scripts/quickstart: -m recipes.causal_lm a/int2.yaml --seed 1"),
         (["causal_lm", "int2.yaml"], "./scripts/quickstart causal_lm: -m recipes.causal_lm int2.yaml"),
+        (
+            ["image_classification", "a/int8.yaml"],
+            "./scripts/quickstart image_classification: -m recipes.image_classification a/int8.yaml",
+        ),
         (["text_to_image", "--help"], "./scripts/quickstart text_to_image: -m recipes.text_to_image --help"),
     ],
-    ids=["nothing", "options", "configuration", "recipe", "other recipe"],
+    ids=["nothing", "options", "configuration", "recipe", "images", "other recipe"],
 )
 def test_a_recipe_is_run_with_the_arguments(arguments: list[str], expected: str, checkout: Path) -> None:
     done = quickstart(checkout, *arguments)
@@ -67,7 +71,8 @@ def test_a_recipe_is_run_with_the_arguments(arguments: list[str], expected: str,
 def test_an_unknown_recipe_is_an_error_before_an_installation(checkout: Path) -> None:
     done = quickstart(checkout, "image_to_text")
     assert done.returncode == 2
-    assert done.stderr == "error: image_to_text: no such recipe; there are: causal_lm text_to_image\n"
+    there = "causal_lm image_classification sequence_classification text_to_image"
+    assert done.stderr == f"error: image_to_text: no such recipe; there are: {there}\n"
     assert not (checkout / "pip.log").exists()
 
 

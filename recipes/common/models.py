@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -13,7 +13,7 @@ from torch import nn
 import qat
 from recipes.common.config import ConfigError
 
-__all__ = ["load_language_model", "load_pipeline", "require_packages"]
+__all__ = ["load_classifier", "load_language_model", "load_pipeline", "require_packages"]
 
 
 def require_packages(extras: Mapping[str, str]) -> None:
@@ -45,16 +45,72 @@ def load_language_model(source: str, *, trust_remote_code: bool = False) -> tupl
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    load: Any = AutoModelForCausalLM.from_pretrained
+    return _load(source, AutoModelForCausalLM, AutoTokenizer, "tokenizer", trust_remote_code)
+
+
+def load_classifier(
+    source: str,
+    kind: Literal["image", "sequence"],
+    *,
+    new_classes: Sequence[str] | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[Any, Any]:
+    """Load a classifier with float32 master weights, and its image processor or tokenizer.
+
+    Args:
+        source: a local directory or a hub name.
+        kind: what it classifies.
+        new_classes: names of the classes of a new, untrained output layer; none: the model's own.
+        trust_remote_code: run code that comes with the model.
+
+    Raises:
+        LoadError: either cannot be loaded, or weights are missing or have other shapes than the model; those of a new
+            output layer may.
+    """
+    import transformers
+
+    library: Any = transformers
+    model_class = getattr(library, f"AutoModelFor{kind.capitalize()}Classification")
+    processor, name = ("AutoImageProcessor", "image processor") if kind == "image" else ("AutoTokenizer", "tokenizer")
+    return _load(source, model_class, getattr(library, processor), name, trust_remote_code, new_classes)
+
+
+def _load(
+    source: str, model_class: Any, processor_class: Any, name: str, trust: bool, new: Sequence[str] | None = None
+) -> tuple[Any, Any]:
+    options: dict[str, Any] = {"dtype": torch.float32, "trust_remote_code": trust, "output_loading_info": True}
+    if new is not None:
+        id2label = dict(enumerate(new))
+        labels = {"id2label": id2label, "label2id": {label: index for index, label in id2label.items()}}
+        options |= {"num_labels": len(new), **labels, "ignore_mismatched_sizes": True}
+    local = Path(source).expanduser().is_dir()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-        model, info = load(source, dtype=torch.float32, trust_remote_code=trust_remote_code, output_loading_info=True)
+        processor = processor_class.from_pretrained(source, trust_remote_code=trust)
+        # For a folder without one, transformers makes tokenizers of some classes with an empty vocabulary.
+        files = set(getattr(processor, "vocab_files_names", {}).values())
+        known = sorted(files | {"tokenizer.json"}) if files else []
+        if local and known and not any((Path(source).expanduser() / file).is_file() for file in known):
+            raise FileNotFoundError(f"none of {', '.join(known)} is there")
     except Exception as error:  # what can be wrong with a directory, a file or a download has no common base
+        if not local:
+            raise _load_error(source, error) from error
+        raise qat.LoadError(
+            f"model: {source!r} has no {name} that can be loaded ({' '.join(str(error).split())}): put the files of "
+            f"the model's {name} there"
+        ) from error
+    try:
+        model, info = model_class.from_pretrained(source, **options)
+    except Exception as error:  # likewise
         raise _load_error(source, error) from error
-    unfilled = sorted(map(str, (*info["missing_keys"], *info["mismatched_keys"])))
+    unfilled = sorted(
+        {str(key[0] if isinstance(key, tuple) else key) for key in (*info["missing_keys"], *info["mismatched_keys"])}
+    )
+    if new is not None:  # what is not in the base model belongs to the output layer
+        unfilled = [key for key in unfilled if key.startswith(f"{model.base_model_prefix}.")]
     if unfilled:
-        raise qat.LoadError(f"model: the weights in {source!r} do not fill {unfilled[:5]}: give a complete checkpoint")
-    return model, tokenizer
+        remedy = "give a complete checkpoint" if new is None else "give one that is complete but for the output layer"
+        raise qat.LoadError(f"model: the weights in {source!r} do not fill {unfilled[:5]}: {remedy}")
+    return model, processor
 
 
 def _load_error(source: str, error: Exception) -> qat.LoadError:

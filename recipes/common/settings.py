@@ -12,11 +12,14 @@ from typing import Annotated, Literal, TypeAlias
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FilePath, ValidationInfo, field_validator
 
+import qat
 from qat.observers import Best, ObserverChoice
+from qat.quantizers import AnyAlgorithm
 from qat.spec import QuantSpec
 from qat.training.schedule import QuantizationSchedule
 
 __all__ = [
+    "ComparisonConfig",
     "LogitOptimization",
     "ModelSource",
     "OptimizationSettings",
@@ -125,3 +128,25 @@ class RecipeConfig(BaseModel):
         if (spec := info.data.get("spec")) and spec.activation_type and not schedule.calibration_batches:
             raise ValueError("calibration_batches: must be above 0, for spec quantizes activations")
         return schedule
+
+
+class ComparisonConfig(RecipeConfig):
+    """What recipes let a user choose that compare four models by their logits (`recipes.common.experiment`)."""
+
+    algorithm: AnyAlgorithm = qat.StraightThrough()
+    """How scales are found."""
+    optimization: LogitOptimization = LogitOptimization()
+    """Steps, learning rates, distillation (from the fine-tuned float model, where there is one)."""
+    float_baseline: bool = True
+    """Also fine-tune the float model and quantize it after training, for comparison."""
+    target: Literal["quanto", "transformers"] = "transformers"
+    """Who will load the export."""
+
+
+class ClassifierConfig(ComparisonConfig):
+    """What recipes let a user choose that train a classifier."""
+
+    spec: QuantSpec = QuantSpec(weights="int8", activations="int8")
+    """What is quantized."""
+    new_head: bool = False
+    """Replace the model's output layer by an untrained one for the classes of the data."""

@@ -27,13 +27,22 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from recipes.data import DataError
-from recipes.data.sources import Source, hold_out, load_hub, local_path, quiet_bars, reject_hub_fields, spread
+from recipes.data.sources import (
+    Source,
+    hold_out,
+    load_folder,
+    load_hub,
+    local_path,
+    quiet_bars,
+    reject_hub_fields,
+    spread,
+)
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from PIL.Image import Image as Picture
 
-__all__ = ["ImageData", "Images", "digits", "load_images"]
+__all__ = ["ImageData", "Images", "as_rgb", "digits", "image_files", "load_images"]
 
 EVALUATION_EVERY = 5  # one image in five is held out, where the source has no evaluation split of its own
 DIGIT_SIZE = 32
@@ -151,21 +160,11 @@ def _named_digits(caption_field: str) -> Iterator[dict[str, Any]]:
 
 
 def _local_source(path: Path, data: ImageData) -> Dataset:
-    from datasets import load_dataset, load_from_disk
-
     if path.is_file():
         raise DataError(f"data.source: {str(path)!r} is a file; give the folder that holds the images")
-    try:
-        if (path / "state.json").exists():
-            return _columns(load_from_disk(str(path)), data)
-        if tables := sorted(str(file) for file in path.rglob("*.parquet")):
-            found = load_dataset("parquet", data_files=tables, split="train", cache_dir=data.cache_dir)
-            return _columns(found, data)
-    except DataError:
-        raise
-    except Exception as error:  # builders of datasets raise errors without a common base
-        raise DataError(f"data.source: {str(path)!r} cannot be read: {error.__cause__ or error}") from error
-    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in _SUFFIXES)
+    if (found := load_folder(path, data)) is not None:
+        return _columns(found, data)
+    files = image_files(path)
     if not files:
         raise DataError(f"data.source: no image ({', '.join(sorted(_SUFFIXES))}) and no Parquet file in {str(path)!r}")
     captions = _folder_captions(path, files, data)
@@ -318,15 +317,32 @@ def _resize_row(row: dict[str, Any], index: int, size: int) -> dict[str, Any]:
     return {"image": picture, "caption": row["caption"], "fault": ""}
 
 
-def _resized(picture: Picture, size: int) -> Picture:
-    """RGB, upright, on white; the shorter side becomes ``size``, the longer one is cropped around its centre."""
+def image_files(folder: Path) -> list[Path]:
+    """Return the images below a folder, sorted by path."""
+    return sorted(file for file in folder.rglob("*") if file.suffix.lower() in _SUFFIXES)
+
+
+def as_rgb(picture: Picture) -> Picture:
+    """Return a picture in RGB, upright as its camera says, and on white where it is transparent.
+
+    >>> from PIL import Image
+    >>> as_rgb(Image.new("RGBA", (2, 2))).getpixel((0, 0))
+    (255, 255, 255)
+    """
     from PIL import Image, ImageOps
 
     picture = ImageOps.exif_transpose(picture)
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    picture = picture.convert("RGB")
+    return picture.convert("RGB")
+
+
+def _resized(picture: Picture, size: int) -> Picture:
+    """As `as_rgb`; the shorter side becomes ``size``, the longer one is cropped around its centre."""
+    from PIL import Image
+
+    picture = as_rgb(picture)
     scale = size / min(picture.size)
     width, height = (max(size, round(side * scale)) for side in picture.size)
     if (width, height) != picture.size:

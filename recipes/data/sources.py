@@ -17,7 +17,7 @@ from recipes.data import DataError
 if TYPE_CHECKING:
     from datasets import Dataset
 
-__all__ = ["Source", "hold_out", "load_hub", "local_path", "quiet_bars", "reject_hub_fields", "spread"]
+__all__ = ["Source", "hold_out", "load_folder", "load_hub", "local_path", "quiet_bars", "reject_hub_fields", "spread"]
 
 
 class Source(BaseModel):
@@ -88,6 +88,27 @@ def load_hub(data: Source, split: str) -> Dataset:
             f"data.source: {name} is no local path, and split {split!r} of a hub data set of that name could not be "
             f"loaded: {type(error).__name__}: {error}"
         ) from error
+
+
+def load_folder(path: Path, data: Source) -> Dataset | None:
+    """Load a folder of Parquet files or of ``save_to_disk``; none where it is neither.
+
+    Raises:
+        DataError: it cannot be read, or holds several splits.
+    """
+    from datasets import load_dataset, load_from_disk
+
+    if (path / "dataset_dict.json").exists():
+        splits = ", ".join(sorted(folder.name for folder in path.iterdir() if folder.is_dir()))
+        raise DataError(f"data.source: {str(path)!r} holds several splits ({splits}): give the folder of one of them")
+    try:
+        if (path / "state.json").exists():
+            return load_from_disk(str(path))
+        if tables := sorted(str(file) for file in path.rglob("*.parquet")):
+            return load_dataset("parquet", data_files=tables, split="train", cache_dir=data.cache_dir)
+    except Exception as error:  # builders of datasets raise errors without a common base
+        raise DataError(f"data.source: {str(path)!r} cannot be read: {error.__cause__ or error}") from error
+    return None
 
 
 def hold_out(found: Dataset, every: int) -> tuple[Dataset, Dataset]:

@@ -5,7 +5,8 @@ trains a float model, a prepared one and a frozen one, and no result can depend 
 """
 
 from recipes.tasks.causal_lm import CausalLanguageModelling
+from recipes.tasks.classification import Classification
 from recipes.tasks.diffusion import Diffusion
 from recipes.tasks.evaluation import Batch, evaluate
 
-__all__ = ["Batch", "CausalLanguageModelling", "Diffusion", "evaluate"]
+__all__ = ["Batch", "CausalLanguageModelling", "Classification", "Diffusion", "evaluate"]

@@ -1,7 +1,6 @@
 """Causal language modelling: predict the next token.
 
-The loss is the mean cross entropy of every position but the last against the token that follows, computed in float32
-whatever the model's dtype: in bfloat16 a log-softmax over thousands of tokens keeps two digits. With a teacher, a
+The loss is the mean cross entropy of every position but the last against the token that follows. With a teacher, a
 share of the loss is the divergence of the student's next-token distribution from the teacher's.
 """
 
@@ -16,6 +15,7 @@ from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.text import Perplexity
 
 from recipes.tasks.evaluation import Batch
+from recipes.tasks.logits import LogitTask, divergence, logits_of
 
 __all__ = ["CausalLanguageModelling", "causal_lm_loss", "distillation_loss"]
 
@@ -43,14 +43,11 @@ def causal_lm_loss(logits: Tensor, labels: Tensor) -> Tensor:
 def distillation_loss(logits: Tensor, teacher_logits: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
     """Return KL(teacher || student) of the next-token distributions, mean over the positions that count, in float32.
 
-    Both logits are divided by the temperature T and the divergence is multiplied by T², which keeps the gradient's
-    size independent of T (Hinton 2015, "Distilling the knowledge in a neural network", section 2).
-
     Args:
         logits: (batch, length, vocabulary), the student's.
         teacher_logits: the same shape; no gradient flows into it.
         labels: (batch, length); -100 where a position does not count.
-        temperature: above 1 softens both distributions.
+        temperature: above 1 softens both distributions (see `recipes.tasks.logits.divergence`).
 
     >>> import torch
     >>> logits, labels = torch.randn(2, 3, 5), torch.ones(2, 3, dtype=torch.long)
@@ -58,46 +55,23 @@ def distillation_loss(logits: Tensor, teacher_logits: Tensor, labels: Tensor, te
     True
     """
     counted = labels[:, 1:] != IGNORE
-    student = functional.log_softmax(logits[:, :-1][counted].float() / temperature, dim=-1)
-    teacher = functional.log_softmax(teacher_logits.detach()[:, :-1][counted].float() / temperature, dim=-1)
-    return functional.kl_div(student, teacher, reduction="batchmean", log_target=True) * temperature**2
+    return divergence(logits[:, :-1][counted], teacher_logits[:, :-1][counted], temperature)
 
 
 @dataclass(frozen=True)
-class CausalLanguageModelling:
+class CausalLanguageModelling(LogitTask):
     """Next-token prediction, optionally distilled from a teacher; judged by loss and perplexity.
 
     Batches hold ``input_ids`` (batch, length); ``labels`` default to them; anything else goes to the model.
     """
 
-    distillation_weight: float = 0.0
-    """The share w of the distillation term: loss = (1 - w) * cross entropy + w * KL(teacher || student)."""
-    temperature: float = 1.0
-    """The temperature of the distillation term."""
+    def cross_entropy(self, logits: Tensor, batch: Batch) -> Tensor:
+        """Return `causal_lm_loss`."""
+        return causal_lm_loss(logits, _labels(batch))
 
-    def __post_init__(self) -> None:
-        """Reject values that no loss can be made of."""
-        if not 0.0 <= self.distillation_weight <= 1.0:
-            raise ValueError(f"distillation_weight: must be between 0 and 1, got {self.distillation_weight}")
-        if not self.temperature > 0.0:
-            raise ValueError(f"temperature: must be above 0, got {self.temperature}")
-
-    def inputs(self, batch: Batch) -> dict[str, Any]:
-        """Return everything but the labels, which only the loss needs."""
-        return {name: tensor for name, tensor in batch.items() if name != "labels"}
-
-    def loss(self, outputs: Any, batch: Batch, teacher_outputs: Any = None) -> Tensor:
-        """Return the cross entropy, mixed with the distillation term where its weight is above 0."""
-        logits, labels = _logits(outputs), _labels(batch)
-        weight = self.distillation_weight
-        if weight == 0.0:
-            return causal_lm_loss(logits, labels)
-        if teacher_outputs is None:
-            raise ValueError(f"distillation_weight={weight} needs a teacher's outputs, got none: pass a teacher")
-        divergence = distillation_loss(logits, _logits(teacher_outputs), labels, self.temperature)
-        if weight == 1.0:
-            return divergence
-        return (1.0 - weight) * causal_lm_loss(logits, labels) + weight * divergence
+    def distance(self, logits: Tensor, teacher_logits: Tensor, batch: Batch) -> Tensor:
+        """Return `distillation_loss`."""
+        return distillation_loss(logits, teacher_logits, _labels(batch), self.temperature)
 
     def metrics(self) -> MetricCollection:
         """Return ``loss`` (nats a token, mean over all tokens seen) and ``perplexity``, its exponential."""
@@ -107,17 +81,10 @@ class CausalLanguageModelling:
 
     def update(self, metrics: MetricCollection, outputs: Any, batch: Batch) -> None:
         """Add one batch, each token with equal weight."""
-        logits, labels = _logits(outputs).detach(), _labels(batch)
+        logits, labels = logits_of(outputs).detach(), _labels(batch)
         counted = (labels[:, 1:] != IGNORE).sum()
         metrics["loss"].update(causal_lm_loss(logits, labels), weight=counted)
         metrics["perplexity"].update(logits[:, :-1].float(), labels[:, 1:])
-
-
-def _logits(outputs: Any) -> Tensor:
-    logits = outputs if isinstance(outputs, Tensor) else outputs.logits
-    if not isinstance(logits, Tensor):
-        raise TypeError(f"outputs: expected a tensor or an object with logits, got {type(outputs).__name__}")
-    return logits
 
 
 def _labels(batch: Batch) -> Tensor:

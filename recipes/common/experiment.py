@@ -1,0 +1,133 @@
+"""One float model, four results: what the recipes do whose models return logits.
+
+The same float model is trained twice on the same batches in the same order: as it is, and with fake quantization. Four
+models are judged on held-out examples: the float one, the fine-tuned one, that one quantized after training, and the
+quantization-aware one, which is frozen, exported, verified in a fresh process and judged *as reloaded*.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+import qat
+from recipes import tasks
+from recipes.common import training
+from recipes.common.callbacks import checkpoints_in
+from recipes.common.fine_tuned import FineTunedWeights
+from recipes.common.progress import track
+from recipes.common.results import ResultRow, inspect_totals, show_results
+from recipes.common.run import Run
+from recipes.common.settings import ComparisonConfig
+from recipes.data.tensors import move
+from recipes.tasks.logits import LogitTask
+
+__all__ = ["Examples", "compare"]
+
+FLOAT, TUNED, QUANTIZED, TRAINED = (
+    "float",
+    "float, fine-tuned",
+    "fine-tuned, then quantized",
+    "quantization-aware training",
+)
+
+
+@dataclass(frozen=True)
+class Examples:
+    """What to train and to judge on."""
+
+    train: Dataset[Any]
+    evaluation: Dataset[Any]
+    collate: Callable[[list[Any]], dict[str, Any]] = default_collate
+    """Makes a batch, as the task takes it, of a list of examples."""
+
+    def example(self, task: LogitTask) -> dict[str, Any]:
+        """Return what the model is called with for the first two examples of the evaluation."""
+        count = min(2, len(self.evaluation))  # type: ignore[arg-type]
+        return task.inputs(self.collate([self.evaluation[index] for index in range(count)]))
+
+
+def compare(
+    config: ComparisonConfig, run: Run, model: nn.Module, processor: Any, task: LogitTask, examples: Examples
+) -> None:
+    """Train, export, verify, and print the table of the four models.
+
+    Args:
+        config: of the run.
+        run: where it happens.
+        model: float; trained in place with fake quantization.
+        processor: what the export keeps beside the model: a tokenizer or an image processor.
+        task: loss and metrics; distillation is taken from the configuration.
+        examples: to train and to judge on.
+
+    Raises:
+        QatError: as the library, for what does not fit together or went wrong.
+    """
+    spec, settings, schedule = config.spec, config.optimization, config.schedule
+    example = examples.example(task)
+    print(inspect_totals(qat.inspect(model, spec, target=config.target, example_inputs=example)))
+    prepared_for: dict[str, Any] = {"target": config.target, "observer": config.observer, "example_inputs": example}
+    batches = training.training_batches(examples.train, settings.batch_size, examples.collate)
+    checkpoints = run.beside("checkpoints")
+    how = training.FitSettings(settings, config.trainer, config.seed)
+    scores: dict[str, dict[str, float]] = {}
+
+    def judge(name: str, judged: nn.Module, device: torch.device, dtype: torch.dtype | None = None) -> None:
+        held_out = DataLoader(examples.evaluation, settings.batch_size, collate_fn=examples.collate)
+        shown = track(held_out, f"evaluating: {name}", len(held_out))
+        scores[name] = tasks.evaluate(task, judged.to(device), shown, dtype)
+
+    def freeze(trained: nn.Module) -> None:
+        inputs = map(task.inputs, batches)
+        training.calibrate_and_freeze(trained, inputs, schedule.calibration_batches, run.device)
+
+    judge(FLOAT, model, run.device)
+    float_size = sum(parameter.numel() for parameter in model.parameters()) * spec.torch_dtype.itemsize
+    tuned = copy.deepcopy(model)
+    if config.float_baseline:
+        kept, rate = FineTunedWeights(checkpoints, config, config.resume), settings.float_learning_rate
+        if not kept.restore(tuned):
+            kept.save(tuned, training.fit("fine-tuning", tuned, task, batches, learning_rate=rate, settings=how))
+        judge(TUNED, tuned, run.device)
+        quantized = copy.deepcopy(tuned).cpu()
+        qat.prepare(quantized, spec, **prepared_for)
+        freeze(quantized)
+        with TemporaryDirectory() as folder:
+            qat.export(quantized, folder)
+            judge(QUANTIZED, qat.load(folder), run.served_on, spec.torch_dtype)
+
+    distilled = replace(task, distillation_weight=settings.distillation_weight, temperature=settings.temperature)
+    callbacks = [
+        qat.QuantizationAwareTraining(spec, config.algorithm, schedule, **prepared_for),
+        *checkpoints_in(checkpoints, config.trainer),
+    ]
+    options: dict[str, Any] = {"callbacks": callbacks, "teacher": tuned, "resume": config.resume}
+    rate = settings.learning_rate
+    trainer = training.fit("training", model, distilled, batches, learning_rate=rate, settings=how, **options)
+    freeze(model)
+    if not trainer.is_global_zero:
+        return  # of several processes, one goes on
+
+    served: dict[str, Any] = {"example_inputs": move(example, torch.device("cpu"), spec.torch_dtype)}
+    resolved = config.model_dump(mode="json")
+    qat.export(model, run.output, processor=processor, config=resolved, overwrite=run.overwrite, **served)
+    verified = qat.verify(run.output, fresh_process=True)
+    judge(TRAINED, qat.load(run.output), run.served_on, spec.torch_dtype)
+
+    size = sum(file.stat().st_size for file in run.output.glob("model*.safetensors"))
+    facts = {
+        FLOAT: (float_size, 0, None),
+        TUNED: (float_size, settings.steps, settings.float_learning_rate),
+        QUANTIZED: (size, settings.steps, settings.float_learning_rate),  # the same layout
+        TRAINED: (size, settings.steps, settings.learning_rate),
+    }
+    rows = [ResultRow(name, scores[name], *facts[name]) for name in scores]
+    show_results(rows, run.beside("results.json"), list(scores[FLOAT]))
+    print(f"{run.output}: reloaded in a fresh process, compared and found equal ({len(verified.checks)} checks).")
