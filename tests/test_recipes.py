@@ -114,6 +114,7 @@ def test_every_configuration_file_is_valid(path: Path) -> None:
     recipe = importlib.import_module(f"recipes.{path.parent.name}")
     config = load_config(recipe.Config, [str(path)], "A test.")
     spec = config.spec
+    assert read_yaml(path)["recipe"] == config.recipe == path.parent.name
     assert path.stem == "_".join(filter(None, (spec.weights, spec.activations)))
     assert {"learning_rate", "float_learning_rate"} <= set(read_yaml(path)["optimization"])
 

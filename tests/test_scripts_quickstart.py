@@ -64,10 +64,11 @@ def test_a_recipe_is_run_with_the_arguments(arguments: list[str], expected: str,
     assert (done.returncode, done.stdout) == (0, f"{expected}\n"), done.stderr
 
 
-def test_an_unknown_recipe_is_an_error_before_an_installation(checkout: Path) -> None:
-    done = quickstart(checkout, "image_to_text")
+@pytest.mark.parametrize("name", ["image_to_text", "text-to-image", "Text2Image"])
+def test_an_unknown_recipe_is_an_error_before_an_installation(name: str, checkout: Path) -> None:
+    done = quickstart(checkout, name)
     assert done.returncode == 2
-    assert done.stderr == "error: image_to_text: no such recipe; there are: causal_lm text_to_image\n"
+    assert done.stderr == f"error: {name}: no such recipe; there are: causal_lm text_to_image\n"
     assert not (checkout / "pip.log").exists()
 
 
