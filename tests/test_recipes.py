@@ -230,7 +230,7 @@ def test_an_output_that_is_not_empty_is_an_error_before_any_training(
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").touch()
     monkeypatch.setattr(models, "load_language_model", lambda *_: pytest.fail("work began"))
-    with pytest.raises(ExportError, match=r"not empty: choose another one, or .* \(on a command line --overwrite\)"):
+    with pytest.raises(ExportError, match=r"is not empty, and is not replaced, .*: choose another one, or empty it"):
         causal_lm.main(small)
     assert (tmp_path / "out" / "mine.txt").exists()
 
