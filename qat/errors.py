@@ -69,6 +69,16 @@ def listed(names: Sequence[str], most: int) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
+def shown(value: object) -> str:
+    """A value as an error shows it: the name of its type where it takes more than a line.
+
+    >>> shown("int4"), shown([0] * 1000)
+    ("'int4'", 'a list')
+    """
+    text = repr(value)
+    return text if len(text) <= 100 and "\n" not in text else f"a {type(value).__name__}"
+
+
 def load_error(what: str, faults: Sequence[str]) -> LoadError:
     """One `LoadError` for all faults of a directory, shortened to the first few."""
     shown = [f"  - {fault}" for fault in faults[:_FAULTS_SHOWN]]

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
-from qat.errors import TrainingError
+from qat.errors import TrainingError, listed
 from qat.layers import quantized_layers
 from qat.tensors import matrices
 
@@ -101,7 +101,7 @@ def unchanged(model: nn.Module, leave_out: Collection[str] = ()) -> list[str]:
                 faults[what].append(name)
     reason = f"no optimizer held them, no gradient reached them, or steps were too small for their dtype: {REMEDY}"
     return [
-        f"training never changed the {what} of {len(names)} layers: {reason}: {', '.join(names)}"
+        f"training never changed the {what} of {len(names)} layers: {reason}: {listed(names, 4)}"
         for what, names in faults.items()
         if names
     ]

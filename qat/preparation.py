@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qat.errors import StateError
+from qat.errors import StateError, shown
+from qat.files.evidence import is_frozen
 from qat.hosts import get_target, inner_models
 from qat.inspection import InspectReport, inspect
 from qat.layers import layer_class, quantized_layers
@@ -35,6 +36,7 @@ __all__ = [
 
 _ATTRIBUTE = "_qat_prepared"
 _HOOKS = "_qat_hooks"
+_FLOAT_AGAIN = "export it with qat.export, or prepare a float model or a checkpoint of training to go on"
 logger = logging.getLogger("qat")
 
 
@@ -97,7 +99,7 @@ def prepare(
     """
     algorithm = algorithm or StraightThrough()
     if not isinstance(algorithm, Algorithm):
-        raise StateError(f"algorithm: must be an Algorithm such as StraightThrough(), got {algorithm!r}")
+        raise StateError(f"algorithm: must be an Algorithm such as StraightThrough(), got {shown(algorithm)}")
     if type(model).__name__ in ("OptimizedModule", "DataParallel", "DistributedDataParallel"):
         raise StateError(
             f"model: is a {type(model).__name__} around the model, whose names an export would get: pass the model "
@@ -143,6 +145,8 @@ def prepared_as(model: nn.Module) -> Prepared:
     if not isinstance(model, nn.Module):
         raise StateError(f"model: must be a prepared nn.Module, got {type(model).__name__}")
     prepared: Prepared | None = getattr(model, _ATTRIBUTE, None)
+    if is_frozen(model):
+        raise StateError(f"model: is frozen already: {_FLOAT_AGAIN}")
     if prepared is None:
         raise StateError("model: was not prepared: call qat.prepare(model, spec) first, on this same module")
     return prepared
@@ -238,10 +242,15 @@ def parameter_groups(
     Returns:
         Groups for any ``torch.optim`` optimizer; empty ones are left out, parameters that need no gradient too.
 
+    Raises:
+        StateError: the module is frozen, or a part of it.
+
     >>> model = nn.Sequential(nn.Linear(256, 64))
     >>> [group["weight_decay"] for group in parameter_groups(model, lr=1e-4, weight_decay=0.1)]
     [0.1, 0.0]
     """
+    if any(is_frozen(part) for part in module.modules()):
+        raise StateError(f"module: is frozen, and frozen layers cannot be trained: {_FLOAT_AGAIN}")
     scales = {id(p) for _, layer in quantized_layers(module) for p in layer.quantizer_parameters()}
     trained = [p for p in module.parameters() if p.requires_grad]
     others = [p for p in trained if id(p) not in scales]

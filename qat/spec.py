@@ -13,20 +13,20 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator, model_validator
 
-from qat.errors import SpecError
+from qat.errors import SpecError, shown
 
 if TYPE_CHECKING:
     import torch
     from pydantic_core import ErrorDetails
 
-__all__ = ["ActivationType", "LayerSpec", "QuantSpec", "Resolution", "ServingDtype", "WeightType"]
+__all__ = ["ActivationType", "LayerSpec", "NamedArguments", "QuantSpec", "Resolution", "ServingDtype", "WeightType"]
 
 WeightType = Literal["int8", "float8", "int4", "int2"]
 ActivationType = Literal["int8", "float8"]
 ServingDtype = Literal["float32", "bfloat16", "float16"]
 
 
-class _Spec(BaseModel):
+class NamedArguments(BaseModel):
     """Frozen, and made of named arguments; a wrong one raises `SpecError`, with all faults in pydantic's words."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -34,7 +34,9 @@ class _Spec(BaseModel):
     def __init__(self, *unnamed: Any, **values: Any) -> None:
         name, fields = type(self).__name__, type(self).model_fields
         if unnamed:
-            raise SpecError(f"{name}: got {unnamed[0]!r} without a name: write {name}(weights={unnamed[0]!r})")
+            field = next((field for field in fields if field != "kind"), "kind")
+            value = shown(unnamed[0])
+            raise SpecError(f"{name}: got {value} without a name: write {name}({field}=...)")
         try:
             super().__init__(**values)
         except ValidationError as error:
@@ -54,10 +56,10 @@ def _told(fault: ErrorDetails, fields: Iterable[str]) -> str:
     if fault["type"] == "value_error":  # a rule of ours names the value itself
         return f"{argument}: {rule}" if argument else rule
     remedy = f": choose from {', '.join(fields)}" if fault["type"] == "extra_forbidden" else ""
-    return f"{argument}: {rule}, got {fault['input']!r}{remedy}"
+    return f"{argument}: {rule}, got {shown(fault['input'])}{remedy}"
 
 
-class LayerSpec(_Spec):
+class LayerSpec(NamedArguments):
     """The types of one layer, for `QuantSpec.overrides`."""
 
     weights: Literal[WeightType, "float"]
@@ -88,7 +90,7 @@ _Override = Annotated[
 ]
 
 
-class QuantSpec(_Spec):
+class QuantSpec(NamedArguments):
     """What is quantized, to which types, and in which dtype it will be served.
 
     >>> spec = QuantSpec(weights="int4", exclude=("lm_head",), overrides={"*.down_proj": "int8"})
@@ -118,6 +120,11 @@ class QuantSpec(_Spec):
     @classmethod
     def _one_pattern_is_a_tuple(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else value
+
+    @field_validator("dtype", mode="before")
+    @classmethod
+    def _a_dtype_of_torch_is_its_name(cls, value: Any) -> Any:
+        return str(value).removeprefix("torch.") if type(value).__module__ == "torch" else value
 
     @model_validator(mode="after")
     def _one_activation_type(self) -> QuantSpec:
@@ -180,12 +187,13 @@ class QuantSpec(_Spec):
                 weights = value.weights if isinstance(value, LayerSpec) else value
                 if held and (argument == "exclude" or weights == "float"):
                     continue  # it stays float, as asked
-                tails = {name: name for name in known} | {name.rsplit(".", 1)[-1]: name for name in known}
-                close = [tails[near] for near in get_close_matches(pattern.lstrip("*."), tails, n=3, cutoff=0.6)]
+                tails = {name.rsplit(".", 1)[-1] for name in known}
+                wanted = {tail: f"*.{tail}" for tail in tails} | {name: name for name in known}
+                close = [wanted[near] for near in get_close_matches(pattern.lstrip("*."), wanted, n=1)]
                 if held:
                     hint = f", only {held[0]} and the like: a {others[held[0]]}, whose weights have no quantized form"
                 elif close:
-                    hint = f"; did you mean one of {close}?"
+                    hint = f": a pattern matches the whole name; did you mean {close[0]!r}?"
                 else:
                     hint = f"; linear layers here: {known[:5]}..."
                 faults.append(f"{argument}: pattern {pattern!r} matches no linear layer of the model{hint}")

@@ -50,7 +50,8 @@ def main(argv: Sequence[str]) -> None:
     from recipes.common.diffusion import diffusion_data, inspected
     from recipes.common.fine_tuned import FineTunedWeights
     from recipes.common.models import load_pipeline, require_packages
-    from recipes.common.progress import quiet_libraries
+    from recipes.common.progress import quiet_libraries, stage
+    from recipes.common.results import show_end
     from recipes.common.run import begin
     from recipes.common.training import FitSettings, calibrate, calibrate_and_freeze, fit
     from recipes.data.tensors import move
@@ -102,11 +103,13 @@ def main(argv: Sequence[str]) -> None:
 
     resolved = config.model_copy(update={"target": target}).model_dump(mode="json")
     example = move(data.example, torch.device("cpu"), spec.torch_dtype)
-    qat.export(model, run.output, example_inputs=example, config=resolved, overwrite=run.overwrite)
-    verified = qat.verify(run.output, fresh_process=True)
+    with stage("exporting"):
+        qat.export(model, run.output, example_inputs=example, config=resolved, overwrite=run.overwrite)
+    with stage("verifying"):
+        verified = qat.verify(run.output, fresh_process=True)
     comparison.judge_export("quantization-aware training", run.output, run.served_on, settings.steps, rate)
     comparison.report(TUNED, run)
-    print(f"{run.output}: reloaded in a fresh process, compared and found equal ({len(verified.checks)} checks).")
+    show_end(run, verified)
 
 
 if __name__ == "__main__":

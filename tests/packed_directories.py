@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from qat.formats.quanto_types import QTYPES, QUANTO_NAMES
 from tests.architectures import ARCHITECTURES, Architecture
 
-HINT = "packed by qat, load with `import qat.integrations.transformers`"
+HINT = "load with `import qat.integrations.transformers`: packed by qat as"
 QUANTO_TYPES = {name: quanto.tensor.qtypes[QUANTO_NAMES[name]] for name in QTYPES}
 TYPES = list(QTYPES)
 DTYPES = [torch.float32, torch.bfloat16]
@@ -108,7 +108,7 @@ def write(model: Any, directory: Path) -> Path:
         config["architectures"] = [type(model).__name__]
         config["quantization_config"] = {
             "quant_method": "quanto",
-            "weights": f"{first['weights']}: {HINT}",
+            "weights": f"{HINT} {first['weights']}",
             "activations": first["activations"],
             "modules_to_not_convert": [],
             "qat": {"format": 1, "dtype": dtype, "modules": modules},

@@ -114,8 +114,16 @@ class TestAllOrNothing:
             with pytest.raises(error, match=r"directory: must be a path, a text or a Path, got .*: name the directory"):
                 call()
 
-    def test_what_is_no_export_is_never_replaced(self, tmp_path: Path) -> None:
+    def test_an_export_is_replaced_only_when_asked(self, tmp_path: Path) -> None:
+        export(frozen_layers((16, 32)), tmp_path / "out")
+        with pytest.raises(
+            ExportError, match=r"holds an export: choose another one, or replace it with overwrite=True"
+        ):
+            export(frozen_layers((16, 32)), tmp_path / "out")
+
+    @pytest.mark.parametrize("overwrite", [False, True])  # so that no hint tells to overwrite what cannot be
+    def test_what_is_no_export_is_never_replaced(self, overwrite: bool, tmp_path: Path) -> None:
         (tmp_path / "notes.txt").write_text("mine")
         with pytest.raises(ExportError, match=r"is not replaced, since no manifest says .*has no qat_manifest.json"):
-            export(frozen_layers((16, 32)), tmp_path, overwrite=True)
+            export(frozen_layers((16, 32)), tmp_path, overwrite=overwrite)
         assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]

@@ -125,3 +125,5 @@ def test_a_model_that_was_never_frozen_has_no_record() -> None:
     qat.prepare(made, QuantSpec(dtype="float32"))
     with pytest.raises(StateError, match="was not frozen"):
         frozen_record(made)
+    with pytest.raises(StateError, match=r"model: must be a frozen nn.Module, got str: pass the model first"):
+        frozen_record("out")  # type: ignore[arg-type]

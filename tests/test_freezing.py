@@ -306,8 +306,10 @@ def test_only_a_prepared_model_is_frozen() -> None:
         freeze(model)
     qat.prepare(model, spec_of())
     freeze(model, allow_unreached=True)
-    with pytest.raises(StateError, match="was not prepared"):
+    with pytest.raises(StateError, match=r"model: is frozen already: export it with qat.export"):
         freeze(model, allow_unreached=True)
+    with pytest.raises(StateError, match="model: is frozen already"):
+        qat.calibrate(model, [torch.ones(2, 8)])
 
 
 def test_activations_that_were_never_calibrated_are_refused_and_nothing_changes() -> None:

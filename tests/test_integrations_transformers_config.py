@@ -35,7 +35,7 @@ from tests.packed_directories import (
 
 PLAIN = {
     "quant_method": "quanto",
-    "weights": f"int4: {HINT}",
+    "weights": f"{HINT} int4",
     "activations": None,
     "modules_to_not_convert": ["lm_head"],
     "qat": {
@@ -58,8 +58,13 @@ def test_a_dictionary_without_the_group_gives_the_stock_class() -> None:
 
 
 def test_an_unknown_default_type_is_refused() -> None:
-    with pytest.raises(LoadError, match="must begin with one of int8, float8, int4, int2; got 'int3: packed'"):
-        PackedQuantoConfig.from_dict({**PLAIN, "weights": "int3: packed"})
+    with pytest.raises(LoadError, match="must name one of int8, float8, int4, int2; got 'packed as int3'"):
+        PackedQuantoConfig.from_dict({**PLAIN, "weights": "packed as int3"})
+
+
+def test_an_export_with_an_earlier_hint_is_read() -> None:
+    earlier = "int2: packed by qat, load with `import qat.integrations.transformers`"
+    assert PackedQuantoConfig.from_dict({**PLAIN, "weights": earlier}).default_weights == "int2"
 
 
 @pytest.mark.parametrize(

@@ -115,6 +115,14 @@ def test_freezing_names_ranges_that_an_early_optimizer_never_held(caplog: pytest
     assert warning.endswith(": 0, 1")
 
 
+def test_freezing_names_the_first_few_of_many_unchanged_layers(caplog: pytest.LogCaptureFixture) -> None:
+    model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(6)), nn.LayerNorm(64))
+    qat.prepare(model, INT4)
+    train(model, torch.optim.SGD(model[-1].parameters(), lr=0.5))
+    (warning,) = warnings_of(lambda: qat.freeze(model), caplog)
+    assert warning.endswith(": 0, 1, 2, 3 and 2 more")
+
+
 def test_freezing_names_an_untied_head_that_an_early_optimizer_never_held(caplog: pytest.LogCaptureFixture) -> None:
     model = small_llama()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)

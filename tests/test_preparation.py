@@ -333,6 +333,15 @@ def test_parameter_groups_keep_scales_from_weight_decay() -> None:
     assert len(scales) == 6
 
 
+def test_parameter_groups_of_a_frozen_model_are_refused() -> None:
+    model = nn.Sequential(nn.Linear(256, 8))
+    prepare(model, QuantSpec())
+    qat.freeze(model)
+    for module in (model, nn.ModuleDict({"model": model})):  # as a module of Lightning holds it
+        with pytest.raises(StateError, match=r"module: is frozen, and frozen layers cannot be trained: export it"):
+            parameter_groups(module, lr=1e-3)
+
+
 def test_parameter_groups_leave_out_what_needs_no_gradient_and_what_is_empty() -> None:
     model = mlp()
     prepare(model, F32)

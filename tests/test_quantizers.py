@@ -10,7 +10,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError, create_model
 from torch import Tensor, nn
 
-from qat.errors import CalibrationError
+from qat.errors import CalibrationError, SpecError
 from qat.formats import QUANTO
 from qat.numerics import QType, Symmetric
 from qat.observers import Absmax
@@ -111,6 +111,12 @@ def test_what_is_abstract_cannot_be_made() -> None:
 def test_an_algorithm_takes_no_unknown_field_and_cannot_be_changed() -> None:
     with pytest.raises(ValidationError, match="Extra inputs"):
         StraightThrough.model_validate({"learning_rate": 1.0})
+    with pytest.raises(
+        SpecError, match=r"^StraightThrough: rate: Extra .*, got 1.0: choose from kind, mask_saturated$"
+    ):
+        StraightThrough(rate=1.0)  # type: ignore[call-arg]
+    with pytest.raises(SpecError, match=r"^StraightThrough: got True without a name: write .*\(mask_saturated="):
+        StraightThrough(True)  # type: ignore[misc]
     with pytest.raises(ValidationError, match="frozen"):
         StraightThrough().mask_saturated = True
 

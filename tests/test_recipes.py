@@ -114,6 +114,7 @@ def test_every_configuration_file_is_valid(path: Path) -> None:
     recipe = importlib.import_module(f"recipes.{path.parent.name}")
     config = load_config(recipe.Config, [str(path)], "A test.")
     spec = config.spec
+    assert read_yaml(path)["recipe"] == config.recipe == path.parent.name
     assert path.stem == "_".join(filter(None, (spec.weights, spec.activations)))
     assert {"learning_rate", "float_learning_rate"} <= set(read_yaml(path)["optimization"])
 
@@ -229,7 +230,7 @@ def test_an_output_that_is_not_empty_is_an_error_before_any_training(
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").touch()
     monkeypatch.setattr(models, "load_language_model", lambda *_: pytest.fail("work began"))
-    with pytest.raises(ExportError, match=r"not empty: choose another one, or .* \(on a command line --overwrite\)"):
+    with pytest.raises(ExportError, match=r"is not empty, and is not replaced, .*: choose another one, or empty it"):
         causal_lm.main(small)
     assert (tmp_path / "out" / "mine.txt").exists()
 

@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import logging
 import warnings
+from types import SimpleNamespace
 
 import pytest
 
+from recipes.common import progress
 from recipes.common.progress import progress_bar, quiet_libraries, stage, track
 
 
@@ -60,3 +62,25 @@ def test_only_named_warnings_are_silenced() -> None:
         with pytest.raises(UserWarning, match="something else"):
             warnings.warn("something else", stacklevel=1)
     assert logging.getLogger("qat").level == logging.NOTSET
+
+
+def test_progress_in_a_file_says_a_count_once_a_while(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = 0.0
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: now))
+    bar = progress_bar()
+    task = bar.add_task("training", total=80, note="")
+    for step in range(1, 7):
+        now += 25.0
+        bar.update(task, completed=step, note=f"loss {step}.0")
+    for _ in range(6):
+        now += 25.0
+        bar.advance(task)
+    assert [line.split(" after")[0] for line in capsys.readouterr().err.splitlines()] == [
+        "training ...",
+        "training: 3 of 80",
+        "training: 6 of 80",
+        "training: 9 of 80",
+        "training: 12 of 80",
+    ]

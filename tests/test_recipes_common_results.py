@@ -5,11 +5,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from torch import nn
 
 from qat.inspection import inspect
 from qat.spec import QuantSpec
-from recipes.common.results import ResultRow, inspect_totals, show_results, show_size
+from qat.verification import Check, VerifyReport
+from recipes.common.results import ResultRow, inspect_totals, show_end, show_results, show_size
+from recipes.common.run import Run
 
 ROWS = [ResultRow("float", {"loss": 2.0}, 2**20, 0), ResultRow("trained", {"loss": 1.98769}, 2**19, 80, 2e-4)]
 
@@ -54,3 +57,14 @@ def test_what_is_no_finite_number_is_written_as_null(tmp_path: Path) -> None:
     show_results([ResultRow("float", metrics, 2**20, 0)], tmp_path / "results.json", ["loss"])
     written = json.loads((tmp_path / "results.json").read_text(), parse_constant=pytest.fail)
     assert written[0]["metrics"] == {"loss": 2.0, "loss_bin_0": None, "loss_bin_1": None}
+
+
+def test_the_end_names_the_export_its_loader_and_the_other_files(capsys: pytest.CaptureFixture[str]) -> None:
+    cpu = torch.device("cpu")
+    report = VerifyReport("out/int4", "transformers", (Check("files", True, ""), Check("load", True, "")))
+    show_end(Run(Path("out/int4"), True, cpu, cpu), report)
+    assert capsys.readouterr().out.splitlines() == [
+        "exported model: out/int4 (reloaded in a fresh process, compared and found equal: 2 checks)",
+        "load it: qat.load('out/int4'); its README.md shows other loaders",
+        "results: out/int4-results.json; checkpoint: out/int4-checkpoints/last.ckpt",
+    ]

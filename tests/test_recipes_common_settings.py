@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 
+from recipes import causal_lm, text_to_image
 from recipes.common.config import ConfigError, load_config
 from recipes.common.settings import RecipeConfig
 
@@ -48,3 +50,26 @@ def test_a_schedule_of_quantized_activations_has_batches_to_calibrate_with() -> 
     assert load_config(RecipeConfig, none, "A test.").schedule.calibration_batches == 0
     with pytest.raises(ConfigError, match="schedule: calibration_batches: must be above 0, for spec quantizes"):
         load_config(RecipeConfig, [*none, "--spec.activations", "int8"], "A test.")
+
+
+def test_a_file_is_for_the_recipe_that_it_names(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text("recipe: text_to_image\nseed: 3\n")
+    assert load_config(text_to_image.Config, [str(path)], "A test.").seed == 3
+    with pytest.raises(ConfigError) as caught:
+        load_config(causal_lm.Config, [str(path), "--seed", "4"], "A test.")
+    assert str(caught.value) == (
+        f"{path}: recipe: must be 'causal_lm', the recipe that runs, got 'text_to_image': run the recipe that the file "
+        "names (./scripts/quickstart text_to_image FILE), or give a file for this one"
+    )
+
+
+def test_a_resolved_configuration_names_its_recipe(tmp_path: Path) -> None:
+    config = text_to_image.Config(seed=5)
+    resolved = config.model_dump(mode="json")
+    assert resolved["recipe"] == config.recipe == "text_to_image"
+    path = tmp_path / "qat_config.yaml"
+    path.write_text(yaml.safe_dump(resolved))
+    assert load_config(text_to_image.Config, [str(path)], "A test.") == config
+    with pytest.raises(ConfigError, match="must be 'causal_lm'"):
+        load_config(causal_lm.Config, [str(path)], "A test.")

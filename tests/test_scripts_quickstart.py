@@ -68,11 +68,12 @@ def test_a_recipe_is_run_with_the_arguments(arguments: list[str], expected: str,
     assert (done.returncode, done.stdout) == (0, f"{expected}\n"), done.stderr
 
 
-def test_an_unknown_recipe_is_an_error_before_an_installation(checkout: Path) -> None:
-    done = quickstart(checkout, "image_to_text")
+@pytest.mark.parametrize("name", ["image_to_text", "text-to-image", "Text2Image"])
+def test_an_unknown_recipe_is_an_error_before_an_installation(name: str, checkout: Path) -> None:
+    done = quickstart(checkout, name)
     assert done.returncode == 2
     there = "causal_lm image_classification sequence_classification text_to_image"
-    assert done.stderr == f"error: image_to_text: no such recipe; there are: {there}\n"
+    assert done.stderr == f"error: {name}: no such recipe; there are: {there}\n"
     assert not (checkout / "pip.log").exists()
 
 

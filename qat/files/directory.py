@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from qat.errors import ExportError, LoadError, QatError, listed
+from qat.errors import ExportError, LoadError, QatError, listed, shown
 from qat.files.manifest import CARD_NAME, MANIFEST_NAME, read_manifest
 
 __all__ = ["as_path", "atomic_directory", "check_destination"]
@@ -24,7 +24,7 @@ __all__ = ["as_path", "atomic_directory", "check_destination"]
 def as_path(directory: object, error: type[QatError]) -> Path:
     """The path that a user gave as ``directory``; ``error`` when it is none."""
     if not isinstance(directory, str | os.PathLike):
-        raise error(f"directory: must be a path, a text or a Path, got {directory!r}: name the directory")
+        raise error(f"directory: must be a path, a text or a Path, got {shown(directory)}: name the directory")
     return Path(directory)
 
 
@@ -41,16 +41,16 @@ def check_destination(destination: Path, overwrite: bool) -> None:
         )
     if not destination.is_dir() or not any(destination.iterdir()):
         return
-    if not overwrite:
-        raise ExportError(
-            f"directory {str(destination)!r} exists and is not empty: choose another one, or replace it with "
-            f"overwrite=True (on a command line --overwrite)"
-        )
     strange = _strange_files(destination)
     if strange:
         raise ExportError(
             f"directory {str(destination)!r} holds files that its export did not write ({listed(strange, 5)}), and "
             "overwrite=True would remove them: move them elsewhere, or choose another directory"
+        )
+    if not overwrite:
+        raise ExportError(
+            f"directory {str(destination)!r} holds an export: choose another one, or replace it with "
+            f"overwrite=True (on a command line --overwrite)"
         )
 
 

@@ -91,6 +91,8 @@ def frozen_record(model: nn.Module) -> FrozenRecord:
     Raises:
         StateError: the model was never frozen.
     """
+    if not isinstance(model, nn.Module):
+        raise StateError(f"model: must be a frozen nn.Module, got {type(model).__name__}: pass the model first")
     record = getattr(model, _ATTRIBUTE, None)
     if record is None:
         raise StateError("model: was not frozen: call qat.freeze(model) first, on this same module")

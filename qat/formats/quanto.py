@@ -225,7 +225,7 @@ class _Quanto(Format):
         if rules.plugin is None:
             return fields | {"modules_to_not_convert": floats}
         return fields | {
-            "weights": f"{spec.weights}: packed by qat, load with `import {rules.plugin}`",
+            "weights": f"load with `import {rules.plugin}`: packed by qat as {spec.weights}",
             "activations": spec.activation_type,
             "modules_to_not_convert": floats,
             "qat": {

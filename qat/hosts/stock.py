@@ -32,7 +32,8 @@ def library_and_class(directory: Path, manifest: Manifest) -> tuple[Host, Any]:
     """
     if not (directory / "config.json").is_file():
         raise LoadError(
-            f"{str(directory)!r} has no config.json to build the model from: pass the float model as model="
+            f"{str(directory)!r} has no config.json to build the model from: pass the float model as model= to "
+            "qat.load or qat.verify"
         )
     module, _, name = manifest.model_class.rpartition(".")
     library = module.partition(".")[0]
@@ -42,7 +43,7 @@ def library_and_class(directory: Path, manifest: Manifest) -> tuple[Host, Any]:
     if found is None:
         raise LoadError(
             f"the exported model is a {manifest.model_class}, which is neither a class of transformers or diffusers "
-            f"nor imported here: import it first, or pass a float model of it as model="
+            f"nor imported here: import it first, or pass a float model of it as model= to qat.load or qat.verify"
         )
     return host_of(found), found
 

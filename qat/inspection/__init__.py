@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from qat.errors import SpecError, StateError, TargetError
+from qat.errors import SpecError, StateError, TargetError, shown
 from qat.formats import FORMATS, LayerTypes
 from qat.hosts import Rules, Target, get_target
 from qat.inspection.report import FloatWeight, InspectReport, LayerInspection, other_notes, other_weights
@@ -92,7 +92,7 @@ def inspect(model: nn.Module, spec: QuantSpec, *, target: str = "quanto", exampl
     """
     if not isinstance(spec, QuantSpec):
         raise SpecError(
-            f"spec: must be a QuantSpec, got {spec!r}: write QuantSpec(weights='int8'), or QuantSpec(**spec)"
+            f"spec: must be a QuantSpec, got {shown(spec)}: write QuantSpec(weights='int8'), or QuantSpec(**spec)"
         )
     if not isinstance(model, nn.Module):
         raise SpecError(f"model: must be an nn.Module, got {type(model).__name__}: load the model first")

@@ -6,6 +6,7 @@ writes it back in ``save_pretrained``.
 
 from __future__ import annotations
 
+import re
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -53,7 +54,7 @@ class PackedQuantoConfig(QuantoConfig):
     """The ``quantization_config`` of an exported directory; it writes itself back as it was read.
 
     Args:
-        weights: the default weight type, followed by a colon and the hint that a stock load shows.
+        weights: the hint that a stock load shows, which names the default weight type.
         activations: the activation type, or None.
         modules_to_not_convert: modules left float, for readers; the group ``qat`` decides.
         qat: the group `PackedGroup`, as plain data.
@@ -78,7 +79,7 @@ class PackedQuantoConfig(QuantoConfig):
         self.group()
         if self.default_weights not in QUANTO.qtypes:
             raise LoadError(
-                f"quantization_config's weights in config.json must begin with one of {', '.join(QUANTO.qtypes)}; "
+                f"quantization_config's weights in config.json must name one of {', '.join(QUANTO.qtypes)}; "
                 f"got {self.weights!r}. Export the model again with qat.export."
             )
 
@@ -136,4 +137,4 @@ class PackedQuantoConfig(QuantoConfig):
 
 
 def _weight_type(weights: str) -> str:
-    return str(weights).partition(":")[0].strip()
+    return next((word for word in re.findall(r"\w+", str(weights)) if word in QUANTO.qtypes), str(weights))

@@ -12,11 +12,11 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from qat import kernels
 from qat.numerics import FrozenWeight, QType
+from qat.spec import NamedArguments
 
 __all__ = ["Algorithm", "Quantized", "QuantizerModule", "WeightQuantizer"]
 
@@ -95,10 +95,9 @@ class WeightQuantizer(QuantizerModule, ABC):
         return f"{self.qtype.name}, dtype={str(self.dtype).removeprefix('torch.')}"
 
 
-class Algorithm(BaseModel):
+class Algorithm(NamedArguments):
     """Configuration of how scales are found or learned; makes one quantizer a layer. Abstract."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     kind: Any
     """Names the algorithm in a configuration file; a subclass has a literal here."""
 

@@ -4,25 +4,25 @@ from __future__ import annotations
 
 from typing import Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from qat.spec import NamedArguments
 
 __all__ = ["QuantizationSchedule"]
 
 
-class QuantizationSchedule(BaseModel):
+class QuantizationSchedule(NamedArguments):
     """When quantization happens during a fit; steps are optimizer steps (``trainer.global_step``).
 
     Validation is never observed and always fake-quantized: it judges what would be served, also during a float start.
 
     Raises:
-        pydantic.ValidationError: a number is below 0, or ``observe_until`` does not come after ``observe_from``.
+        SpecError: a number is below 0, or ``observe_until`` does not come after ``observe_from``.
 
     >>> schedule = QuantizationSchedule(start_step=10, observe_from=5, observe_until=20)
     >>> [schedule.observes(step) for step in (4, 5, 19, 20)]
     [False, True, True, False]
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     start_step: int = Field(default=0, ge=0)
     """Fake quantization begins at this step; before it the model trains in float."""

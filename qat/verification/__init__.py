@@ -34,7 +34,7 @@ from qat.files.examples import read_example
 from qat.files.manifest import Environment, ExampleRecord, Manifest, read_manifest
 from qat.hosts import get_target
 from qat.hosts.base import Reloaded
-from qat.hosts.stock import stock_reload
+from qat.hosts.stock import library_and_class, stock_reload
 from qat.loading import check_files, check_headers, fill, skeleton
 from qat.tensors import TOLERANCE, model_device
 from qat.verification.comparison import layer_faults, meta_faults, reference_faults, tensor_faults
@@ -107,7 +107,8 @@ def verify(
 
     Raises:
         VerifyError: when a check fails; the message is the report, which is also its attribute ``report``.
-        LoadError: when the directory is missing or its manifest cannot be read.
+        LoadError: when the directory is missing, its manifest cannot be read, or there is nothing to build the model
+            from, so that neither a yes nor a no is known.
         StateError: when ``inputs`` come without a reference, or the reference was never frozen.
 
     >>> import copy, tempfile, qat
@@ -150,6 +151,8 @@ def _in_fresh_process(directory: Path) -> VerifyReport:
         report = TypeAdapter(VerifyReport).validate_json(done.stdout)
     except ValidationError:
         said = "\n".join((done.stderr.strip() or done.stdout.strip()).splitlines()[-30:])
+        if done.returncode == 2:  # a mistake of the user's, told by the process
+            raise LoadError(said.removeprefix("error: ")) from None
         ended = f"was ended by signal {-done.returncode}" if done.returncode < 0 else f"ended with {done.returncode}"
         raise VerifyError(f"the verifying process for {str(directory)!r} {ended}:\n{said}") from None
     if not report.ok:
@@ -169,6 +172,7 @@ def _checks(
     record, format = manifest.frozen, get_target(manifest.target).format
     faults = check_files(directory, manifest, hashes=True)
     yield _check("files", faults, f"{len(manifest.files)} files, sizes and hashes as written")
+    whole = not faults
     try:
         faults = check_headers(directory, manifest)
         faults += format.map_faults(record, directory) if format.map_name in manifest.files else []
@@ -177,6 +181,8 @@ def _checks(
     yield _check("keys", faults, f"{len(manifest.tensors)} tensors, dtypes, packed shapes and alignment as declared")
     if faults:
         return  # a loader could answer with garbage, or end the process
+    if model is None and whole:
+        library_and_class(directory, manifest)
     try:
         loaded, loader = _reload(directory, manifest, model)
     except Exception as error:  # a stock loader can fail in any way

@@ -134,7 +134,9 @@ def _faults(error: ValidationError, model: type[BaseModel], values: Mapping[str,
         elif not isinstance(value, Mapping | BaseModel):
             got[keys] = f", got {value!r}"
         rules.setdefault(keys, []).append(rule)
-    return [f"{'.'.join(keys)}: {'; or '.join(found)}{got.get(keys, '')}" for keys, found in rules.items()]
+    return [
+        ": ".join(filter(None, [".".join(k), f"{'; or '.join(rule)}{got.get(k, '')}"])) for k, rule in rules.items()
+    ]
 
 
 def _fields(annotation: Any, section: Sequence[str]) -> list[str]:

@@ -16,6 +16,7 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    Task,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
@@ -23,6 +24,9 @@ from rich.progress import (
 )
 
 from qat import report
+
+_EVERY = 60.0
+"""Seconds between two lines about one task where nobody watches."""
 
 __all__ = ["progress_bar", "quiet_libraries", "stage", "track"]
 
@@ -39,7 +43,9 @@ _UNHELPFUL_WARNINGS = (
 
 
 class _ProgressLines(Progress):
-    """Progress where nobody watches: a line when a stage begins, and one with its time when it ends."""
+    """Progress where nobody watches: a line when a task begins, one a minute, and one with its time when it ends."""
+
+    _said_at = 0.0
 
     def start(self) -> None:
         """Draw nothing."""
@@ -49,25 +55,47 @@ class _ProgressLines(Progress):
         self._say(f"{description} ...")
         return super().add_task(description, *args, **options)
 
+    def update(self, task_id: TaskID, **fields: Any) -> None:
+        """Note what is done, and say it once in a while."""
+        super().update(task_id, **fields)
+        self._say_count(task_id)
+
+    def advance(self, task_id: TaskID, advance: float = 1) -> None:
+        """Note one more item, as `update` does."""
+        super().advance(task_id, advance)
+        self._say_count(task_id)
+
+    def _say_count(self, task_id: TaskID) -> None:
+        task = self._tasks[task_id]
+        if time.monotonic() - self._said_at >= _EVERY and not task.finished:
+            self._say(f"{task.description}: {_count(task)} after {_duration(task.elapsed or 0)}{_note(task)}")
+
     def stop(self) -> None:
         """End all stages: finished ones, and those that an error stopped."""
         for task in self.tasks:
-            count = f"{task.completed:.0f} of {task.total:.0f}" if task.total is not None else f"{task.completed:.0f}"
-            took = _duration(task.elapsed or 0)
-            note = f", {task.fields['note']}" if task.fields.get("note") else ""
+            count, took = _count(task), _duration(task.elapsed or 0)
             ended = f"{count} in {took}" if task.finished else f"stopped at {count} after {took}"
-            self._say(f"{task.description}: {ended}{note}")
+            self._say(f"{task.description}: {ended}{_note(task)}")
             self.remove_task(task.id)
 
     def _say(self, line: str) -> None:
+        self._said_at = time.monotonic()
         if not self.disable:
             print(line, file=sys.stderr, flush=True)
+
+
+def _count(task: Task) -> str:
+    return f"{task.completed:.0f}" if task.total is None else f"{task.completed:.0f} of {task.total:.0f}"
+
+
+def _note(task: Task) -> str:
+    return f", {task.fields['note']}" if task.fields.get("note") else ""
 
 
 def progress_bar() -> Progress:
     """Make a progress display on the standard error stream; a task may have a field ``note``, shown at its end.
 
-    In a file or a pipe a task is two lines, one when it begins and one when the display stops.
+    In a file or a pipe a task is a line when it begins, one a minute, and one when the display stops.
     """
     columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
@@ -86,7 +114,10 @@ def track(items: Iterable[Item], description: str, total: int) -> Iterable[Item]
 
 @contextmanager
 def stage(description: str) -> Iterator[None]:
-    """Frame work that another library shows on a terminal: elsewhere, by a line when it begins and one when it ends."""
+    """Frame work that has no count: where nobody watches, by a line when it begins and one when it ends.
+
+    A terminal shows nothing: what takes long there has a bar of another library.
+    """
     if Console(stderr=True).is_interactive:
         yield
         return

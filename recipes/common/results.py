@@ -8,13 +8,18 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from math import isfinite
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
 import qat
+from qat.files.manifest import CARD_NAME
 
-__all__ = ["ResultRow", "inspect_totals", "show_results", "show_size"]
+if TYPE_CHECKING:
+    from recipes.common.run import Run
+
+__all__ = ["ResultRow", "inspect_totals", "show_end", "show_results", "show_size"]
 
 
 WIDTH_OF_FILES = 160  # columns where the output is no terminal, which has no width of its own
@@ -29,7 +34,7 @@ class ResultRow:
     metrics: dict[str, float]
     """Metric name to value; the same names in every row."""
     bytes_on_disk: int
-    """Size of the weight files."""
+    """Size of the exported weight files. Of a float model: what its parameters take in the serving dtype."""
     steps: int
     """Optimizer steps of training on top of the model that the recipe started from."""
     learning_rate: float | None = None
@@ -54,7 +59,7 @@ def show_results(rows: Sequence[ResultRow], path: Path, metrics: Sequence[str]) 
 
     table = Table()
     table.add_column("model", no_wrap=True)
-    for name in [*metrics, "on disk", "steps", "learning rate"]:
+    for name in [*metrics, "size to serve", "steps", "learning rate"]:
         table.add_column(name, justify="right", no_wrap=True)
     for shown in rows:
         values = [f"{shown.metrics[name]:.4f}" for name in metrics]
@@ -66,6 +71,19 @@ def show_results(rows: Sequence[ResultRow], path: Path, metrics: Sequence[str]) 
     with console.capture() as shown_table:
         console.print(table)
     print(shown_table.get(), end="")  # which raises where rich would end the program: when the reader has left
+
+
+def show_end(run: Run, verified: qat.VerifyReport) -> None:
+    """Say what a run leaves, where it is, and how the exported model is loaded.
+
+    Args:
+        run: of the recipe, after `show_results`.
+        verified: what the verification of its export found.
+    """
+    checks = len(verified.checks)
+    print(f"exported model: {run.output} (reloaded in a fresh process, compared and found equal: {checks} checks)")
+    print(f"load it: qat.load({str(run.output)!r}); its {CARD_NAME} shows other loaders")
+    print(f"results: {run.beside('results.json')}; checkpoint: {run.beside('checkpoints') / 'last.ckpt'}")
 
 
 def inspect_totals(report: qat.InspectReport) -> str:

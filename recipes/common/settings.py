@@ -7,10 +7,22 @@ from __future__ import annotations
 
 import os
 import re
+import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FilePath, ValidationInfo, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    FilePath,
+    ValidationInfo,
+    computed_field,
+    field_validator,
+    model_validator,
+)
 
 import qat
 from qat.observers import Best, ObserverChoice
@@ -121,6 +133,32 @@ class RecipeConfig(BaseModel):
     """Replace an output directory that is not empty."""
     seed: int = 0
     """Decides the order of the data, the noise and the pictures."""
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def recipe(self) -> str:
+        """The recipe that this configures. A file may name it, and exports do, so that no other recipe takes the file.
+
+        It is the name of the recipe's file: a recipe that is run as a program is the module ``__main__``.
+        """
+        return self._recipe()
+
+    @classmethod
+    def _recipe(cls) -> str:
+        return Path(getattr(sys.modules[cls.__module__], "__file__", None) or "").stem
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_for_this_recipe(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping) or "recipe" not in values:
+            return values
+        others = dict(values)
+        if (named := others.pop("recipe")) != cls._recipe():
+            raise ValueError(
+                f"recipe: must be {cls._recipe()!r}, the recipe that runs, got {named!r}: run the recipe that the file "
+                f"names (./scripts/quickstart {named} FILE), or give a file for this one"
+            )
+        return others
 
     @field_validator("schedule")
     @classmethod

@@ -15,9 +15,11 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 import qat
+from qat.preparation import prepared_as
 from qat.training.task import QuantizedTask, Task
 from recipes.common.callbacks import SeedNoise, StepProgress, mixed_seed, step_of
 from recipes.common.config import ConfigError
+from recipes.common.progress import stage
 from recipes.common.settings import OptimizationSettings, TrainerSettings
 from recipes.data import DataError
 from recipes.data.tensors import move
@@ -160,8 +162,9 @@ def calibrate_and_freeze(model: nn.Module, batches: Iterable[Batch], count: int,
     called with. Several processes compare their activation ranges, and the backend of GPUs moves no tensor that lies on
     the CPU.
     """
-    calibrate(model, itertools.islice(batches, count), device)
-    qat.freeze(model.cpu())
+    with stage("calibrating and freezing" if prepared_as(model).spec.activation_type else "freezing"):
+        calibrate(model, itertools.islice(batches, count), device)
+        qat.freeze(model.cpu())
 
 
 def _checkpoint_activations(model: nn.Module) -> None:
