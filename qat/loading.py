@@ -80,6 +80,9 @@ def load(
         raise load_error(f"the weight files in {str(path)!r} do not hold what the manifest declares", faults)
     reloaded = load_pretrained(path, manifest) if model is None else None
     if reloaded is not None:
+        unfilled = _unfilled(reloaded.model, manifest)
+        if unfilled:
+            raise load_error(f"{str(path)!r} does not fill the model that its config.json builds", unfilled)
         loaded = reloaded.model if torch.device(device).type == "cpu" else reloaded.model.to(device)
     else:
         loaded = model if model is not None else skeleton(path, manifest)
@@ -87,6 +90,15 @@ def load(
     loaded.requires_grad_(False)
     record_frozen(loaded, manifest.frozen, may_save=reloaded is not None)
     return loaded.eval()
+
+
+def _unfilled(model: nn.Module, manifest: Manifest) -> list[str]:
+    """Tensors that no file holds, so that a lenient loader has left them random."""
+    held = manifest.tensors.keys() | manifest.tied.keys()
+    layers = tuple(f"{name}." for name in manifest.frozen.layers)
+    own = [(name, tensor) for name, tensor in stored_tensors(model) if not name.startswith(layers)]
+    filled = {id(tensor) for name, tensor in own if name in held}
+    return [f"the model has {name}, which the files have not" for name, tensor in own if id(tensor) not in filled]
 
 
 def check_files(directory: Path, manifest: Manifest, *, hashes: bool) -> list[str]:

@@ -284,3 +284,12 @@ class TestErrors:
         monkeypatch.setattr(qat.loading, "_reader", reader)
         with pytest.raises(LoadError, match="still on the meta device"):
             load(exported)
+
+
+def test_a_model_that_the_files_do_not_fill_is_refused(tmp_path: Path) -> None:
+    """A model that lost layers: transformers builds those of the configuration, and leaves them random."""
+    model: Any = small_llama(num_hidden_layers=2)
+    model.model.layers = model.model.layers[:1]
+    export(frozen(model, "transformers", weights="int8", dtype="float32"), tmp_path / "out")
+    with pytest.raises(LoadError, match=r"model.layers.1.self_attn.q_proj.weight, which the files have not"):
+        load(tmp_path / "out")

@@ -53,17 +53,6 @@ class ExportReport:
         """Size of all files together."""
         return sum(record.bytes for record in self.files.values())
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain data, for ``--json``."""
-        files = {name: record.model_dump() for name, record in self.files.items()}
-        return {
-            "directory": str(self.directory),
-            "target": self.target,
-            "files": files,
-            "total_bytes": self.total_bytes,
-            "notes": list(self.notes),
-        }
-
     def __str__(self) -> str:
         width = max(len(name) for name in self.files)
         lines = [f"exported to {self.directory} for target {self.target!r}"]
