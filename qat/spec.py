@@ -112,7 +112,7 @@ class QuantSpec(NamedArguments):
     overrides: dict[str, _Override] = Field(default_factory=dict)
     """Pattern to type, on a command line '*.down_proj=int8' (or to `LayerSpec`); beats the others, the last wins."""
     quantize_outputs: bool = True
-    """Layers with an activation type quantize outputs too, as stock loaders do. Off: only target transformers loads it."""
+    """Layers with an activation type quantize outputs too, as stock loaders do; off: only target transformers can."""
 
     @field_validator("include", "exclude", mode="before")
     @classmethod
