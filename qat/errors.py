@@ -70,11 +70,7 @@ def listed(names: Sequence[str], most: int) -> str:
 
 
 def shown(value: object) -> str:
-    """A value as an error shows it: the name of its type where it takes more than a line.
-
-    >>> shown("int4"), shown([0] * 1000)
-    ("'int4'", 'a list')
-    """
+    """A value as an error shows it: the name of its type where it takes more than a line."""
     text = repr(value)
     return text if len(text) <= 100 and "\n" not in text else f"a {type(value).__name__}"
 

@@ -16,11 +16,12 @@ from abc import ABC, abstractmethod
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor, nn
 
 from qat.errors import CalibrationError
 from qat.numerics import QType
+from qat.spec import NamedArguments
 
 __all__ = ["Absmax", "Best", "Mse", "Observer", "ObserverChoice", "Percentile"]
 
@@ -133,8 +134,7 @@ def _edges(device: torch.device) -> Tensor:
     return edges
 
 
-class _Rule(BaseModel, ABC):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+class _Rule(NamedArguments, ABC):
     weighted: ClassVar[bool] = False
     """Whether the channels of an input count as much as the weight that follows them."""
     kind: Any

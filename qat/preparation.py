@@ -240,10 +240,8 @@ def parameter_groups(
         weight_decay: for parameters of two and more dimensions; biases, norms and scales get none.
 
     Returns:
-        Groups for any ``torch.optim`` optimizer; empty ones are left out, parameters that need no gradient too.
-
-    Raises:
-        StateError: the module is frozen, or a part of it.
+        Groups for any ``torch.optim`` optimizer; empty ones are left out, parameters that need no gradient too. A
+        module that is frozen, or has a frozen part, raises `StateError`.
 
     >>> model = nn.Sequential(nn.Linear(256, 64))
     >>> [group["weight_decay"] for group in parameter_groups(model, lr=1e-4, weight_decay=0.1)]

@@ -35,8 +35,7 @@ class NamedArguments(BaseModel):
         name, fields = type(self).__name__, type(self).model_fields
         if unnamed:
             field = next((field for field in fields if field != "kind"), "kind")
-            value = shown(unnamed[0])
-            raise SpecError(f"{name}: got {value} without a name: write {name}({field}=...)")
+            raise SpecError(f"{name}: got {shown(unnamed[0])} without a name: write {name}({field}=...)")
         try:
             super().__init__(**values)
         except ValidationError as error:
@@ -107,14 +106,13 @@ class QuantSpec(NamedArguments):
     dtype: ServingDtype = "bfloat16"
     """The dtype that the exported model is served in; scales and shifts are rounded to it during training."""
     include: tuple[str, ...] = ()
-    """Patterns of module names; when any is given, only modules that match one are quantized."""
+    """Patterns of whole module names, such as '*.q_proj'; when any is given, only what matches one is quantized."""
     exclude: tuple[str, ...] = ()
     """Patterns of module names that stay float."""
     overrides: dict[str, _Override] = Field(default_factory=dict)
-    """Pattern to type (or `LayerSpec`); beats exclude and include, the last match wins."""
+    """Pattern to type, on a command line '*.down_proj=int8' (or to `LayerSpec`); beats the others, the last wins."""
     quantize_outputs: bool | None = None
-    """Quantize the outputs of layers that have an activation type. None: only where the target's loader does so anyway
-    (all stock loaders do; the plug-in of target transformers leaves outputs float)."""
+    """Layers with an activation type quantize outputs too. None: where the loader must."""
 
     @field_validator("include", "exclude", mode="before")
     @classmethod

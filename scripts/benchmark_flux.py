@@ -150,7 +150,7 @@ def training_rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 # What a process does before the clock starts, and what is timed.
 LOADERS = {
-    "diffusers": ("", "AutoModel.from_pretrained(directory, torch_dtype=torch.bfloat16)"),
+    "diffusers": ("", "AutoModel.from_pretrained(directory, dtype=torch.bfloat16)"),
     "qat.load": ("import qat", "qat.load(directory)"),
     "requantize": (
         """

@@ -259,9 +259,9 @@ def table(results: Mapping[str, Row]) -> str:
         f"Tiny random models of {len(results)} transformer classes that diffusers exports, on a CPU: "
         + ", ".join(f"{name} {version(name).partition('+')[0]}" for name in packages)
         + ". Each is prepared, trained for two steps, frozen, exported for diffusers, and loaded by stock "
-        "`AutoModel.from_pretrained(directory, torch_dtype=...)` in a process that does not import `qat`. *equal*: "
+        "`AutoModel.from_pretrained(directory, dtype=...)` in a process that does not import `qat`. *equal*: "
         "every code, scale, shift, dequantized weight, other parameter and buffer, and every output, bit for bit; and "
-        "loaded once more, by the class's own `from_pretrained` with a `QuantoConfig` and the other `torch_dtype`, "
+        "loaded once more, by the class's own `from_pretrained` with a `QuantoConfig` and the other `dtype`, "
         "the same codes, with scales and shifts that are the cast ones.",
         "",
         ", ".join(f"{count} {result}" for result, count in counts.most_common()) + f", of {counts.total()} cases.",

@@ -108,13 +108,13 @@ def load(request: Mapping[str, str]) -> dict[str, Any]:
     if request["dtype"] == "bfloat16":
         dtype, other = other, dtype
     loader: Any = diffusers.AutoModel
-    model = loader.from_pretrained(request["directory"], torch_dtype=dtype, trust_remote_code=False)
+    model = loader.from_pretrained(request["directory"], dtype=dtype, trust_remote_code=False)
     state = state_portrait(model)  # before a forward, which may rewrite buffers
     outputs = portrait_of_outputs(outputs_of(model, ARCHITECTURES[request["name"]].example(dtype)))
     own: Any = type(model)
     config: Any = diffusers.QuantoConfig
     again = own.from_pretrained(
-        request["directory"], torch_dtype=other, quantization_config=config(weights_dtype=request["weights"])
+        request["directory"], dtype=other, quantization_config=config(weights_dtype=request["weights"])
     )
     ours = sorted(name for name in sys.modules if name.partition(".")[0] == "qat")
     if ours:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from qat import errors
+from qat.errors import shown
 
 BUILTINS = {
     "SpecError": ValueError,
@@ -24,6 +25,15 @@ def test_an_error_is_caught_by_either_name(name: str, builtin: type[Exception]) 
     assert issubclass(kind, errors.QatError)
     assert issubclass(kind, builtin)
     assert kind.__doc__
+
+
+def test_a_long_value_is_shown_by_its_type() -> None:
+    assert [shown(value) for value in ("int4", [0] * 1000, "a\nb", {"a": "\n" * 99})] == [
+        "'int4'",
+        "a list",
+        "'a\\nb'",
+        "a dict",
+    ]
 
 
 def test_no_error_is_left_out() -> None:

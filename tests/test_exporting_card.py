@@ -70,7 +70,7 @@ def test_the_card_claims_no_training_that_it_does_not_know_of(exported: Path) ->
 def test_the_serving_dtype_is_asked_for(tmp_path: Path) -> None:
     export(frozen_flux(weights="int4"), tmp_path / "out")
     card = read(tmp_path / "out")
-    assert "from_pretrained(directory, torch_dtype=torch.bfloat16)" in card
+    assert "from_pretrained(directory, dtype=torch.bfloat16)" in card
     assert "without one diffusers loads float32" in card
 
 

@@ -55,7 +55,7 @@ warnings.simplefilter("ignore")
 torch.set_num_threads(1)
 for directory in sys.argv[1:]:
     inputs = {name: tensor.clone() for name, tensor in load_file(directory + ".inputs").items()}  # aligned
-    model = AutoModel.from_pretrained(directory, torch_dtype=inputs["hidden_states"].dtype)
+    model = AutoModel.from_pretrained(directory, dtype=inputs["hidden_states"].dtype)
     with torch.no_grad():
         output = model(**inputs).sample
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -146,7 +146,7 @@ class TestStockLoads:
         loads = [
             (declared, torch.float32),
             (AutoModel.from_pretrained(str(tmp_path / "out")), torch.float32),
-            (stock(tmp_path / "out", torch_dtype=torch.float16), torch.float16),
+            (stock(tmp_path / "out", dtype=torch.float16), torch.float16),
         ]
         for loaded, dtype in loads:
             for name in read_manifest(tmp_path / "out").frozen.layers:
@@ -164,9 +164,9 @@ class TestStockLoads:
         from diffusers import AutoModel
 
         export(frozen_flux(weights=weights, exclude=("*.linear",)), tmp_path / "out")
-        first = AutoModel.from_pretrained(str(tmp_path / "out"), torch_dtype=torch.bfloat16)
+        first = AutoModel.from_pretrained(str(tmp_path / "out"), dtype=torch.bfloat16)
         first.save_pretrained(tmp_path / "again")
-        second = AutoModel.from_pretrained(str(tmp_path / "again"), torch_dtype=torch.bfloat16)
+        second = AutoModel.from_pretrained(str(tmp_path / "again"), dtype=torch.bfloat16)
         old, new = first.state_dict(), second.state_dict()
         assert old.keys() == new.keys()
         assert [name for name in old if not same(old[name], new[name])] == []
@@ -180,7 +180,7 @@ class TestStockLoads:
         report = verify(tmp_path / "out", model, fresh_process=True)
         details = {check.name: check.detail for check in report.checks}
         assert details["load"] == (
-            "FluxTransformer2DModel.from_pretrained with torch_dtype=torch.bfloat16; without one diffusers loads "
+            "FluxTransformer2DModel.from_pretrained with dtype=torch.bfloat16; without one diffusers loads "
             "float32, and outputs differ"
         )
         assert details["outputs"] == details["reference outputs"] == "1 output tensors equal, bit for bit"
@@ -237,7 +237,7 @@ class TestFloatGrid:
         arguments = read_manifest(tmp_path / "out").stock_arguments
         assert arguments == {"weights_dtype": weights, "modules_to_not_convert": ["linear"]}
         config = QuantoConfig(**arguments)  # type: ignore[no-untyped-call]
-        loaded = AutoModel.from_pretrained(str(tmp_path / "out"), torch_dtype=torch.float32, quantization_config=config)
+        loaded = AutoModel.from_pretrained(str(tmp_path / "out"), dtype=torch.float32, quantization_config=config)
         for name in read_manifest(tmp_path / "out").frozen.layers:
             old, new = (unpack_weight(m.get_submodule(name).weight)[0] for m in (model, loaded))
             assert same(old, new), name
@@ -253,7 +253,7 @@ class TestFloatGrid:
         model = frozen_flux(weights="int8", dtype="float32")
         export(model, tmp_path / "out", float_grid=True)
         file, arguments = str(tmp_path / "out" / WEIGHTS), {"config": str(tmp_path / "out")}
-        loaded = FluxTransformer2DModel.from_single_file(file, **arguments, torch_dtype=torch.float32)
+        loaded = FluxTransformer2DModel.from_single_file(file, **arguments, dtype=torch.float32)
         assert torch.equal(loaded.get_submodule(LAYER).weight, model.get_submodule(LAYER).weight.dequantize())
         config = QuantoConfig(weights_dtype="int8")  # type: ignore[no-untyped-call]
         with pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"):

@@ -29,7 +29,7 @@ def exported(directory: Path, **spec: Any) -> Path:
 def stock(directory: Path, dtype: str = "bfloat16") -> Any:
     from diffusers import AutoModel
 
-    return AutoModel.from_pretrained(str(directory), torch_dtype=getattr(torch, dtype))
+    return AutoModel.from_pretrained(str(directory), dtype=getattr(torch, dtype))
 
 
 def pipeline(transformer: Any, dtype: torch.dtype = torch.bfloat16) -> Any:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from qat.errors import CalibrationError
+from qat.errors import CalibrationError, SpecError
 from qat.formats import QUANTO
 from qat.numerics import QType
 from qat.observers import Absmax, Best, Mse, Observer, ObserverChoice, Percentile
@@ -209,5 +209,5 @@ def test_a_configuration_names_its_kind() -> None:
 
 @pytest.mark.parametrize("value", [0.0, 100.5], ids=str)
 def test_a_percentile_lies_between_0_and_100(value: float) -> None:
-    with pytest.raises(ValidationError, match="percentile"):
+    with pytest.raises(SpecError, match="Percentile: percentile"):
         Percentile(percentile=value)

@@ -109,6 +109,15 @@ def test_every_recipe_has_a_configuration_and_a_story(name: str) -> None:
     assert (ROOT / "recipes" / "configs" / name).is_dir()
 
 
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_help_holds_no_python_examples(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        load_config(importlib.import_module(f"recipes.{name}").Config, ["--help"], "A test.")
+    shown = capsys.readouterr().out
+    assert "*.down_proj=int8" in shown
+    assert ">>>" not in shown
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_every_configuration_file_is_valid(path: Path) -> None:
     recipe = importlib.import_module(f"recipes.{path.parent.name}")
@@ -349,7 +358,7 @@ def test_the_command_is_quiet(small: list[str], tmp_path: Path) -> None:
     command = [sys.executable, "-m", "recipes.causal_lm", *small]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    ours = ("evaluating", "fine-tuning", "training", "tokenizing")
+    ours = ("evaluating", "fine-tuning", "training", "tokenizing", "freezing", "exporting", "verifying")
     said = done.stderr.splitlines()
     assert not [line for line in said if "\r" in line or not line.startswith(ours)]
     assert len(said) == 2 * len([line for line in said if line.endswith(" ...")])

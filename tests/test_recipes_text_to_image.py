@@ -353,6 +353,17 @@ def test_the_command_is_quiet(small: list[str], tmp_path: Path) -> None:
     command = [sys.executable, "-m", "recipes.text_to_image", *small]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    ours = ("reading", "encoding", "evaluating", "fine-tuning", "training", " ")
+    ours = (
+        "reading",
+        "calibrating",
+        "freezing",
+        "exporting",
+        "verifying",
+        "encoding",
+        "evaluating",
+        "fine-tuning",
+        "training",
+        " ",
+    )
     strange = [line for line in done.stderr.replace("\r", "\n").splitlines() if line and not line.startswith(ours)]
     assert not strange

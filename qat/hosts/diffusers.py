@@ -5,7 +5,7 @@ layers of one last name are both quantized or both float. Modules in ``_keep_in_
 loader's float8 check and then fail in forward: their linear layers stay float. A linear layer whose own last name is
 in that list is never replaced, whatever the dtype.
 
-Loaded with ``torch_dtype`` of the serving dtype, the model holds the very numbers that were frozen; without one,
+Loaded with ``dtype`` of the serving dtype, the model holds the very numbers that were frozen; without one,
 diffusers loads float32: codes stay the same, but scales widen, so that weights are no longer rounded to the serving
 dtype. ``from_single_file`` reads a float grid as a float model, but in diffusers 0.42 it takes every file for packed as
 soon as it is given a ``QuantoConfig``, and raises on float weights.
@@ -145,11 +145,11 @@ class _Diffusers(Host):
         arguments = check_float_grid(model, record, format, self.name)
         if floats := self.float_layers(model, record):
             arguments["modules_to_not_convert"] = floats
-        return FloatGrid(arguments, dtype="torch_dtype=torch.float32, ", one_file=True)
+        return FloatGrid(arguments, dtype="dtype=torch.float32, ", one_file=True)
 
     def load(self, cls: Any, directory: Path, manifest: Manifest, format: Format) -> Reloaded:
         """``from_pretrained``; the report says that the dtype must be given."""
-        arguments = {"torch_dtype": getattr(torch, manifest.dtype), **self.stock_config(manifest, format)}
+        arguments = {"dtype": getattr(torch, manifest.dtype), **self.stock_config(manifest, format)}
         with warnings.catch_warnings():
             # The notice, at every load, that diffusers will drop its quanto backend in its release 1.0.
             warnings.filterwarnings("ignore", message=".*[qQ]uanto.*deprecated", category=FutureWarning)
@@ -161,19 +161,19 @@ class _Diffusers(Host):
             if weight is not None and weight.is_meta and not any(part.is_meta for part in inner_tensors(weight)):
                 module._parameters["weight"] = nn.Parameter(weight.detach(), requires_grad=False)
         without = "" if manifest.dtype == "float32" else "; without one diffusers loads float32, and outputs differ"
-        how = f"{type(loaded).__name__}.from_pretrained with torch_dtype=torch.{manifest.dtype}{without}"
+        how = f"{type(loaded).__name__}.from_pretrained with dtype=torch.{manifest.dtype}{without}"
         return Reloaded(loaded, how)
 
     def card(self, manifest: Manifest, module: str, cls: str, format: Format) -> list[str]:
         dtype = f"torch.{manifest.dtype}"
-        code = self.pretrained_code(manifest, module, cls, "torch_dtype", format)
+        code = self.pretrained_code(manifest, module, cls, "dtype", format)
         if manifest.float_grid:
             text = "Without `quantization_config` the same file loads as a float model that computes the same."
             return [code, text]
         why = (
-            "Any other `torch_dtype` keeps the codes but rounds scales"
+            "Any other `dtype` keeps the codes but rounds scales"
             if manifest.dtype == "float32"
-            else f"**Give `torch_dtype={dtype}`:** it is the dtype that the model was trained to be served in, and "
+            else f"**Give `dtype={dtype}`:** it is the dtype that the model was trained to be served in, and "
             "without one diffusers loads float32, which keeps the codes but widens scales"
         )
         text = (
@@ -183,13 +183,13 @@ class _Diffusers(Host):
         use = [
             "from diffusers import DiffusionPipeline",
             "",
-            f"pipeline = DiffusionPipeline.from_pretrained(base_model, transformer=model, torch_dtype={dtype})",
+            f"pipeline = DiffusionPipeline.from_pretrained(base_model, transformer=model, dtype={dtype})",
         ]
         moved = (
-            'In a pipeline, whose other parts need the same dtype; `pipeline.to("cuda")` moves them all. Where '
-            "something takes the model to be on the meta device, as stock diffusers says of it until it is moved, "
-            '`model.to("cpu")` helps; '
-            "int4 in groups of 128 then goes over to another kernel, whose last bits differ."
+            'In a pipeline all parts need the same dtype; `pipeline.to("cuda")` moves them all. Until the model is '
+            "moved, stock diffusers reports its device as `meta`. Where that is a problem, call "
+            '`model.to("cpu")`; '
+            "int4 in groups of 128 then uses another kernel, whose last bits differ."
         )
         return [code, text, moved, python_block(use)]
 

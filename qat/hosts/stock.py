@@ -32,8 +32,7 @@ def library_and_class(directory: Path, manifest: Manifest) -> tuple[Host, Any]:
     """
     if not (directory / "config.json").is_file():
         raise LoadError(
-            f"{str(directory)!r} has no config.json to build the model from: pass the float model as model= to "
-            "qat.load or qat.verify"
+            f"{str(directory)!r} has no config.json: pass the float model as model= to qat.load or qat.verify"
         )
     module, _, name = manifest.model_class.rpartition(".")
     library = module.partition(".")[0]

@@ -110,12 +110,6 @@ class LearnedAffine(Algorithm):
     """Ranges that are learned with the weights: both ends of each group at int4 and int2, one scale a row at 8 bits.
 
     Use `qat.parameter_groups`, which gives the ends a learning rate of their own and no weight decay.
-
-    >>> import qat
-    >>> model = nn.Sequential(nn.Linear(256, 64))
-    >>> _ = qat.prepare(model, qat.QuantSpec(weights="int2"), algorithm=LearnedAffine())
-    >>> [group["name"] for group in qat.parameter_groups(model, lr=2e-4)]
-    ['weights', 'vectors', 'scales']
     """
 
     kind: Literal["learned_affine"] = "learned_affine"
@@ -125,7 +119,14 @@ class LearnedAffine(Algorithm):
     """Stop the gradient of weights outside the range, as LSQ does."""
 
     def make(self, weight: Tensor, qtype: QType, dtype: torch.dtype) -> LearnedRange:
-        """A quantizer whose ranges start from ``weight`` as it is now."""
+        """A quantizer whose ranges start from ``weight`` as it is now.
+
+        >>> import qat
+        >>> model = nn.Sequential(nn.Linear(256, 64))
+        >>> _ = qat.prepare(model, qat.QuantSpec(weights="int2"), algorithm=LearnedAffine())
+        >>> [group["name"] for group in qat.parameter_groups(model, lr=2e-4)]
+        ['weights', 'vectors', 'scales']
+        """
         if self.start == "minmax" or weight.is_meta:
             ends = qtype.weight_range(weight)
         else:

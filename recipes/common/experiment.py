@@ -22,8 +22,8 @@ from recipes import tasks
 from recipes.common import training
 from recipes.common.callbacks import checkpoints_in
 from recipes.common.fine_tuned import FineTunedWeights
-from recipes.common.progress import track
-from recipes.common.results import ResultRow, inspect_totals, show_results
+from recipes.common.progress import stage, track
+from recipes.common.results import ResultRow, inspect_totals, show_end, show_results
 from recipes.common.run import Run
 from recipes.common.settings import ComparisonConfig
 from recipes.data.tensors import move
@@ -117,8 +117,10 @@ def compare(
 
     served: dict[str, Any] = {"example_inputs": move(example, torch.device("cpu"), spec.torch_dtype)}
     resolved = config.model_dump(mode="json")
-    qat.export(model, run.output, processor=processor, config=resolved, overwrite=run.overwrite, **served)
-    verified = qat.verify(run.output, fresh_process=True)
+    with stage("exporting"):
+        qat.export(model, run.output, processor=processor, config=resolved, overwrite=run.overwrite, **served)
+    with stage("verifying"):
+        verified = qat.verify(run.output, fresh_process=True)
     judge(TRAINED, qat.load(run.output), run.served_on, spec.torch_dtype)
 
     size = sum(file.stat().st_size for file in run.output.glob("model*.safetensors"))
@@ -130,4 +132,4 @@ def compare(
     }
     rows = [ResultRow(name, scores[name], *facts[name]) for name in scores]
     show_results(rows, run.beside("results.json"), list(scores[FLOAT]))
-    print(f"{run.output}: reloaded in a fresh process, compared and found equal ({len(verified.checks)} checks).")
+    show_end(run, verified)

@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 import qat
-from qat.preparation import prepared_as
+from qat.layers import quantized_layers
 from qat.training.task import QuantizedTask, Task
 from recipes.common.callbacks import SeedNoise, StepProgress, mixed_seed, step_of
 from recipes.common.config import ConfigError
@@ -162,7 +162,8 @@ def calibrate_and_freeze(model: nn.Module, batches: Iterable[Batch], count: int,
     called with. Several processes compare their activation ranges, and the backend of GPUs moves no tensor that lies on
     the CPU.
     """
-    with stage("calibrating and freezing" if prepared_as(model).spec.activation_type else "freezing"):
+    activations = any(layer.input_quantizer is not None for _, layer in quantized_layers(model))
+    with stage("calibrating and freezing" if activations else "freezing"):
         calibrate(model, itertools.islice(batches, count), device)
         qat.freeze(model.cpu())
 
