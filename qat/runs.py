@@ -96,8 +96,10 @@ def _before(model: nn.Module, _: Any) -> None:
 
 
 def _after(model: nn.Module, _: Any, output: Any) -> None:
+    if torch.compiler.is_compiling():
+        return
     watched = _stop()
-    if output is not None and not torch.compiler.is_compiling() and not getattr(model, "_is_replica", False):
+    if output is not None and not getattr(model, "_is_replica", False):
         note_runs(model, runs(model) | {model.training})  # without an output, the run has failed
     if watched is not None and watched.read:
         setattr(model, _READ, getattr(model, _READ, frozenset()) | watched.read)

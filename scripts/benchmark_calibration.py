@@ -143,9 +143,9 @@ def main(device: str = "cpu", seeds: int = 3, output: Path | None = None, arms: 
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    reference: Any = AutoModelForCausalLM.from_pretrained(REFERENCE, dtype=torch.float32)
+    reference: Any = AutoModelForCausalLM.from_pretrained(REFERENCE, dtype=torch.float32, trust_remote_code=False)
     reference = reference.to(device).eval()
-    blocks = read_blocks(AutoTokenizer.from_pretrained(REFERENCE)).to(device)
+    blocks = read_blocks(AutoTokenizer.from_pretrained(REFERENCE, trust_remote_code=False)).to(device)
     models = {"reference": reference, "with outliers": with_outliers(reference)}
     rows = []
     for name, model in models.items():

@@ -154,7 +154,7 @@ def make_encoder(settings: argparse.Namespace) -> None:
     if settings.tokenizer is None:
         tokenizer = train_tokenizer(found.train["text"][:], vocabulary=2048)
     else:
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(settings.tokenizer)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(settings.tokenizer, trust_remote_code=False)
     collate = TextBatch(tokenizer, data.max_length)
     rows, held_out = list(found.train), list(found.evaluation)
     config = BertConfig(

@@ -6,6 +6,7 @@ of a single layer stands in test_formats_base.py.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -191,3 +192,13 @@ def test_a_corrupt_file_is_refused(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(LoadError, match=r"is not a whole safetensors file .*; copy or export it again"):
         load(LLAMA, directory)
+
+
+def test_a_version_of_transformers_that_cannot_load_packed_weights_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    import qat.integrations.transformers as plugin
+
+    def of_5_17(self: Any, weight_conversions: list[Any]) -> None: ...
+
+    monkeypatch.setattr(plugin.QuantoHfQuantizer, "update_weight_conversions", of_5_17)
+    with pytest.raises(ImportError, match=r"packed weights are read by version 5\.23 and newer, got .*: upgrade it"):
+        importlib.reload(plugin)

@@ -39,10 +39,9 @@ def layer(
     if activations is None:
         return QLinear.adopt(float_layer, quantizer)
     pair = [ActivationQuantizer(QTYPES[activations], dtype, Absmax()) for _ in range(2)]
-    pair[0].observe(torch.tensor(2.0))
-    pair[0].refresh()
-    pair[1].observe(torch.tensor(1.0))
-    pair[1].refresh()
+    for one, largest in zip(pair, (2.0, 1.0), strict=True):
+        one.observe(torch.tensor(largest))
+        one.refresh()
     return QLinear.adopt(float_layer, quantizer, *pair)
 
 

@@ -46,7 +46,7 @@ def test_load_from_checkpoint_into_a_float_module_says_how(tmp_path: Path) -> No
     module, path = saved(tmp_path, quantization(INT4, LEARNED))
     rule = (
         r'state_dict: "the checkpoint holds other quantizers than the module: call qat.prepare\(self.model, spec, '
-        r'algorithm\) in its __init__, .* or pass ckpt_path to a Trainer .*", "model\.first\.weight_quantizer\.'
+        r'algorithm=\.\.\.\) in its __init__, .* or pass ckpt_path to a Trainer .*", "model\.first\.weight_quantizer\.'
     )
     with pytest.raises(RuntimeError, match=rule):
         UserModule.load_from_checkpoint(path, weights_only=True)

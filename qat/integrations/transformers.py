@@ -22,10 +22,12 @@ names the library, and nothing else in qat does it.
 from __future__ import annotations
 
 import copy
+import inspect
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
 from transformers.core_model_loading import ConversionOps, WeightRenaming, rename_source_key
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING, AutoHfQuantizer
 from transformers.quantizers.quantizer_quanto import QuantoHfQuantizer
@@ -43,6 +45,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 __all__ = ["PackedLoad", "PackedQuantizer", "PackedQuantoConfig"]
+
+if "model" not in inspect.signature(QuantoHfQuantizer.update_weight_conversions).parameters:
+    raise ImportError(
+        f"transformers: packed weights are read by version 5.23 and newer, got {transformers.__version__}: upgrade it"
+    )
 
 
 class PackedQuantizer(QuantoHfQuantizer):

@@ -36,12 +36,13 @@ def calibrate_on_training_data(
         # Random numbers of its own: a run with and one without this calibration shuffle their data alike.
         with isolate_rng(), trainer.precision_plugin.forward_context():
             return calibrate(model, map(model_inputs or own, _batches(trainer, pl_module, count)))
-    except QatError:
-        raise
-    except (AttributeError, LookupError, TypeError, ValueError) as error:
+    except (QatError, AttributeError, LookupError, TypeError, ValueError) as error:
+        cause = error.__cause__ if isinstance(error, QatError) else error
+        if not isinstance(cause, AttributeError | LookupError | TypeError | ValueError):
+            raise
         raise CalibrationError(
             f"model_inputs: the model cannot be called with what it makes of a training batch: "
-            f"{type(error).__name__}: {error}: pass model_inputs, a function from a batch to what the model is "
+            f"{type(cause).__name__}: {cause}: pass model_inputs, a function from a batch to what the model is "
             "called with, such as model_inputs=lambda batch: batch['x']"
         ) from error
 

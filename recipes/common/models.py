@@ -78,7 +78,7 @@ def load_classifier(
 def _load(
     source: str, model_class: Any, processor_class: Any, name: str, trust: bool, new: Sequence[str] | None = None
 ) -> tuple[Any, Any]:
-    options: dict[str, Any] = {"dtype": torch.float32, "trust_remote_code": trust, "output_loading_info": True}
+    options: dict[str, Any] = {"dtype": torch.float32, "output_loading_info": True}
     if new is not None:
         id2label = dict(enumerate(new))
         labels = {"id2label": id2label, "label2id": {label: index for index, label in id2label.items()}}
@@ -99,7 +99,7 @@ def _load(
             f"the model's {name} there"
         ) from error
     try:
-        model, info = model_class.from_pretrained(source, **options)
+        model, info = model_class.from_pretrained(source, trust_remote_code=trust, **options)
     except Exception as error:  # likewise
         raise _load_error(source, error) from error
     unfilled = sorted(
