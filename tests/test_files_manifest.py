@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -44,7 +43,6 @@ class TestManifest:
         }
         assert report.total_bytes == sum(map(len, on_disk.values()))
         assert "model.safetensors" in str(report)
-        assert json.loads(json.dumps(report.to_json()))["total_bytes"] == report.total_bytes
 
     def test_no_path_of_this_machine_is_written(self, tmp_path: Path) -> None:
         export(frozen_llama(weights="int8"), tmp_path / "out", example_inputs=(IDS,))
