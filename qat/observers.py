@@ -30,7 +30,8 @@ _OCTAVES = (-40, 24)
 _BINS = 128 * (_OCTAVES[1] - _OCTAVES[0])
 _OFFSET = (127 + _OCTAVES[0]) * 128
 _CHUNK = 1 << 22  # elements that are widened at a time
-_POINTS = 4  # of a bin, at which errors are computed
+_POINTS = 2  # of a bin, at which errors are computed
+_WINDOW = 128 * 22  # bins below the largest one that counts; smaller magnitudes add less than 2^-40 of the squares
 _CANDIDATES = 121  # twelve scales in each of ten octaves
 
 
@@ -96,11 +97,12 @@ class Observer(nn.Module):
 
     def errors(self, scales: Tensor, qtype: QType) -> Tensor:
         """Squared error of quantizing what was seen, relative to its squares: float64, the shape of ``scales``."""
-        edges = _edges(self.counts.device)
-        lower, width = edges[:-1], edges[1:] - edges[:-1]
+        edges, bins = _edges(self.counts.device), torch.arange(_BINS, device=self.counts.device)
+        last = (bins * (self.counts > 0)).max().clamp(min=_WINDOW - 1)
+        window = last - bins[:_WINDOW]  # of a fixed size, so that nothing waits for the device
         within = (torch.arange(_POINTS, device=edges.device) + 0.5) / _POINTS
-        points = (lower + within[:, None] * width).flatten()
-        counts = self.counts.double().repeat(_POINTS)
+        points = (edges[window] + within[:, None] * (edges[window + 1] - edges[window])).flatten()
+        counts = self.counts[window].double().repeat(_POINTS)
         found = qtype.fake_quantize_activation(points, scales.float().reshape(-1, 1), torch.float32)
         error = (found - points).double().square_() @ counts
         return (error / (points.double().square() @ counts).clamp(min=1e-300)).reshape(scales.shape)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from qat.errors import CalibrationError, SpecError
 from qat.formats import QUANTO
 from qat.numerics import QType, Symmetric
-from qat.observers import Absmax
+from qat.observers import Absmax, Best
 from qat.quantizers import ALGORITHMS, Algorithm, AnyAlgorithm, LearnedAffine, StraightThrough, WeightQuantizer, any_of
 from qat.quantizers.activation import ActivationQuantizer, fake_quantize_output
 from tests.helpers import DTYPES, LearnedStep, awkward_weight, same_bits
@@ -196,6 +196,20 @@ def test_an_activation_quantizer_keeps_python_values() -> None:
     quantizer.arrives_quantized = True
     assert (quantizer.initialized, quantizer.arrives_quantized, quantizer.enabled) == (True, True, True)
     assert quantizer.state_dict()["_extra_state"].tolist() == [True, True, True]
+
+
+def test_a_channel_that_small_weights_follow_still_counts() -> None:
+    """float8 has room for outliers: a channel that counted nothing would be clipped for no gain."""
+    x, weight = torch.randn(512, 16, generator=torch.Generator().manual_seed(0)), torch.ones(8, 16)
+    x[:, 0] *= 30
+    weight[:, 0] /= 30
+    scales = {}
+    for rule in (Absmax(), Best()):
+        quantizer = ActivationQuantizer(QTYPES["float8"], torch.float32, rule)
+        quantizer.observe(x, weight)
+        quantizer.refresh()
+        scales[rule.kind] = float(quantizer.scale)
+    assert 0.5 * scales["absmax"] < scales["best"] <= scales["absmax"]
 
 
 def test_an_empty_tensor_sets_no_scale_and_needs_none() -> None:

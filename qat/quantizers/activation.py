@@ -56,7 +56,8 @@ class ActivationQuantizer(QuantizerModule):
         importance = None
         if weight is not None and self.rule.weighted:
             columns = weight.float().square().sum(0)
-            importance = (columns / columns.mean().clamp(min=1e-30) * 256).round_().long()  # in 1/256 of their mean
+            # In millionths of their mean, as integers, so that sums depend on no order; no channel is left out.
+            importance = (columns / columns.mean().clamp(min=1e-30) * 2**20).round_().clamp_(min=1).long()
         self.observer.update(x, importance)
 
     @torch.no_grad()
