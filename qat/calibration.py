@@ -125,18 +125,20 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> CalibrationReport:
         outputs = any(layer.output_quantizer is not None for layer in layers.values())
         try:
             count, kept = _observe(model, layers, batches, keep=outputs)
-            fresh = [v for v in layers.values() if not all(q.initialized for q in v.activation_quantizers())]
+            fresh = [n for n, v in layers.items() if not all(q.initialized for q in v.activation_quantizers())]
             for layer in layers.values():
                 for quantizer in layer.activation_quantizers():
                     quantizer.refresh()
-            for layer in fresh:
-                _choose(layer)
+            found = {name: tuple(map(_report, layer.activation_quantizers())) for name, layer in layers.items()}
+            for name in fresh:
+                _choose(layers[name], found[name])
             arriving = []
             if outputs:  # else nothing leaves a layer quantized
                 duplicate = frozen_copy(model)
                 arriving = _mark_arriving(model, duplicate, layers, kept)
                 _require_served(model, duplicate, layers, kept[0])
-            found = {name: tuple(map(_report, layer.activation_quantizers())) for name, layer in layers.items()}
+            for name in arriving:  # which have their producer's scale now
+                found[name] = tuple(map(_report, layers[name].activation_quantizers()))
         except BaseException:
             for quantizer, state in before:  # a part of the batches makes no scale
                 quantizer.load_state_dict(state)
@@ -210,6 +212,7 @@ def _require_served(model: nn.Module, duplicate: nn.Module, layers: Mapping[str,
     Training sees floats between layers. quanto's layers hand on quantized tensors, whose in-place operations are lost,
     and which softmax and where quantize again by a scale that does not fit.
     """
+    device = model_device(model)
     outputs = {"served": flatten_outputs(_run(duplicate, _served(batch, model), 0, "the frozen model"))}
     with ExitStack() as stack:
         stack.callback(note_runs, model, runs(model))
@@ -218,7 +221,7 @@ def _require_served(model: nn.Module, duplicate: nn.Module, layers: Mapping[str,
         for name, active in (("trained", True), ("float", False)):
             for layer in layers.values():
                 layer.mode = Mode(activations=active)
-            outputs[name] = flatten_outputs(run(model, map_tensors(lambda x: x.to(model_device(model)), batch)))
+            outputs[name] = flatten_outputs(run(model, map_tensors(lambda x: x.to(device), batch)))
     gap = noise = size = 0.0
     for key, trained in outputs["trained"].items():
         if trained.is_floating_point() and key in outputs["served"]:
@@ -257,12 +260,10 @@ def _report(quantizer: ActivationQuantizer) -> ActivationReport:
     )
 
 
-@torch.no_grad()
-def _choose(layer: QuantizedLayer) -> None:
+def _choose(layer: QuantizedLayer, found: tuple[ActivationReport, ...]) -> None:
     """Quantize the activations of a layer, or leave both float where its output would be too far off."""
-    quantizers = tuple(layer.activation_quantizers())
-    error = sum(float(quantizer.observer.errors(quantizer.scale, quantizer.qtype)) for quantizer in quantizers)
-    for quantizer in quantizers:
+    error = sum(side.error for side in found)
+    for quantizer in layer.activation_quantizers():
         quantizer.enabled = error <= quantizer.rule.largest_error
 
 

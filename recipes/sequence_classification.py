@@ -18,7 +18,7 @@ import qat
 from qat.report import run_command
 from recipes import command
 from recipes.common.config import load_config
-from recipes.common.settings import ClassifierConfig, LogitOptimization
+from recipes.common.settings import ClassifierConfig
 from recipes.data.labelled_text import LabelledTextData
 
 REFERENCE = Path(__file__).parent / "reference_encoder"
@@ -29,10 +29,6 @@ class Config(ClassifierConfig):
 
     data: LabelledTextData = LabelledTextData()
     """The texts to train and to evaluate on."""
-    optimization: LogitOptimization = LogitOptimization(
-        steps=100, batch_size=32, learning_rate=1e-4, float_learning_rate=1e-4
-    )
-    """Steps, learning rates, distillation (from the fine-tuned float model, where there is one)."""
 
 
 def main(argv: Sequence[str]) -> None:

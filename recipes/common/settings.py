@@ -186,5 +186,9 @@ class ClassifierConfig(ComparisonConfig):
 
     spec: QuantSpec = QuantSpec(weights="int8", activations="int8")
     """What is quantized."""
+    optimization: LogitOptimization = LogitOptimization(
+        steps=100, batch_size=32, learning_rate=1e-4, float_learning_rate=1e-4
+    )
+    """Steps, learning rates, distillation (from the fine-tuned float model, where there is one)."""
     new_head: bool = False
     """Replace the model's output layer by an untrained one for the classes of the data."""

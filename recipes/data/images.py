@@ -35,6 +35,7 @@ from recipes.data.sources import (
     local_path,
     quiet_bars,
     reject_hub_fields,
+    require_column,
     spread,
 )
 
@@ -236,11 +237,7 @@ def _columns(found: Dataset, data: ImageData) -> Dataset:
     from datasets import Image
 
     for field in ("image_field", "caption_field"):
-        if getattr(data, field) not in found.column_names:
-            columns = ", ".join(found.column_names) or "none"
-            raise DataError(
-                f"data.{field}: {data.source!r} has no column {getattr(data, field)!r}; its columns: {columns}"
-            )
+        require_column(found, field, getattr(data, field), repr(data.source))
     if not isinstance(found.features[data.image_field], Image):
         raise DataError(f"data.image_field: column {data.image_field!r} must hold images")
     kept = found.select_columns([data.image_field, data.caption_field])

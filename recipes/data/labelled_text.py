@@ -33,6 +33,7 @@ from recipes.data.sources import (
     local_path,
     quiet_bars,
     reject_hub_fields,
+    require_column,
     spread,
 )
 from recipes.data.text import standard_library_documents
@@ -222,12 +223,7 @@ def _read(files: Sequence[Path], data: LabelledTextData) -> Dataset:
 def _texts(found: Dataset, data: LabelledTextData, source: str) -> Dataset:
     """Keep the two columns that count, the first one as ``text``."""
     for field in ("text_field", "label_field"):
-        if getattr(data, field) not in found.column_names:
-            columns = ", ".join(found.column_names) or "none"
-            raise DataError(
-                f"data.{field}: {source} has no column {getattr(data, field)!r}; its columns: {columns}: name one of "
-                "them"
-            )
+        require_column(found, field, getattr(data, field), source)
     dtype = getattr(found.features[data.text_field], "dtype", "a nested type")
     if dtype not in ("string", "large_string"):
         raise DataError(f"data.text_field: column {data.text_field!r} of {source} must hold text, it holds {dtype}")

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from recipes.data import DataError
-from recipes.data.sources import quiet_bars
+from recipes.data.sources import quiet_bars, require_column
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -92,9 +92,7 @@ def _values(part: Dataset, field: str, source: str) -> list[Any]:
     """Names or integers; what has no name in a ``ClassLabel``, such as -1, stays an integer."""
     from datasets import ClassLabel
 
-    if field not in part.column_names:
-        columns = ", ".join(part.column_names) or "none"
-        raise DataError(f"data.label_field: {source} has no column {field!r}; its columns: {columns}: name one of them")
+    require_column(part, "label_field", field, source)
     values: list[Any] = part[field][:]
     _check_values(values, field, source)
     if isinstance(feature := part.features[field], ClassLabel):

@@ -17,7 +17,17 @@ from recipes.data import DataError
 if TYPE_CHECKING:
     from datasets import Dataset
 
-__all__ = ["Source", "hold_out", "load_folder", "load_hub", "local_path", "quiet_bars", "reject_hub_fields", "spread"]
+__all__ = [
+    "Source",
+    "hold_out",
+    "load_folder",
+    "load_hub",
+    "local_path",
+    "quiet_bars",
+    "reject_hub_fields",
+    "require_column",
+    "spread",
+]
 
 
 class Source(BaseModel):
@@ -109,6 +119,17 @@ def load_folder(path: Path, data: Source) -> Dataset | None:
     except Exception as error:  # builders of datasets raise errors without a common base
         raise DataError(f"data.source: {str(path)!r} cannot be read: {error.__cause__ or error}") from error
     return None
+
+
+def require_column(found: Dataset, field: str, column: str, source: str) -> None:
+    """Raise `DataError` where a data set lacks the ``column`` that the setting ``field`` names.
+
+    >>> from datasets import Dataset
+    >>> require_column(Dataset.from_dict({"text": ["a"]}), "text_field", "text", "here")
+    """
+    if column not in found.column_names:
+        columns = ", ".join(found.column_names) or "none"
+        raise DataError(f"data.{field}: {source} has no column {column!r}; its columns: {columns}: name one of them")
 
 
 def hold_out(found: Dataset, every: int) -> tuple[Dataset, Dataset]:

@@ -28,7 +28,16 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from recipes.data import DataError
-from recipes.data.sources import Source, hold_out, load_hub, local_path, quiet_bars, reject_hub_fields, spread
+from recipes.data.sources import (
+    Source,
+    hold_out,
+    load_hub,
+    local_path,
+    quiet_bars,
+    reject_hub_fields,
+    require_column,
+    spread,
+)
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -246,9 +255,7 @@ def _load_hub(data: TextData, split: str) -> Dataset:
 
 
 def _text_column(documents: Dataset, data: TextData) -> Dataset:
-    if data.text_field not in documents.column_names:
-        columns = ", ".join(documents.column_names) or "none"
-        raise DataError(f"data.text_field: {data.source!r} has no column {data.text_field!r}; its columns: {columns}")
+    require_column(documents, "text_field", data.text_field, repr(data.source))
     dtype = getattr(documents.features[data.text_field], "dtype", "a nested type")
     if dtype not in ("string", "large_string"):
         raise DataError(f"data.text_field: column {data.text_field!r} must hold text, it holds {dtype}")
