@@ -32,6 +32,7 @@ import torch
 from torch import nn
 
 import qat
+from qat.layers import quantized_layers
 
 # Hidden size, MLP size, layers, heads, vocabulary; batch and length of a step.
 SHAPES: dict[str, dict[str, int]] = {
@@ -76,6 +77,40 @@ def arm_learned(model: nn.Module, qtype: str, serving: str) -> None:
     qat.prepare(model, spec, algorithm=qat.LearnedAffine(start="minmax"))
 
 
+def arm_activations(model: nn.Module, qtype: str, serving: str) -> None:
+    """Activations of the weights' type, outputs float, as target transformers serves them."""
+    spec = qat.QuantSpec.model_validate({"weights": qtype, "activations": qtype, "dtype": serving})
+    qat.prepare(model, spec, target="transformers")
+    _calibrate(model)
+
+
+def arm_emulated(model: nn.Module, qtype: str, serving: str) -> None:
+    """The same, with products of values in place of codes."""
+    arm_activations(model, qtype, serving)
+    for _, layer in quantized_layers(model):
+        layer.mode = layer.mode._replace(codes=False)
+
+
+def arm_outputs(model: nn.Module, qtype: str, serving: str) -> None:
+    """Outputs quantized too, as optimum-quanto's loader does."""
+    qat.prepare(
+        model, qat.QuantSpec.model_validate({"weights": qtype, "activations": qtype, "dtype": serving}), target="quanto"
+    )
+    _calibrate(model)
+
+
+def _calibrate(model: Any) -> None:
+    tokens = torch.randint(0, model.config.vocab_size, (2, 256), device=model.device)
+    qat.calibrate(model, [{"input_ids": tokens}])
+
+
+def arm_quanto_activations(model: nn.Module, qtype: str, serving: str) -> None:
+    from optimum.quanto import qtypes, quantize
+
+    name = qtypes[{"float8": "qfloat8_e4m3fn"}.get(qtype, f"q{qtype}")]
+    quantize(model, weights=name, activations=name, exclude=["lm_head"])
+
+
 def arm_quanto(model: nn.Module, qtype: str, serving: str) -> None:
     from optimum.quanto import qtypes, quantize
 
@@ -102,7 +137,11 @@ ARMS: dict[str, Callable[[nn.Module, str, str], None]] = {
     "float": arm_float,
     "qat": arm_qat,
     "learned": arm_learned,
+    "activations": arm_activations,
+    "emulated": arm_emulated,
+    "outputs": arm_outputs,
     "quanto": arm_quanto,
+    "quanto_activations": arm_quanto_activations,
     "torchao": arm_torchao,
 }
 

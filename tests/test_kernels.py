@@ -11,10 +11,11 @@ from torch import Tensor
 from qat import kernels
 from qat.formats import QUANTO
 from qat.formats.quanto_types import QUANTO_NAMES
-from qat.numerics import QType
+from qat.numerics import QType, pack_bits, unpack_bits
 from tests.helpers import DTYPES, awkward_weight, same_bits
 
 QTYPES = QUANTO.qtypes
+BYTES = [QTYPES[name] for name in ("int8", "float8")]
 
 # Blocks of the CPU form hold 2^17 elements: several blocks, a part of one at the end, one row longer than a block.
 BLOCK = 2**17
@@ -51,6 +52,17 @@ def test_a_narrow_wide_or_strided_master_gives_the_same_bits(qtype: QType, maste
         expected = qtype.fake_quantize(weight, scale, shift, dtype, master)
         for tensor in (weight, strided):
             assert same_bits(kernels.fake_quantize_weight(tensor, scale, shift, qtype.key, dtype, master), expected)
+
+
+@pytest.mark.parametrize("qtype", QTYPES.values(), ids=QTYPES)
+def test_codes_are_those_that_are_stored(qtype: QType) -> None:
+    for seed, shape in enumerate(SHAPES):
+        weight = awkward_weight(*shape, seed)
+        value, scale, shift = kernels.quantize_own_range(weight, qtype.key, torch.bfloat16, qtype.storage)
+        assert same_bits(value, qtype.encode(weight, scale, shift))
+        assert same_bits(
+            value, kernels.fake_quantize_weight(weight, scale, shift, qtype.key, torch.bfloat16, qtype.storage)
+        )
 
 
 def test_every_float8_number_and_every_midpoint_rounds_as_torch_does() -> None:
@@ -111,7 +123,7 @@ def test_gradients_of_scales_of_a_narrow_or_wide_master(master: torch.dtype) -> 
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("qtype", [QTYPES[name] for name in ["int8", "float8"]], ids=lambda qtype: qtype.name)
+@pytest.mark.parametrize("qtype", BYTES, ids=lambda qtype: qtype.name)
 def test_activations_are_quantized_as_quanto_does(qtype: QType, dtype: torch.dtype) -> None:
     quanto_type = qtypes[QUANTO_NAMES[qtype.name]]
     for seed in range(50):
@@ -119,15 +131,60 @@ def test_activations_are_quantized_as_quanto_does(qtype: QType, dtype: torch.dty
         # Every other scale is too small for the largest magnitudes, so that codes saturate.
         scale = (x.abs().amax() / qtype.steps * (1.0 if seed % 2 else 0.6)).float().to(dtype)
         theirs = quantize_activation(x, qtype=quanto_type, scale=scale).dequantize()
-        ours = kernels.fake_quantize_activation(x, scale.float(), qtype.key, dtype)
-        assert torch.equal(ours, theirs), seed
+        codes, inside, found = kernels.quantize_activation(x, scale.float(), qtype.key, dtype)
+        assert torch.equal(kernels.dequantize_activation(codes, found, dtype, dtype), theirs), seed
+        assert torch.equal(found, scale.float())
+        exact = x.double() / scale.double()
+        clear = ((exact.abs() - qtype.steps).abs() > 1) & (exact.abs() - 128).abs().gt(1)  # from rounding at the ends
+        wanted = (exact >= qtype.code_min) & (exact <= qtype.code_max)
+        assert torch.equal(unpack_bits(inside, x.shape)[clear], wanted[clear])
+        assert seed % 2 or not wanted.all()
 
 
-def test_activations_keep_the_dtype_in_which_they_came() -> None:
+def test_values_of_activations_keep_the_dtype_in_which_they_came() -> None:
     x, options = torch.randn(4, 8), (torch.tensor(0.03125), QTYPES["int8"].key, torch.bfloat16)
-    ours = kernels.fake_quantize_activation(x, *options)
+    codes, _, scale = kernels.quantize_activation(x, *options)
+    ours = kernels.dequantize_activation(codes, scale, torch.bfloat16, torch.float32)
     assert ours.dtype is torch.float32
-    assert torch.equal(ours, kernels.fake_quantize_activation(x.bfloat16(), *options).float())
+    assert torch.equal(ours, QTYPES["int8"].fake_quantize_activation(x, options[0], torch.bfloat16))
+    assert same_bits(codes, kernels.quantize_activation(x.bfloat16(), *options)[0])
+
+
+@pytest.mark.parametrize("qtype", BYTES, ids=lambda qtype: qtype.name)
+def test_not_a_number_among_activations_is_not_hidden(qtype: QType) -> None:
+    x, scale = torch.randn(4, 33), torch.tensor(0.01)
+    x[2, 3] = torch.nan
+    codes, inside, found = kernels.quantize_activation(x, scale, qtype.key, torch.float32)
+    assert found.isnan()
+    assert not unpack_bits(inside, x.shape)[2, 3]
+    weight = torch.zeros(5, 33).to(qtype.storage)
+    y = kernels.linear_codes(codes, found, weight, torch.ones(5, 1), None, qtype.key, torch.float32)
+    assert y.isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("qtype", BYTES, ids=lambda qtype: qtype.name)
+@pytest.mark.parametrize("shape", [(24, 64, 32), (3, 5, 7), (1, 2500, 3), (0, 8, 4), (9, 1, 1)], ids=str)
+def test_codes_are_multiplied_as_quanto_does(shape: tuple[int, int, int], qtype: QType, dtype: torch.dtype) -> None:
+    rows, in_features, out_features = shape
+    x = (torch.randn(rows, in_features) * 90).clamp(-128, 127).to(qtype.storage)
+    codes = (torch.randn(out_features, in_features) * 90).clamp(-128, 127).to(qtype.storage)
+    x_scale, scale = torch.tensor(0.013).to(dtype), (torch.rand(out_features, 1) + 0.1).to(dtype)
+    bias = torch.randn(out_features).to(dtype)
+    theirs = torch.ops.quanto.qbytes_mm(x, codes, x_scale * scale) + bias
+    scales = (codes, scale.float(), bias)
+    assert same_bits(kernels.linear_codes(x, x_scale.float(), *scales, qtype.key, dtype), theirs)
+    batch = kernels.linear_codes(x[None], x_scale.float(), *scales, qtype.key, dtype)
+    assert batch.shape == (1, rows, out_features)
+    assert same_bits(batch[0], theirs)
+
+
+def test_saturated_elements_get_no_gradient() -> None:
+    flags = torch.rand(5, 7) > 0.5
+    grad, weight = torch.randn(5, 3), torch.randn(3, 7)
+    assert torch.equal(kernels.masked_product(grad, weight, pack_bits(flags)), torch.where(flags, grad @ weight, 0))
+    nan = torch.full((5, 7), torch.nan)
+    assert torch.equal(kernels.masked_gradient(nan, pack_bits(flags)).isnan(), flags)
 
 
 @pytest.mark.parametrize("qtype", QTYPES.values(), ids=QTYPES)
@@ -147,7 +204,7 @@ def test_operators_leave_their_inputs_alone_and_record_nothing(qtype: QType) -> 
 def operator_arguments() -> dict[str, tuple[object, ...]]:
     weight, scale = awkward_weight(6, 256), torch.full((6, 1), 0.01)
     groups = torch.full((12, 1), 0.01)
-    strided = weight.t().contiguous().t()
+    strided, codes = weight.t().contiguous().t(), torch.ones(6, 256, dtype=torch.int8)
     return {
         "fake_quantize_weight": (weight, scale, None, "quanto.int8", torch.bfloat16, torch.float32),
         "fake_quantize_weight affine": (weight, groups, groups, "quanto.int4", torch.bfloat16, torch.bfloat16),
@@ -160,8 +217,15 @@ def operator_arguments() -> dict[str, tuple[object, ...]]:
         "scale_gradients": (weight, scale, None, "quanto.int8", weight),
         "scale_gradients affine": (weight, groups, groups, "quanto.int4", weight),
         "scale_gradients strided": (strided, scale, None, "quanto.int8", strided),
-        "fake_quantize_activation": (weight, torch.tensor(0.01), "quanto.int8", torch.bfloat16),
-        "fake_quantize_activation strided": (strided, torch.tensor(0.01), "quanto.float8", torch.bfloat16),
+        "fake_quantize_weight codes": (weight, scale, None, "quanto.int8", torch.bfloat16, torch.int8),
+        "quantize_own_range codes": (weight, "quanto.float8", torch.bfloat16, torch.float8_e4m3fn),
+        "quantize_activation": (weight, torch.tensor(0.01), "quanto.int8", torch.bfloat16),
+        "quantize_activation strided": (strided, torch.tensor(0.01), "quanto.float8", torch.bfloat16),
+        "dequantize_activation": (codes, torch.tensor(0.01), torch.bfloat16, torch.float32),
+        "dequantize_activation of one dtype": (codes, torch.tensor(0.01), torch.bfloat16, torch.bfloat16),
+        "linear_codes": (codes[None], torch.tensor(0.01), codes, scale, scale[:, 0], "quanto.int8", torch.float32),
+        "masked_gradient": (weight, pack_bits(weight > 0)),
+        "masked_product": (weight[:, :6], weight, pack_bits(weight > 0)),
         "round_to": (weight, torch.bfloat16),
     }
 
@@ -171,7 +235,7 @@ def test_operators_are_what_a_compiler_is_told(case: str) -> None:
     operator = getattr(torch.ops.qat, case.partition(" ")[0])
     arguments = operator_arguments()[case]
     torch.library.opcheck(operator, arguments)
-    if case.startswith("fake_quantize_weight"):
+    if case.startswith(("fake_quantize_weight", "dequantize_activation")):
         torch.library.opcheck(operator, arguments, {"after": torch.ones(3)})
 
 

@@ -323,10 +323,34 @@ def test_what_is_abstract_cannot_be_made() -> None:
         QType(format="a", name="b", bits=8, code_min=0, code_max=1, steps=1, storage=torch.int8)
 
 
-def test_inside_range_marks_what_does_not_saturate() -> None:
+def test_codes_of_activations_say_what_saturates() -> None:
     x = torch.tensor([-300.0, -128.0, 0.0, 127.0, 127.5, 300.0])
-    assert QTYPES["int8"].inside_range(x, torch.tensor(1.0)).tolist() == [False, True, True, True, False, False]
-    assert QTYPES["float8"].inside_range(x, torch.tensor(1.0)).all()
+    codes, inside = QTYPES["int8"].encode_activation(x, torch.tensor(1.0), torch.float32)
+    assert codes.tolist() == [-128, -128, 0, 127, 127, 127]
+    assert inside.tolist() == [False, True, True, True, False, False]
+    assert QTYPES["float8"].encode_activation(x, torch.tensor(1.0), torch.float32)[1].all()
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 8, 9, 4096, 4099])
+def test_flags_survive_packing(count: int) -> None:
+    flags = torch.rand(count) > 0.5
+    packed = numerics.pack_bits(flags)
+    assert packed.dtype is torch.uint8
+    assert packed.numel() == -(-count // 8)
+    assert packed.tolist() == np.packbits(flags.numpy(), bitorder="little").tolist()
+    assert torch.equal(numerics.unpack_bits(packed, flags.shape), flags)
+
+
+def test_products_of_integers_are_exact_however_long_the_rows_are() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(-128, 128, (3, 5000), generator=generator, dtype=torch.int8)
+    x[0] = -128
+    weight = torch.randint(-128, 128, (4, 5000), generator=generator, dtype=torch.int8)
+    weight[0] = -128
+    one = torch.ones(())
+    found = QTYPES["int8"].linear(x, one, weight, torch.ones(4, 1), None, torch.float32)
+    assert torch.equal(found, (x.long() @ weight.long().t()).float())
+    assert found[0, 0] == 5000 * 2**14
 
 
 def test_one_key_is_one_type() -> None:

@@ -17,6 +17,21 @@ __all__ = ["QTYPES", "QTYPES_OF_QUANTO", "QUANTO_NAMES"]
 
 
 @dataclass(frozen=True, kw_only=True)
+class _Bytes(Symmetric):
+    """int8 and float8."""
+
+    def in_integers(self, x: torch.Tensor, weight: torch.Tensor) -> bool:
+        """The conditions of ``quanto::qbytes_mm``; https://github.com/huggingface/optimum-quanto, library/qbytes_mm.py.
+
+        >>> QTYPES["int8"].in_integers(torch.ones(3, 5, dtype=torch.int8), torch.ones(2, 5, dtype=torch.int8))
+        True
+        """
+        sizes = (*x.shape, weight.shape[0])
+        fits = x.is_cpu or (x.is_cuda and x.shape[0] > 16 and all(size % 8 == 0 for size in sizes))
+        return not self.floating and fits
+
+
+@dataclass(frozen=True, kw_only=True)
 class _Grouped(Affine):
     """int4 and int2.
 
@@ -38,8 +53,8 @@ class _Grouped(Affine):
 def _types() -> dict[str, QType]:
     float8, uint8 = torch.float8_e4m3fn, torch.uint8
     types = (
-        Symmetric(format="quanto", name="int8", bits=8, code_min=-128, code_max=127, steps=127, storage=torch.int8),
-        Symmetric(format="quanto", name="float8", bits=8, code_min=-448, code_max=448, steps=448, storage=float8),
+        _Bytes(format="quanto", name="int8", bits=8, code_min=-128, code_max=127, steps=127, storage=torch.int8),
+        _Bytes(format="quanto", name="float8", bits=8, code_min=-448, code_max=448, steps=448, storage=float8),
         _Grouped(format="quanto", name="int4", bits=4, code_min=0, code_max=15, steps=15, storage=uint8),
         _Grouped(format="quanto", name="int2", bits=2, code_min=0, code_max=3, steps=3, storage=uint8),
     )

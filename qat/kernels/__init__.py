@@ -13,13 +13,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qat.numerics import moved_range, qtype_of
+from qat.numerics import moved_range, pack_bits, qtype_of, unpack_bits
 from qat.operators import OptionalResult, operator
 
 __all__ = [
-    "fake_quantize_activation",
+    "dequantize_activation",
     "fake_quantize_weight",
+    "linear_codes",
+    "masked_gradient",
+    "masked_product",
     "moved_scale_shift",
+    "quantize_activation",
     "quantize_own_range",
     "scale_gradients",
 ]
@@ -41,6 +45,8 @@ def fake_quantize_weight(
     after: Tensor | None = None,
 ) -> Tensor:
     """The weight that a loader will rebuild: `QType.fake_quantize`, bit for bit, contiguous, without a gradient.
+
+    Asked for in the type's `storage` dtype, it is the codes.
 
     ``after`` must exist first, and is never read. A backward pass names its incoming gradient here, so that a compiler
     cannot move this recomputation into the forward pass and keep its result in memory.
@@ -103,7 +109,52 @@ def scale_gradients(
     return grad_scale, grad_shift, masked.contiguous()
 
 
-@operator(lambda x, *_: torch.empty_like(x))
-def fake_quantize_activation(x: Tensor, scale: Tensor, qtype: str, dtype: torch.dtype) -> Tensor:
-    """See `QType.fake_quantize_activation`."""
-    return qtype_of(qtype).fake_quantize_activation(x, scale, dtype)
+def _activation_shapes(x: Tensor, scale: Tensor, qtype: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    codes = x.new_empty(x.shape, dtype=qtype_of(qtype).storage)
+    return codes, x.new_empty((x.numel() + 7) // 8, dtype=torch.uint8), torch.empty_like(scale)
+
+
+@operator(_activation_shapes, CUDA="qat.kernels.triton_codes")
+def quantize_activation(x: Tensor, scale: Tensor, qtype: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """`QType.encode_activation`: contiguous codes, where ``x`` lies in their range (`pack_bits`), and the scale.
+
+    ``scale`` is a float32 scalar. It comes back as NaN if ``x`` holds NaN, since no integer code does.
+    """
+    codes, inside = qtype_of(qtype).encode_activation(x, scale, dtype)
+    return codes.contiguous(), pack_bits(inside), torch.where(x.isnan().any(), torch.nan, scale)
+
+
+@operator(
+    lambda codes, scale, dtype, out_dtype, **_: codes.new_empty(codes.shape, dtype=out_dtype),
+    CUDA="qat.kernels.triton_codes",
+)
+def dequantize_activation(
+    codes: Tensor, scale: Tensor, dtype: torch.dtype, out_dtype: torch.dtype, *, after: Tensor | None = None
+) -> Tensor:
+    """Values of contiguous codes, rounded to ``dtype``, in ``out_dtype``; ``after`` as in `fake_quantize_weight`."""
+    return (scale.to(dtype) * codes.to(dtype)).to(out_dtype, copy=True)
+
+
+@operator(
+    lambda x, x_scale, codes, scale, bias, qtype, dtype: x.new_empty((*x.shape[:-1], codes.shape[0]), dtype=dtype),
+    CUDA="qat.kernels.triton_codes",
+)
+def linear_codes(
+    x: Tensor, x_scale: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, qtype: str, dtype: torch.dtype
+) -> Tensor:
+    """`QType.linear` of contiguous codes: int8 to the bit, float8 but for the rounding of sums and of scales."""
+    return qtype_of(qtype).linear(x, x_scale, codes, scale, bias, dtype)
+
+
+@operator(lambda grad, inside: torch.empty_like(grad), CUDA="qat.kernels.triton_codes")
+def masked_gradient(grad: Tensor, inside: Tensor) -> Tensor:
+    """``grad`` where the packed ``inside`` says so, and zero elsewhere."""
+    return grad.masked_fill(~unpack_bits(inside, grad.shape), 0)
+
+
+@operator(
+    lambda grad, weight, inside: grad.new_empty((grad.shape[0], weight.shape[1])), CUDA="qat.kernels.triton_codes"
+)
+def masked_product(grad: Tensor, weight: Tensor, inside: Tensor) -> Tensor:
+    """`masked_gradient` of ``grad @ weight``, ``(rows, out)`` and ``(out, in)``; on CUDA, in the product's memory."""
+    return masked_gradient(grad @ weight, inside)

@@ -47,6 +47,9 @@ def fake_quantize_weight(
                 codes.masked_fill_(row_scale == 0, 0)
             # Adding 0 turns -0.0, which no integer code can store, into the 0.0 that a loader will rebuild.
             codes.clamp_(found.code_min, found.code_max).add_(0.0)
+        if out_dtype is found.storage:
+            out[block] = codes
+            continue
         # Of bfloat16 and float16 numbers the product is exact in float32: the one rounding is the cast that follows.
         codes.mul_(serving_scale[block])
         if serving_shift is None:

@@ -25,7 +25,7 @@ try:
 except ImportError:  # a torch without CUDA brings no Triton
     triton = None
 
-__all__ = ["fake_quantize_weight", "quantize_own_range", "scale_gradients", "supports"]
+__all__ = ["device_of", "fake_quantize_weight", "quantize_own_range", "scale_gradients", "supports", "triton"]
 
 _TILE = 2048  # elements of a tile: sixteen for each thread of four warps
 _WIDEST = 1024  # columns of a tile
@@ -70,12 +70,14 @@ if triton is not None:
         return code, x
 
     @triton.jit  # type: ignore[untyped-decorator]
-    def _value(code, s, z, affine: tl.constexpr, serving: tl.constexpr):  # type: ignore[no-untyped-def]
-        """What a loader makes of a code, in the serving dtype."""
+    def _value(code, s, z, affine: tl.constexpr, serving: tl.constexpr, out: tl.constexpr):  # type: ignore[no-untyped-def]
+        """What a loader makes of a code, in the serving dtype; the code itself where codes are asked for."""
+        if out.primitive_bitwidth == 8:
+            return code.to(out)
         value = (code * s).to(serving)
         if affine:
             value = (value.to(tl.float32) - z).to(serving)
-        return value
+        return value.to(out)
 
     @triton.jit  # type: ignore[untyped-decorator]
     def _fake_quantize_kernel(  # type: ignore[no-untyped-def]
@@ -88,7 +90,7 @@ if triton is not None:
         s = tl.load(scale + row, mask=row < groups, other=1.0)[:, None]
         z = tl.load(shift + row, mask=row < groups, other=0.0)[:, None]
         code, _ = _code(_position(value, s, z, affine, floating), floating, code_min, code_max)
-        tl.store(out + offset, _value(code, s, z, affine, serving).to(out.dtype.element_ty), mask=exists)
+        tl.store(out + offset, _value(code, s, z, affine, serving, out.dtype.element_ty), mask=exists)
 
     @triton.jit
     def _smaller(a, b):  # type: ignore[no-untyped-def]
@@ -134,10 +136,10 @@ if triton is not None:
                 _, offset, exists = _tile(tl.program_id(0), step, groups, size, rows, columns)
                 value = tl.load(weight + offset, mask=exists, other=0.0).to(tl.float32)
                 code, _ = _code(_position(value, s, z, affine, floating), floating, code_min, code_max)
-                tl.store(out + offset, _value(code, s, z, affine, serving).to(out.dtype.element_ty), mask=exists)
+                tl.store(out + offset, _value(code, s, z, affine, serving, out.dtype.element_ty), mask=exists)
         else:
             code, _ = _code(_position(value, s, z, affine, floating), floating, code_min, code_max)
-            tl.store(out + offset, _value(code, s, z, affine, serving).to(out.dtype.element_ty), mask=exists)
+            tl.store(out + offset, _value(code, s, z, affine, serving, out.dtype.element_ty), mask=exists)
 
     @triton.jit  # type: ignore[untyped-decorator]
     def _scale_gradients_kernel(  # type: ignore[no-untyped-def]
@@ -187,7 +189,7 @@ def _form(out_features: int, in_features: int, qtype: str, dtype: torch.dtype) -
     return groups, triton.cdiv(groups, rows), triton.cdiv(size, columns), form
 
 
-def _on(tensor: Tensor) -> AbstractContextManager[object]:
+def device_of(tensor: Tensor) -> AbstractContextManager[object]:
     """The tensor's device as the current one; nothing to do with a single GPU."""
     return nullcontext() if tensor.device.index == torch.cuda.current_device() else torch.cuda.device(tensor.device)
 
@@ -200,7 +202,7 @@ def fake_quantize_weight(
     out = torch.empty_like(weight, dtype=out_dtype)
     groups, programs, parts, form = _form(*weight.shape, qtype, dtype)
     tensors = (weight, scale, scale if shift is None else shift, out)
-    with _on(weight):
+    with device_of(weight):
         _fake_quantize_kernel[(programs, parts)](*tensors, groups, **form)
     return out
 
@@ -218,7 +220,7 @@ def quantize_own_range(
     tensors = (weight, scale, scale if shift is None else shift, out)
     smallest, anchor = smallest_scale(dtype) if found.floating else 0.0, float(found.anchor(dtype, weight.shape[1]))
     own = {"steps": float(found.steps), "smallest": smallest, "anchor": anchor}
-    with _on(weight):
+    with device_of(weight):
         _own_range_kernel[(programs,)](*tensors, groups, **form, **own)
     return out, scale, shift
 
@@ -233,6 +235,6 @@ def scale_gradients(
     grad_shift = None if shift is None else torch.empty_like(scale)
     tensors = (weight, scale, scale if shift is None else shift, grad)
     made = (grad_scale, grad_scale if grad_shift is None else grad_shift, masked)
-    with _on(weight):
+    with device_of(weight):
         _scale_gradients_kernel[(programs,)](*tensors, *made, groups, **form)
     return grad_scale, grad_shift, masked

@@ -46,6 +46,8 @@ class Mode(NamedTuple):
     """Fake-quantize inputs and outputs too, where the layer has quantizers for them."""
     observe: bool = False
     """Let the observers of activations record."""
+    codes: bool = True
+    """Multiply codes where loaders do; off: the values that they stand for, to compare."""
 
 
 class QuantizedLayer(nn.Module):
@@ -77,6 +79,10 @@ class QuantizedLayer(nn.Module):
     def compute(self, x: Tensor, weight: Quantized | None) -> Tensor:
         """The layer's function of ``x``, ``(..., in)``; without a fake-quantized weight, it uses the float one."""
         raise NotImplementedError(f"{type(self).__name__}: a subclass must say how it computes")
+
+    def multiplies_codes(self, x: Tensor, dtype: torch.dtype) -> bool:
+        """Whether `compute` wants the weight's codes for this input and compute dtype; a subclass may say so."""
+        return False
 
     @classmethod
     def adoption_fault(cls, module: nn.Module) -> str | None:
@@ -165,7 +171,12 @@ class QuantizedLayer(nn.Module):
             if mode.activations:  # which are quantized in this same forward
                 self.input_quantizer.refresh()
         dtype = autocast_dtype(input) or weight.dtype  # in which a matrix product runs
-        y = self.compute(input, self.weight_quantizer.quantize(weight, dtype) if mode.weights else None)
+        quantized = None
+        if mode.weights:
+            codes = mode.codes and self.multiplies_codes(input, dtype)
+            quantizer = self.weight_quantizer
+            quantized = quantizer.quantize_to_codes(weight) if codes else quantizer.quantize(weight, dtype)
+        y = self.compute(input, quantized)
         if self.output_quantizer is not None:
             if mode.observe:
                 self.output_quantizer.observe(y)

@@ -2,7 +2,9 @@
 
 `fake_quantized` is autograd on a weight: its result goes into any operation, which keeps that copy for backward.
 `quantized_linear` keeps what `nn.Linear` keeps, the input and the master weight, and two small tensors with scales. In
-backward it computes the fake-quantized weight, and the quantized input, once more.
+backward it computes the fake-quantized weight once more. Of a quantized input it keeps the codes, a byte each, and a
+bit that says whether the element saturated. Where weight and input have codes of one type, and the compute dtype is the
+serving dtype, it multiplies codes as the loader does.
 
 Under autocast, `nn.Linear` pays a cast of the weight to the compute dtype; here the fake quantization is that cast.
 """
@@ -97,28 +99,33 @@ class _QuantizedLinear(torch.autograd.Function):
         input_scale: Tensor | None,
         options: _Options,
     ) -> Tensor:
-        ctx.save_for_backward(x, weight, scale, shift, input_scale)
-        ctx.options = options
+        inside, kept = None, x
         if input_scale is not None and options.input_qtype is not None:
-            x = kernels.fake_quantize_activation(x, input_scale, options.input_qtype.key, options.dtype)
+            key = options.input_qtype.key
+            kept, inside, input_scale = kernels.quantize_activation(x, input_scale, key, options.dtype)
+        ctx.save_for_backward(kept, weight, scale, shift, inside, input_scale)
+        ctx.options = options
+        if input_scale is not None:
+            if value.dtype is options.qtype.storage:
+                return kernels.linear_codes(kept, input_scale, value, scale, bias, options.qtype.key, options.dtype)
+            x = kernels.dequantize_activation(kept, input_scale, options.dtype, x.dtype)
         return torch.nn.functional.linear(x, value, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, scale, shift, input_scale = ctx.saved_tensors
-        qtype, dtype, _, input_qtype = ctx.options
+        x, weight, scale, shift, inside, input_scale = ctx.saved_tensors
+        qtype, dtype, *_ = ctx.options
         needs_x, *needs_scales, needs_bias = ctx.needs_input_grad[:5]
         grad_x = grad_weight = grad_scale = grad_shift = grad_bias = None
         rows = grad.reshape(-1, grad.shape[-1])
         if needs_x:
             value = kernels.fake_quantize_weight(weight, scale, shift, qtype.key, dtype, grad.dtype, after=grad)
-            grad_x = (rows @ value).view(x.shape)
-            if input_scale is not None:
-                grad_x = grad_x * input_qtype.inside_range(x, input_scale)
+            grad_x = rows @ value if inside is None else kernels.masked_product(rows, value, inside)
+            grad_x = grad_x.view(x.shape)
         if any(needs_scales):
             if input_scale is not None:
-                x = kernels.fake_quantize_activation(x, input_scale, input_qtype.key, dtype)
+                x = kernels.dequantize_activation(x, input_scale, dtype, grad.dtype, after=grad)
             grad_weight = rows.t() @ x.reshape(-1, x.shape[-1])
             grad_weight, grad_scale, grad_shift = _weight_gradients(ctx, grad_weight, weight, scale, shift)
         if needs_bias:
@@ -137,7 +144,8 @@ def quantized_linear(
     """Linear map with the weight, and perhaps the input, fake-quantized: ``(..., in)`` to ``(..., out)``.
 
     ``weight`` is the effective master weight, ``(out, in)``; ``quantized`` is what the quantizer made of it in the
-    compute dtype, which is the result's. ``activation`` quantizes the input; what saturates there gets no gradient.
+    compute dtype, which is the result's, or its codes. ``activation`` quantizes the input; what saturates there gets no
+    gradient.
 
     Raises:
         CalibrationError: the input is quantized, has elements, and there is no scale yet.
@@ -145,10 +153,11 @@ def quantized_linear(
     if activation is not None:
         activation.require_scale(x)
     value, scale, shift = quantized
+    dtype = quantizer.dtype if value.dtype is quantizer.qtype.storage else value.dtype
     if autocast_dtype(x) is not None:
-        x = x.to(value.dtype)
+        x = x.to(dtype)
     if bias is not None:
-        bias = bias.to(value.dtype)
+        bias = bias.to(dtype)
     input_scale, input_qtype = (None, None) if activation is None else (activation.scale, activation.qtype)
     options = _Options(quantizer.qtype, quantizer.dtype, quantizer.masked, input_qtype)
     y: Tensor = _QuantizedLinear.apply(x, weight, scale, shift, bias, value, input_scale, options)  # type: ignore[no-untyped-call]

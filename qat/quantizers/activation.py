@@ -85,17 +85,18 @@ class ActivationQuantizer(QuantizerModule):
 class _FakeQuantizedOutput(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, qtype: QType, dtype: torch.dtype) -> Tensor:
-        ctx.save_for_backward(qtype.inside_range(x, scale))
-        return kernels.fake_quantize_activation(x, scale, qtype.key, dtype)
+        codes, inside, scale = kernels.quantize_activation(x, scale, qtype.key, dtype)
+        ctx.save_for_backward(inside)
+        return kernels.dequantize_activation(codes, scale, dtype, x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         (inside,) = ctx.saved_tensors
-        return grad * inside, None, None, None
+        return kernels.masked_gradient(grad, inside), None, None, None
 
 
 def fake_quantize_output(x: Tensor, quantizer: ActivationQuantizer) -> Tensor:
-    """Fake-quantize a layer's output; saturated elements get no gradient. Keeps one byte an element for backward.
+    """Fake-quantize a layer's output; saturated elements get no gradient. Keeps one bit an element for backward.
 
     Raises:
         CalibrationError: there is no scale yet, and ``x`` is not empty.

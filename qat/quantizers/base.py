@@ -71,6 +71,12 @@ class WeightQuantizer(QuantizerModule, ABC):
         depends on nothing but the quantizer's state and ``weight``.
         """
 
+    def quantize_to_codes(self, weight: Tensor) -> Quantized:
+        """`quantize` with the codes, ``(out, in)`` in the type's `storage` dtype, in place of the values."""
+        _, scale, shift = self.quantize(weight, self.dtype)
+        fixed = None if shift is None else shift.detach()
+        return Quantized(self.qtype.encode(weight, scale.detach(), fixed), scale, shift)
+
     def by_scale(self, weight: Tensor, scale: Tensor, shift: Tensor | None, out_dtype: torch.dtype) -> Quantized:
         """Fake-quantize by a scale and a shift, float32, ``(groups, 1)``, not yet rounded to the serving dtype."""
         return self.by_served(weight, *self.qtype.serve(scale, shift, self.dtype, weight.shape[1]), out_dtype)
@@ -85,8 +91,9 @@ class WeightQuantizer(QuantizerModule, ABC):
     @torch.no_grad()
     def freeze(self, weight: Tensor) -> tuple[FrozenWeight, Tensor]:
         """The final codes, and the value that the fake-quantized forward used, in the serving dtype."""
-        value, scale, shift = self.quantize(weight, self.dtype)
-        codes = self.qtype.encode(weight, scale, shift).contiguous()
+        value = self.quantize(weight, self.dtype).value
+        codes, scale, shift = self.quantize_to_codes(weight)
+        codes = codes.contiguous()
         frozen = FrozenWeight(codes, scale.to(self.dtype), None if shift is None else shift.to(self.dtype), self.qtype)
         return frozen, value
 

@@ -105,6 +105,10 @@ class LearnedRange(WeightQuantizer):
         scale, shift = _ServedRange.apply(low, high, self.low_move, self.high_move, *options)  # type: ignore[no-untyped-call]
         return self.by_served(weight, scale, shift, out_dtype)
 
+    def quantize_to_codes(self, weight: Tensor) -> Quantized:
+        """The same in one pass."""
+        return self.quantize(weight, self.qtype.storage)
+
 
 class LearnedAffine(Algorithm):
     """Ranges that are learned with the weights: both ends of each group at int4 and int2, one scale a row at 8 bits.

@@ -26,6 +26,10 @@ class DynamicRange(WeightQuantizer):
         """Find the range and quantize; scale and shift have no gradient."""
         return Quantized(*kernels.quantize_own_range(weight.detach(), self.qtype.key, self.dtype, out_dtype))
 
+    def quantize_to_codes(self, weight: Tensor) -> Quantized:
+        """The same in one pass."""
+        return self.quantize(weight, self.qtype.storage)
+
 
 class StraightThrough(Algorithm):
     """Straight-through estimator with the range taken from the current weight."""
