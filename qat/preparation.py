@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qat.errors import StateError, shown
+from qat.errors import SpecError, StateError, shown
 from qat.files.evidence import is_frozen
 from qat.hosts import get_target, inner_models
 from qat.inspection import InspectReport, inspect
@@ -119,12 +119,19 @@ def prepare(
         quantizer = algorithm.make(weight, types.weights, types.dtype)
         if not isinstance(quantizer, WeightQuantizer):
             raise StateError(f"algorithm: {algorithm!r} must make a WeightQuantizer, made {quantizer!r}")
+        if algorithm.float8_backward and types.activations is not None:
+            quantizer.float8_backward = types.weights.floating and types.activations.floating
         inputs = outputs = None
         if types.activations is not None:
             inputs = ActivationQuantizer(types.activations, types.dtype, observer).to(weight.device)
             if spec.outputs:
                 outputs = ActivationQuantizer(types.activations, types.dtype, observer).to(weight.device)
         made.append((row.name, cls, module, quantizer.to(weight.device), inputs, outputs))
+    if algorithm.float8_backward and not any(quantizer.float8_backward for _, _, _, quantizer, *_ in made):
+        raise SpecError(
+            f"algorithm: float8_backward=True needs layers with float8 weights and float8 activations, but weights are "
+            f"{spec.weights!r} and activations {spec.activations!r}: set both to 'float8', or leave it out"
+        )
     for name, cls, module, quantizer, inputs, outputs in made:  # now, so that no error leaves a half-prepared model
         if _untie(model, module):
             untied.append(name)

@@ -84,6 +84,13 @@ def arm_activations(model: nn.Module, qtype: str, serving: str) -> None:
     _calibrate(model)
 
 
+def arm_float8_backward(model: nn.Module, qtype: str, serving: str) -> None:
+    """Gradients multiplied in float8 too."""
+    spec = qat.QuantSpec.model_validate({"weights": qtype, "activations": qtype, "dtype": serving})
+    qat.prepare(model, spec, target="transformers", algorithm=qat.StraightThrough(float8_backward=True))
+    _calibrate(model)
+
+
 def arm_emulated(model: nn.Module, qtype: str, serving: str) -> None:
     """The same, with products of values in place of codes."""
     arm_activations(model, qtype, serving)
@@ -138,6 +145,7 @@ ARMS: dict[str, Callable[[nn.Module, str, str], None]] = {
     "qat": arm_qat,
     "learned": arm_learned,
     "activations": arm_activations,
+    "float8_backward": arm_float8_backward,
     "emulated": arm_emulated,
     "outputs": arm_outputs,
     "quanto": arm_quanto,

@@ -19,6 +19,8 @@ from qat.operators import OptionalResult, operator
 __all__ = [
     "dequantize_activation",
     "fake_quantize_weight",
+    "float8_input_gradient",
+    "float8_weight_gradient",
     "linear_codes",
     "masked_gradient",
     "masked_product",
@@ -158,3 +160,29 @@ def masked_gradient(grad: Tensor, inside: Tensor) -> Tensor:
 def masked_product(grad: Tensor, weight: Tensor, inside: Tensor) -> Tensor:
     """`masked_gradient` of ``grad @ weight``, ``(rows, out)`` and ``(out, in)``; on CUDA, in the product's memory."""
     return masked_gradient(grad @ weight, inside)
+
+
+@operator(lambda grad, codes, *_: grad.new_empty((grad.shape[0], codes.shape[1])), CUDA="qat.kernels.triton_float8")
+def float8_input_gradient(grad: Tensor, codes: Tensor, scale: Tensor, inside: Tensor) -> Tensor:
+    """`masked_product` of ``grad``, ``(rows, out)``, and a float8 weight, with the gradient in float8 too.
+
+    ``codes`` are the weight's, ``(out, in)``, and ``scale`` its own, ``(out, 1)``, which the gradient takes before each
+    row is quantized by its largest magnitude. All sizes are multiples of 16.
+    """
+    rounded, row_scale = _float8_rows(grad.float() * scale.t())
+    return masked_gradient(((rounded @ codes.float()) * row_scale).to(grad.dtype), inside)
+
+
+@operator(lambda grad, x, *_: grad.new_empty((grad.shape[1], x.shape[1])), CUDA="qat.kernels.triton_float8")
+def float8_weight_gradient(grad: Tensor, x: Tensor, x_scale: Tensor) -> Tensor:
+    """``grad^T x`` with each column of ``grad``, ``(rows, out)``, quantized to float8 by its largest magnitude.
+
+    ``x`` are float8 codes, ``(rows, in)``, and ``x_scale`` is a scalar. All sizes are multiples of 16.
+    """
+    rounded, row_scale = _float8_rows(grad.float().t())
+    return ((rounded @ x.float()) * (row_scale * x_scale)).to(grad.dtype)
+
+
+def _float8_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
+    scale = (rows.abs().amax(1, keepdim=True) / 448).clamp_(min=1e-30)
+    return (rows / scale).to(torch.float8_e4m3fn).float(), scale

@@ -24,6 +24,7 @@ if triton is not None:
 __all__ = [
     "dequantize_activation",
     "linear_codes",
+    "mask_in_place",
     "masked_gradient",
     "masked_product",
     "quantize_activation",
@@ -143,8 +144,12 @@ def masked_gradient(grad: Tensor, inside: Tensor) -> Tensor:
 
 def masked_product(grad: Tensor, weight: Tensor, inside: Tensor) -> Tensor:
     """See `qat.kernels.masked_product`."""
-    product = grad @ weight
-    return _mask(product, inside, product)
+    return mask_in_place(grad @ weight, inside)
+
+
+def mask_in_place(grad: Tensor, inside: Tensor) -> Tensor:
+    """``grad`` itself, with zero where ``inside`` does not say otherwise."""
+    return _mask(grad, inside, grad)
 
 
 def _mask(grad: Tensor, inside: Tensor, out: Tensor) -> Tensor:

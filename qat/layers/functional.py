@@ -45,6 +45,7 @@ class _Options(NamedTuple):
     dtype: torch.dtype
     masked: bool
     input_qtype: QType | None = None
+    float8_backward: bool = False
 
 
 def _weight_gradients(
@@ -115,18 +116,24 @@ class _QuantizedLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, scale, shift, inside, input_scale = ctx.saved_tensors
-        qtype, dtype, *_ = ctx.options
+        qtype, dtype, _, _, float8 = ctx.options
         needs_x, *needs_scales, needs_bias = ctx.needs_input_grad[:5]
         grad_x = grad_weight = grad_scale = grad_shift = grad_bias = None
         rows = grad.reshape(-1, grad.shape[-1])
-        if needs_x:
+        # Hopper multiplies float8 in steps of 16; others get the exact gradient.
+        float8 = float8 and inside is not None and all(n % 16 == 0 for n in (*rows.shape, x.shape[-1]))
+        if needs_x and float8:
+            codes = kernels.fake_quantize_weight(weight, scale, shift, qtype.key, dtype, qtype.storage, after=grad)
+            grad_x = kernels.float8_input_gradient(rows, codes, scale, inside).view(x.shape)
+        elif needs_x:
             value = kernels.fake_quantize_weight(weight, scale, shift, qtype.key, dtype, grad.dtype, after=grad)
             grad_x = rows @ value if inside is None else kernels.masked_product(rows, value, inside)
             grad_x = grad_x.view(x.shape)
         if any(needs_scales):
-            if input_scale is not None:
+            if inside is not None and not float8:
                 x = kernels.dequantize_activation(x, input_scale, dtype, grad.dtype, after=grad)
-            grad_weight = rows.t() @ x.reshape(-1, x.shape[-1])
+            x = x.reshape(-1, x.shape[-1])
+            grad_weight = kernels.float8_weight_gradient(rows, x, input_scale) if float8 else rows.t() @ x
             grad_weight, grad_scale, grad_shift = _weight_gradients(ctx, grad_weight, weight, scale, shift)
         if needs_bias:
             grad_bias = rows.sum(0)
@@ -159,6 +166,7 @@ def quantized_linear(
     if bias is not None:
         bias = bias.to(dtype)
     input_scale, input_qtype = (None, None) if activation is None else (activation.scale, activation.qtype)
-    options = _Options(quantizer.qtype, quantizer.dtype, quantizer.masked, input_qtype)
+    float8 = quantizer.float8_backward and activation is not None
+    options = _Options(quantizer.qtype, quantizer.dtype, quantizer.masked, input_qtype, float8)
     y: Tensor = _QuantizedLinear.apply(x, weight, scale, shift, bias, value, input_scale, options)  # type: ignore[no-untyped-call]
     return y

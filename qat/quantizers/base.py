@@ -53,8 +53,10 @@ class WeightQuantizer(QuantizerModule, ABC):
     """How one weight is scaled; abstract. Subclasses implement `quantize`.
 
     ``dtype`` is the serving dtype. ``masked`` stops the gradient of weights outside the codes' range, which is needed
-    once a range clips.
+    once a range clips. ``float8_backward`` is `Algorithm.float8_backward`, where weight and input are float8.
     """
+
+    float8_backward = False
 
     def __init__(self, qtype: QType, dtype: torch.dtype, *, masked: bool = False) -> None:
         super().__init__()
@@ -107,6 +109,8 @@ class Algorithm(NamedArguments):
 
     kind: Any
     """Names the algorithm in a configuration file; a subclass has a literal here."""
+    float8_backward: bool = False
+    """Multiply gradients in float8 too, where weights and inputs are float8: faster, and no longer exact."""
 
     @abstractmethod
     def make(self, weight: Tensor, qtype: QType, dtype: torch.dtype) -> WeightQuantizer:
