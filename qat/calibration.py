@@ -26,7 +26,7 @@ from qat.files.examples import flatten_outputs
 from qat.freezing import frozen_copy
 from qat.layers import Mode, QuantizedLayer, quantized_layers
 from qat.preparation import prepared_as
-from qat.probing import kept_modes, run
+from qat.probing import Readers, kept_modes, run
 from qat.quantizers.activation import ActivationQuantizer
 from qat.runs import note_runs, runs
 from qat.tensors import map_tensors, model_device
@@ -139,6 +139,9 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> CalibrationReport:
                 _require_served(model, duplicate, layers, kept[0])
             for name in arriving:  # which have their producer's scale now
                 found[name] = tuple(map(_report, layers[name].activation_quantizers()))
+            for layer in layers.values():
+                for quantizer in layer.activation_quantizers():
+                    quantizer.settle()
         except BaseException:
             for quantizer, state in before:  # a part of the batches makes no scale
                 quantizer.load_state_dict(state)
@@ -161,8 +164,9 @@ def _observe(
     for quantizer in sum(quantizers.values(), ()):
         quantizer.observer.reset()
         quantizer.arrives_quantized = False
-    count, kept = 0, []
+    count, kept, readers = 0, [], Readers(layers)
     with ExitStack() as stack:
+        stack.callback(readers.groups)
         stack.callback(note_runs, model, runs(model))  # observing is no run as it will be served
         for layer in layers.values():
             stack.callback(setattr, layer, "mode", layer.mode)
@@ -173,6 +177,7 @@ def _observe(
             count += 1
             if keep:
                 kept.append(map_tensors(torch.Tensor.cpu, batch))
+    _join(layers, readers.groups())
     if count == 0:
         raise CalibrationError("batches: calibration needs at least one batch, got none: pass some training batches")
     if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -185,6 +190,19 @@ def _observe(
             "that use them, or exclude those layers in the spec"
         )
     return count, kept
+
+
+def _join(layers: Mapping[str, QuantizedLayer], groups: list[list[str]]) -> None:
+    """Let layers that read one tensor see the same, so that they get one scale and share its codes."""
+    for names in groups:
+        quantizers = [q for name in names if (q := layers[name].input_quantizer) is not None]
+        if len({(q.qtype, q.dtype, q.rule) for q in quantizers}) == 1:
+            first, *others = (quantizer.observer for quantizer in quantizers)
+            for other in others:
+                first.merge(other)
+            first.batches //= len(names)
+            for other in others:
+                other.load_state_dict(first.state_dict())
 
 
 def _run(model: nn.Module, batch: Any, number: int, what: str) -> Any:
@@ -250,7 +268,7 @@ def _require_finite(quantizers: Mapping[str, tuple[ActivationQuantizer, ...]], b
 
 @torch.no_grad()
 def _report(quantizer: ActivationQuantizer) -> ActivationReport:
-    observer, scale = quantizer.observer, quantizer.scale
+    observer, scale = quantizer.observer, quantizer.serving_scale()
     return ActivationReport(
         float(scale),
         float(observer.errors(scale, quantizer.qtype)),

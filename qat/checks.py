@@ -49,7 +49,7 @@ def require_range(model: nn.Module, layers: list[tuple[str, QuantizedLayer]], ru
                 "(QuantSpec(dtype='bfloat16')), or train with smaller weights"
             )
     for name, layer in layers:
-        if not all(bool(quantizer.scale.isfinite()) for quantizer in layer.activation_quantizers()):
+        if not all(bool(quantizer.serving_scale().isfinite()) for quantizer in layer.activation_quantizers()):
             raise StateError(f"model: layer {name!r} has an activation scale beyond its dtype: serve in bfloat16")
 
 
@@ -73,7 +73,7 @@ def _example(layer: QuantizedLayer, dtype: torch.dtype) -> Tensor:
     quantizer = layer.input_quantizer
     if quantizer is None or not quantizer.initialized or not quantizer.enabled:
         return x
-    return fake_quantize_output(x * (quantizer.scale * quantizer.qtype.steps / 3).to(dtype), quantizer)
+    return fake_quantize_output(x * (quantizer.serving_scale() * quantizer.qtype.steps / 3).to(dtype), quantizer)
 
 
 @torch.no_grad()

@@ -235,7 +235,7 @@ def _narrower(serving: torch.dtype, layer: QuantizedLayer) -> bool:
 def _activation_scale(quantizer: ActivationQuantizer | None, dtype: torch.dtype, device: torch.device) -> Tensor:
     if quantizer is None or not quantizer.enabled:
         return torch.ones((), dtype=dtype, device=device)
-    return quantizer.scale.detach().to(device=device, dtype=dtype).clone()
+    return quantizer.serving_scale().to(device=device, dtype=dtype).clone()
 
 
 def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:

@@ -82,6 +82,14 @@ class Observer(nn.Module):
             weight = torch.ones_like(part, dtype=torch.int64) if importance is None else importance.expand_as(part)
             self.counts.index_add_(0, index, weight.flatten())
 
+    def merge(self, other: Observer) -> None:
+        """Add what another observer saw."""
+        for name in ("counts", "batches"):
+            getattr(self, name).add_(getattr(other, name))
+        for name in ("initialized", "nonfinite"):
+            getattr(self, name).logical_or_(getattr(other, name))
+        torch.maximum(self.largest, other.largest, out=self.largest)
+
     def require(self) -> None:
         """Raise `CalibrationError` where nothing was seen."""
         if not bool(self.initialized):

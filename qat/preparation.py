@@ -6,6 +6,7 @@ import functools
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,7 +21,7 @@ from qat.layers import layer_class, quantized_layers
 from qat.observers import Best, ObserverChoice
 from qat.optimizers import watch
 from qat.quantizers import Algorithm, StraightThrough, WeightQuantizer
-from qat.quantizers.activation import ActivationQuantizer
+from qat.quantizers.activation import ActivationQuantizer, LearnedScale
 from qat.runs import note_runs, observe_runs
 from qat.spec import QuantSpec
 from qat.tensors import matrices
@@ -123,15 +124,13 @@ def prepare(
             quantizer.float8_backward = types.weights.floating and types.activations.floating
         inputs = outputs = None
         if types.activations is not None:
-            inputs = ActivationQuantizer(types.activations, types.dtype, observer).to(weight.device)
+            kind = LearnedScale if algorithm.learns_activations(row.name) else ActivationQuantizer
+            inputs = kind(types.activations, types.dtype, observer).to(weight.device)
             if spec.outputs:
-                outputs = ActivationQuantizer(types.activations, types.dtype, observer).to(weight.device)
+                outputs = kind(types.activations, types.dtype, observer).to(weight.device)
         made.append((row.name, cls, module, quantizer.to(weight.device), inputs, outputs))
-    if algorithm.float8_backward and not any(quantizer.float8_backward for _, _, _, quantizer, *_ in made):
-        raise SpecError(
-            f"algorithm: float8_backward=True needs layers with float8 weights and float8 activations, but weights are "
-            f"{spec.weights!r} and activations {spec.activations!r}: set both to 'float8', or leave it out"
-        )
+    calibrated = [name for name, _, _, _, inputs, _ in made if inputs is not None]
+    _check_use(algorithm, calibrated, [quantizer for _, _, _, quantizer, _, _ in made])
     for name, cls, module, quantizer, inputs, outputs in made:  # now, so that no error leaves a half-prepared model
         if _untie(model, module):
             untied.append(name)
@@ -145,6 +144,20 @@ def prepare(
     setattr(model, _HOOKS, hooks + observe_runs(model))
     watch(model)
     return PrepareReport(report, layers, tuple(untied))
+
+
+def _check_use(algorithm: Algorithm, names: list[str], quantizers: list[WeightQuantizer]) -> None:
+    """Raise `SpecError` for an option of the algorithm that no layer uses; ``names`` are of those with activations."""
+    fault = None
+    if algorithm.float8_backward and not any(quantizer.float8_backward for quantizer in quantizers):
+        fault = "float8_backward=True needs layers with float8 weights and float8 activations: set both to 'float8'"
+    if algorithm.learn_activations and not any(map(algorithm.learns_activations, names)):
+        fault = "learn_activations=True needs layers with quantized activations that are not among static_activations"
+    for pattern in algorithm.static_activations:
+        if not any(fnmatchcase(name, pattern) for name in names) or not algorithm.learn_activations:
+            fault = f"static_activations: {pattern!r} keeps no layer's scales, which learn_activations=True would learn"
+    if fault is not None:
+        raise SpecError(f"algorithm: {fault}, or leave it out")
 
 
 def prepared_as(model: nn.Module) -> Prepared:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -10,11 +11,12 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
 
 from qat.errors import SpecError
 from qat.tensors import matrices
 
-__all__ = ["Probe", "Weights", "compiled_parts", "kept_modes", "run"]
+__all__ = ["Probe", "Readers", "Weights", "compiled_parts", "kept_modes", "run"]
 
 
 @contextmanager
@@ -89,6 +91,32 @@ class Probe(TorchFunctionMode):
             if reader is None or reader is not self._layers[name]:
                 self.read[name] = type(reader).__name__
         return result
+
+
+class Readers:
+    """Which layers read the same tensor, in every call."""
+
+    def __init__(self, layers: Mapping[str, nn.Module]) -> None:
+        self._first: Any = WeakIdKeyDictionary()
+        self._found: dict[str, set[str]] = {name: set() for name in layers}
+        self._handles = [
+            layer.register_forward_pre_hook(functools.partial(self._note, name), with_kwargs=True)
+            for name, layer in layers.items()
+        ]
+
+    def _note(self, name: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = args[0] if args else kwargs["input"]
+        self._found[name].add(self._first.setdefault(x, name))
+
+    def groups(self) -> list[list[str]]:
+        """Names of layers with one input, two at least, in the order of their calls. Stops looking."""
+        for handle in self._handles:
+            handle.remove()
+        groups: dict[str, list[str]] = {}
+        for name, first in self._found.items():
+            if len(first) == 1:
+                groups.setdefault(min(first), []).append(name)
+        return [names for first, names in groups.items() if first in names and len(names) > 1]
 
 
 class Weights:

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
-import qat
 from qat.formats import QUANTO
 from qat.layers import Mode, QLinear, layer_class, quantized_layers
 from qat.observers import Absmax
@@ -228,43 +227,6 @@ def test_quantized_activations_keep_nine_bits_an_input_and_one_an_output(weights
     scales = 4 * OUT * (4 if weights in ("int4", "int2") else 1)  # and shifts, of two groups a row
     assert kept.beyond(module.weight) <= (9 * x.numel() + y.numel()) / 8 + scales + 64
     assert kept.beyond(module.weight) < 4 * x.numel()
-
-
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("qtype", ["int8", "float8"])
-def test_quantized_activations_give_what_the_frozen_layer_gives(qtype: str, dtype: torch.dtype) -> None:
-    for bias in (True, False):
-        prepared = layer(qtype, activations=qtype, dtype=dtype, bias=bias).to(dtype)
-        x = (inputs(3, 8, IN) * 2).to(dtype)  # of which some saturate
-        y = prepared(x)
-        model = nn.Sequential(nn.Linear(IN, OUT, bias=bias)).to(dtype)
-        qat.prepare(model, qat.QuantSpec.model_validate({"weights": qtype, "activations": qtype, "dtype": dtype}))
-        model[0].load_state_dict(prepared.state_dict())
-        qat.freeze(model)
-        assert torch.equal(y, model(x).dequantize())
-
-
-def test_codes_are_multiplied_only_where_nothing_else_is_rounded() -> None:
-    module, x = layer("int8", activations="int8", dtype=torch.bfloat16), inputs(3, IN)
-
-    def multiplies(module: QLinear, x: Tensor, dtype: torch.dtype) -> bool:
-        calls: list[object] = []
-        quantizer = module.weight_quantizer
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(quantizer, "quantize_to_codes", lambda w: calls.append(w) or quantizer.quantize(w, dtype))
-            module(x)
-        return bool(calls)
-
-    assert not multiplies(module, x, torch.float32)  # computes in float32, and is served in bfloat16
-    with torch.autocast("cpu", torch.bfloat16):
-        assert multiplies(module, x, torch.bfloat16)
-    module.to(torch.bfloat16)
-    assert multiplies(module, x.bfloat16(), torch.bfloat16)
-    module.mode = Mode(codes=False)
-    assert not multiplies(module, x.bfloat16(), torch.bfloat16)
-    assert not multiplies(layer("int4", activations="int8"), x, torch.float32)
-    assert not multiplies(layer("float8", activations="int8"), x, torch.float32)
-    assert not multiplies(layer("int8"), x, torch.float32)
 
 
 @pytest.mark.parametrize("weights", WEIGHT_TYPES)

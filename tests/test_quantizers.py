@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from pydantic import TypeAdapter, ValidationError, create_model
 from torch import Tensor, nn
 
+import qat
 from qat.errors import CalibrationError, SpecError
 from qat.formats import QUANTO
 from qat.numerics import QType, Symmetric
@@ -97,7 +99,9 @@ def test_a_second_algorithm_joins_the_union_by_being_registered() -> None:
     with pytest.raises(ValidationError, match=r"'straight_through', .*'learned_step'"):
         adapter.validate_python({"kind": "magic"})
     recipe = create_model("recipe", algorithm=(union, StraightThrough()))
-    assert recipe().model_dump() == {"algorithm": {"kind": "straight_through", "mask_saturated": False}}
+    assert recipe().model_dump() == {
+        "algorithm": {"kind": "straight_through", "float8_backward": False, "mask_saturated": False}
+    }
     assert recipe.model_validate({"algorithm": LearnedStep()}).model_dump()["algorithm"]["kind"] == "learned_step"
 
 
@@ -112,7 +116,8 @@ def test_an_algorithm_takes_no_unknown_field_and_cannot_be_changed() -> None:
     with pytest.raises(ValidationError, match="Extra inputs"):
         StraightThrough.model_validate({"learning_rate": 1.0})
     with pytest.raises(
-        SpecError, match=r"^StraightThrough: rate: Extra .*, got 1.0: choose from kind, mask_saturated$"
+        SpecError,
+        match=r"^StraightThrough: rate: Extra .*, got 1.0: choose from kind, float8_backward, mask_saturated$",
     ):
         StraightThrough(rate=1.0)  # type: ignore[call-arg]
     with pytest.raises(SpecError, match=r"^StraightThrough: got True without a name: write .*\(mask_saturated="):
@@ -287,3 +292,23 @@ def test_a_type_without_fast_kernels_learns_its_range_by_plain_autograd() -> Non
     assert same_bits(found[0][0], found[1][0])
     assert torch.equal(2 * found[0][1], found[1][1])
     torch.testing.assert_close(2 * found[0][2], found[1][2], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "activations", "reason"),
+    [
+        ({"float8_backward": True}, "int8", "float8_backward=True needs layers with float8 weights and float8 act"),
+        ({"learn_activations": True}, None, "learn_activations=True needs layers with quantized activations"),
+        ({"learn_activations": True, "static_activations": ("*",)}, "int8", "that are not among static_activations"),
+        ({"learn_activations": True, "static_activations": ("nope",)}, "int8", "'nope' keeps no layer's scales"),
+        ({"static_activations": ("0",)}, "int8", "'0' keeps no layer's scales, which learn_activations=True would"),
+    ],
+)
+def test_an_option_of_the_algorithm_that_no_layer_uses_is_refused(
+    options: dict[str, Any], activations: str | None, reason: str
+) -> None:
+    model = nn.Sequential(nn.Linear(16, 8))
+    spec = qat.QuantSpec.model_validate({"activations": activations})
+    with pytest.raises(qat.SpecError, match=rf"^algorithm: .*{re.escape(reason)}"):
+        qat.prepare(model, spec, algorithm=qat.StraightThrough(**options))
+    assert type(model[0]) is nn.Linear

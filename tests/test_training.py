@@ -155,6 +155,25 @@ def test_start_and_observers_follow_the_steps(tmp_path: Path) -> None:
     assert [layer.mode.weights for layer in layers_of(module)] == [True] * 3
 
 
+def test_scales_are_held_for_the_last_steps_while_weights_go_on(tmp_path: Path) -> None:
+    class Values(Callback):
+        def __init__(self) -> None:
+            self.scales: list[list[float]] = []
+            self.weights: list[float] = []
+
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            self.scales.append([float(p.detach().sum()) for n, p in pl_module.named_parameters() if "_quantizer." in n])
+            self.weights.append(float(pl_module.model.head.weight.detach().sum()))
+
+    values, algorithm = Values(), qat.LearnedAffine(learn_activations=True)
+    callback = quantization(INT8_INT8, algorithm, hold_scales_from=3, calibration_batches=1)
+    quiet_trainer(tmp_path, callback, values, max_steps=6).fit(UserModule(), loader())
+    assert len(values.scales[0]) > 3
+    assert values.scales[0] != values.scales[1] != values.scales[2] != values.scales[3]
+    assert values.scales[3] == values.scales[4] == values.scales[5]
+    assert len(set(values.weights)) == 6
+
+
 def test_a_delayed_start_trains_in_float_until_then(tmp_path: Path) -> None:
     plain, delayed = UserModule(), UserModule()
     quiet_trainer(tmp_path, max_steps=6).fit(plain, loader())

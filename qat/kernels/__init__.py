@@ -163,14 +163,15 @@ def masked_product(grad: Tensor, weight: Tensor, inside: Tensor) -> Tensor:
 
 
 @operator(lambda grad, codes, *_: grad.new_empty((grad.shape[0], codes.shape[1])), CUDA="qat.kernels.triton_float8")
-def float8_input_gradient(grad: Tensor, codes: Tensor, scale: Tensor, inside: Tensor) -> Tensor:
-    """`masked_product` of ``grad``, ``(rows, out)``, and a float8 weight, with the gradient in float8 too.
+def float8_input_gradient(grad: Tensor, codes: Tensor, scale: Tensor, inside: Tensor | None) -> Tensor:
+    """The product of ``grad``, ``(rows, out)``, and a float8 weight, with the gradient in float8 too, masked if asked.
 
     ``codes`` are the weight's, ``(out, in)``, and ``scale`` its own, ``(out, 1)``, which the gradient takes before each
     row is quantized by its largest magnitude. All sizes are multiples of 16.
     """
     rounded, row_scale = _float8_rows(grad.float() * scale.t())
-    return masked_gradient(((rounded @ codes.float()) * row_scale).to(grad.dtype), inside)
+    product = ((rounded @ codes.float()) * row_scale).to(grad.dtype)
+    return product if inside is None else masked_gradient(product, inside)
 
 
 @operator(lambda grad, x, *_: grad.new_empty((grad.shape[1], x.shape[1])), CUDA="qat.kernels.triton_float8")

@@ -19,7 +19,6 @@ if triton is not None:
 
 __all__ = ["float8_input_gradient", "float8_weight_gradient", "supports"]
 
-_COLUMNS = 2048  # of a row that are read at a time
 _TILE = 64
 _TALL = 256  # rows of which one program finds the columns' largest magnitudes
 
@@ -29,19 +28,12 @@ if triton is not None:
     def _rows_kernel(grad, factor, codes, scale, size, smallest: tl.constexpr, columns: tl.constexpr):  # type: ignore[no-untyped-def]
         """Quantize a row of ``grad * factor`` by its largest magnitude."""
         row = tl.program_id(0).to(tl.int64)
-        largest = tl.zeros((columns,), tl.float32)
-        for first in range(0, size, columns):
-            column = first + tl.arange(0, columns)
-            value = tl.load(grad + row * size + column, mask=column < size, other=0.0).to(tl.float32)
-            value *= tl.load(factor + column, mask=column < size, other=0.0)
-            largest = tl.maximum(largest, tl.abs(value), propagate_nan=tl.PropagateNan.ALL)
-        s = tl.maximum(_largest(largest) / 448.0, smallest, propagate_nan=tl.PropagateNan.ALL)
+        column = tl.arange(0, columns)
+        value = tl.load(grad + row * size + column, mask=column < size, other=0.0).to(tl.float32)
+        value *= tl.load(factor + column, mask=column < size, other=0.0)
+        s = tl.maximum(_largest(tl.abs(value)) / 448.0, smallest, propagate_nan=tl.PropagateNan.ALL)
         tl.store(scale + row, s)
-        for first in range(0, size, columns):
-            column = first + tl.arange(0, columns)
-            value = tl.load(grad + row * size + column, mask=column < size, other=0.0).to(tl.float32)
-            value *= tl.load(factor + column, mask=column < size, other=0.0)
-            tl.store(codes + row * size + column, tl.div_rn(value, s).to(tl.float8e4nv), mask=column < size)
+        tl.store(codes + row * size + column, tl.div_rn(value, s).to(tl.float8e4nv), mask=column < size)
 
     @triton.jit
     def _larger(a, b):  # type: ignore[no-untyped-def]
@@ -79,17 +71,19 @@ if triton is not None:
         tl.store(out + column[:, None] * rows + row[None, :], tl.trans(value), mask=tl.trans(exists))
 
 
-def float8_input_gradient(grad: Tensor, codes: Tensor, scale: Tensor, inside: Tensor) -> Tensor:
+def float8_input_gradient(grad: Tensor, codes: Tensor, scale: Tensor, inside: Tensor | None) -> Tensor:
     """See `qat.kernels.float8_input_gradient`."""
     grad = grad.contiguous()
     rows, size = grad.shape
     found = torch.empty_like(grad, dtype=torch.float8_e4m3fn)
     row_scale = torch.empty((rows, 1), device=grad.device)
     with device_of(grad):
-        _rows_kernel[(rows,)](grad, scale, found, row_scale, size, 1e-30, _COLUMNS)
+        columns = triton.next_power_of_2(size)
+        warps = min(16, max(4, columns // 1024))
+        _rows_kernel[(rows,)](grad, scale, found, row_scale, size, 1e-30, columns, num_warps=warps)
     ones = torch.ones((1, codes.shape[1]), device=grad.device)
     product = torch._scaled_mm(found, _transposed(codes).t(), row_scale, ones, out_dtype=grad.dtype)
-    return mask_in_place(product, inside)
+    return product if inside is None else mask_in_place(product, inside)
 
 
 def float8_weight_gradient(grad: Tensor, x: Tensor, x_scale: Tensor) -> Tensor:

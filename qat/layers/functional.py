@@ -3,8 +3,8 @@
 `fake_quantized` is autograd on a weight: its result goes into any operation, which keeps that copy for backward.
 `quantized_linear` keeps what `nn.Linear` keeps, the input and the master weight, and two small tensors with scales. In
 backward it computes the fake-quantized weight once more. Of a quantized input it keeps the codes, a byte each, and a
-bit that says whether the element saturated. Where weight and input have codes of one type, and the compute dtype is the
-serving dtype, it multiplies codes as the loader does.
+bit that says whether the element saturated; with a learned scale it keeps the input itself. Where weight and input have
+codes of one type, and the compute dtype is the serving dtype, it multiplies codes as the loader does.
 
 Under autocast, `nn.Linear` pays a cast of the weight to the compute dtype; here the fake quantization is that cast.
 """
@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from qat import kernels
 from qat.numerics import QType
-from qat.quantizers.activation import ActivationQuantizer
+from qat.quantizers.activation import ActivationQuantizer, activation_gradients
 from qat.quantizers.base import Quantized, WeightQuantizer
 
 __all__ = ["autocast_dtype", "fake_quantized", "quantized_linear"]
@@ -44,7 +44,7 @@ class _Options(NamedTuple):
     qtype: QType
     dtype: torch.dtype
     masked: bool
-    input_qtype: QType | None = None
+    input_key: str = ""
     float8_backward: bool = False
 
 
@@ -96,48 +96,59 @@ class _QuantizedLinear(torch.autograd.Function):
         scale: Tensor,
         shift: Tensor | None,
         bias: Tensor | None,
+        learned: Tensor | None,
         value: Tensor,
-        input_scale: Tensor | None,
+        codes: Tensor | None,
+        inside: Tensor | None,
+        x_scale: Tensor | None,
         options: _Options,
     ) -> Tensor:
-        inside, kept = None, x
-        if input_scale is not None and options.input_qtype is not None:
-            key = options.input_qtype.key
-            kept, inside, input_scale = kernels.quantize_activation(x, input_scale, key, options.dtype)
-        ctx.save_for_backward(kept, weight, scale, shift, inside, input_scale)
         ctx.options = options
-        if input_scale is not None:
+        if learned is not None:  # whose gradient needs the input itself
+            ctx.save_for_backward(x, weight, scale, shift, None, learned)
+        else:
+            ctx.save_for_backward(x if codes is None else codes, weight, scale, shift, inside, x_scale)
+        if codes is not None and x_scale is not None:
             if value.dtype is options.qtype.storage:
-                return kernels.linear_codes(kept, input_scale, value, scale, bias, options.qtype.key, options.dtype)
-            x = kernels.dequantize_activation(kept, input_scale, options.dtype, x.dtype)
+                return kernels.linear_codes(codes, x_scale, value, scale, bias, options.qtype.key, options.dtype)
+            x = kernels.dequantize_activation(codes, x_scale, options.dtype, value.dtype)
         return torch.nn.functional.linear(x, value, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, scale, shift, inside, input_scale = ctx.saved_tensors
-        qtype, dtype, _, _, float8 = ctx.options
-        needs_x, *needs_scales, needs_bias = ctx.needs_input_grad[:5]
-        grad_x = grad_weight = grad_scale = grad_shift = grad_bias = None
-        rows = grad.reshape(-1, grad.shape[-1])
+        x, weight, scale, shift, inside, x_scale = ctx.saved_tensors
+        qtype, dtype, _, input_key, float8 = ctx.options
+        needs_x, *needs_scales, needs_bias, learned = ctx.needs_input_grad[:6]
+        grad_x = grad_weight = grad_scale = grad_shift = grad_bias = grad_learned = None
+        rows, x_rows = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
+        codes, given = x_rows, x_rows
+        if x_scale is not None and inside is None:
+            codes, inside, _ = kernels.quantize_activation(x_rows, x_scale, input_key, dtype)
         # Hopper multiplies float8 in steps of 16; others get the exact gradient.
         float8 = float8 and inside is not None and all(n % 16 == 0 for n in (*rows.shape, x.shape[-1]))
-        if needs_x and float8:
-            codes = kernels.fake_quantize_weight(weight, scale, shift, qtype.key, dtype, qtype.storage, after=grad)
-            grad_x = kernels.float8_input_gradient(rows, codes, scale, inside).view(x.shape)
-        elif needs_x:
-            value = kernels.fake_quantize_weight(weight, scale, shift, qtype.key, dtype, grad.dtype, after=grad)
-            grad_x = rows @ value if inside is None else kernels.masked_product(rows, value, inside)
+        if needs_x or learned:
+            masked = None if learned else inside
+            if float8:
+                w = kernels.fake_quantize_weight(weight, scale, shift, qtype.key, dtype, qtype.storage, after=grad)
+                grad_x = kernels.float8_input_gradient(rows, w, scale, masked)
+            else:
+                w = kernels.fake_quantize_weight(weight, scale, shift, qtype.key, dtype, grad.dtype, after=grad)
+                grad_x = rows @ w if masked is None else kernels.masked_product(rows, w, masked)
+            if learned:
+                grad_learned, grad_x = activation_gradients(given, x_scale, input_key, grad_x)
             grad_x = grad_x.view(x.shape)
         if any(needs_scales):
-            if inside is not None and not float8:
-                x = kernels.dequantize_activation(x, input_scale, dtype, grad.dtype, after=grad)
-            x = x.reshape(-1, x.shape[-1])
-            grad_weight = kernels.float8_weight_gradient(rows, x, input_scale) if float8 else rows.t() @ x
+            if float8:
+                grad_weight = kernels.float8_weight_gradient(rows, codes, x_scale)
+            else:
+                if inside is not None:
+                    given = kernels.dequantize_activation(codes, x_scale, dtype, grad.dtype, after=grad)
+                grad_weight = rows.t() @ given
             grad_weight, grad_scale, grad_shift = _weight_gradients(ctx, grad_weight, weight, scale, shift)
         if needs_bias:
             grad_bias = rows.sum(0)
-        return grad_x, grad_weight, grad_scale, grad_shift, grad_bias, None, None, None
+        return grad_x, grad_weight, grad_scale, grad_shift, grad_bias, grad_learned, None, None, None, None, None
 
 
 def quantized_linear(
@@ -157,16 +168,16 @@ def quantized_linear(
     Raises:
         CalibrationError: the input is quantized, has elements, and there is no scale yet.
     """
+    codes: tuple[Tensor | None, ...] = (None, None, None)
+    learned, key = None, ""
     if activation is not None:
-        activation.require_scale(x)
+        codes, learned, key = activation.quantize(x), activation.learned_scale(), activation.qtype.key
     value, scale, shift = quantized
     dtype = quantizer.dtype if value.dtype is quantizer.qtype.storage else value.dtype
     if autocast_dtype(x) is not None:
         x = x.to(dtype)
     if bias is not None:
         bias = bias.to(dtype)
-    input_scale, input_qtype = (None, None) if activation is None else (activation.scale, activation.qtype)
-    float8 = quantizer.float8_backward and activation is not None
-    options = _Options(quantizer.qtype, quantizer.dtype, quantizer.masked, input_qtype, float8)
-    y: Tensor = _QuantizedLinear.apply(x, weight, scale, shift, bias, value, input_scale, options)  # type: ignore[no-untyped-call]
+    options = _Options(quantizer.qtype, quantizer.dtype, quantizer.masked, key, quantizer.float8_backward)
+    y: Tensor = _QuantizedLinear.apply(x, weight, scale, shift, bias, learned, value, *codes, options)  # type: ignore[no-untyped-call]
     return y

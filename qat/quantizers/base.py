@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from fnmatch import fnmatchcase
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -111,6 +112,14 @@ class Algorithm(NamedArguments):
     """Names the algorithm in a configuration file; a subclass has a literal here."""
     float8_backward: bool = False
     """Multiply gradients in float8 too, where weights and inputs are float8: faster, and no longer exact."""
+    learn_activations: bool = False
+    """Learn the scales of activations from where calibration left them (LSQ), with the rate of learned ranges."""
+    static_activations: tuple[str, ...] = ()
+    """Layers whose activations keep their calibrated scales all the same: ``fnmatch`` patterns on their names."""
+
+    def learns_activations(self, name: str) -> bool:
+        """Whether the activation scales of the layer called ``name`` are learned."""
+        return self.learn_activations and not any(fnmatchcase(name, pattern) for pattern in self.static_activations)
 
     @abstractmethod
     def make(self, weight: Tensor, qtype: QType, dtype: torch.dtype) -> WeightQuantizer:

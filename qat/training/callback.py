@@ -94,6 +94,7 @@ class QuantizationAwareTraining(Callback):
         self.model_inputs = model_inputs
         self.example_inputs = example_inputs
         self._phase: tuple[bool, bool] | None = None  # what the layers were last switched to
+        self._held: dict[nn.Parameter, Tensor] = {}  # learned scales that stay, and where
         self._process = os.getpid()
 
     def model_of(self, module: LightningModule) -> nn.Module:
@@ -214,9 +215,17 @@ class QuantizationAwareTraining(Callback):
         """Switch fake quantization and observers by step."""
         if self._phase != self._phase_of(trainer):
             self._follow_schedule(trainer, pl_module)
+        if not self.schedule.holds(trainer.global_step):
+            self._held.clear()
+        elif not self._held:
+            own = learned_ranges(self.model_of(pl_module))
+            self._held = {p: p.detach().clone() for p in pl_module.parameters() if id(p) in own}
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Let all ranks have the largest scale that any of them observed."""
+        """Put held scales back, and let all ranks have the largest scale that any of them observed."""
+        # Without a gradient an optimizer's momentum would still move them, and DDP would wait for the gradient.
+        for parameter, value in self._held.items():
+            parameter.detach().copy_(value)
         if self._phase is None or not self._phase[1] or trainer.world_size == 1:
             return
         scales = [q.scale for q in _activations(self.model_of(pl_module))]

@@ -30,6 +30,8 @@ class QuantizationSchedule(NamedArguments):
     """Activation observers record from this step on; none: never during training."""
     observe_until: int | None = Field(default=None, ge=0)
     """Activation observers stop at this step; none: they go on to the end."""
+    hold_scales_from: int | None = Field(default=None, ge=0)
+    """From this step on, learned scales and ranges stay as they are, and the weights settle to them; none: never."""
     calibration_batches: int = Field(default=16, ge=0)
     """Batches for the calibration before the first step; recipes use as many before freezing. Only with activations."""
 
@@ -45,6 +47,10 @@ class QuantizationSchedule(NamedArguments):
     def observes(self, step: int) -> bool:
         """Whether observers record at this step."""
         return self.observe_from is not None and self.observe_from <= step < (self.observe_until or step + 1)
+
+    def holds(self, step: int) -> bool:
+        """Whether learned scales and ranges stay as they are at this step."""
+        return self.hold_scales_from is not None and step >= self.hold_scales_from
 
     def sets_scales(self, step: int) -> bool:
         """Whether a run that begins at this step without activation scales will have them once it quantizes."""

@@ -1,0 +1,221 @@
+"""Scales of activations: shared codes, and scales that are learned, against autograd of an independent float64 form."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+import weakref
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import qat
+from qat import kernels
+from qat.formats import QUANTO
+from qat.layers import QLinear, quantized_layers
+from qat.numerics import QType
+from qat.observers import Absmax
+from qat.optimizers import learned_ranges
+from qat.quantizers.activation import ActivationQuantizer, LearnedScale, fake_quantize_output
+
+BYTES = [QUANTO.qtypes[name] for name in ("int8", "float8")]
+LEARNED = qat.StraightThrough(learn_activations=True)
+
+
+def quantizer(
+    qtype: QType, scale: float = 0.03125, kind: type[ActivationQuantizer] = LearnedScale
+) -> ActivationQuantizer:
+    """A calibrated one, served in float32."""
+    made = kind(qtype, torch.float32, Absmax())
+    made.observe(torch.tensor(scale * qtype.steps))
+    made.refresh()
+    return made
+
+
+def lsq(x: Tensor, scale: Tensor, qtype: QType) -> Tensor:
+    """Esser et al. 2020, equations 1 to 3 and 5, in float64: gradients come from autograd."""
+    v = x / scale
+    low, high = (-448.0, 448.0) if qtype.floating else (-128.0, 127.0)
+    clipped = torch.minimum(torch.maximum(v, torch.full_like(v, low)), torch.full_like(v, high))
+    codes = clipped.detach().float().to(torch.float8_e4m3fn).double() if qtype.floating else clipped.detach().round()
+    return (clipped + (codes - clipped).detach()) * scale
+
+
+@pytest.mark.parametrize("qtype", BYTES, ids=lambda qtype: qtype.name)
+def test_the_gradients_of_a_learned_scale_are_those_of_lsq(qtype: QType) -> None:
+    for seed in range(5):
+        torch.manual_seed(seed)
+        learned = quantizer(qtype, 0.5 * 0.03125 if seed % 2 else 0.03125)
+        x = torch.randn(7, 33) * learned.scale * qtype.steps / 2.5
+        weights = torch.randn(7, 33)
+        ours = x.clone().requires_grad_()
+        y = fake_quantize_output(ours, learned)
+        (y * weights).sum().backward()
+        theirs, move = x.double().requires_grad_(), torch.zeros((), dtype=torch.float64, requires_grad=True)
+        z = lsq(theirs, learned.scale.double() * (1 + move), qtype)
+        (z * weights.double()).sum().backward()
+        assert torch.equal(y.double(), z)
+        assert isinstance(learned, LearnedScale)
+        assert learned.move.grad is not None
+        assert move.grad is not None
+        torch.testing.assert_close(learned.move.grad.double(), move.grad, rtol=1e-4, atol=1e-4)
+        assert ours.grad is not None
+        assert theirs.grad is not None
+        torch.testing.assert_close(ours.grad.double(), theirs.grad)
+        assert 0 < int((ours.grad == 0).sum()) < x.numel()
+
+
+@pytest.mark.parametrize("weights", ["int8", "float8", "int4"])
+@pytest.mark.parametrize("activations", ["int8", "float8"])
+def test_a_layer_learns_the_scales_of_its_input_and_its_output(weights: str, activations: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(256, 64), nn.GELU(), nn.Linear(64, 32))
+    spec = qat.QuantSpec.model_validate({"weights": weights, "activations": activations, "dtype": "float32"})
+    qat.prepare(model, spec, algorithm=LEARNED)
+    x = torch.randn(24, 256)
+    qat.calibrate(model, [x])
+    x = (x * 1.5).requires_grad_()
+    y = model(x)
+    y.square().mean().backward()
+    moves = {n: p.detach().double().requires_grad_() for n, p in model.named_parameters() if n.endswith(".move")}
+    assert len(moves) == 4
+    z = given = x.detach().double().requires_grad_()
+    for name in ("0", "2"):
+        layer = model.get_submodule(name)
+        assert isinstance(layer, QLinear)
+        for side in ("input", "output"):
+            one = getattr(layer, f"{side}_quantizer")
+            z = lsq(z, one.scale.double() * (1 + moves[f"{name}.{side}_quantizer.move"]), one.qtype)
+            if side == "input":
+                z = z @ layer.weight_quantizer.quantize(layer.weight, torch.float32).value.double().t() + layer.bias
+        z = nn.functional.gelu(z) if name == "0" else z
+    z.square().mean().backward()
+    torch.testing.assert_close(y.double(), z, rtol=0, atol=1e-6)
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad.double(), given.grad, rtol=1e-4, atol=1e-7)
+    for name, move in moves.items():
+        torch.testing.assert_close(model.get_parameter(name).grad.double(), move.grad, rtol=1e-4, atol=1e-6)  # type: ignore[union-attr]
+
+
+def test_learned_scales_are_trained_kept_by_calibration_and_frozen() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 16), nn.GELU(), nn.Linear(16, 8))
+    qat.prepare(model, qat.QuantSpec(activations="int8", dtype="float32"), algorithm=LEARNED)
+    x = torch.randn(24, 32)
+    qat.calibrate(model, [x])
+    groups = {group["name"]: group for group in qat.parameter_groups(model, lr=1e-3, scale_lr=1e-2, weight_decay=0.1)}
+    assert len(groups["scales"]["params"]) == 4
+    assert groups["scales"]["weight_decay"] == 0
+    start = [q.scale.clone() for _, layer in quantized_layers(model) for q in layer.activation_quantizers()]
+    optimizer = torch.optim.Adam(groups.values())
+    for _ in range(5):
+        optimizer.zero_grad()
+        (model(x) - 1).square().mean().backward()
+        optimizer.step()
+    model.eval()
+    y = model(x).detach()
+    quantizers = [q for _, layer in quantized_layers(model) for q in layer.activation_quantizers()]
+    scales = [q.serving_scale() for q in quantizers]
+    assert all(not torch.equal(one, other) for one, other in zip(scales, start, strict=True))
+    report = qat.calibrate(model, [x * 3])  # which is for scales that training did not learn
+    assert [torch.equal(q.serving_scale(), kept) for q, kept in zip(quantizers, scales, strict=True)] == [True] * 4
+    assert report.scales["0"][0] == float(scales[0])
+    qat.freeze(model)
+    assert torch.equal(model(x).dequantize(), y)
+
+
+def test_a_learned_scale_never_reaches_zero_and_comes_back() -> None:
+    learned = quantizer(BYTES[0])
+    assert isinstance(learned, LearnedScale)
+    learned.move.data.fill_(-3.0)
+    assert float(learned.serving_scale()) == float(learned.scale) / 128
+    fake_quantize_output(torch.full((2, 2), 0.1), learned).sum().backward()
+    assert learned.move.grad is not None
+    assert float(learned.move.grad) > 0
+
+
+def test_a_layer_named_static_and_one_whose_input_arrives_quantized_learn_no_scale() -> None:
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16), nn.GELU(), nn.Linear(16, 4))
+    algorithm = qat.StraightThrough(learn_activations=True, static_activations=("4",))
+    qat.prepare(model, qat.QuantSpec(activations="int8", dtype="float32"), algorithm=algorithm)
+    assert qat.calibrate(model, [torch.randn(8, 16)]).arriving == ("2",)
+    names = set(learned_ranges(model).values())
+    assert names == {f"{name}_quantizer.move" for name in ("0.input", "0.output", "2.output")}
+    fresh = copy.deepcopy(model)
+    fresh[2].input_quantizer.requires_grad_(True)
+    fresh.load_state_dict(model.state_dict())
+    assert set(learned_ranges(fresh).values()) == names
+
+
+class Readers(nn.Module):
+    """Three layers read one tensor, and one of them another one too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(32, 32) for _ in range(4))
+        self.norm = nn.LayerNorm(32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(x)
+        return self.o(self.q(x) * self.k(x) + self.v(x))
+
+
+def prepared() -> Readers:
+    torch.manual_seed(0)
+    model = Readers()
+    qat.prepare(model, qat.QuantSpec(activations="int8", dtype="float32"), target="quanto")
+    qat.calibrate(model, [torch.randn(8, 32), torch.randn(8, 32) * 2])
+    return model
+
+
+def calls(model: nn.Module, x: Tensor) -> int:
+    """How often inputs are quantized in a forward; outputs are left alone."""
+    count = 0
+    with pytest.MonkeyPatch.context() as patch:
+        original = kernels.quantize_activation
+
+        def counted(*args: object) -> object:
+            nonlocal count
+            count += 1
+            return original(*args)
+
+        patch.setattr(kernels, "quantize_activation", counted)
+        model(x)
+    return count - len(list(quantized_layers(model)))  # of which each quantizes its output
+
+
+def test_layers_that_read_one_tensor_have_one_scale_and_share_its_codes() -> None:
+    model, x = prepared(), torch.randn(8, 32)
+    scales = [layer.input_quantizer.scale for layer in (model.q, model.k, model.v)]  # type: ignore[union-attr]
+    assert scales[0] == scales[1] == scales[2] != model.o.input_quantizer.scale  # type: ignore[union-attr]
+    assert calls(model, x) == 2
+    model.k.input_quantizer.scale.mul_(1.5)  # type: ignore[operator, union-attr]
+    assert calls(model, x) == 3
+    model.load_state_dict(prepared().state_dict())
+    assert calls(model, x) == 2
+    with torch.inference_mode():
+        assert calls(model, torch.randn(8, 32)) == 4
+
+
+def test_shared_codes_are_those_of_the_tensor_as_it_is_and_die_with_it() -> None:
+    one, other = (quantizer(BYTES[0], 0.03125, ActivationQuantizer) for _ in range(2))
+    for each in (one, other):
+        each.settle()
+    x = torch.randn(4, 8)
+    first = one.quantize(x)
+    assert other.quantize(x) is first
+    x.mul_(2)
+    second = other.quantize(x)
+    assert second is not first
+    assert torch.equal(second.codes, one.qtype.encode_activation(x, one.scale, torch.float32)[0])
+    assert quantizer(BYTES[1], 0.03125, ActivationQuantizer).quantize(x).codes.dtype is torch.float8_e4m3fn
+    alive = weakref.ref(second.codes)
+    del second
+    gc.collect()
+    assert alive() is not None
+    del x
+    gc.collect()
+    assert alive() is None
+    pickle.loads(pickle.dumps(one))
