@@ -22,6 +22,7 @@ from qat.errors import StateError
 from qat.operators import operator
 
 __all__ = [
+    "NARROWEST",
     "Affine",
     "FrozenWeight",
     "QType",
@@ -34,7 +35,7 @@ __all__ = [
     "unpack_bits",
 ]
 
-_NARROWEST = 2.0**-7  # of the start range: ends that move towards each other stop there, so the scale stays above 0
+NARROWEST = 2.0**-7  # of the start range: ends that move towards each other stop there, so the scale stays above 0
 _BY_KEY: dict[str, QType] = {}
 
 
@@ -85,7 +86,7 @@ def moved_range(
     moved_high = high + high_move * unit
     moved_low = None if low is None or low_move is None else low - low_move * unit
     width = moved_high if moved_low is None else moved_high - moved_low
-    narrowest = unit * (_NARROWEST if low is None else 2 * _NARROWEST)
+    narrowest = unit * (NARROWEST if low is None else 2 * NARROWEST)
     missing = (narrowest - width).clamp(min=0).detach()
     return moved_low, moved_high + missing
 

@@ -89,3 +89,17 @@ def test_compiled_layers_equal_eager_ones(qtype):
     layer = QLinear.adopt(linear, StraightThrough().make(linear.weight, qtype, torch.bfloat16))
     x = torch.randn(8, 256, device="cuda")
     assert torch.equal(torch.compile(layer, fullgraph=True)(x), layer(x))
+
+
+@pytest.mark.parametrize("qtype", QTYPES.values(), ids=QTYPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_moved_ranges_are_those_of_the_cpu(qtype, dtype):
+    generator = torch.Generator().manual_seed(3)
+    for shape in SHAPES:
+        low, high = qtype.weight_range(torch.randn(shape, generator=generator) * 0.05)
+        moves = [torch.randn(high.shape, generator=generator) for _ in range(2)]  # some ends meet, some cross
+        ends = (low, high, moves[0] if low is not None else None, moves[1])
+        expected = kernels.moved_scale_shift(*ends, qtype.key, dtype, shape[1])
+        found = kernels.moved_scale_shift(*(None if t is None else t.cuda() for t in ends), qtype.key, dtype, shape[1])
+        for ours, wanted in zip(found, expected, strict=True):
+            assert (ours is None and wanted is None) or torch.equal(ours.cpu(), wanted), shape

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import qat
 from qat.layers import Mode, QLinear
-from tests.helpers import DTYPES
+from tests.helpers import DTYPES, WEIGHT_TYPES, kept_by
 from tests.test_layers import IN, OUT, inputs, layer
 
 
@@ -47,3 +47,13 @@ def test_codes_are_multiplied_only_where_nothing_else_is_rounded() -> None:
     assert not multiplies(layer("int4", activations="int8"), x, torch.float32)
     assert not multiplies(layer("float8", activations="int8"), x, torch.float32)
     assert not multiplies(layer("int8"), x, torch.float32)
+
+
+@pytest.mark.parametrize("weights", WEIGHT_TYPES)
+def test_quantized_activations_keep_nine_bits_an_input_and_one_an_output(weights: str) -> None:
+    module = layer(weights, activations="int8")
+    x = inputs(32, IN).requires_grad_()
+    kept, y = kept_by(lambda: module(x))
+    scales = 4 * OUT * (4 if weights in ("int4", "int2") else 1)  # and shifts, of two groups a row
+    assert kept.beyond(module.weight) <= (9 * x.numel() + y.numel()) / 8 + scales + 64
+    assert kept.beyond(module.weight) < 4 * x.numel()

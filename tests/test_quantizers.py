@@ -99,9 +99,7 @@ def test_a_second_algorithm_joins_the_union_by_being_registered() -> None:
     with pytest.raises(ValidationError, match=r"'straight_through', .*'learned_step'"):
         adapter.validate_python({"kind": "magic"})
     recipe = create_model("recipe", algorithm=(union, StraightThrough()))
-    assert recipe().model_dump() == {
-        "algorithm": {"kind": "straight_through", "float8_backward": False, "mask_saturated": False}
-    }
+    assert recipe().model_dump()["algorithm"] == StraightThrough().model_dump()
     assert recipe.model_validate({"algorithm": LearnedStep()}).model_dump()["algorithm"]["kind"] == "learned_step"
 
 
@@ -117,7 +115,7 @@ def test_an_algorithm_takes_no_unknown_field_and_cannot_be_changed() -> None:
         StraightThrough.model_validate({"learning_rate": 1.0})
     with pytest.raises(
         SpecError,
-        match=r"^StraightThrough: rate: Extra .*, got 1.0: choose from kind, float8_backward, mask_saturated$",
+        match=r"^StraightThrough: rate: Extra .*, got 1.0: choose from kind, .*, mask_saturated$",
     ):
         StraightThrough(rate=1.0)  # type: ignore[call-arg]
     with pytest.raises(SpecError, match=r"^StraightThrough: got True without a name: write .*\(mask_saturated="):

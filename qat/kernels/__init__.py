@@ -79,7 +79,10 @@ def quantize_own_range(
     return fake_quantize_weight(weight, scale, shift, qtype, dtype, out_dtype), scale, shift
 
 
-@operator(lambda low, high, *_: (torch.empty_like(high), None if low is None else torch.empty_like(high)))
+@operator(
+    lambda low, high, *_: (torch.empty_like(high), None if low is None else torch.empty_like(high)),
+    CUDA="qat.kernels.triton",
+)
 def moved_scale_shift(
     low: Tensor | None,
     high: Tensor,

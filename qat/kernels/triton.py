@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qat.numerics import qtype_of, smallest_scale
+from qat.numerics import NARROWEST, qtype_of, smallest_scale
 
 try:
     import triton
@@ -25,10 +25,27 @@ try:
 except ImportError:  # a torch without CUDA brings no Triton
     triton = None
 
-__all__ = ["device_of", "fake_quantize_weight", "quantize_own_range", "scale_gradients", "supports", "triton"]
+__all__ = [
+    "device_of",
+    "fake_quantize_weight",
+    "moved_scale_shift",
+    "quantize_own_range",
+    "scale_gradients",
+    "supports",
+    "triton",
+]
+    "device_of",
+    "fake_quantize_weight",
+    "moved_scale_shift",
+    "quantize_own_range",
+    "scale_gradients",
+    "supports",
+    "triton",
+]
 
 _TILE = 2048  # elements of a tile: sixteen for each thread of four warps
 _WIDEST = 1024  # columns of a tile
+_LONGEST = 16384  # columns of a tile that finds a row's range
 
 
 def supports(*args: Any) -> bool:
@@ -101,6 +118,24 @@ if triton is not None:
         return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
     @triton.jit  # type: ignore[untyped-decorator]
+    def _served(  # type: ignore[no-untyped-def]
+        width, low, affine: tl.constexpr, serving: tl.constexpr, steps: tl.constexpr, smallest: tl.constexpr,
+        anchor: tl.constexpr,
+    ):  # fmt: skip
+        """`QType.serve` of ranges: scale, and shift (without one: the scale again)."""
+        s = tl.div_rn(width, tl.full(width.shape, steps, tl.float32)).to(serving).to(tl.float32)
+        if smallest > 0.0:
+            s = tl.maximum(s, smallest, propagate_nan=tl.PropagateNan.ALL)
+        z = s
+        if affine:
+            z = (-low).to(serving).to(tl.float32)
+            if anchor > 0:
+                part = s * anchor
+                inner = (part - z).to(serving).to(tl.float32)
+                z = z + ((part - inner).to(serving).to(tl.float32) - z)
+        return s, z
+
+    @triton.jit  # type: ignore[untyped-decorator]
     def _own_range_kernel(  # type: ignore[no-untyped-def]
         weight, scale, shift, out, groups, size: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr,
         affine: tl.constexpr, floating: tl.constexpr, code_min: tl.constexpr, code_max: tl.constexpr,
@@ -118,17 +153,9 @@ if triton is not None:
         low = tl.reduce(low, 1, _smaller)
         high = tl.reduce(high, 1, _larger)
         width = high - low if affine else _larger(-low, high)
-        s = tl.div_rn(width, tl.full((rows,), steps, tl.float32)).to(serving).to(tl.float32)
-        if smallest > 0.0:
-            s = tl.maximum(s, smallest, propagate_nan=tl.PropagateNan.ALL)
-        z = s
+        s, z = _served(width, low, affine, serving, steps, smallest, anchor)
         tl.store(scale + row, s, mask=row < groups)
         if affine:
-            z = (-low).to(serving).to(tl.float32)
-            if anchor > 0:
-                part = s * anchor
-                inner = (part - z).to(serving).to(tl.float32)
-                z = z + ((part - inner).to(serving).to(tl.float32) - z)
             tl.store(shift + row, z, mask=row < groups)
         s, z = s[:, None], z[:, None]
         if size > columns:  # a long row is read again, from the cache; a tile of whole groups is still at hand
@@ -165,6 +192,30 @@ if triton is not None:
         tl.store(grad_scale + row, tl.sum(of_scale, 1), mask=row < groups)
         if affine:
             tl.store(grad_shift + row, tl.sum(of_shift, 1), mask=row < groups)
+
+    @triton.jit  # type: ignore[untyped-decorator]
+    def _moved_kernel(  # type: ignore[no-untyped-def]
+        low, high, low_move, high_move, scale, shift, groups, affine: tl.constexpr, serving: tl.constexpr,
+        steps: tl.constexpr, smallest: tl.constexpr, anchor: tl.constexpr, narrowest: tl.constexpr, block: tl.constexpr,
+    ):  # fmt: skip
+        """Serving scale and shift of each group's moved range."""
+        group = tl.program_id(0) * block + tl.arange(0, block)
+        exists = group < groups
+        top = tl.load(high + group, mask=exists, other=0.0)
+        unit = top
+        if affine:
+            bottom = tl.load(low + group, mask=exists, other=0.0)
+            unit = (top - bottom) * 0.5
+            bottom = bottom - tl.load(low_move + group, mask=exists, other=0.0) * unit
+        top = top + tl.load(high_move + group, mask=exists, other=0.0) * unit
+        width = top - bottom if affine else top
+        least = unit * (2.0 * narrowest if affine else narrowest)
+        top = top + tl.maximum(least - width, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        width = top - bottom if affine else top
+        s, z = _served(width, bottom if affine else top, affine, serving, steps, smallest, anchor)
+        tl.store(scale + group, s, mask=exists)
+        if affine:
+            tl.store(shift + group, z, mask=exists)
 
 
 @functools.cache
@@ -213,16 +264,50 @@ def quantize_own_range(
     """See `qat.kernels.quantize_own_range`: the bits of the specification; tensors on CUDA."""
     found = qtype_of(qtype)
     weight = weight.detach().contiguous()
-    groups, programs, _, form = _form(*weight.shape, qtype, dtype)
+    groups, _, _, form = _form(*weight.shape, qtype, dtype)
     scale = torch.empty((groups, 1), dtype=torch.float32, device=weight.device)
     shift = torch.empty_like(scale) if found.has_shift else None
     out = torch.empty_like(weight, dtype=out_dtype)
     tensors = (weight, scale, scale if shift is None else shift, out)
-    smallest, anchor = smallest_scale(dtype) if found.floating else 0.0, float(found.anchor(dtype, weight.shape[1]))
-    own = {"steps": float(found.steps), "smallest": smallest, "anchor": anchor}
+    # A whole row at once where it fits into registers, so that it is read once.
+    columns = min(_LONGEST, triton.next_power_of_2(form["size"]))
+    rows = max(1, _TILE // columns)
+    form = form | {"rows": rows, "columns": columns, "num_warps": min(16, max(4, columns // 512))}
     with device_of(weight):
-        _own_range_kernel[(programs,)](*tensors, groups, **form, **own)
+        _own_range_kernel[(triton.cdiv(groups, rows),)](
+            *tensors, groups, **form, **_serving_of(qtype, dtype, weight.shape[1])
+        )
     return out, scale, shift
+
+
+def moved_scale_shift(
+    low: Tensor | None,
+    high: Tensor,
+    low_move: Tensor | None,
+    high_move: Tensor,
+    qtype: str,
+    dtype: torch.dtype,
+    in_features: int,
+) -> tuple[Tensor, Tensor | None]:
+    """See `qat.kernels.moved_scale_shift`: the bits of the specification; tensors on CUDA."""
+    scale = torch.empty_like(high)
+    shift = None if low is None else torch.empty_like(high)
+    ends = (high if low is None else low, high, high if low_move is None else low_move, high_move)
+    with device_of(high):
+        _moved_kernel[(triton.cdiv(high.numel(), 1024),)](
+            *ends, scale, scale if shift is None else shift, high.numel(), low is not None,
+            getattr(tl, str(dtype).removeprefix("torch.")), narrowest=NARROWEST, block=1024, enable_fp_fusion=False,
+            **_serving_of(qtype, dtype, in_features),
+        )  # fmt: skip
+    return scale, shift
+
+
+@functools.cache
+def _serving_of(qtype: str, dtype: torch.dtype, in_features: int) -> dict[str, float]:
+    """The numbers of `QType.serve`."""
+    found = qtype_of(qtype)
+    smallest = smallest_scale(dtype) if found.floating else 0.0
+    return {"steps": float(found.steps), "smallest": smallest, "anchor": float(found.anchor(dtype, in_features))}
 
 
 def scale_gradients(
