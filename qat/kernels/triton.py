@@ -34,14 +34,6 @@ __all__ = [
     "supports",
     "triton",
 ]
-    "device_of",
-    "fake_quantize_weight",
-    "moved_scale_shift",
-    "quantize_own_range",
-    "scale_gradients",
-    "supports",
-    "triton",
-]
 
 _TILE = 2048  # elements of a tile: sixteen for each thread of four warps
 _WIDEST = 1024  # columns of a tile
