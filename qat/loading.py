@@ -27,7 +27,7 @@ from qat.files.shards import DTYPE_NAMES, header_faults, read_headers
 from qat.hosts import get_target
 from qat.hosts.stock import library_and_class, load_pretrained
 from qat.layers import layer_class
-from qat.tensors import stored_tensors
+from qat.tensors import meta_names, stored_tensors
 
 __all__ = ["check_files", "check_headers", "fill", "load", "skeleton"]
 
@@ -205,8 +205,7 @@ def fill(model: nn.Module, directory: Path, manifest: Manifest, device: torch.de
         store[key] = loaded[source]
     if device.type != "cpu":
         model.to(device)
-    without_data = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
-    if without_data:
+    if without_data := meta_names(model):
         raise load_error("the load is incomplete", [f"{name} is still on the meta device" for name in without_data])
 
 

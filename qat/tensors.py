@@ -19,6 +19,7 @@ __all__ = [
     "inner_tensors",
     "map_tensors",
     "matrices",
+    "meta_names",
     "model_device",
     "own_tensors",
     "raw_bytes",
@@ -54,6 +55,12 @@ def inner_tensors(tensor: Tensor) -> list[Tensor]:
     if flatten is None:
         return [tensor]
     return [part for name in flatten()[0] for part in inner_tensors(getattr(tensor, name))]
+
+
+def meta_names(model: nn.Module) -> list[str]:
+    """Parameters and buffers without data; torch computes garbage with them on CPU and says nothing."""
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    return [name for name, tensor in tensors if any(part.is_meta for part in inner_tensors(tensor))]
 
 
 def model_device(model: nn.Module) -> torch.device:

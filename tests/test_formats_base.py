@@ -147,7 +147,6 @@ def test_a_format_that_says_little_has_no_hazard_no_map_and_no_loader(tmp_path: 
     assert plain.notices([(types, (4, 4), True)]) == plain.card_loading() == []
     plain.write_map(record, tmp_path)
     assert not list(tmp_path.iterdir())
-    assert plain.map_faults(record, tmp_path) == []
     assert plain.is_settled(model, plain_on_cpu=True)
     plain.settle(model, plain_on_cpu=True)
     assert plain.fill(model, tmp_path, []) is plain.load_language_model(tmp_path) is None

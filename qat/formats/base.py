@@ -115,7 +115,7 @@ class Format(ABC):
     qtypes: ClassVar[Mapping[str, QType]]
     """Types of weights by the name that a spec uses; below, those of activations."""
     activation_qtypes: ClassVar[Mapping[str, QType]]
-    map_name: ClassVar[str | None] = None
+    map_name: ClassVar[str] = ""
     """A file beside the weights in which the format says which layer has which type."""
     library: ClassVar[str]
     """Name of the package that reads the format, for model cards; below, their tags."""
@@ -221,13 +221,11 @@ class Format(ABC):
 
     def write_map(self, record: FrozenRecord, directory: Path) -> None:
         """Write the file `map_name`, if such a model has one."""
-        if self.map_name is not None and (fields := self.map(record)):
+        if fields := self.map(record):
             write_json(directory / self.map_name, fields)
 
     def map_faults(self, record: FrozenRecord, directory: Path) -> list[str]:
         """Where the file `map_name`, which loaders trust, differs from the evidence that freezing left."""
-        if self.map_name is None:
-            return []
         wanted = self.map(record)
         try:
             found = json.loads((directory / self.map_name).read_text(encoding="utf-8"))

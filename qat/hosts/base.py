@@ -206,6 +206,45 @@ class Host:
         """
         return None
 
+    def grid_arguments(self, model: nn.Module, record: FrozenRecord, format: Format) -> dict[str, Any]:
+        """Check that a stock float32 load gives every code back; return the argument that names the one weight type.
+
+        It quantizes float weights with scales that it derives afresh: absmax a row for 8-bit types, min-max a group for
+        the others. Codes come back only where each row or group uses its whole range, so it is simulated here.
+
+        Raises:
+            ExportError: the spec is more than a stock load can express, or codes would change; it names the layers.
+        """
+        if record.spec.dtype != "float32":
+            raise ExportError(
+                "float_grid=True needs dtype='float32' in the spec, for a stock load re-derives scales in the dtype it "
+                f"loads in and {record.spec.dtype} moves codes; freeze with dtype='float32' or export packed weights"
+            )
+        kinds = sorted({layer.weights for layer in record.layers.values()})
+        if len(kinds) != 1:
+            raise ExportError(
+                f"float_grid=True: a stock load has one weight type for all layers; this model has {kinds}"
+            )
+        active = [name for name, layer in record.layers.items() if layer.activations is not None]
+        if active:
+            raise ExportError(
+                f"float_grid=True: a stock load cannot quantize activations, but {listed(active, 5)} do; "
+                "export packed weights (float_grid=False) or train with activations=None"
+            )
+        changed = []
+        for name in record.layers:
+            layer = format.read(model.get_submodule(name))
+            count = int((layer.weight.codes.float() != format.stock_codes(layer).float()).sum())
+            if count:
+                changed.append(f"{name} ({count} codes)")
+        if changed:
+            raise ExportError(
+                f"float_grid=True: a stock load would change codes in {len(changed)} of {len(record.layers)} layers: "
+                f"{listed(changed, 5)}; their rows or groups do not use the whole range of the scale. Export packed "
+                "weights (float_grid=False), or train with an algorithm that takes its range from the weights"
+            )
+        return {format.libraries[self.name].weights_argument: kinds[0]}
+
     def float_grid(self, model: nn.Module, record: FrozenRecord, format: Format) -> FloatGrid:
         """How a stock load finds the codes again; `ExportError` if none does."""
         raise ExportError(

@@ -29,7 +29,6 @@ from qat.files.evidence import FrozenRecord
 from qat.files.manifest import Manifest
 from qat.formats import Format
 from qat.hosts.base import FloatGrid, Host, Reloaded, python_block
-from qat.hosts.float_grid import check_float_grid
 from qat.hosts.sensitivity import sensitive_part
 from qat.numerics import QType
 from qat.spec import LayerSpec, QuantSpec
@@ -142,7 +141,7 @@ class _Diffusers(Host):
 
     def float_grid(self, model: nn.Module, record: FrozenRecord, format: Format) -> FloatGrid:
         """In one file, which `from_single_file` and other programs read."""
-        arguments = check_float_grid(model, record, format, self.name)
+        arguments = self.grid_arguments(model, record, format)
         if floats := self.float_layers(model, record):
             arguments["modules_to_not_convert"] = floats
         return FloatGrid(arguments, dtype="dtype=torch.float32, ", one_file=True)

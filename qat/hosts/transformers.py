@@ -27,7 +27,6 @@ from qat.files.evidence import FrozenRecord
 from qat.files.manifest import Manifest
 from qat.formats import Format
 from qat.hosts.base import FloatGrid, Host, Reloaded, matches_path_part
-from qat.hosts.float_grid import check_float_grid
 from qat.spec import QuantSpec
 
 __all__ = ["TRANSFORMERS"]
@@ -137,7 +136,7 @@ class _Transformers(Host):
         from transformers.quantizers.base import HfQuantizer
         from transformers.quantizers.quantizers_utils import should_convert_module
 
-        arguments = check_float_grid(model, record, format, self.name)
+        arguments = self.grid_arguments(model, record, format)
         quantized, floats = set(record.layers), self.float_layers(model, record)
         kept = getattr(model, "_keep_in_fp32_modules", None)
         replaced: set[str] = set()

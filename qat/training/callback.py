@@ -169,7 +169,7 @@ class QuantizationAwareTraining(Callback):
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(  # type: ignore[no-untyped-call]
             pl_module, sorted(ignored)
         )
-        self._follow_schedule(trainer, pl_module)
+        self._switch(trainer, pl_module)
 
     def _refuse_worker_processes(self, trainer: Trainer, model: nn.Module) -> None:
         """Of a copy of the module that a worker process trains, only the state returns to the process of the user."""
@@ -208,12 +208,12 @@ class QuantizationAwareTraining(Callback):
                 )
             if count > 0:
                 logger.info("%s", calibrate_on_training_data(trainer, pl_module, model, count, self.model_inputs))
-        self._follow_schedule(trainer, pl_module)
+        self._switch(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Switch fake quantization and observers by step."""
         if self._phase != self._phase_of(trainer):
-            self._follow_schedule(trainer, pl_module)
+            self._switch(trainer, pl_module)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Let all ranks have the largest scale that any of them observed."""
@@ -232,13 +232,8 @@ class QuantizationAwareTraining(Callback):
                 "activations: no scales were ever set, so there is nothing to judge: pass the ckpt_path of a training "
                 "run, or call qat.calibrate(model, batches) first"
             )
-        self._switch(pl_module, True, False)
+        self._switch(trainer, pl_module, (True, False))
 
-    def _follow_schedule(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Go to what training does at this step."""
-        self._switch(pl_module, *self._phase_of(trainer))
-
-    on_validation_end = _follow_schedule
     on_test_start = on_validation_start
     on_predict_start = on_validation_start
 
@@ -271,14 +266,17 @@ class QuantizationAwareTraining(Callback):
             return True, False
         return trainer.global_step >= self.schedule.start_step, self.schedule.observes(trainer.global_step)
 
-    def _switch(self, pl_module: LightningModule, quantizing: bool, observing: bool) -> None:
-        """Switch all layers. Activations without a scale stay float, so that sanity checks and tuners can run.
+    def _switch(self, trainer: Trainer, pl_module: LightningModule, phase: tuple[bool, bool] | None = None) -> None:
+        """Switch all layers, by default to what training does at this step.
 
-        An observer that records gives its scale in that same forward.
+        Activations without a scale stay float, so that sanity checks and tuners can run. An observer that records gives
+        its scale in that same forward.
         """
+        quantizing, observing = self._phase = phase or self._phase_of(trainer)
         for _, layer in quantized_layers(self.model_of(pl_module)):
             layer.mode = Mode(quantizing, observing or not _uncalibrated(layer), observing)
-        self._phase = (quantizing, observing)
+
+    on_validation_end = _switch
 
 
 def _activations(module: nn.Module) -> Iterator[ActivationQuantizer]:
