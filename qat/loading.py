@@ -69,8 +69,7 @@ def load(
     manifest = read_manifest(path)
     if model is not None and manifest.float_grid:
         raise LoadError(
-            f"model: {str(path)!r} holds float weights (float_grid=True), which only the stock loader quantizes again, "
-            "into a model of its own: leave model out, or export packed weights"
+            f"model: {str(path)!r} holds float weights (float_grid=True), which fill no given model: leave model out"
         )
     faults = check_files(path, manifest, hashes=verify_hashes)
     if faults:

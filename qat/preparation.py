@@ -102,8 +102,7 @@ def prepare(
         raise StateError(f"algorithm: must be an Algorithm such as StraightThrough(), got {shown(algorithm)}")
     if type(model).__name__ in ("OptimizedModule", "DataParallel", "DistributedDataParallel"):
         raise StateError(
-            f"model: is a {type(model).__name__} around the model, whose names an export would get: pass the model "
-            "inside it (model._orig_mod, or model.module), and wrap it afterwards"
+            f"model: is a {type(model).__name__} around the model: pass that (model._orig_mod, or model.module)"
         )
     report = inspect(model, spec, target=target, example_inputs=example_inputs)
     spec, observer, format = report.spec, observer or Best(), get_target(target).format
@@ -209,9 +208,8 @@ def _complete_float_checkpoint(
             fresh |= layer.fresh_state(name, weight, algorithm)
     if lacking and len(lacking) < stateful:
         raise StateError(
-            f"state_dict: quantizer keys may be absent only for all layers together, but {len(lacking)} of "
-            f"{stateful} layers lack theirs (first: {lacking[0].rstrip('.')!r}): load a whole float or a whole "
-            "prepared checkpoint"
+            f"state_dict: quantizer keys may be absent only for all layers together, but {len(lacking)} of {stateful} "
+            f"lack theirs (first: {lacking[0].rstrip('.')!r}): load a whole float or prepared checkpoint"
         )
     if lacking:
         state.update(fresh)

@@ -71,12 +71,9 @@ def model_device(model: nn.Module) -> torch.device:
 
 def own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """A module's own parameters and persistent buffers, by name."""
-    for name, parameter in module._parameters.items():
-        if parameter is not None:
-            yield name, parameter
-    for name, buffer in module._buffers.items():
-        if buffer is not None and name not in module._non_persistent_buffers_set:
-            yield name, buffer
+    for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+        if tensor is not None and name not in module._non_persistent_buffers_set:
+            yield name, tensor
 
 
 def matrices(module: nn.Module) -> dict[str, nn.Parameter]:

@@ -31,10 +31,7 @@ def flatten_inputs(inputs: Any) -> tuple[dict[str, Any], dict[str, torch.Tensor]
     if isinstance(inputs, torch.Tensor):
         inputs = (inputs,)
     if not isinstance(inputs, Mapping | tuple | list):
-        raise ExportError(
-            f"example_inputs must be a mapping of keyword arguments, a tuple of positional ones or a tensor; "
-            f"got {type(inputs).__name__}"
-        )
+        raise ExportError(f"example_inputs: must be a mapping, a tuple or a tensor, got {type(inputs).__name__}")
     tensors: dict[str, torch.Tensor] = {}
     return _structure(inputs, "input", tensors), tensors
 
@@ -51,8 +48,8 @@ def _structure(value: Any, name: str, tensors: dict[str, torch.Tensor]) -> dict[
     if value is None or isinstance(value, bool | int | float | str):
         return {"value": value}
     raise ExportError(
-        f"example_inputs: {name.removeprefix('input.')!r} is a {type(value).__name__}, which cannot be stored; "
-        f"give tensors, numbers, texts, and lists, tuples or mappings of them"
+        f"example_inputs: {name.removeprefix('input.')!r} is a {type(value).__name__}, which cannot be stored: give "
+        "tensors, numbers, texts, and lists, tuples or mappings of them"
     )
 
 

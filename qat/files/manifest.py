@@ -174,8 +174,7 @@ def read_manifest(directory: Path) -> Manifest:
     path = directory / MANIFEST_NAME
     if not path.is_file():
         raise LoadError(
-            f"{str(directory)!r} has no {MANIFEST_NAME}: it was not written by qat.export, or the copy is incomplete; "
-            f"export the model again, or load it with the library that wrote it"
+            f"{str(directory)!r} has no {MANIFEST_NAME}: it is no export, or not a whole one: export the model again"
         )
     try:
         return Manifest.model_validate_json(path.read_bytes())
@@ -183,8 +182,7 @@ def read_manifest(directory: Path) -> Manifest:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "file"
         raise LoadError(
-            f"{MANIFEST_NAME} in {str(directory)!r} is corrupt: {where}: {first['msg']} ({error.error_count()} faults "
-            f"in all); copy or export the directory again"
+            f"{MANIFEST_NAME} in {str(directory)!r} is corrupt: {where}: {first['msg']}: export the model again"
         ) from error
 
 

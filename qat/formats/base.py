@@ -191,10 +191,7 @@ class Format(ABC):
         weights, dtype = types.weights.name, str(types.dtype).removeprefix("torch.")
         computed = types.weights.group_size(shape[1])
         if group_size != computed:
-            return [
-                f"{name} is declared with group_size={group_size}, but loaders of the format use {computed} "
-                f"for {weights} and {shape[1]} input features"
-            ]
+            return [f"{name} is declared with group_size={group_size}, but loaders of {weights} use {computed}"]
         if "weight" in found:
             return [f"{name} is declared {weights}, but the files hold a float weight for it ({name}.weight)"]
         slots = self.slots(types, shape, bias)

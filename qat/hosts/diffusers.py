@@ -5,10 +5,7 @@ layers of one last name are both quantized or both float. Modules in ``_keep_in_
 loader's float8 check and then fail in forward: their linear layers stay float. A linear layer whose own last name is
 in that list is never replaced, whatever the dtype.
 
-Loaded with ``dtype`` of the serving dtype, the model holds the very numbers that were frozen; without one,
-diffusers loads float32: codes stay the same, but scales widen, so that weights are no longer rounded to the serving
-dtype. ``from_single_file`` reads a float grid as a float model, but in diffusers 0.42 it takes every file for packed as
-soon as it is given a ``QuantoConfig``, and raises on float weights.
+docs/diffusers.md has what was measured of this loader.
 """
 
 from __future__ import annotations
@@ -77,10 +74,7 @@ class _Diffusers(Host):
     def spec_faults(self, spec: QuantSpec) -> list[str]:
         faults = super().spec_faults(spec)
         if spec.activation_type is not None:
-            faults.append(
-                f"activations={spec.activation_type!r}: diffusers' QuantoConfig has no activations: use None, or "
-                "target 'quanto'"
-            )
+            faults.append(f"activations={spec.activation_type!r}: diffusers has none: use None, or target 'quanto'")
         others = {value.weights if isinstance(value, LayerSpec) else value for value in spec.overrides.values()}
         mixed = sorted(others - {"float", spec.weights})
         if mixed:
@@ -92,7 +86,7 @@ class _Diffusers(Host):
 
     def model_faults(self, model: nn.Module) -> list[str]:
         if self.owns(model):
-            return self._added_faults(model)
+            return self.added_faults(model)
         return [
             f"model: target 'diffusers' loads models of diffusers, got a {type(model).__name__}: pass the pipeline's "
             "transformer itself, or use target 'quanto' or 'transformers'"
@@ -165,19 +159,13 @@ class _Diffusers(Host):
 
     def card(self, manifest: Manifest, module: str, cls: str, format: Format) -> list[str]:
         dtype = f"torch.{manifest.dtype}"
-        code = self.pretrained_code(manifest, module, cls, "dtype", format)
+        code = self.pretrained_code(manifest, module, cls, format)
         if manifest.float_grid:
-            text = "Without `quantization_config` the same file loads as a float model that computes the same."
-            return [code, text]
-        why = (
-            "Any other `dtype` keeps the codes but rounds scales"
-            if manifest.dtype == "float32"
-            else f"**Give `dtype={dtype}`:** it is the dtype that the model was trained to be served in, and "
-            "without one diffusers loads float32, which keeps the codes but widens scales"
-        )
+            return [code, "Without `quantization_config` the same file loads as a float model that computes the same."]
+        give = f"**Give `dtype={dtype}`:** without one diffusers loads float32. " if manifest.dtype != "float32" else ""
         text = (
-            f"Stock diffusers with {format.library} and accelerate, no other package. "
-            f"{why}, so that outputs are no longer those of training."
+            f"Stock diffusers with {format.library} and accelerate, nothing else. {give}Any other `dtype` keeps the "
+            "codes but casts scales, so that outputs are no longer those of training."
         )
         use = [
             "from diffusers import DiffusionPipeline",
@@ -186,8 +174,7 @@ class _Diffusers(Host):
         ]
         moved = (
             'In a pipeline all parts need the same dtype; `pipeline.to("cuda")` moves them all. Until the model is '
-            "moved, stock diffusers reports its device as `meta`. Where that is a problem, call "
-            '`model.to("cpu")`; '
+            'moved, stock diffusers reports its device as `meta`. Where that is a problem, call `model.to("cpu")`; '
             "int4 in groups of 128 then uses another kernel, whose last bits differ."
         )
         return [code, text, moved, python_block(use)]

@@ -1,7 +1,7 @@
 """The host transformers: ``from_pretrained`` with the plug-in `qat.integrations.transformers`.
 
 The plug-in reads each module's type from the directory, so mixed types, activations, and outputs left float are
-expressible. Stock transformers cannot read packed weights: it would leave them random and print a table.
+expressible.
 
 What the loader adds is its own rule for dtypes: modules in ``_keep_in_fp32_modules`` stay float32 when float16 is asked
 for, those in ``_keep_in_fp32_modules_strict`` also with bfloat16 (``PreTrainedModel._get_dtype_plan``, transformers 5).
@@ -106,7 +106,7 @@ class _Transformers(Host):
 
     def model_faults(self, model: nn.Module) -> list[str]:
         if self.owns(model) and self.can_build(type(model)):
-            return self._added_faults(model)
+            return self.added_faults(model)
         inside = [name for name, module in model.named_modules() if self.owns(module) and self.can_build(type(module))]
         remedy = f"pass the model inside it, {inside[0]!r}" if inside else "use target 'quanto'"
         return [f"model: target 'transformers' loads models of transformers, got a {type(model).__name__}: {remedy}"]
@@ -149,8 +149,7 @@ class _Transformers(Host):
         wrong = sorted(replaced ^ quantized)
         raise ExportError(
             "float_grid=True: no modules_to_not_convert makes a stock load replace exactly the quantized layers; it "
-            f"matches names by their ending, and would differ in {listed(wrong, 5)}; export packed weights "
-            "(float_grid=False)"
+            f"would differ in {listed(wrong, 5)}; export packed weights (float_grid=False)"
         )
 
     def load(self, cls: Any, directory: Path, manifest: Manifest, format: Format) -> Reloaded:
@@ -164,7 +163,7 @@ class _Transformers(Host):
         return Reloaded(loaded, f"{type(loaded).__name__}.from_pretrained")
 
     def card(self, manifest: Manifest, module: str, cls: str, format: Format) -> list[str]:
-        code = self.pretrained_code(manifest, module, cls, "dtype", format)
+        code = self.pretrained_code(manifest, module, cls, format)
         return [code, f"No package but transformers and {format.library} is needed."] if manifest.float_grid else [code]
 
 

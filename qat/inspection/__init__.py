@@ -223,9 +223,8 @@ def _resolve_collisions(facts: _Facts, decisions: Mapping[str, _Decision]) -> li
         if chosen:
             others = sorted(set(family) - set(floats))
             raise SpecError(
-                f"exclude: target {target!r} names float layers by the last part of their name, so excluding "
-                f"{chosen} would also exclude {others[:4]}{'...' if len(others) > 4 else ''}: "
-                f"exclude all of '*{leaf}', or none"
+                f"exclude: target {target!r} names float layers by the last part of their name, so excluding {chosen} "
+                f"would also exclude {others[:4]}{'...' if len(others) > 4 else ''}: exclude all of '*{leaf}', or none"
             )
         if all(d.could_run for d in floats.values()):
             for name, d in floats.items():

@@ -113,8 +113,7 @@ class QuantizationAwareTraining(Callback):
         for other in trainer.callbacks[: trainer.callbacks.index(self)]:  # type: ignore[attr-defined]
             if isinstance(other, StochasticWeightAveraging | WeightAveraging):
                 raise TrainingError(
-                    f"callbacks: {type(other).__name__} copies the module in its setup, so it must come after "
-                    "QuantizationAwareTraining, which prepares the module in its own; put it later in the list"
+                    f"callbacks: {type(other).__name__} copies the module: it must come after QuantizationAwareTraining"
                 )
         configures = is_overridden("configure_model", pl_module)
         if not configures or self._is_built(pl_module):  # what only wraps a float model would wrap the wrong layers
@@ -158,8 +157,7 @@ class QuantizationAwareTraining(Callback):
         found = {name: getattr(prepared_as(model), name) for name in wanted}
         if found != wanted:
             raise StateError(
-                f"spec: the model is already prepared with {found}, but the callback has {wanted}: use the same, or a "
-                "fresh float model"
+                f"spec: the model is already prepared with {found}, but the callback has {wanted}: use the same"
             )
         # DistributedDataParallel would overwrite every rank's statistics with rank 0's before each forward, and has no
         # public way to leave buffers out.
@@ -177,8 +175,7 @@ class QuantizationAwareTraining(Callback):
         stateful = any("_quantizer." in key for key in model.state_dict())
         if elsewhere and stateful and trainer.state.fn == TrainerFn.FITTING:
             raise TrainingError(
-                "strategy: the quantizers would be lost in the worker processes that this strategy starts: call "
-                "qat.prepare(module.model, spec, ...) before the fit, or use strategy='ddp'"
+                "strategy: its worker processes lose quantizers: call qat.prepare before the fit, or use strategy='ddp'"
             )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -203,8 +200,7 @@ class QuantizationAwareTraining(Callback):
             if not self.schedule.sets_scales(trainer.global_step):
                 raise CalibrationError(
                     "schedule: activations are quantized but nothing sets their scales: set calibration_batches above "
-                    "0, or let observers record before fake quantization begins (observe_from=0), or call "
-                    "qat.calibrate before the fit"
+                    "0 or observe_from=0, or call qat.calibrate before the fit"
                 )
             if count > 0:
                 logger.info("%s", calibrate_on_training_data(trainer, pl_module, model, count, self.model_inputs))
@@ -229,8 +225,7 @@ class QuantizationAwareTraining(Callback):
         """Fake-quantize, whatever the step, and observe nothing."""
         if trainer.state.fn != TrainerFn.FITTING and _uncalibrated(self.model_of(pl_module)):
             raise CalibrationError(
-                "activations: no scales were ever set, so there is nothing to judge: pass the ckpt_path of a training "
-                "run, or call qat.calibrate(model, batches) first"
+                "activations: no scales were ever set: pass ckpt_path of a training run, or call qat.calibrate first"
             )
         self._switch(trainer, pl_module, (True, False))
 

@@ -140,7 +140,9 @@ def _in_fresh_process(directory: Path) -> tuple[Check, ...]:
     # of this qat comes last: in a checkout it is the current folder too.
     start = f"import sys; sys.path.append({str(Path(__file__).parents[2])!r}); from qat.cli import main; main()"
     command = [sys.executable, "-P", "-c", start, "verify", str(directory), "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=_environment())
+    paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     try:
         return TypeAdapter(VerifyReport).validate_json(done.stdout).checks
     except ValidationError:
@@ -149,12 +151,6 @@ def _in_fresh_process(directory: Path) -> tuple[Check, ...]:
             raise LoadError(said.removeprefix("error: ")) from None
         ended = f"was ended by signal {-done.returncode}" if done.returncode < 0 else f"ended with {done.returncode}"
         raise VerifyError(f"the verifying process for {str(directory)!r} {ended}:\n{said}") from None
-
-
-def _environment() -> dict[str, str]:
-    """This process's, without the empty entries that mean the current folder."""
-    paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
 
 
 def _checks(
