@@ -1,16 +1,13 @@
 """`load`: an exported directory becomes a model ready for inference, whatever the target.
 
-Directories of a host with a loader of its own go through that. For plain modules this is a loader of our own. It builds
-the model without memory for its parameters (buffers that are not stored, such as rotary tables, are real and as
-constructed under the serving dtype), puts frozen layers where the evidence says, and assigns the tensors of the
-memory-mapped files without a copy. It is strict: a missing or unexpected key, a code tensor of another dtype or packed
-shape, a tensor in another dtype than the model's are errors, found in the files' headers before anything is read.
+Directories of a host with a loader of its own go through that. For plain modules this is a loader of our own. It puts
+frozen layers where the evidence says, and assigns the tensors of the memory-mapped files without a copy. It is strict:
+a missing or unexpected key, another dtype or shape are errors, found in the files' headers before anything is read.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
@@ -170,6 +167,8 @@ def fill(model: nn.Module, directory: Path, manifest: Manifest, device: torch.de
     Raises:
         LoadError: the files do not fit the model. Nothing is changed then.
     """
+    from safetensors import safe_open
+
     target, record = get_target(manifest.target), manifest.frozen
     modules = dict(model.named_modules(remove_duplicate=False))
     places = {name: module for name, module in modules.items() if name in record.layers}
@@ -186,9 +185,15 @@ def fill(model: nn.Module, directory: Path, manifest: Manifest, device: torch.de
             faults.append(f"{name} has shape {list(kept.shape)} in the files and {list(own[name].shape)} in the model")
     if faults:
         raise load_error(f"the files in {str(directory)!r} do not fit the model", faults)
-    read = _reader(directory, manifest)
+    files = {tensor.file for tensor in manifest.tensors.values()}
+    opened: dict[str, Any] = {file: safe_open(directory / file, framework="pt") for file in files}
+
+    def read(key: str) -> Tensor:
+        """The tensor of a key, memory-mapped, on the device."""
+        return opened[manifest.tensors[key].file].get_tensor(key).to(device)  # type: ignore[no-any-return]
+
     for name, layer in record.layers.items():
-        tensors = {key.removeprefix(f"{name}."): read(key).to(device) for key in below[name]}
+        tensors = {key.removeprefix(f"{name}."): read(key) for key in below[name]}
         new = target.build(target.format.recorded(record, name), layer.shape, tensors)
         for alias in [alias for alias, module in modules.items() if module is places[name]]:
             model.set_submodule(alias, new)
@@ -196,7 +201,7 @@ def fill(model: nn.Module, directory: Path, manifest: Manifest, device: torch.de
     for name, old in own.items():
         source = manifest.tied.get(name, name)
         if source not in loaded:  # in the dtype of the file, which the frozen model had, whatever this one was built in
-            value = read(source).to(device)
+            value = read(source)
             loaded[source] = nn.Parameter(value, requires_grad=False) if isinstance(old, nn.Parameter) else value
         parent, _, key = name.rpartition(".")
         module = model.get_submodule(parent)
@@ -222,14 +227,3 @@ def _place_faults(places: Mapping[str, nn.Module], manifest: Manifest) -> list[s
             has, lacks = ("files", "model") if module.bias is None else ("model", "files")
             faults.append(f"layer {name} has a bias in the {has} but none in the {lacks}: the model is another one")
     return faults
-
-
-def _reader(directory: Path, manifest: Manifest) -> Callable[[str], Tensor]:
-    """Gives the tensor of a key, memory-mapped."""
-    from safetensors import safe_open
-
-    @functools.cache
-    def opened(file: str) -> Any:
-        return safe_open(directory / file, framework="pt")
-
-    return lambda key: opened(manifest.tensors[key].file).get_tensor(key)

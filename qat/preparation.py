@@ -250,14 +250,9 @@ def parameter_groups(
     scales = {id(p) for _, layer in quantized_layers(module) for p in layer.quantizer_parameters()}
     trained = [p for p in module.parameters() if p.requires_grad]
     others = [p for p in trained if id(p) not in scales]
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in others if p.ndim >= 2], "lr": lr, "weight_decay": weight_decay, "name": "weights"},
-        {"params": [p for p in others if p.ndim < 2], "lr": lr, "weight_decay": 0.0, "name": "vectors"},
-        {
-            "params": [p for p in trained if id(p) in scales],
-            "lr": lr / 10 if scale_lr is None else scale_lr,
-            "weight_decay": 0.0,
-            "name": "scales",
-        },
-    ]
-    return [group for group in groups if group["params"]]
+    groups = (
+        ("weights", [p for p in others if p.ndim >= 2], lr, weight_decay),
+        ("vectors", [p for p in others if p.ndim < 2], lr, 0.0),
+        ("scales", [p for p in trained if id(p) in scales], lr / 10 if scale_lr is None else scale_lr, 0.0),
+    )
+    return [{"params": p, "lr": rate, "weight_decay": decay, "name": name} for name, p, rate, decay in groups if p]

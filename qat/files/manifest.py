@@ -2,8 +2,7 @@
 
 The manifest is what makes a directory checkable on its own: hashes of the files, a digest of every tensor, the
 digests of every layer's codes, scale, shift and dequantized weight, the example that was run through the frozen model,
-and the environment in which all that was computed. `qat.loading` and `qat.verification` read it; nothing else in the
-directory depends on it, so stock loaders never notice.
+and the environment in which all that was computed. Stock loaders never notice it.
 """
 
 from __future__ import annotations

@@ -1,11 +1,7 @@
 """The host diffusers: ``AutoModel.from_pretrained`` with ``QuantoConfig``, stock, no code of ours.
 
 One weight type a model, no activations. ``modules_to_not_convert`` matches the last part of a module's name, so two
-layers of one last name are both quantized or both float. Modules in ``_keep_in_fp32_modules`` are cast before the
-loader's float8 check and then fail in forward: their linear layers stay float. A linear layer whose own last name is
-in that list is never replaced, whatever the dtype.
-
-docs/diffusers.md has what was measured of this loader.
+layers of one last name are both quantized or both float. docs/diffusers.md has what was measured of this loader.
 """
 
 from __future__ import annotations

@@ -217,11 +217,12 @@ def _resolve_collisions(facts: _Facts, decisions: Mapping[str, _Decision]) -> li
     target, notes = facts.target.name, []
     for leaf, family in families.items():
         floats = {name: d for name, d in family.items() if d.layer is None}
-        if not floats or len(floats) == len(family):
+        moved = {name: d for name, d in family.items() if d.layer is not None}
+        if not floats or not moved:
             continue
         chosen = sorted(name for name, d in floats.items() if d.explicit)
         if chosen:
-            others = sorted(set(family) - set(floats))
+            others = sorted(moved)
             raise SpecError(
                 f"exclude: target {target!r} names float layers by the last part of their name, so excluding {chosen} "
                 f"would also exclude {others[:4]}{'...' if len(others) > 4 else ''}: exclude all of '*{leaf}', or none"
@@ -233,7 +234,6 @@ def _resolve_collisions(facts: _Facts, decisions: Mapping[str, _Decision]) -> li
                     f"{name}: quantized although float by default: target {target!r} cannot tell it from other {leaf!r}"
                 )
             continue
-        moved = {name: d for name, d in family.items() if d.layer is not None}
         for d in moved.values():
             d.layer, d.reason = None, f"shares its last name {leaf!r} with {next(iter(floats))}, which must stay float"
         share = sum(d.weight.numel() for d in moved.values()) / max(1, total)
