@@ -61,7 +61,8 @@ def _description(manifest: Manifest, types: list[str], library: str) -> str:
     return (
         f"{len(record.layers)} linear layers hold {' and '.join(types)} weights, {form}. They were frozen from a model "
         f"with fake quantization (`qat` {manifest.environment.qat}, algorithm `{record.algorithm}`) and are served in "
-        f"**{manifest.dtype}**.{inputs} `qat verify` on this directory checks that it loads as what was frozen."
+        f"**{manifest.dtype}**.{inputs} `qat verify` on this directory checks that it holds, and loads as, what was "
+        "frozen."
     )
 
 

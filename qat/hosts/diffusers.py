@@ -158,10 +158,15 @@ class _Diffusers(Host):
         code = self.pretrained_code(manifest, module, cls, format)
         if manifest.float_grid:
             return [code, "Without `quantization_config` the same file loads as a float model that computes the same."]
-        give = f"**Give `dtype={dtype}`:** without one diffusers loads float32. " if manifest.dtype != "float32" else ""
+        why = (
+            "Any other `dtype` keeps the codes but rounds scales"
+            if manifest.dtype == "float32"
+            else f"**Give `dtype={dtype}`:** it is the dtype that the model was trained to be served in, and "
+            "without one diffusers loads float32, which keeps the codes but widens scales"
+        )
         text = (
-            f"Stock diffusers with {format.library} and accelerate, nothing else. {give}Any other `dtype` keeps the "
-            "codes but casts scales, so that outputs are no longer those of training."
+            f"Stock diffusers with {format.library} and accelerate, no other package. "
+            f"{why}, so that outputs are no longer those of training."
         )
         use = [
             "from diffusers import DiffusionPipeline",
