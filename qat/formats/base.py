@@ -229,11 +229,8 @@ class Format(ABC):
             names = sorted(wanted.keys() | found.keys())
         except (OSError, ValueError, AttributeError) as error:
             return [f"{self.map_name} cannot be read: {error}"]
-        return [
-            f"{self.map_name} declares {name} as {found.get(name)}, freezing left {wanted.get(name)}"
-            for name in names
-            if wanted.get(name) != found.get(name)
-        ]
+        differ = [name for name in names if wanted.get(name) != found.get(name)]
+        return [f"{self.map_name} declares {n} as {found.get(n)}, freezing left {wanted.get(n)}" for n in differ]
 
     @abstractmethod
     def build(

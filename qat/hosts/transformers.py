@@ -64,8 +64,10 @@ class _Transformers(Host):
             del config.quantization_config
         _set_config_dtype(config, dtype)
         config.architectures = [type(model).__name__]
-        if getattr(config, "tie_word_embeddings", False) and not _embeddings_are_tied(model):
-            config.tie_word_embeddings = False
+        if getattr(config, "tie_word_embeddings", False):
+            ends = (model.get_input_embeddings(), model.get_output_embeddings())
+            weights = [getattr(end, "weight", None) for end in ends if end is not None]
+            config.tie_word_embeddings = all(weight is weights[0] for weight in weights)
         return json.loads(config.to_json_string(use_diff=True))  # type: ignore[no-any-return]
 
     def set_dtype(self, model: Any, dtype: torch.dtype) -> None:
@@ -173,13 +175,6 @@ def _set_config_dtype(config: Any, dtype: torch.dtype) -> None:
     for key in config.sub_configs:
         if getattr(config, key, None) is not None:
             getattr(config, key).dtype = dtype
-
-
-def _embeddings_are_tied(model: Any) -> bool:
-    inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
-    if inputs is None or outputs is None:
-        return True
-    return getattr(inputs, "weight", None) is getattr(outputs, "weight", None)
 
 
 TRANSFORMERS = _Transformers("transformers")
