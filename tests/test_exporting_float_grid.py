@@ -48,7 +48,7 @@ class TestFloatGrid:
         ("spec", "message"),
         [
             ({"weights": "int8", "dtype": "bfloat16"}, "dtype='float32'"),
-            ({"weights": "int8", "dtype": "float32", "activations": "int8"}, "quantizes no activations"),
+            ({"weights": "int8", "dtype": "float32", "activations": "int8"}, "quantize no activations"),
             ({"weights": "int8", "dtype": "float32", "overrides": {"*.q_proj": "int4"}}, "one weight type"),
         ],
         ids=["bfloat16", "activations", "two-types"],

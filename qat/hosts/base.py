@@ -223,7 +223,7 @@ class Host:
         active = [name for name, layer in record.layers.items() if layer.activations is not None]
         if active:
             raise ExportError(
-                f"float_grid=True: a stock load quantizes no activations, {listed(active, 5)} do: export packed weights"
+                f"float_grid=True: stock loads quantize no activations, but {listed(active, 5)} do: pack the weights"
             )
         changed = []
         for name in record.layers:

@@ -225,7 +225,7 @@ class QuantizationAwareTraining(Callback):
         """Fake-quantize, whatever the step, and observe nothing."""
         if trainer.state.fn != TrainerFn.FITTING and _uncalibrated(self.model_of(pl_module)):
             raise CalibrationError(
-                "activations: no scales were ever set: pass ckpt_path of a training run, or call qat.calibrate first"
+                "activations: no scales were ever set: pass the ckpt_path of a run, or call qat.calibrate first"
             )
         self._switch(trainer, pl_module, (True, False))
 
