@@ -25,14 +25,7 @@ from qat.runs import note_runs, observe_runs
 from qat.spec import QuantSpec
 from qat.tensors import matrices
 
-__all__ = [
-    "PrepareReport",
-    "Prepared",
-    "forget_prepared",
-    "parameter_groups",
-    "prepare",
-    "prepared_as",
-]
+__all__ = ["PrepareReport", "Prepared", "forget_prepared", "parameter_groups", "prepare", "prepared_as"]
 
 _ATTRIBUTE = "_qat_prepared"
 _HOOKS = "_qat_hooks"

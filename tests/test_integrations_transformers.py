@@ -319,5 +319,5 @@ def test_offloading_is_refused(tmp_path: Path) -> None:
 def test_a_packed_configuration_for_a_float_directory_is_refused(tmp_path: Path) -> None:
     packed = load(LLAMA, write(frozen(weights="int8"), tmp_path / "packed")).config.quantization_config
     transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA.sizes)).save_pretrained(tmp_path / "float")
-    with pytest.raises(LoadError, match="not packed"):
+    with pytest.raises(LoadError, match="that of a packed directory, but this one is not"):
         load(LLAMA, tmp_path / "float", quantization_config=packed)

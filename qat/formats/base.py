@@ -234,12 +234,7 @@ class Format(ABC):
 
     @abstractmethod
     def build(
-        self,
-        types: LayerTypes,
-        shape: tuple[int, int],
-        tensors: Mapping[str, Tensor],
-        *,
-        plain_on_cpu: bool = False,
+        self, types: LayerTypes, shape: tuple[int, int], tensors: Mapping[str, Tensor], *, plain_on_cpu: bool = False
     ) -> nn.Module:
         """The module that runs a frozen linear layer, made of its stored tensors, on their device.
 

@@ -233,8 +233,8 @@ class Host:
                 changed.append(f"{name} ({count} codes)")
         if changed:
             raise ExportError(
-                f"float_grid=True: a stock load would change codes in {len(changed)} of {len(record.layers)} layers, "
-                f"which do not use the whole range of each scale: {listed(changed, 5)}: export packed weights"
+                f"float_grid=True: a stock load would change codes in {len(changed)} of {len(record.layers)} layers: "
+                f"{listed(changed, 5)}, which do not use the whole range of each scale: export packed weights"
             )
         return {format.libraries[self.name].weights_argument: kinds[0]}
 
