@@ -65,9 +65,7 @@ def load(
     path = as_path(directory, LoadError)
     manifest = read_manifest(path)
     if model is not None and manifest.float_grid:
-        raise LoadError(
-            f"model: {str(path)!r} holds float weights (float_grid=True), which fill no given model: leave model out"
-        )
+        raise LoadError(f"model: {str(path)!r} holds floats (float_grid=True), which fill no model: leave model out")
     faults = check_files(path, manifest, hashes=verify_hashes)
     if faults:
         raise load_error(f"{str(path)!r} is not what was exported", faults)

@@ -94,9 +94,7 @@ def prepare(
     if not isinstance(algorithm, Algorithm):
         raise StateError(f"algorithm: must be an Algorithm such as StraightThrough(), got {shown(algorithm)}")
     if type(model).__name__ in ("OptimizedModule", "DataParallel", "DistributedDataParallel"):
-        raise StateError(
-            f"model: is a {type(model).__name__} around the model: pass that (model._orig_mod, or model.module)"
-        )
+        raise StateError(f"model: a {type(model).__name__} around a model: pass it (model._orig_mod or model.module)")
     report = inspect(model, spec, target=target, example_inputs=example_inputs)
     spec, observer, format = report.spec, observer or Best(), get_target(target).format
     untied, made = [], []

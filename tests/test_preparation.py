@@ -113,7 +113,7 @@ def test_a_refused_preparation_changes_nothing(spec: QuantSpec, target: str, err
 @pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile], ids=["parallel", "compiled"])
 def test_a_wrapped_model_is_refused(wrap: Any) -> None:
     model = wrap(mlp())
-    with pytest.raises(StateError, match=r"model: is a \w+ around the model: pass that .model._orig_mod"):
+    with pytest.raises(StateError, match=r"model: a \w+ around a model: pass it .model._orig_mod"):
         prepare(model, F32)
 
 

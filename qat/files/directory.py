@@ -36,9 +36,7 @@ def check_destination(destination: Path, overwrite: bool) -> None:
             export: nothing else is ever removed.
     """
     if destination.is_symlink() or (destination.exists() and not destination.is_dir()):
-        raise ExportError(
-            f"directory must name a directory to create; {str(destination)!r} is a file or a link: choose another name"
-        )
+        raise ExportError(f"directory: {str(destination)!r} is a file or a link: choose another name")
     if not destination.is_dir() or not any(destination.iterdir()):
         return
     strange = _strange_files(destination)

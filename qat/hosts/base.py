@@ -217,9 +217,7 @@ class Host:
             )
         kinds = sorted({layer.weights for layer in record.layers.values()})
         if len(kinds) != 1:
-            raise ExportError(
-                f"float_grid=True: a stock load has one weight type for all layers; this model has {kinds}"
-            )
+            raise ExportError(f"float_grid=True: a stock load has one weight type for all layers, not {kinds}")
         active = [name for name, layer in record.layers.items() if layer.activations is not None]
         if active:
             raise ExportError(

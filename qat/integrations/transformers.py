@@ -80,9 +80,7 @@ class PackedQuantizer(QuantoHfQuantizer):
         device_map = kwargs.get("device_map")
         devices = {str(device) for device in device_map.values()} if isinstance(device_map, dict) else set()
         if "disk" in devices or ("cpu" in devices and len(devices) > 1):
-            raise LoadError(
-                f"device_map={device_map!r} offloads parts of the model, which packed weights cannot: use one device"
-            )
+            raise LoadError(f"device_map={device_map!r} offloads parts, which packed weights cannot: use one device")
 
     def update_attn_implementation(self, config: Any) -> Any:
         """Make the serving dtype the one that is used when the user names none.
@@ -96,9 +94,7 @@ class PackedQuantizer(QuantoHfQuantizer):
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """Refuse any dtype but the serving dtype."""
         if dtype != self.serving_dtype:
-            raise LoadError(
-                f"dtype={dtype}: scales are packed in {self.serving_dtype} and cannot be cast: leave dtype out"
-            )
+            raise LoadError(f"dtype={dtype}: scales are packed in {self.serving_dtype} and never cast: leave dtype out")
         return dtype
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
@@ -193,9 +189,7 @@ class PackedQuantizer(QuantoHfQuantizer):
         if not all(found.values()):
             renamings = [conversion for conversion in weight_conversions if isinstance(conversion, WeightRenaming)]
             found, strays = self._placed(renamings, model)
-        faults = [
-            f"{key} is packed, but its module is not declared in the group 'qat' of config.json" for key in strays
-        ]
+        faults = [f"{key} is packed, but not declared in the group 'qat' of config.json" for key in strays]
         for name, declared in self.layers.items():
             module: Any = model.get_submodule(name)
             shape, bias = (module.out_features, module.in_features), module.bias is not None

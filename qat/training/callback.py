@@ -156,9 +156,7 @@ class QuantizationAwareTraining(Callback):
         wanted = {"spec": get_target(self.target).resolved(self.spec), **wanted}
         found = {name: getattr(prepared_as(model), name) for name in wanted}
         if found != wanted:
-            raise StateError(
-                f"spec: the model is already prepared with {found}, but the callback has {wanted}: use the same"
-            )
+            raise StateError(f"spec: model is already prepared with {found}, but the callback has {wanted}: use one")
         # DistributedDataParallel would overwrite every rank's statistics with rank 0's before each forward, and has no
         # public way to leave buffers out.
         own = {id(b) for q in _activations(model) for b in q.buffers()}
@@ -224,9 +222,7 @@ class QuantizationAwareTraining(Callback):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Fake-quantize, whatever the step, and observe nothing."""
         if trainer.state.fn != TrainerFn.FITTING and _uncalibrated(self.model_of(pl_module)):
-            raise CalibrationError(
-                "activations: no scales were ever set: pass the ckpt_path of a run, or call qat.calibrate first"
-            )
+            raise CalibrationError("activations: no scales were ever set: pass ckpt_path, or call qat.calibrate first")
         self._switch(trainer, pl_module, (True, False))
 
     on_test_start = on_validation_start

@@ -39,9 +39,7 @@ def refuse_float_optimizer(module: LightningModule, checkpoint: Mapping[str, Any
 def refuse_masters(model: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
     """Quanto would take master weights into a frozen layer without a word, and quantize them in its own way."""
     if is_frozen(model) and any(f"{prefix}{name}.weight" in state_dict for name in frozen_record(model).layers):
-        raise StateError(
-            "ckpt_path: the model is frozen, but the checkpoint holds float masters: load it into a new float model"
-        )
+        raise StateError("ckpt_path: the model is frozen, but the checkpoint holds masters: load it into a float model")
 
 
 def _explain(module: nn.Module, incompatible: Any) -> None:
