@@ -16,7 +16,7 @@ from qat.hosts import Rules
 from qat.layers import Mode, QuantizedLayer, quantized_layers
 from qat.probing import compiled_parts
 from qat.quantizers.activation import fake_quantize_output
-from qat.runs import has_run
+from qat.runs import runs
 from qat.tensors import TOLERANCE, stored_tensors
 
 __all__ = ["function_fault", "hooks_change", "require_finite", "require_range", "unreached_layers"]
@@ -29,7 +29,7 @@ _CODE_STEP = 0.13
 def unreached_layers(model: nn.Module) -> list[str]:
     """Prepared layers that never ran quantized, if anything ran; nothing is known of compiled modules."""
     layers = list(quantized_layers(model))
-    if not (has_run(model) or any(layer.reached for _, layer in layers)):
+    if not (runs(model) or any(layer.reached for _, layer in layers)):
         return []
     compiled = compiled_parts(model)
     return [name for name, layer in layers if not layer.reached and not f"{name}.".startswith(compiled)]

@@ -7,6 +7,7 @@ package still catches it), and its message names the argument, the rule, the val
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 __all__ = [
     "CalibrationError",
@@ -55,6 +56,9 @@ class LoadError(QatError, RuntimeError):
 
 class VerifyError(QatError, AssertionError):
     """A reloaded checkpoint differs from the frozen model, or from the evidence that freezing left."""
+
+    report: Any = None
+    """The `VerifyReport`, once all checks were made."""
 
 
 _FAULTS_SHOWN = 8

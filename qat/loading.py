@@ -1,16 +1,13 @@
 """`load`: an exported directory becomes a model ready for inference, whatever the target.
 
-Directories of a host with a loader of its own go through that. For plain modules this is a loader of our own. It builds
-the model without memory for its parameters (buffers that are not stored, such as rotary tables, are real and as
-constructed under the serving dtype), puts frozen layers where the evidence says, and assigns the tensors of the
-memory-mapped files without a copy. It is strict: a missing or unexpected key, a code tensor of another dtype or packed
-shape, a tensor in another dtype than the model's are errors, found in the files' headers before anything is read.
+Directories of a host with a loader of its own go through that. For plain modules this is a loader of our own. It puts
+frozen layers where the evidence says, and assigns the tensors of the memory-mapped files without a copy. It is strict:
+a missing or unexpected key, another dtype or shape are errors, found in the files' headers before anything is read.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
@@ -27,7 +24,7 @@ from qat.files.shards import DTYPE_NAMES, header_faults, read_headers
 from qat.hosts import get_target
 from qat.hosts.stock import library_and_class, load_pretrained
 from qat.layers import layer_class
-from qat.tensors import stored_tensors
+from qat.tensors import meta_names, stored_tensors
 
 __all__ = ["check_files", "check_headers", "fill", "load", "skeleton"]
 
@@ -68,10 +65,7 @@ def load(
     path = as_path(directory, LoadError)
     manifest = read_manifest(path)
     if model is not None and manifest.float_grid:
-        raise LoadError(
-            f"model: {str(path)!r} holds float weights (float_grid=True), which only the stock loader quantizes again, "
-            "into a model of its own: leave model out, or export packed weights"
-        )
+        raise LoadError(f"model: {str(path)!r} holds floats (float_grid=True), which fill no model: leave model out")
     faults = check_files(path, manifest, hashes=verify_hashes)
     if faults:
         raise load_error(f"{str(path)!r} is not what was exported", faults)
@@ -171,6 +165,8 @@ def fill(model: nn.Module, directory: Path, manifest: Manifest, device: torch.de
     Raises:
         LoadError: the files do not fit the model. Nothing is changed then.
     """
+    from safetensors import safe_open
+
     target, record = get_target(manifest.target), manifest.frozen
     modules = dict(model.named_modules(remove_duplicate=False))
     places = {name: module for name, module in modules.items() if name in record.layers}
@@ -187,9 +183,15 @@ def fill(model: nn.Module, directory: Path, manifest: Manifest, device: torch.de
             faults.append(f"{name} has shape {list(kept.shape)} in the files and {list(own[name].shape)} in the model")
     if faults:
         raise load_error(f"the files in {str(directory)!r} do not fit the model", faults)
-    read = _reader(directory, manifest)
+    files = {tensor.file for tensor in manifest.tensors.values()}
+    opened: dict[str, Any] = {file: safe_open(directory / file, framework="pt") for file in files}
+
+    def read(key: str) -> Tensor:
+        """The tensor of a key, memory-mapped, on the device."""
+        return opened[manifest.tensors[key].file].get_tensor(key).to(device)  # type: ignore[no-any-return]
+
     for name, layer in record.layers.items():
-        tensors = {key.removeprefix(f"{name}."): read(key).to(device) for key in below[name]}
+        tensors = {key.removeprefix(f"{name}."): read(key) for key in below[name]}
         new = target.build(target.format.recorded(record, name), layer.shape, tensors)
         for alias in [alias for alias, module in modules.items() if module is places[name]]:
             model.set_submodule(alias, new)
@@ -197,7 +199,7 @@ def fill(model: nn.Module, directory: Path, manifest: Manifest, device: torch.de
     for name, old in own.items():
         source = manifest.tied.get(name, name)
         if source not in loaded:  # in the dtype of the file, which the frozen model had, whatever this one was built in
-            value = read(source).to(device)
+            value = read(source)
             loaded[source] = nn.Parameter(value, requires_grad=False) if isinstance(old, nn.Parameter) else value
         parent, _, key = name.rpartition(".")
         module = model.get_submodule(parent)
@@ -205,8 +207,7 @@ def fill(model: nn.Module, directory: Path, manifest: Manifest, device: torch.de
         store[key] = loaded[source]
     if device.type != "cpu":
         model.to(device)
-    without_data = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
-    if without_data:
+    if without_data := meta_names(model):
         raise load_error("the load is incomplete", [f"{name} is still on the meta device" for name in without_data])
 
 
@@ -224,14 +225,3 @@ def _place_faults(places: Mapping[str, nn.Module], manifest: Manifest) -> list[s
             has, lacks = ("files", "model") if module.bias is None else ("model", "files")
             faults.append(f"layer {name} has a bias in the {has} but none in the {lacks}: the model is another one")
     return faults
-
-
-def _reader(directory: Path, manifest: Manifest) -> Callable[[str], Tensor]:
-    """Gives the tensor of a key, memory-mapped."""
-    from safetensors import safe_open
-
-    @functools.cache
-    def opened(file: str) -> Any:
-        return safe_open(directory / file, framework="pt")
-
-    return lambda key: opened(manifest.tensors[key].file).get_tensor(key)

@@ -2,8 +2,7 @@
 
 Many trainers build their own optimizer. Some decay every parameter that is no bias and no norm, so also learned
 ranges; some built it before `qat.prepare` made the ranges. All of them end in a step of a torch optimizer, so one
-global hook before that step sees them all. An optimizer is looked at before its first step, and again when its groups
-change. Otherwise the hook costs a tuple of a few numbers.
+global hook before that step sees them all, and looks at an optimizer when its groups are new or have changed.
 
 Before the first step on a prepared model the hook also takes fingerprints of the masters and the learned ranges.
 Freezing compares them. A fingerprint is a sum over bits, exact on every device; it keeps no copy of the weights.

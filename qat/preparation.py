@@ -26,14 +26,7 @@ from qat.runs import note_runs, observe_runs
 from qat.spec import QuantSpec
 from qat.tensors import matrices
 
-__all__ = [
-    "PrepareReport",
-    "Prepared",
-    "forget_prepared",
-    "parameter_groups",
-    "prepare",
-    "prepared_as",
-]
+__all__ = ["PrepareReport", "Prepared", "forget_prepared", "parameter_groups", "prepare", "prepared_as"]
 
 _ATTRIBUTE = "_qat_prepared"
 _HOOKS = "_qat_hooks"
@@ -102,10 +95,7 @@ def prepare(
     if not isinstance(algorithm, Algorithm):
         raise StateError(f"algorithm: must be an Algorithm such as StraightThrough(), got {shown(algorithm)}")
     if type(model).__name__ in ("OptimizedModule", "DataParallel", "DistributedDataParallel"):
-        raise StateError(
-            f"model: is a {type(model).__name__} around the model, whose names an export would get: pass the model "
-            "inside it (model._orig_mod, or model.module), and wrap it afterwards"
-        )
+        raise StateError(f"model: a {type(model).__name__} around a model: pass it (model._orig_mod or model.module)")
     report = inspect(model, spec, target=target, example_inputs=example_inputs)
     spec, observer, format = report.spec, observer or Best(), get_target(target).format
     untied, made = [], []
@@ -229,9 +219,8 @@ def _complete_float_checkpoint(
             fresh |= layer.fresh_state(name, weight, algorithm)
     if lacking and len(lacking) < stateful:
         raise StateError(
-            f"state_dict: quantizer keys may be absent only for all layers together, but {len(lacking)} of "
-            f"{stateful} layers lack theirs (first: {lacking[0].rstrip('.')!r}): load a whole float or a whole "
-            "prepared checkpoint"
+            f"state_dict: quantizer keys may be absent only for all layers together, but {len(lacking)} of {stateful} "
+            f"lack theirs (first: {lacking[0].rstrip('.')!r}): load a whole float or prepared checkpoint"
         )
     if lacking:
         state.update(fresh)
@@ -272,14 +261,9 @@ def parameter_groups(
     scales = {id(p) for _, layer in quantized_layers(module) for p in layer.quantizer_parameters()}
     trained = [p for p in module.parameters() if p.requires_grad]
     others = [p for p in trained if id(p) not in scales]
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in others if p.ndim >= 2], "lr": lr, "weight_decay": weight_decay, "name": "weights"},
-        {"params": [p for p in others if p.ndim < 2], "lr": lr, "weight_decay": 0.0, "name": "vectors"},
-        {
-            "params": [p for p in trained if id(p) in scales],
-            "lr": lr / 10 if scale_lr is None else scale_lr,
-            "weight_decay": 0.0,
-            "name": "scales",
-        },
-    ]
-    return [group for group in groups if group["params"]]
+    groups = (
+        ("weights", [p for p in others if p.ndim >= 2], lr, weight_decay),
+        ("vectors", [p for p in others if p.ndim < 2], lr, 0.0),
+        ("scales", [p for p in trained if id(p) in scales], lr / 10 if scale_lr is None else scale_lr, 0.0),
+    )
+    return [{"params": p, "lr": rate, "weight_decay": decay, "name": name} for name, p, rate, decay in groups if p]

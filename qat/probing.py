@@ -73,8 +73,7 @@ class Probe(TorchFunctionMode):
         except Exception as error:  # whatever the model's own code raises
             raise SpecError(
                 f"example_inputs: the model cannot run them ({type(error).__name__}: {error}): pass one batch with the "
-                "arguments of its forward, on its device and in its dtype; a model on the meta device cannot be run: "
-                "leave example_inputs out"
+                "arguments of its forward, on its device and in its dtype; for a model on the meta device pass none"
             ) from error
         finally:
             for handle in handles:

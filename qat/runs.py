@@ -22,7 +22,7 @@ from qat.layers import inside_layer, quantized_layers
 from qat.optimizers import watch
 from qat.probing import Weights, compiled_parts
 
-__all__ = ["has_run", "note_runs", "observe_runs", "read_without_call", "runs"]
+__all__ = ["note_runs", "observe_runs", "read_without_call", "runs"]
 
 _RUNS, _READ = "_qat_runs", "_qat_read_without_call"
 logger = logging.getLogger("qat")
@@ -53,20 +53,15 @@ _thread = _Thread()
 
 def observe_runs(model: nn.Module) -> list[RemovableHandle]:
     """Take note of the runs of a prepared model from now on."""
-    return [
-        model.register_forward_pre_hook(_before),
-        model.register_forward_hook(_after, always_call=True),
-    ]
+    return [model.register_forward_pre_hook(_before), model.register_forward_hook(_after, always_call=True)]
 
 
 def runs(model: nn.Module) -> frozenset[bool]:
-    """In which modes the model itself was called, outside compiled code: ``training`` True, False or both."""
+    """In which modes a model itself was called, outside compiled code, since it was prepared or loaded.
+
+    ``training`` True, False or both.
+    """
     return getattr(model, _RUNS, frozenset())
-
-
-def has_run(model: nn.Module) -> bool:
-    """Whether the model itself was called, outside compiled code, since it was prepared or loaded."""
-    return bool(runs(model))
 
 
 def note_runs(model: nn.Module, modes: frozenset[bool]) -> None:

@@ -19,6 +19,7 @@ __all__ = [
     "inner_tensors",
     "map_tensors",
     "matrices",
+    "meta_names",
     "model_device",
     "own_tensors",
     "raw_bytes",
@@ -56,6 +57,12 @@ def inner_tensors(tensor: Tensor) -> list[Tensor]:
     return [part for name in flatten()[0] for part in inner_tensors(getattr(tensor, name))]
 
 
+def meta_names(model: nn.Module) -> list[str]:
+    """Parameters and buffers without data; torch computes garbage with them on CPU and says nothing."""
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    return [name for name, tensor in tensors if any(part.is_meta for part in inner_tensors(tensor))]
+
+
 def model_device(model: nn.Module) -> torch.device:
     """The device of a model's first parameter or buffer; the CPU for a model without any."""
     tensors = (*model.parameters(), *model.buffers())
@@ -64,12 +71,9 @@ def model_device(model: nn.Module) -> torch.device:
 
 def own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """A module's own parameters and persistent buffers, by name."""
-    for name, parameter in module._parameters.items():
-        if parameter is not None:
-            yield name, parameter
-    for name, buffer in module._buffers.items():
-        if buffer is not None and name not in module._non_persistent_buffers_set:
-            yield name, buffer
+    for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+        if tensor is not None and name not in module._non_persistent_buffers_set:
+            yield name, tensor
 
 
 def matrices(module: nn.Module) -> dict[str, nn.Parameter]:

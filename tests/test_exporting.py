@@ -104,7 +104,7 @@ class TestErrors:
 
     def test_a_directory_that_is_not_empty(self, tmp_path: Path) -> None:
         (tmp_path / "keep.txt").write_text("mine")
-        with pytest.raises(ExportError, match="is not empty, and is not replaced"):
+        with pytest.raises(ExportError, match="is not empty, and no manifest says of what"):
             export(frozen_llama(weights="int8"), tmp_path)
         assert [path.name for path in tmp_path.iterdir()] == ["keep.txt"]
 

@@ -277,7 +277,7 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("spec", "message"),
         [
-            ({"activations": "int8"}, "QuantoConfig has no activations"),
+            ({"activations": "int8"}, "diffusers has none"),
             ({"overrides": {"*.to_q": "int4"}}, "one weight type a model"),
             ({"exclude": ("proj_out",)}, r"would also exclude \['single_transformer_blocks.0.proj_out'\]"),
         ],

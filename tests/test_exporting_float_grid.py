@@ -48,7 +48,7 @@ class TestFloatGrid:
         ("spec", "message"),
         [
             ({"weights": "int8", "dtype": "bfloat16"}, "dtype='float32'"),
-            ({"weights": "int8", "dtype": "float32", "activations": "int8"}, "cannot quantize activations"),
+            ({"weights": "int8", "dtype": "float32", "activations": "int8"}, "quantize no activations"),
             ({"weights": "int8", "dtype": "float32", "overrides": {"*.q_proj": "int4"}}, "one weight type"),
         ],
         ids=["bfloat16", "activations", "two-types"],
@@ -65,7 +65,7 @@ class TestFloatGrid:
         assert sorted(arguments["modules_to_not_convert"]) == ["lm_head", "model.layers.0.mlp.down_proj"]
 
     def test_target_quanto_has_none(self, tmp_path: Path) -> None:
-        with pytest.raises(ExportError, match="use target='transformers'"):
+        with pytest.raises(ExportError, match="use 'transformers' or 'diffusers'"):
             export(frozen_llama(weights="int8", dtype="float32"), tmp_path / "out", float_grid=True)
 
 

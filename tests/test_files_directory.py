@@ -103,7 +103,7 @@ class TestAllOrNothing:
 
     def test_an_export_without_a_readable_manifest_is_not_replaced(self, tmp_path: Path) -> None:
         (tmp_path / MANIFEST_NAME).write_text("{}")
-        with pytest.raises(ExportError, match="no manifest says which files are an export's: choose another one"):
+        with pytest.raises(ExportError, match="no manifest says of what: choose another"):
             export(frozen_layers((16, 32)), tmp_path, overwrite=True)
         assert [path.name for path in tmp_path.iterdir()] == [MANIFEST_NAME]
 
@@ -116,14 +116,12 @@ class TestAllOrNothing:
 
     def test_an_export_is_replaced_only_when_asked(self, tmp_path: Path) -> None:
         export(frozen_layers((16, 32)), tmp_path / "out")
-        with pytest.raises(
-            ExportError, match=r"holds an export: choose another one, or replace it with overwrite=True"
-        ):
+        with pytest.raises(ExportError, match=r"holds an export: choose another one, or pass overwrite=True"):
             export(frozen_layers((16, 32)), tmp_path / "out")
 
     @pytest.mark.parametrize("overwrite", [False, True])  # so that no hint tells to overwrite what cannot be
     def test_what_is_no_export_is_never_replaced(self, overwrite: bool, tmp_path: Path) -> None:
         (tmp_path / "notes.txt").write_text("mine")
-        with pytest.raises(ExportError, match=r"is not replaced, since no manifest says .*has no qat_manifest.json"):
+        with pytest.raises(ExportError, match=r"no manifest says of what.*has no qat_manifest.json"):
             export(frozen_layers((16, 32)), tmp_path, overwrite=overwrite)
         assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]

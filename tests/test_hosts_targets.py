@@ -187,9 +187,8 @@ def test_a_model_with_parameters_that_no_load_fills_is_refused_early(
     with pytest.raises(TargetError) as raised:
         verb(model, F32, target=target)
     assert str(raised.value) == (
-        f"model: target {target!r} builds a {cls} from its configuration, and that has no parameters {added}, so no "
-        "load could fill them: merge adapters first (in peft: merge_and_unload), or use target 'quanto', whose loader "
-        "fills a model that you build"
+        f"model: target {target!r} builds a {cls} without the parameters {added}, so no load could fill them: "
+        "merge adapters first (in peft: merge_and_unload), or use target 'quanto'"
     )
     assert qat.prepare(model, F32, target="quanto").layers  # nothing was changed
 
@@ -249,12 +248,12 @@ def custom(*arguments: Any) -> nn.Module:
 
 def test_a_class_that_its_configuration_does_not_build_is_not_judged() -> None:
     host = get_target("transformers").host
-    assert host.added_parameters(custom(1)) == []
-    assert host.added_parameters(custom()) == []
+    assert host.added_faults(custom(1)) == []
+    assert host.added_faults(custom()) == []
     model = custom()
     del model.config
-    assert host.added_parameters(model) == []
-    assert host.added_parameters(nn.Linear(2, 2)) == []
+    assert host.added_faults(model) == []
+    assert host.added_faults(nn.Linear(2, 2)) == []
 
 
 def test_an_export_notes_that_the_code_of_a_class_is_not_copied(tmp_path: Path) -> None:

@@ -142,7 +142,7 @@ def test_a_float_weight_in_a_declared_module_is_refused(tmp_path: Path) -> None:
 def test_packed_keys_of_an_undeclared_module_are_refused(tmp_path: Path) -> None:
     directory = write(frozen(weights="int8"), tmp_path)
     edit_modules(directory, lambda modules: modules.pop(UP))
-    with pytest.raises(LoadError, match=f"{UP}.weight._data is packed, but its module is not declared"):
+    with pytest.raises(LoadError, match=f"{UP}.weight._data is packed, but not declared"):
         load(LLAMA, directory)
 
 

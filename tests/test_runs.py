@@ -14,7 +14,7 @@ import qat
 from qat.errors import StateError
 from qat.freezing import freeze
 from qat.layers import inside_layer, quantized_layers
-from qat.runs import has_run, read_without_call, runs
+from qat.runs import read_without_call, runs
 from qat.spec import QuantSpec
 from tests.helpers import tiny_model, tokens
 
@@ -86,7 +86,7 @@ def test_what_reads_no_number_of_a_weight_is_no_use(use: Any) -> None:
 @pytest.mark.parametrize("when", [True, False])
 def test_both_modes_are_watched_and_what_one_finds_stays_known(when: bool) -> None:
     model = prepared(READS["a second product"], when=when)
-    assert not has_run(model)
+    assert not runs(model)
     for training in (True, False, True):
         model.train(training)(torch.randn(2, 64))
     assert runs(model) == {True, False}
@@ -97,7 +97,7 @@ def test_what_calibration_finds_stays_known() -> None:
     model = Uses(READS["a second product"], when=False)
     qat.prepare(model, QuantSpec(activations="int8", dtype="float32"))
     qat.calibrate(model, [torch.randn(2, 64)])
-    assert not has_run(model)
+    assert not runs(model)
     model.train()(torch.randn(2, 64))
     with pytest.raises(StateError, match="without calling their layer"):
         freeze(model)
@@ -113,9 +113,9 @@ def test_a_run_that_fails_leaves_no_watch_behind(error: type[BaseException]) -> 
         model(input_ids=tokens() + 100)
     if error is KeyboardInterrupt:
         handle.remove()
-    assert not has_run(model)
+    assert not runs(model)
     model(input_ids=tokens())
-    assert has_run(model)
+    assert runs(model)
     assert torch.overrides._len_torch_function_stack() == 0
     assert not inside_layer()
     freeze(model)
@@ -144,7 +144,7 @@ def test_threads_do_not_share_a_watch() -> None:
         for thread in threads:
             thread.join()
     assert not failed
-    assert has_run(model)
+    assert runs(model)
 
 
 def test_replicas_of_data_parallel_are_not_watched() -> None:
@@ -160,7 +160,8 @@ def test_a_copy_has_runs_of_its_own() -> None:
     model = prepared()
     other = copy.deepcopy(model)
     other(torch.randn(2, 64))
-    assert (has_run(model), has_run(other)) == (False, True)
+    assert not runs(model)
+    assert runs(other)
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's compiler does so

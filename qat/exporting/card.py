@@ -10,13 +10,12 @@ import re
 from collections import defaultdict
 from pathlib import Path
 
+from qat.errors import listed
 from qat.files.evidence import FrozenRecord
 from qat.files.manifest import CARD_NAME, Manifest
 from qat.hosts import HOSTS, MODULE, get_target
 
 __all__ = ["CARD_NAME", "write_card"]
-
-_MOST_NAMES = 6
 
 
 def write_card(directory: Path, manifest: Manifest) -> Path:
@@ -77,7 +76,6 @@ def _left_float(record: FrozenRecord) -> list[str]:
         families[reason][family] = families[reason].get(family, 0) + 1
     lines = ["| layers | reason |", "|---|---|"]
     for reason, names in families.items():
-        shown = [f"`{name}`" + (f" ({count})" if count > 1 else "") for name, count in names.items()][:_MOST_NAMES]
-        more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
-        lines.append(f"| {', '.join(shown)}{more} | {reason.replace('|', '/')} |")
+        shown = [f"`{name}`" + (f" ({count})" if count > 1 else "") for name, count in names.items()]
+        lines.append(f"| {listed(shown, 6)} | {reason.replace('|', '/')} |")
     return ["\n".join(lines)]

@@ -36,9 +36,7 @@ def check_destination(destination: Path, overwrite: bool) -> None:
             export: nothing else is ever removed.
     """
     if destination.is_symlink() or (destination.exists() and not destination.is_dir()):
-        raise ExportError(
-            f"directory must name a directory to create; {str(destination)!r} is a file or a link: choose another name"
-        )
+        raise ExportError(f"directory: {str(destination)!r} is a file or a link: choose another name")
     if not destination.is_dir() or not any(destination.iterdir()):
         return
     strange = _strange_files(destination)
@@ -49,8 +47,7 @@ def check_destination(destination: Path, overwrite: bool) -> None:
         )
     if not overwrite:
         raise ExportError(
-            f"directory {str(destination)!r} holds an export: choose another one, or replace it with "
-            f"overwrite=True (on a command line --overwrite)"
+            f"directory {str(destination)!r} holds an export: choose another one, or pass overwrite=True (--overwrite)"
         )
 
 
@@ -60,8 +57,7 @@ def _strange_files(destination: Path) -> list[str]:
         known = {*read_manifest(destination).files, MANIFEST_NAME, CARD_NAME}
     except LoadError as error:
         raise ExportError(
-            f"directory {str(destination)!r} is not empty, and is not replaced, since no manifest says which files are "
-            f"an export's: choose another one, or empty it yourself ({error})"
+            f"directory {str(destination)!r} is not empty, and no manifest says of what: choose another one ({error})"
         ) from error
     card = destination / CARD_NAME
     shown = card.read_text(encoding="utf-8") if card.is_file() else ""

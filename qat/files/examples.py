@@ -19,8 +19,6 @@ from qat.files.manifest import EVIDENCE_NAME, ExampleRecord
 
 __all__ = ["flatten_inputs", "flatten_outputs", "read_example", "unflatten_inputs"]
 
-_SINGLE = "output"
-
 
 def flatten_inputs(inputs: Any) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """Take example inputs apart into a JSON structure and named tensors.
@@ -31,10 +29,7 @@ def flatten_inputs(inputs: Any) -> tuple[dict[str, Any], dict[str, torch.Tensor]
     if isinstance(inputs, torch.Tensor):
         inputs = (inputs,)
     if not isinstance(inputs, Mapping | tuple | list):
-        raise ExportError(
-            f"example_inputs must be a mapping of keyword arguments, a tuple of positional ones or a tensor; "
-            f"got {type(inputs).__name__}"
-        )
+        raise ExportError(f"example_inputs: must be a mapping, a tuple or a tensor, got {type(inputs).__name__}")
     tensors: dict[str, torch.Tensor] = {}
     return _structure(inputs, "input", tensors), tensors
 
@@ -51,8 +46,8 @@ def _structure(value: Any, name: str, tensors: dict[str, torch.Tensor]) -> dict[
     if value is None or isinstance(value, bool | int | float | str):
         return {"value": value}
     raise ExportError(
-        f"example_inputs: {name.removeprefix('input.')!r} is a {type(value).__name__}, which cannot be stored; "
-        f"give tensors, numbers, texts, and lists, tuples or mappings of them"
+        f"example_inputs: {name.removeprefix('input.')!r} is a {type(value).__name__}, which cannot be stored: give "
+        "tensors, numbers, texts, and lists, tuples or mappings of them"
     )
 
 
@@ -76,28 +71,23 @@ def unflatten_inputs(structure: Mapping[str, Any], tensors: Mapping[str, torch.T
         raise LoadError(f"the stored example is malformed ({error}); export the model again") from error
 
 
-def flatten_outputs(outputs: Any) -> dict[str, torch.Tensor]:
-    """Name every tensor of a model's outputs by where it stands; anything else in them is passed over."""
-    found: dict[str, torch.Tensor] = {}
-    _collect(outputs, "", found)
-    return found
-
-
-def _collect(value: Any, name: str, found: dict[str, torch.Tensor]) -> None:
-    if isinstance(value, torch.Tensor):
+def flatten_outputs(outputs: Any, name: str = "") -> dict[str, torch.Tensor]:
+    """Name every tensor of outputs by where it stands, below ``name``; anything else in them is passed over."""
+    if isinstance(outputs, torch.Tensor):
         # A model whose last layer quantizes its output returns quanto's tensor class: its values are what counts.
-        plain = value.detach() if type(value) in (torch.Tensor, nn.Parameter) else value.detach().dequantize()
-        found[name or _SINGLE] = plain.to("cpu").contiguous()
-        return
+        plain = outputs.detach() if type(outputs) in (torch.Tensor, nn.Parameter) else outputs.detach().dequantize()
+        return {name or "output": plain.to("cpu").contiguous()}
     items: Any = ()
-    if isinstance(value, Mapping):
-        items = value.items()
-    elif isinstance(value, Sequence) and not isinstance(value, str):
-        items = enumerate(value)
-    elif dataclasses.is_dataclass(value):
-        items = ((field.name, getattr(value, field.name)) for field in dataclasses.fields(value))
+    if isinstance(outputs, Mapping):
+        items = outputs.items()
+    elif isinstance(outputs, Sequence) and not isinstance(outputs, str):
+        items = enumerate(outputs)
+    elif dataclasses.is_dataclass(outputs):
+        items = ((field.name, getattr(outputs, field.name)) for field in dataclasses.fields(outputs))
+    found: dict[str, torch.Tensor] = {}
     for key, item in items:
-        _collect(item, f"{name}.{key}" if name else str(key), found)
+        found |= flatten_outputs(item, f"{name}.{key}" if name else str(key))
+    return found
 
 
 def read_example(directory: Path, record: ExampleRecord) -> tuple[Any, dict[str, torch.Tensor]]:

@@ -2,8 +2,7 @@
 
 The manifest is what makes a directory checkable on its own: hashes of the files, a digest of every tensor, the
 digests of every layer's codes, scale, shift and dequantized weight, the example that was run through the frozen model,
-and the environment in which all that was computed. `qat.loading` and `qat.verification` read it; nothing else in the
-directory depends on it, so stock loaders never notice.
+and the environment in which all that was computed. Stock loaders never notice it.
 """
 
 from __future__ import annotations
@@ -173,18 +172,14 @@ def read_manifest(directory: Path) -> Manifest:
         raise LoadError(f"directory must be an exported model; {str(directory)!r} is not a directory")
     path = directory / MANIFEST_NAME
     if not path.is_file():
-        raise LoadError(
-            f"{str(directory)!r} has no {MANIFEST_NAME}: it was not written by qat.export, or the copy is incomplete; "
-            f"export the model again, or load it with the library that wrote it"
-        )
+        raise LoadError(f"{str(directory)!r} has no {MANIFEST_NAME}: it is no whole export: export the model again")
     try:
         return Manifest.model_validate_json(path.read_bytes())
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "file"
         raise LoadError(
-            f"{MANIFEST_NAME} in {str(directory)!r} is corrupt: {where}: {first['msg']} ({error.error_count()} faults "
-            f"in all); copy or export the directory again"
+            f"{MANIFEST_NAME} in {str(directory)!r} is corrupt: {where}: {first['msg']}: export the model again"
         ) from error
 
 

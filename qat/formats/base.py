@@ -115,7 +115,7 @@ class Format(ABC):
     qtypes: ClassVar[Mapping[str, QType]]
     """Types of weights by the name that a spec uses; below, those of activations."""
     activation_qtypes: ClassVar[Mapping[str, QType]]
-    map_name: ClassVar[str | None] = None
+    map_name: ClassVar[str] = ""
     """A file beside the weights in which the format says which layer has which type."""
     library: ClassVar[str]
     """Name of the package that reads the format, for model cards; below, their tags."""
@@ -191,10 +191,7 @@ class Format(ABC):
         weights, dtype = types.weights.name, str(types.dtype).removeprefix("torch.")
         computed = types.weights.group_size(shape[1])
         if group_size != computed:
-            return [
-                f"{name} is declared with group_size={group_size}, but loaders of the format use {computed} "
-                f"for {weights} and {shape[1]} input features"
-            ]
+            return [f"{name} is declared with group_size={group_size}, but loaders of {weights} use {computed}"]
         if "weight" in found:
             return [f"{name} is declared {weights}, but the files hold a float weight for it ({name}.weight)"]
         slots = self.slots(types, shape, bias)
@@ -221,33 +218,23 @@ class Format(ABC):
 
     def write_map(self, record: FrozenRecord, directory: Path) -> None:
         """Write the file `map_name`, if such a model has one."""
-        if self.map_name is not None and (fields := self.map(record)):
+        if fields := self.map(record):
             write_json(directory / self.map_name, fields)
 
     def map_faults(self, record: FrozenRecord, directory: Path) -> list[str]:
         """Where the file `map_name`, which loaders trust, differs from the evidence that freezing left."""
-        if self.map_name is None:
-            return []
         wanted = self.map(record)
         try:
             found = json.loads((directory / self.map_name).read_text(encoding="utf-8"))
             names = sorted(wanted.keys() | found.keys())
         except (OSError, ValueError, AttributeError) as error:
             return [f"{self.map_name} cannot be read: {error}"]
-        return [
-            f"{self.map_name} declares {name} as {found.get(name)}, freezing left {wanted.get(name)}"
-            for name in names
-            if wanted.get(name) != found.get(name)
-        ]
+        differ = [name for name in names if wanted.get(name) != found.get(name)]
+        return [f"{self.map_name} declares {n} as {found.get(n)}, freezing left {wanted.get(n)}" for n in differ]
 
     @abstractmethod
     def build(
-        self,
-        types: LayerTypes,
-        shape: tuple[int, int],
-        tensors: Mapping[str, Tensor],
-        *,
-        plain_on_cpu: bool = False,
+        self, types: LayerTypes, shape: tuple[int, int], tensors: Mapping[str, Tensor], *, plain_on_cpu: bool = False
     ) -> nn.Module:
         """The module that runs a frozen linear layer, made of its stored tensors, on their device.
 

@@ -283,12 +283,7 @@ class _Quanto(Format):
         return nn.Parameter(_held(weight, plain_on_cpu), requires_grad=False)
 
     def build(
-        self,
-        types: LayerTypes,
-        shape: tuple[int, int],
-        tensors: Mapping[str, Tensor],
-        *,
-        plain_on_cpu: bool = False,
+        self, types: LayerTypes, shape: tuple[int, int], tensors: Mapping[str, Tensor], *, plain_on_cpu: bool = False
     ) -> nn.Module:
         layer = self.empty(types, shape, "bias" in tensors)
         parts = {key: tensors[key] for key in WEIGHT_KEYS if key in tensors}

@@ -74,8 +74,7 @@ class ModelState:
     def _plain(self, name: str, tensor: Tensor) -> TensorEntry:
         if type(tensor) not in (Tensor, nn.Parameter) or type(tensor.data) is not Tensor:
             raise ExportError(
-                f"tensor {name!r} is a {type(tensor.data).__name__}, which safetensors cannot hold; "
-                f"gather or convert it to a plain tensor before qat.export"
+                f"tensor {name!r} is a {type(tensor.data).__name__}, which safetensors cannot hold: make it a plain one"
             )
         _check_data(name, tensor)
         self._sources[name] = tensor.detach

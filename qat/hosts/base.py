@@ -125,10 +125,10 @@ class Host:
         """Whether a class is the library's causal language model for its configuration."""
         return False
 
-    def added_parameters(self, model: nn.Module) -> list[str]:
-        """Names of the parameters that a fresh model of the same class and configuration lacks, as of adapters.
+    def added_faults(self, model: nn.Module) -> list[str]:
+        """The fault of a model with parameters that a fresh one of its class and configuration lacks, as of adapters.
 
-        A loader has no place for them. The fresh model is built on the meta device; empty where none can be built.
+        The fresh model is built on the meta device; where none can be built, there is no fault.
         """
         config: Any = getattr(model, "config", None)
         if config is None or not self.can_build(type(model)):
@@ -141,7 +141,13 @@ class Host:
             return []
         known = {name for name, _ in fresh.named_parameters(remove_duplicate=False)}
         learned = {id(p) for _, layer in quantized_layers(model) for p in layer.quantizer_parameters()}
-        return [name for name, p in model.named_parameters() if name not in known and id(p) not in learned]
+        added = [name for name, p in model.named_parameters() if name not in known and id(p) not in learned]
+        if not added:
+            return []
+        return [
+            f"model: target {self.name!r} builds a {type(model).__name__} without the parameters {listed(added, 3)}, "
+            "so no load could fill them: merge adapters first (in peft: merge_and_unload), or use target 'quanto'"
+        ]
 
     def export_notes(self, model: nn.Module) -> list[str]:
         """What a reader of an export of such a model, of this library, should know."""
@@ -162,17 +168,6 @@ class Host:
     def model_faults(self, model: nn.Module) -> list[str]:
         """Why the loader cannot load such a model at all, each with its remedy."""
         return []
-
-    def _added_faults(self, model: nn.Module) -> list[str]:
-        """The fault of a model whose loader would have no place for some of its parameters."""
-        added = self.added_parameters(model)
-        if not added:
-            return []
-        return [
-            f"model: target {self.name!r} builds a {type(model).__name__} from its configuration, and that has no "
-            f"parameters {listed(added, 3)}, so no load could fill them: merge adapters first (in peft: "
-            "merge_and_unload), or use target 'quanto', whose loader fills a model that you build"
-        ]
 
     def kept_in_float32(self, model: nn.Module, name: str, dtype: torch.dtype) -> bool:
         """Whether the loader holds the tensor or module called ``name`` in float32 when serving ``dtype``."""
@@ -206,12 +201,44 @@ class Host:
         """
         return None
 
+    def grid_arguments(self, model: nn.Module, record: FrozenRecord, format: Format) -> dict[str, Any]:
+        """Check that a stock float32 load gives every code back; return the argument that names the one weight type.
+
+        It quantizes float weights with scales that it derives afresh: absmax a row for 8-bit types, min-max a group for
+        the others. Codes come back only where each row or group uses its whole range, so it is simulated here.
+
+        Raises:
+            ExportError: the spec is more than a stock load can express, or codes would change; it names the layers.
+        """
+        if record.spec.dtype != "float32":
+            raise ExportError(
+                "float_grid=True needs dtype='float32' in the spec, for a stock load re-derives scales in the dtype it "
+                f"loads in and {record.spec.dtype} moves codes; freeze with dtype='float32' or export packed weights"
+            )
+        kinds = sorted({layer.weights for layer in record.layers.values()})
+        if len(kinds) != 1:
+            raise ExportError(f"float_grid=True: a stock load has one weight type for all layers, not {kinds}")
+        active = [name for name, layer in record.layers.items() if layer.activations is not None]
+        if active:
+            raise ExportError(
+                f"float_grid=True: stock loads quantize no activations, but {listed(active, 5)} do: pack the weights"
+            )
+        changed = []
+        for name in record.layers:
+            layer = format.read(model.get_submodule(name))
+            count = int((layer.weight.codes.float() != format.stock_codes(layer).float()).sum())
+            if count:
+                changed.append(f"{name} ({count} codes)")
+        if changed:
+            raise ExportError(
+                f"float_grid=True: a stock load would change codes in {len(changed)} of {len(record.layers)} layers: "
+                f"{listed(changed, 5)}, which do not use the whole range of each scale: export packed weights"
+            )
+        return {format.libraries[self.name].weights_argument: kinds[0]}
+
     def float_grid(self, model: nn.Module, record: FrozenRecord, format: Format) -> FloatGrid:
         """How a stock load finds the codes again; `ExportError` if none does."""
-        raise ExportError(
-            "float_grid=True writes weights for a stock load that quantizes; this target has no such load: "
-            "use target='transformers' or 'diffusers'"
-        )
+        raise ExportError("float_grid=True: no stock load of this target quantizes: use 'transformers' or 'diffusers'")
 
     def load(self, cls: Any, directory: Path, manifest: Manifest, format: Format) -> Reloaded | None:
         """Load a directory as users of the library do; None for plain modules, which have no such call."""
@@ -228,10 +255,10 @@ class Host:
         config = getattr(importlib.import_module(self.name), format.libraries[self.name].config_class)
         return {"quantization_config": config(**manifest.stock_arguments)}
 
-    def pretrained_code(self, manifest: Manifest, module: str, cls: str, dtype: str, format: Format) -> str:
-        """The lines that load by ``from_pretrained``, as Markdown; ``dtype`` is the name of its argument for one."""
+    def pretrained_code(self, manifest: Manifest, module: str, cls: str, format: Format) -> str:
+        """The lines that load by ``from_pretrained``, as Markdown."""
         code = ["import torch", f"from {module} import {cls}"]
-        arguments, rules = f"directory, {dtype}=torch.{manifest.dtype}", format.libraries[self.name]
+        arguments, rules = f"directory, dtype=torch.{manifest.dtype}", format.libraries[self.name]
         if manifest.float_grid:
             code += [
                 f"from {self.name} import {rules.config_class}",

@@ -43,8 +43,7 @@ def constructed_tensors(model: nn.Module, target: Target, dtype: torch.dtype) ->
     """The tensors of `unstored_tensors` as the target's loader makes them when it serves ``dtype``.
 
     Gemma's embedding scale takes the serving dtype, rotary tables stay float32, GPT-J's are float32 but computed in
-    the serving dtype by quanto's loader. A model that was built in, or cast to, another dtype (Lightning's
-    ``bf16-true``) has others. Empty for models that have none, which are not built, and for those that no
+    the serving dtype by quanto's loader. Empty for models that have none, which are not built, and for those that no
     configuration builds.
     """
     config: Any = getattr(model, "config", None)

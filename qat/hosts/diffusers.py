@@ -1,14 +1,7 @@
 """The host diffusers: ``AutoModel.from_pretrained`` with ``QuantoConfig``, stock, no code of ours.
 
 One weight type a model, no activations. ``modules_to_not_convert`` matches the last part of a module's name, so two
-layers of one last name are both quantized or both float. Modules in ``_keep_in_fp32_modules`` are cast before the
-loader's float8 check and then fail in forward: their linear layers stay float. A linear layer whose own last name is
-in that list is never replaced, whatever the dtype.
-
-Loaded with ``dtype`` of the serving dtype, the model holds the very numbers that were frozen; without one,
-diffusers loads float32: codes stay the same, but scales widen, so that weights are no longer rounded to the serving
-dtype. ``from_single_file`` reads a float grid as a float model, but in diffusers 0.42 it takes every file for packed as
-soon as it is given a ``QuantoConfig``, and raises on float weights.
+layers of one last name are both quantized or both float. docs/diffusers.md has what was measured of this loader.
 """
 
 from __future__ import annotations
@@ -29,7 +22,6 @@ from qat.files.evidence import FrozenRecord
 from qat.files.manifest import Manifest
 from qat.formats import Format
 from qat.hosts.base import FloatGrid, Host, Reloaded, python_block
-from qat.hosts.float_grid import check_float_grid
 from qat.hosts.sensitivity import sensitive_part
 from qat.numerics import QType
 from qat.spec import LayerSpec, QuantSpec
@@ -78,10 +70,7 @@ class _Diffusers(Host):
     def spec_faults(self, spec: QuantSpec) -> list[str]:
         faults = super().spec_faults(spec)
         if spec.activation_type is not None:
-            faults.append(
-                f"activations={spec.activation_type!r}: diffusers' QuantoConfig has no activations: use None, or "
-                "target 'quanto'"
-            )
+            faults.append(f"activations={spec.activation_type!r}: diffusers has none: use None, or target 'quanto'")
         others = {value.weights if isinstance(value, LayerSpec) else value for value in spec.overrides.values()}
         mixed = sorted(others - {"float", spec.weights})
         if mixed:
@@ -93,7 +82,7 @@ class _Diffusers(Host):
 
     def model_faults(self, model: nn.Module) -> list[str]:
         if self.owns(model):
-            return self._added_faults(model)
+            return self.added_faults(model)
         return [
             f"model: target 'diffusers' loads models of diffusers, got a {type(model).__name__}: pass the pipeline's "
             "transformer itself, or use target 'quanto' or 'transformers'"
@@ -142,7 +131,7 @@ class _Diffusers(Host):
 
     def float_grid(self, model: nn.Module, record: FrozenRecord, format: Format) -> FloatGrid:
         """In one file, which `from_single_file` and other programs read."""
-        arguments = check_float_grid(model, record, format, self.name)
+        arguments = self.grid_arguments(model, record, format)
         if floats := self.float_layers(model, record):
             arguments["modules_to_not_convert"] = floats
         return FloatGrid(arguments, dtype="dtype=torch.float32, ", one_file=True)
@@ -166,10 +155,9 @@ class _Diffusers(Host):
 
     def card(self, manifest: Manifest, module: str, cls: str, format: Format) -> list[str]:
         dtype = f"torch.{manifest.dtype}"
-        code = self.pretrained_code(manifest, module, cls, "dtype", format)
+        code = self.pretrained_code(manifest, module, cls, format)
         if manifest.float_grid:
-            text = "Without `quantization_config` the same file loads as a float model that computes the same."
-            return [code, text]
+            return [code, "Without `quantization_config` the same file loads as a float model that computes the same."]
         why = (
             "Any other `dtype` keeps the codes but rounds scales"
             if manifest.dtype == "float32"
@@ -187,8 +175,7 @@ class _Diffusers(Host):
         ]
         moved = (
             'In a pipeline all parts need the same dtype; `pipeline.to("cuda")` moves them all. Until the model is '
-            "moved, stock diffusers reports its device as `meta`. Where that is a problem, call "
-            '`model.to("cpu")`; '
+            'moved, stock diffusers reports its device as `meta`. Where that is a problem, call `model.to("cpu")`; '
             "int4 in groups of 128 then uses another kernel, whose last bits differ."
         )
         return [code, text, moved, python_block(use)]

@@ -41,7 +41,13 @@ def build_on_meta(directory: Path) -> nn.Module:
     library = "transformers" if name is None else "diffusers"
     try:
         if name is None:
-            return _of_transformers(directory, architectures)
+            import transformers
+
+            config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=False)
+            chosen: Any = getattr(transformers, architectures[0], None) if architectures else None
+            base: Any = transformers.AutoModel
+            with torch.device("meta"):
+                return base.from_config(config, trust_remote_code=False) if chosen is None else chosen(config)  # type: ignore[no-any-return]
         import diffusers
 
         cls = getattr(diffusers, name)
@@ -49,13 +55,3 @@ def build_on_meta(directory: Path) -> nn.Module:
     except Exception as error:  # a configuration can be wrong in as many ways as there are models
         message = " ".join(str(error).split()) or type(error).__name__
         raise LoadError(f"MODEL_DIR: {library} cannot build the model of {str(path)!r}: {message}") from error
-
-
-def _of_transformers(directory: Path, architectures: list[str]) -> nn.Module:
-    import transformers
-
-    config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=False)
-    model_class: Any = getattr(transformers, architectures[0], None) if architectures else None
-    base: Any = transformers.AutoModel
-    with torch.device("meta"):
-        return base.from_config(config, trust_remote_code=False) if model_class is None else model_class(config)  # type: ignore[no-any-return]

@@ -4,13 +4,10 @@ The embeddings of the timestep and the text, the first and the last layer, and t
 gates of the embedded timestep (modulation) see inputs whose range changes with the timestep, and every block, or the
 picture itself, depends on their output. They are a small part of the computation, so with quantized activations they
 stay float unless they are named. Weights alone can be quantized in them as anywhere.
-
-Nothing here imports diffusers: layers are recognized by where they stand, and by the names around them.
 """
 
 from __future__ import annotations
 
-import itertools
 import re
 
 from torch import nn
@@ -34,13 +31,8 @@ def sensitive_part(model: nn.Module, name: str) -> str | None:
     for depth, part in enumerate(parts[:-1]):
         in_list = depth == 1 and isinstance(module, nn.ModuleList)
         module = module.get_submodule(part)
-        blocks |= in_list and _is_block(module)
+        # With one linear layer it is no block but a projection of its own, of each caption encoder, say.
+        blocks |= in_list and sum(isinstance(below, nn.Linear) for below in module.modules()) > 1
         if _MODULATION_CLASS.search(type(module).__name__) or _MODULATION_NAME.search(part):
             return "modulation"
     return None if blocks else "outside the blocks"
-
-
-def _is_block(module: nn.Module) -> bool:
-    """Whether an element of a list is a block, rather than a projection of its own (of each caption encoder, say)."""
-    linear = (part for part in module.modules() if isinstance(part, nn.Linear))
-    return len(tuple(itertools.islice(linear, 2))) == 2

@@ -31,9 +31,7 @@ def library_and_class(directory: Path, manifest: Manifest) -> tuple[Host, Any]:
         LoadError: when it is neither, or there is no ``config.json`` to build it from.
     """
     if not (directory / "config.json").is_file():
-        raise LoadError(
-            f"{str(directory)!r} has no config.json: pass the float model as model= to qat.load or qat.verify"
-        )
+        raise LoadError(f"{str(directory)!r} has no config.json: pass the float model as model= to load or verify")
     module, _, name = manifest.model_class.rpartition(".")
     library = module.partition(".")[0]
     known = any(host.name == library for host in HOSTS)

@@ -1,7 +1,7 @@
 """The host transformers: ``from_pretrained`` with the plug-in `qat.integrations.transformers`.
 
 The plug-in reads each module's type from the directory, so mixed types, activations, and outputs left float are
-expressible. Stock transformers cannot read packed weights: it would leave them random and print a table.
+expressible.
 
 What the loader adds is its own rule for dtypes: modules in ``_keep_in_fp32_modules`` stay float32 when float16 is asked
 for, those in ``_keep_in_fp32_modules_strict`` also with bfloat16 (``PreTrainedModel._get_dtype_plan``, transformers 5).
@@ -27,7 +27,6 @@ from qat.files.evidence import FrozenRecord
 from qat.files.manifest import Manifest
 from qat.formats import Format
 from qat.hosts.base import FloatGrid, Host, Reloaded, matches_path_part
-from qat.hosts.float_grid import check_float_grid
 from qat.spec import QuantSpec
 
 __all__ = ["TRANSFORMERS"]
@@ -65,8 +64,10 @@ class _Transformers(Host):
             del config.quantization_config
         _set_config_dtype(config, dtype)
         config.architectures = [type(model).__name__]
-        if getattr(config, "tie_word_embeddings", False) and not _embeddings_are_tied(model):
-            config.tie_word_embeddings = False
+        if getattr(config, "tie_word_embeddings", False):
+            ends = (model.get_input_embeddings(), model.get_output_embeddings())
+            weights = [getattr(end, "weight", None) for end in ends if end is not None]
+            config.tie_word_embeddings = all(weight is weights[0] for weight in weights)
         return json.loads(config.to_json_string(use_diff=True))  # type: ignore[no-any-return]
 
     def set_dtype(self, model: Any, dtype: torch.dtype) -> None:
@@ -107,7 +108,7 @@ class _Transformers(Host):
 
     def model_faults(self, model: nn.Module) -> list[str]:
         if self.owns(model) and self.can_build(type(model)):
-            return self._added_faults(model)
+            return self.added_faults(model)
         inside = [name for name, module in model.named_modules() if self.owns(module) and self.can_build(type(module))]
         remedy = f"pass the model inside it, {inside[0]!r}" if inside else "use target 'quanto'"
         return [f"model: target 'transformers' loads models of transformers, got a {type(model).__name__}: {remedy}"]
@@ -137,7 +138,7 @@ class _Transformers(Host):
         from transformers.quantizers.base import HfQuantizer
         from transformers.quantizers.quantizers_utils import should_convert_module
 
-        arguments = check_float_grid(model, record, format, self.name)
+        arguments = self.grid_arguments(model, record, format)
         quantized, floats = set(record.layers), self.float_layers(model, record)
         kept = getattr(model, "_keep_in_fp32_modules", None)
         replaced: set[str] = set()
@@ -150,8 +151,7 @@ class _Transformers(Host):
         wrong = sorted(replaced ^ quantized)
         raise ExportError(
             "float_grid=True: no modules_to_not_convert makes a stock load replace exactly the quantized layers; it "
-            f"matches names by their ending, and would differ in {listed(wrong, 5)}; export packed weights "
-            "(float_grid=False)"
+            f"would differ in {listed(wrong, 5)}; export packed weights (float_grid=False)"
         )
 
     def load(self, cls: Any, directory: Path, manifest: Manifest, format: Format) -> Reloaded:
@@ -165,7 +165,7 @@ class _Transformers(Host):
         return Reloaded(loaded, f"{type(loaded).__name__}.from_pretrained")
 
     def card(self, manifest: Manifest, module: str, cls: str, format: Format) -> list[str]:
-        code = self.pretrained_code(manifest, module, cls, "dtype", format)
+        code = self.pretrained_code(manifest, module, cls, format)
         return [code, f"No package but transformers and {format.library} is needed."] if manifest.float_grid else [code]
 
 
@@ -175,13 +175,6 @@ def _set_config_dtype(config: Any, dtype: torch.dtype) -> None:
     for key in config.sub_configs:
         if getattr(config, key, None) is not None:
             getattr(config, key).dtype = dtype
-
-
-def _embeddings_are_tied(model: Any) -> bool:
-    inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
-    if inputs is None or outputs is None:
-        return True
-    return getattr(inputs, "weight", None) is getattr(outputs, "weight", None)
 
 
 TRANSFORMERS = _Transformers("transformers")

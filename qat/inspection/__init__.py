@@ -144,25 +144,23 @@ def _layers(model: nn.Module, target: Target) -> Iterator[tuple[str, tuple[nn.Mo
 
 
 def _decide(facts: _Facts, name: str, module: nn.Module, cls: type[QuantizedLayer]) -> _Decision:
-    weight = cls.effective_weight(module)
-    layer, reason, explicit = facts.spec.resolve(name)
+    decision = _Decision(module, cls.effective_weight(module), *facts.spec.resolve(name))
+    layer = decision.layer
     if layer is None:
-        return _Decision(module, weight, None, reason, explicit)
-    impossible = _impossible(facts, name, module, cls, layer)
-    if impossible is not None:
-        return _Decision(module, weight, None, impossible, False)
-    if explicit:
-        return _Decision(module, weight, layer, reason, True)
-    if facts.tied(name, module):
-        reason = "tied to another weight (include it by name to untie and quantize it)"
-        return _Decision(module, weight, None, reason, False)
-    part = facts.rules.sensitive_part(name) if layer.activations is not None else None
-    default = f"sensitive with quantized activations ({part})" if part is not None else None
-    default = "output head" if id(module) in facts.rules.heads else default
-    if default is None:
-        return _Decision(module, weight, layer, reason, False)
-    reason = f"{default}, float by default (include it by name to quantize it)"
-    return _Decision(module, weight, None, reason, False, could_run=layer)
+        return decision
+    fault = _impossible(facts, name, module, cls, layer)
+    if fault is None and not decision.explicit:
+        part = facts.rules.sensitive_part(name) if layer.activations is not None else None
+        default = f"sensitive with quantized activations ({part})" if part is not None else None
+        default = "output head" if id(module) in facts.rules.heads else default
+        if facts.tied(name, module):
+            fault = "tied to another weight (include it by name to untie and quantize it)"
+        elif default is not None:
+            fault = f"{default}, float by default (include it by name to quantize it)"
+            decision.could_run = layer
+    if fault is not None:
+        decision.layer, decision.reason, decision.explicit = None, fault, False
+    return decision
 
 
 def _impossible(facts: _Facts, name: str, module: nn.Module, cls: type[QuantizedLayer], layer: LayerSpec) -> str | None:
@@ -200,14 +198,12 @@ def _in_plain_containers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def _adapter(model: nn.Module, name: str) -> str | None:
     """The layer of peft that a linear layer belongs to as a part of an adapter, or None; told without importing it."""
-    parts = name.split(".")
-    if parts[-1] == "base_layer":
-        return None
-    for depth in range(1, len(parts)):
-        above = ".".join(parts[:depth])
+    above, _, own = name.rpartition(".")
+    while above and own != "base_layer":
         module = model.get_submodule(above)
         if hasattr(module, "base_layer") and type(module).__module__.partition(".")[0] == "peft":
             return above
+        above = above.rpartition(".")[0]
     return None
 
 
@@ -221,15 +217,15 @@ def _resolve_collisions(facts: _Facts, decisions: Mapping[str, _Decision]) -> li
     target, notes = facts.target.name, []
     for leaf, family in families.items():
         floats = {name: d for name, d in family.items() if d.layer is None}
-        if not floats or len(floats) == len(family):
+        moved = {name: d for name, d in family.items() if d.layer is not None}
+        if not floats or not moved:
             continue
         chosen = sorted(name for name, d in floats.items() if d.explicit)
         if chosen:
-            others = sorted(set(family) - set(floats))
+            others = sorted(moved)
             raise SpecError(
-                f"exclude: target {target!r} names float layers by the last part of their name, so excluding "
-                f"{chosen} would also exclude {others[:4]}{'...' if len(others) > 4 else ''}: "
-                f"exclude all of '*{leaf}', or none"
+                f"exclude: target {target!r} names float layers by the last part of their name, so excluding {chosen} "
+                f"would also exclude {others[:4]}{'...' if len(others) > 4 else ''}: exclude all of '*{leaf}', or none"
             )
         if all(d.could_run for d in floats.values()):
             for name, d in floats.items():
@@ -238,7 +234,6 @@ def _resolve_collisions(facts: _Facts, decisions: Mapping[str, _Decision]) -> li
                     f"{name}: quantized although float by default: target {target!r} cannot tell it from other {leaf!r}"
                 )
             continue
-        moved = {name: d for name, d in family.items() if d.layer is not None}
         for d in moved.values():
             d.layer, d.reason = None, f"shares its last name {leaf!r} with {next(iter(floats))}, which must stay float"
         share = sum(d.weight.numel() for d in moved.values()) / max(1, total)
@@ -272,21 +267,13 @@ def _break_ties(facts: _Facts, decisions: Mapping[str, _Decision]) -> tuple[list
 
 
 def _row(name: str, decision: _Decision, facts: _Facts) -> LayerInspection:
-    layer = decision.layer
-    out_features, in_features = decision.weight.shape
+    layer, (out_features, in_features) = decision.layer, decision.weight.shape
     itemsize = facts.spec.torch_dtype.itemsize
-    before = after = out_features * in_features * itemsize
-    types = None if layer is None else facts.types(layer)
-    if types is not None:
-        after = facts.target.format.nbytes(types, (out_features, in_features)) + decision.float_copy * itemsize
-    return LayerInspection(
-        name=name,
-        class_name=type(decision.module).__name__,
-        shape=(out_features, in_features),
-        weights=None if layer is None else layer.weights,
-        activations=None if layer is None else layer.activations,
-        group_size=None if types is None else types.weights.group_size(in_features),
-        reason=decision.reason,
-        bytes_before=before,
-        bytes_after=after,
-    )
+    before = out_features * in_features * itemsize
+    what = (name, type(decision.module).__name__, (out_features, in_features))
+    if layer is None:
+        return LayerInspection(*what, None, None, None, decision.reason, before, before)
+    types = facts.types(layer)
+    after = facts.target.format.nbytes(types, (out_features, in_features)) + decision.float_copy * itemsize
+    group_size = types.weights.group_size(in_features)
+    return LayerInspection(*what, layer.weights, layer.activations, group_size, decision.reason, before, after)

@@ -105,19 +105,17 @@ class InspectReport:
         return asdict(self) | {"spec": spec} | {name: getattr(self, name) for name in totals}
 
     def __str__(self) -> str:
-        width = max(len(name) for name in (*(layer.name for layer in self.layers), *_families(self.others), "layer"))
-        lines = [f"{'layer':{width}}  {'shape':>13}  {'weights':8}  {'group':>5}  {'MiB':>15}  reason"]
+        rows = [("layer", "shape", "weights", "group", "MiB", "reason")]
         for layer in self.layers:
-            sizes = f"{layer.bytes_before / 2**20:.2f} -> {layer.bytes_after / 2**20:.2f}"
             kind = (layer.weights or "float") + (f"+{layer.activations}" if layer.activations else "")
             group = str(layer.group_size or "row") if layer.weights else "-"
-            shape = f"{layer.shape[0]}x{layer.shape[1]}"
-            lines.append(
-                f"{layer.name:{width}}  {shape:>13}  {kind:8}  {group:>5}  {sizes:>15}  {layer.reason}".rstrip()
-            )
+            sizes = f"{layer.bytes_before / 2**20:.2f} -> {layer.bytes_after / 2**20:.2f}"
+            rows.append((layer.name, f"{layer.shape[0]}x{layer.shape[1]}", kind, group, sizes, layer.reason))
         for family, (kind, count) in _families(self.others).items():
             share = f"{kind}, stays float: {count / max(1, self.parameters):.1%} of the parameters"
-            lines.append(f"{family:{width}}  {'':>13}  {'float':8}  {'-':>5}  {'':>15}  {share}")
+            rows.append((family, "", "float", "-", "", share))
+        width = max(len(name) for name, *_ in rows)
+        lines = [f"{n:{width}}  {s:>13}  {w:8}  {g:>5}  {b:>15}  {r}".rstrip() for n, s, w, g, b, r in rows]
         lines.append(
             f"{self.quantized_share:.1%} of {self.parameters:,} parameters quantized for target {self.target!r}; "
             f"linear weights {self.bytes_before / 2**20:.1f} MiB in {self.spec.dtype} -> "

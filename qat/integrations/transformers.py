@@ -14,9 +14,6 @@ How it fits into a load, in transformers' order:
 4. ``update_weight_conversions``: key names are settled, and the headers of all files are checked (`Format.faults`):
    an error raised later, while tensors are converted, would be swallowed into a report.
 5. ``PackedLoad``: the tensors of one weight become one quanto tensor.
-
-The trade: replacing registered classes and one class method is global to the process. It is done by an import that
-names the library, and nothing else in qat does it.
 """
 
 from __future__ import annotations
@@ -69,8 +66,7 @@ class PackedQuantizer(QuantoHfQuantizer):
         super().__init__(quantization_config, **kwargs)
         if not self.pre_quantized:
             raise LoadError(
-                "quantization_config is that of a packed directory, but the model directory is not packed; "
-                "pass QuantoConfig(weights=...) to quantize float weights while loading"
+                "quantization_config is that of a packed directory, but this one is not: pass QuantoConfig(weights=...)"
             )
         self.group = quantization_config.group()
         self.serving_dtype: torch.dtype = getattr(torch, self.group.dtype)
@@ -84,10 +80,7 @@ class PackedQuantizer(QuantoHfQuantizer):
         device_map = kwargs.get("device_map")
         devices = {str(device) for device in device_map.values()} if isinstance(device_map, dict) else set()
         if "disk" in devices or ("cpu" in devices and len(devices) > 1):
-            raise LoadError(
-                f"device_map={device_map!r} offloads parts of the model, which packed weights cannot follow; "
-                'use one device, such as device_map="cpu" or device_map="cuda"'
-            )
+            raise LoadError(f"device_map={device_map!r} offloads parts, which packed weights cannot: use one device")
 
     def update_attn_implementation(self, config: Any) -> Any:
         """Make the serving dtype the one that is used when the user names none.
@@ -101,10 +94,7 @@ class PackedQuantizer(QuantoHfQuantizer):
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """Refuse any dtype but the serving dtype."""
         if dtype != self.serving_dtype:
-            raise LoadError(
-                f"dtype={dtype} was asked for, but the scales of this directory are packed in {self.serving_dtype} "
-                f"and cannot be cast; leave dtype out, or export again with QuantSpec(dtype=...)"
-            )
+            raise LoadError(f"dtype={dtype}: scales are packed in {self.serving_dtype} and never cast: leave dtype out")
         return dtype
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
@@ -199,9 +189,7 @@ class PackedQuantizer(QuantoHfQuantizer):
         if not all(found.values()):
             renamings = [conversion for conversion in weight_conversions if isinstance(conversion, WeightRenaming)]
             found, strays = self._placed(renamings, model)
-        faults = [
-            f"{key} is packed, but its module is not declared in the group 'qat' of config.json" for key in strays
-        ]
+        faults = [f"{key} is packed, but not declared in the group 'qat' of config.json" for key in strays]
         for name, declared in self.layers.items():
             module: Any = model.get_submodule(name)
             shape, bias = (module.out_features, module.in_features), module.bias is not None
@@ -274,24 +262,19 @@ class PackedLoad(ConversionOps):
         return {full_layer_name: weight}
 
 
-def _register() -> None:
-    """Put the plug-in in the place of the stock classes, once."""
-    if AUTO_QUANTIZER_MAPPING["quanto"] is PackedQuantizer:
-        return
-    stock_merge = AutoHfQuantizer.merge_quantization_configs
-
-    def merge(cls: type, quantization_config: Any, quantization_config_from_args: Any) -> Any:
-        if not (isinstance(quantization_config, dict) and "qat" in quantization_config):
-            return stock_merge(quantization_config, quantization_config_from_args)
-        packed = PackedQuantoConfig.from_dict(quantization_config)
-        if quantization_config_from_args is not None:
-            packed.require_agreement(quantization_config_from_args)
-        return packed
-
-    AUTO_QUANTIZER_MAPPING["quanto"] = PackedQuantizer
-    AUTO_QUANTIZATION_CONFIG_MAPPING["quanto"] = PackedQuantoConfig
-    # Only this method sees both configurations; the stock one drops the user's with a warning and never compares.
-    setattr(AutoHfQuantizer, "merge_quantization_configs", classmethod(merge))  # noqa: B010 (mypy refuses the plain form)
+_stock_merge = AutoHfQuantizer.merge_quantization_configs
 
 
-_register()
+def _merge(cls: type, quantization_config: Any, quantization_config_from_args: Any) -> Any:
+    """Compare both configurations; the stock method drops the user's with a warning."""
+    if not (isinstance(quantization_config, dict) and "qat" in quantization_config):
+        return _stock_merge(quantization_config, quantization_config_from_args)
+    packed = PackedQuantoConfig.from_dict(quantization_config)
+    if quantization_config_from_args is not None:
+        packed.require_agreement(quantization_config_from_args)
+    return packed
+
+
+AUTO_QUANTIZER_MAPPING["quanto"] = PackedQuantizer
+AUTO_QUANTIZATION_CONFIG_MAPPING["quanto"] = PackedQuantoConfig
+setattr(AutoHfQuantizer, "merge_quantization_configs", classmethod(_merge))  # noqa: B010 (mypy refuses the plain form)

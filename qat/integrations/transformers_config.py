@@ -79,8 +79,7 @@ class PackedQuantoConfig(QuantoConfig):
         self.group()
         if self.default_weights not in QUANTO.qtypes:
             raise LoadError(
-                f"quantization_config's weights in config.json must name one of {', '.join(QUANTO.qtypes)}; "
-                f"got {self.weights!r}. Export the model again with qat.export."
+                f"config.json: weights must name one of {', '.join(QUANTO.qtypes)}; got {self.weights!r}: export again"
             )
 
     @classmethod
@@ -110,29 +109,18 @@ class PackedQuantoConfig(QuantoConfig):
             LoadError: when it asks for what the packed files are not.
         """
         if not isinstance(given, QuantoConfig):
+            raise LoadError(f"quantization_config: must be a QuantoConfig, got {type(given).__name__}. {_REMEDY}")
+        skipped = given.modules_to_not_convert
+        agreements = {
+            f"weights={given.weights!r}": _weight_type(given.weights) == self.default_weights,
+            f"activations={given.activations!r}": given.activations in (None, self.activations),
+            f"modules_to_not_convert={skipped!r}": all(should_convert_module(n, skipped) for n in self.group().modules),
+        }
+        wrong = [argument for argument, agrees in agreements.items() if not agrees]
+        if wrong:
             raise LoadError(
-                f"quantization_config must be a QuantoConfig for a directory of packed quanto weights; "
-                f"got {type(given).__name__}. {_REMEDY}"
-            )
-        if _weight_type(given.weights) != self.default_weights:
-            raise LoadError(
-                f"quantization_config asks for weights={given.weights!r}, but the directory holds packed "
-                f"{self.default_weights} weights, which cannot be converted. {_REMEDY}"
-            )
-        if given.activations not in (None, self.activations):
-            raise LoadError(
-                f"quantization_config asks for activations={given.activations!r}, but the directory was calibrated "
-                f"for activations={self.activations!r}. {_REMEDY}"
-            )
-        refused = [
-            name
-            for name in self.group().modules
-            if given.modules_to_not_convert and not should_convert_module(name, given.modules_to_not_convert)
-        ]
-        if refused:
-            raise LoadError(
-                f"quantization_config's modules_to_not_convert={given.modules_to_not_convert!r} names modules that "
-                f"the directory holds packed, such as {refused[0]!r}. {_REMEDY}"
+                f"quantization_config asks for {' and '.join(wrong)}, but the directory holds packed "
+                f"{self.default_weights} weights, with activations={self.activations!r}. {_REMEDY}"
             )
 
 

@@ -41,9 +41,8 @@ def calibrate_on_training_data(
         if not isinstance(cause, AttributeError | LookupError | TypeError | ValueError):
             raise
         raise CalibrationError(
-            f"model_inputs: the model cannot be called with what it makes of a training batch: "
-            f"{type(cause).__name__}: {cause}: pass model_inputs, a function from a batch to what the model is "
-            "called with, such as model_inputs=lambda batch: batch['x']"
+            f"model_inputs: the model cannot be called with what it makes of a training batch: {type(cause).__name__}: "
+            f"{cause}: pass model_inputs, such as model_inputs=lambda batch: batch['x']"
         ) from error
 
 

@@ -114,8 +114,7 @@ class QuantizationAwareTraining(Callback):
         for other in trainer.callbacks[: trainer.callbacks.index(self)]:  # type: ignore[attr-defined]
             if isinstance(other, StochasticWeightAveraging | WeightAveraging):
                 raise TrainingError(
-                    f"callbacks: {type(other).__name__} copies the module in its setup, so it must come after "
-                    "QuantizationAwareTraining, which prepares the module in its own; put it later in the list"
+                    f"callbacks: {type(other).__name__} copies the module: it must come after QuantizationAwareTraining"
                 )
         configures = is_overridden("configure_model", pl_module)
         if not configures or self._is_built(pl_module):  # what only wraps a float model would wrap the wrong layers
@@ -158,10 +157,7 @@ class QuantizationAwareTraining(Callback):
         wanted = {"spec": get_target(self.target).resolved(self.spec), **wanted}
         found = {name: getattr(prepared_as(model), name) for name in wanted}
         if found != wanted:
-            raise StateError(
-                f"spec: the model is already prepared with {found}, but the callback has {wanted}: use the same, or a "
-                "fresh float model"
-            )
+            raise StateError(f"spec: model is already prepared with {found}, but the callback has {wanted}: use one")
         # DistributedDataParallel would overwrite every rank's statistics with rank 0's before each forward, and has no
         # public way to leave buffers out.
         own = {id(b) for q in _activations(model) for b in q.buffers()}
@@ -170,7 +166,7 @@ class QuantizationAwareTraining(Callback):
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(  # type: ignore[no-untyped-call]
             pl_module, sorted(ignored)
         )
-        self._follow_schedule(trainer, pl_module)
+        self._switch(trainer, pl_module)
 
     def _refuse_worker_processes(self, trainer: Trainer, model: nn.Module) -> None:
         """Of a copy of the module that a worker process trains, only the state returns to the process of the user."""
@@ -178,8 +174,7 @@ class QuantizationAwareTraining(Callback):
         stateful = any("_quantizer." in key for key in model.state_dict())
         if elsewhere and stateful and trainer.state.fn == TrainerFn.FITTING:
             raise TrainingError(
-                "strategy: the quantizers would be lost in the worker processes that this strategy starts: call "
-                "qat.prepare(module.model, spec, ...) before the fit, or use strategy='ddp'"
+                "strategy: its worker processes lose quantizers: call qat.prepare before the fit, or use strategy='ddp'"
             )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -204,17 +199,16 @@ class QuantizationAwareTraining(Callback):
             if not self.schedule.sets_scales(trainer.global_step):
                 raise CalibrationError(
                     "schedule: activations are quantized but nothing sets their scales: set calibration_batches above "
-                    "0, or let observers record before fake quantization begins (observe_from=0), or call "
-                    "qat.calibrate before the fit"
+                    "0 or observe_from=0, or call qat.calibrate before the fit"
                 )
             if count > 0:
                 logger.info("%s", calibrate_on_training_data(trainer, pl_module, model, count, self.model_inputs))
-        self._follow_schedule(trainer, pl_module)
+        self._switch(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Switch fake quantization and observers by step."""
         if self._phase != self._phase_of(trainer):
-            self._follow_schedule(trainer, pl_module)
+            self._switch(trainer, pl_module)
         if not self.schedule.holds(trainer.global_step):
             self._held.clear()
         elif not self._held:
@@ -237,17 +231,9 @@ class QuantizationAwareTraining(Callback):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Fake-quantize, whatever the step, and observe nothing."""
         if trainer.state.fn != TrainerFn.FITTING and _uncalibrated(self.model_of(pl_module)):
-            raise CalibrationError(
-                "activations: no scales were ever set, so there is nothing to judge: pass the ckpt_path of a training "
-                "run, or call qat.calibrate(model, batches) first"
-            )
-        self._switch(pl_module, True, False)
+            raise CalibrationError("activations: no scales were ever set: pass ckpt_path, or call qat.calibrate first")
+        self._switch(trainer, pl_module, (True, False))
 
-    def _follow_schedule(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Go to what training does at this step."""
-        self._switch(pl_module, *self._phase_of(trainer))
-
-    on_validation_end = _follow_schedule
     on_test_start = on_validation_start
     on_predict_start = on_validation_start
 
@@ -270,6 +256,7 @@ class QuantizationAwareTraining(Callback):
             for _, layer in quantized_layers(self.model_of(pl_module)):
                 layer.mode = Mode()
             self._phase = None
+        self._held.clear()
 
     on_train_end = teardown
     on_exception = teardown  # type: ignore[assignment]
@@ -280,14 +267,17 @@ class QuantizationAwareTraining(Callback):
             return True, False
         return trainer.global_step >= self.schedule.start_step, self.schedule.observes(trainer.global_step)
 
-    def _switch(self, pl_module: LightningModule, quantizing: bool, observing: bool) -> None:
-        """Switch all layers. Activations without a scale stay float, so that sanity checks and tuners can run.
+    def _switch(self, trainer: Trainer, pl_module: LightningModule, phase: tuple[bool, bool] | None = None) -> None:
+        """Switch all layers, by default to what training does at this step.
 
-        An observer that records gives its scale in that same forward.
+        Activations without a scale stay float, so that sanity checks and tuners can run. An observer that records gives
+        its scale in that same forward.
         """
+        quantizing, observing = self._phase = phase or self._phase_of(trainer)
         for _, layer in quantized_layers(self.model_of(pl_module)):
             layer.mode = Mode(quantizing, observing or not _uncalibrated(layer), observing)
-        self._phase = (quantizing, observing)
+
+    on_validation_end = _switch
 
 
 def _activations(module: nn.Module) -> Iterator[ActivationQuantizer]:

@@ -31,19 +31,15 @@ def refuse_float_optimizer(module: LightningModule, checkpoint: Mapping[str, Any
     state = checkpoint.get("state_dict", {})
     if learned and state and checkpoint.get("optimizer_states") and not any(name in state for name in learned):
         raise TrainingError(
-            f"ckpt_path: the checkpoint has no learned ranges, and the optimizer state in it has no place for the "
-            f"{len(learned)} of this model (a float run, or another algorithm): load its weights alone, with "
-            f"module.load_state_dict(torch.load(path)['state_dict']), and fit without ckpt_path"
+            f"ckpt_path: the checkpoint has no learned ranges, so its optimizer has no place for the {len(learned)} of "
+            "this model: load its weights alone, by module.load_state_dict, and fit without ckpt_path"
         )
 
 
 def refuse_masters(model: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
     """Quanto would take master weights into a frozen layer without a word, and quantize them in its own way."""
     if is_frozen(model) and any(f"{prefix}{name}.weight" in state_dict for name in frozen_record(model).layers):
-        raise StateError(
-            "ckpt_path: the model is frozen, but the checkpoint holds float master weights: build the float model "
-            "again, and load the checkpoint into that"
-        )
+        raise StateError("ckpt_path: the model is frozen, but the checkpoint holds masters: load it into a float model")
 
 
 def _explain(module: nn.Module, incompatible: Any) -> None:

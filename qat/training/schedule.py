@@ -38,10 +38,7 @@ class QuantizationSchedule(NamedArguments):
     @model_validator(mode="after")
     def _window_is_ordered(self) -> Self:
         if self.observe_until is not None and (self.observe_from is None or self.observe_until <= self.observe_from):
-            raise ValueError(
-                f"observe_until ({self.observe_until}) must come after observe_from ({self.observe_from}): set both, "
-                "in order"
-            )
+            raise ValueError(f"observe_until ({self.observe_until}) must come after observe_from ({self.observe_from})")
         return self
 
     def observes(self, step: int) -> bool:

@@ -36,11 +36,11 @@ from qat.hosts import get_target
 from qat.hosts.base import Reloaded
 from qat.hosts.stock import library_and_class, stock_reload
 from qat.loading import check_files, check_headers, fill, skeleton
-from qat.tensors import TOLERANCE, model_device
-from qat.verification.comparison import layer_faults, meta_faults, reference_faults, tensor_faults
+from qat.tensors import TOLERANCE, meta_names, model_device
+from qat.verification.comparison import layer_faults, reference_faults, tensor_faults
 from qat.verification.outputs import compute_outputs, output_faults
 
-__all__ = ["Check", "VerificationError", "VerifyReport", "verify"]
+__all__ = ["Check", "VerifyReport", "verify"]
 
 _SHOWN = 6
 
@@ -78,14 +78,6 @@ class VerifyReport:
             detail = check.detail.replace("\n", "\n" + " " * (width + 12))
             lines.append(f"  {check.name:{width}}  {'ok' if check.passed else 'FAILED':6}  {detail}")
         return "\n".join(lines)
-
-
-class VerificationError(VerifyError):
-    """A verification that does not hold, with its report."""
-
-    def __init__(self, report: VerifyReport) -> None:
-        super().__init__(str(report))
-        self.report = report
 
 
 def verify(
@@ -130,40 +122,35 @@ def verify(
     manifest = read_manifest(path)
     checks: list[Check] = []
     if fresh_process:
-        checks += _in_fresh_process(path).checks
+        checks += _in_fresh_process(path)
     if not fresh_process or (reference is not None and all(check.passed for check in checks)):
         own = tuple(_checks(path, manifest, reference, inputs, model))
         known = {check.name for check in checks}
         checks += [check for check in own if check.name not in known or not check.passed]
     report = VerifyReport(str(directory), manifest.target, tuple(checks))
     if not report.ok:
-        raise VerificationError(report)
+        failure = VerifyError(str(report))
+        failure.report = report
+        raise failure
     return report
 
 
-def _in_fresh_process(directory: Path) -> VerifyReport:
+def _in_fresh_process(directory: Path) -> tuple[Check, ...]:
     # -P and no empty entry of PYTHONPATH: a module in the current folder takes the place of no library's. The folder
     # of this qat comes last: in a checkout it is the current folder too.
     start = f"import sys; sys.path.append({str(Path(__file__).parents[2])!r}); from qat.cli import main; main()"
     command = [sys.executable, "-P", "-c", start, "verify", str(directory), "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=_environment())
+    paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     try:
-        report = TypeAdapter(VerifyReport).validate_json(done.stdout)
+        return TypeAdapter(VerifyReport).validate_json(done.stdout).checks
     except ValidationError:
         said = "\n".join((done.stderr.strip() or done.stdout.strip()).splitlines()[-30:])
         if done.returncode == 2:  # a mistake of the user's, told by the process
             raise LoadError(said.removeprefix("error: ")) from None
         ended = f"was ended by signal {-done.returncode}" if done.returncode < 0 else f"ended with {done.returncode}"
         raise VerifyError(f"the verifying process for {str(directory)!r} {ended}:\n{said}") from None
-    if not report.ok:
-        raise VerificationError(report)
-    return report
-
-
-def _environment() -> dict[str, str]:
-    """This process's, without the empty entries that mean the current folder."""
-    paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
 
 
 def _checks(
@@ -188,7 +175,7 @@ def _checks(
     except Exception as error:  # a stock loader can fail in any way
         yield Check("load", False, f"the target's own loader failed: {type(error).__name__}: {error}")
         return
-    faults = meta_faults(loaded)
+    faults = [f"{name} is on the meta device: it was never loaded" for name in meta_names(loaded)]
     yield _check("load", faults, loader)
     if faults:
         return

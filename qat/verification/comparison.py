@@ -13,18 +13,9 @@ from qat.formats import Format
 from qat.formats.state import ModelState
 from qat.hosts import host_of
 from qat.hosts.construction import unstored_tensors
-from qat.tensors import difference, digest, inner_tensors
+from qat.tensors import difference, digest
 
-__all__ = ["layer_faults", "meta_faults", "reference_faults", "tensor_faults"]
-
-
-def meta_faults(model: nn.Module) -> list[str]:
-    """Tensors without data; torch computes garbage with them on CPU and says nothing."""
-    return [
-        f"{name} is on the meta device: it was never loaded"
-        for name, tensor in (*model.named_parameters(), *model.named_buffers())
-        if any(part.is_meta for part in inner_tensors(tensor))
-    ]
+__all__ = ["layer_faults", "reference_faults", "tensor_faults"]
 
 
 def layer_faults(model: nn.Module, record: FrozenRecord, format: Format, codes_only: bool) -> list[str]:
