@@ -187,6 +187,22 @@ def test_saturated_elements_get_no_gradient() -> None:
     assert torch.equal(kernels.masked_gradient(nan, pack_bits(flags)).isnan(), flags)
 
 
+def test_gradients_in_float8_are_near_the_exact_ones() -> None:
+    torch.manual_seed(0)
+    grad = torch.randn(64, 32) * torch.rand(64, 1)
+    weight, x = ((torch.randn(n, 48) * 60).to(torch.float8_e4m3fn) for n in (32, 64))
+    scale, x_scale, flags = torch.rand(32, 1) + 0.1, torch.tensor(0.01), torch.rand(64, 48) > 0.1
+    found = kernels.float8_input_gradient(grad, weight, scale, pack_bits(flags))
+    exact = torch.where(flags, grad @ (weight.float() * scale), 0)
+    assert 0.001 < (found - exact).norm() / exact.norm() < 0.04
+    assert not found[~flags].any()
+    whole = kernels.float8_input_gradient(grad, weight, scale, None)
+    assert torch.equal(whole[flags], found[flags])
+    found = kernels.float8_weight_gradient(grad, x, x_scale)
+    exact = grad.t() @ (x.float() * x_scale)
+    assert 0.001 < (found - exact).norm() / exact.norm() < 0.04
+
+
 @pytest.mark.parametrize("qtype", QTYPES.values(), ids=QTYPES)
 def test_operators_leave_their_inputs_alone_and_record_nothing(qtype: QType) -> None:
     weight = awkward_weight(5, 256).requires_grad_()
@@ -205,6 +221,7 @@ def operator_arguments() -> dict[str, tuple[object, ...]]:
     weight, scale = awkward_weight(6, 256), torch.full((6, 1), 0.01)
     groups = torch.full((12, 1), 0.01)
     strided, codes = weight.t().contiguous().t(), torch.ones(6, 256, dtype=torch.int8)
+    float8 = codes.to(torch.float8_e4m3fn)
     return {
         "fake_quantize_weight": (weight, scale, None, "quanto.int8", torch.bfloat16, torch.float32),
         "fake_quantize_weight affine": (weight, groups, groups, "quanto.int4", torch.bfloat16, torch.bfloat16),
@@ -224,6 +241,8 @@ def operator_arguments() -> dict[str, tuple[object, ...]]:
         "dequantize_activation": (codes, torch.tensor(0.01), torch.bfloat16, torch.float32),
         "dequantize_activation of one dtype": (codes, torch.tensor(0.01), torch.bfloat16, torch.bfloat16),
         "linear_codes": (codes[None], torch.tensor(0.01), codes, scale, scale[:, 0], "quanto.int8", torch.float32),
+        "float8_input_gradient": (weight, float8.t().contiguous(), torch.ones(256, 1), None),
+        "float8_weight_gradient": (weight, float8, torch.tensor(0.01)),
         "masked_gradient": (weight, pack_bits(weight > 0)),
         "masked_product": (weight[:, :6], weight, pack_bits(weight > 0)),
         "round_to": (weight, torch.bfloat16),
