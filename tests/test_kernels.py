@@ -253,7 +253,9 @@ def operator_arguments() -> dict[str, tuple[object, ...]]:
 def test_operators_are_what_a_compiler_is_told(case: str) -> None:
     operator = getattr(torch.ops.qat, case.partition(" ")[0])
     arguments = operator_arguments()[case]
-    torch.library.opcheck(operator, arguments)
+    # Its test of schemas adds to every tensor, which torch cannot do with float8.
+    only = {"test_utils": ("test_faketensor", "test_autograd_registration")} if case.startswith("float8") else {}
+    torch.library.opcheck(operator, arguments, **only)
     if case.startswith(("fake_quantize_weight", "dequantize_activation")):
         torch.library.opcheck(operator, arguments, {"after": torch.ones(3)})
 
