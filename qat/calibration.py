@@ -203,6 +203,8 @@ def _join(layers: Mapping[str, QuantizedLayer], groups: list[list[str]]) -> None
             first.batches //= len(names)
             for other in others:
                 other.load_state_dict(first.state_dict())
+            for quantizer in quantizers[1:]:
+                quantizer.share(quantizers[0])
 
 
 def _run(model: nn.Module, batch: Any, number: int, what: str) -> Any:

@@ -68,6 +68,7 @@ class ActivationQuantizer(QuantizerModule):
         self.initialized = False
         self.arrives_quantized = False
         self._settled = (-1, float("nan"))  # the version of the scale that was read last, and its value
+        self._first: tuple[ActivationQuantizer, ...] = ()  # of those that read one tensor; in a tuple, so no submodule
         self.enabled = True
         """Off where calibration found that the layer cannot bear quantized activations."""
 
@@ -96,6 +97,7 @@ class ActivationQuantizer(QuantizerModule):
             return  # an empty tensor was all; asked only before the first scale, since it waits for the device
         scale = round_to(self.rule.magnitude(self.observer, self.qtype) / self.qtype.steps, self.dtype)
         self.scale.copy_(scale.clamp(min=smallest_scale(self.dtype)))  # a zero scale would divide 0 by 0
+        self._settled = (-1, float("nan"))
         self.initialized = True
 
     def quantize(self, x: Tensor) -> QuantizedActivation:
@@ -107,9 +109,13 @@ class ActivationQuantizer(QuantizerModule):
             CalibrationError: there is no scale yet, and ``x`` is not empty.
         """
         self.require_scale(x)
-        arguments = (x.detach(), self.serving_scale(), self.qtype.key, self.dtype)
         version, number = self._settled
-        if torch.compiler.is_compiling() or x.is_inference() or version != self.scale._version:
+        if torch.compiler.is_compiling():  # a compiler joins equal calls, of one tensor by one scale
+            same = [q for q in self._first if q._settled[1] == number]
+            scale = same[0].scale if same else self.serving_scale()
+            return QuantizedActivation(*kernels.quantize_activation(x.detach(), scale, self.qtype.key, self.dtype))
+        arguments = (x.detach(), self.serving_scale(), self.qtype.key, self.dtype)
+        if x.is_inference() or version != self.scale._version:
             return QuantizedActivation(*kernels.quantize_activation(*arguments))
         key, kept = (number, self.qtype.key, self.dtype), _KEPT.get(x)
         if kept is None or kept.key != key or kept.version != x._version:
@@ -124,6 +130,10 @@ class ActivationQuantizer(QuantizerModule):
     def learned_scale(self) -> Tensor | None:
         """The same with a gradient, where it is learned."""
         return None
+
+    def share(self, first: ActivationQuantizer) -> None:
+        """Say which quantizer reads the same tensor before this one does."""
+        self._first = (first,)
 
     def settle(self) -> None:
         """Read the scale as a Python number, by which `quantize` knows equal ones; waits for the device."""
