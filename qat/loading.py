@@ -22,10 +22,11 @@ from torch import Tensor, nn
 from qat.errors import LoadError, load_error
 from qat.files.directory import as_path
 from qat.files.evidence import record_frozen
-from qat.files.manifest import Manifest, file_record, read_manifest
+from qat.files.manifest import FileRecord, Manifest, file_record, read_manifest
 from qat.files.shards import DTYPE_NAMES, header_faults, read_headers
 from qat.hosts import get_target
 from qat.hosts.stock import library_and_class, load_pretrained
+from qat.jobs import in_threads
 from qat.layers import layer_class
 from qat.tensors import stored_tensors
 
@@ -103,16 +104,18 @@ def _unfilled(model: nn.Module, manifest: Manifest) -> list[str]:
 
 def check_files(directory: Path, manifest: Manifest, *, hashes: bool) -> list[str]:
     """Compare the files with the manifest: present, of the right size and, if asked, of the right hash."""
-    faults = []
-    for name, kept in manifest.files.items():
+
+    def fault(name: str, kept: FileRecord) -> str | None:
         path = directory / name
         if not path.is_file():
-            faults.append(f"{name} is missing")
-        elif path.stat().st_size != kept.bytes:
-            faults.append(f"{name} has {path.stat().st_size} bytes instead of {kept.bytes}")
-        elif hashes and file_record(path).sha256 != kept.sha256:
-            faults.append(f"{name} has another content (sha256) than was exported")
-    return faults
+            return f"{name} is missing"
+        if path.stat().st_size != kept.bytes:
+            return f"{name} has {path.stat().st_size} bytes instead of {kept.bytes}"
+        if hashes and file_record(path).sha256 != kept.sha256:
+            return f"{name} has another content (sha256) than was exported"
+        return None
+
+    return [found for found in in_threads(functools.partial(fault, *file) for file in manifest.files.items()) if found]
 
 
 def check_headers(directory: Path, manifest: Manifest) -> list[str]:

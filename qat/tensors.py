@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map
 __all__ = [
     "TOLERANCE",
     "Difference",
+    "await_numbers",
     "difference",
     "digest",
     "inner_tensors",
@@ -36,6 +37,12 @@ def digest(tensor: Tensor) -> str:
     True
     """
     return hashlib.sha256(raw_bytes(tensor)).hexdigest()
+
+
+def await_numbers(tensor: Tensor) -> None:
+    """Wait for what the caller's stream computes on a tensor's device; a thread reads tensors on another stream."""
+    if tensor.device.type not in ("cpu", "meta"):
+        torch.accelerator.current_stream(tensor.device).synchronize()
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:

@@ -35,7 +35,7 @@ ORDER: tuple[frozenset[str], ...] = tuple(
     frozenset(line.split())
     for line in (
         "errors",
-        "operators spec tensors",
+        "jobs operators spec tensors",
         "numerics",
         "kernels",
         "observers",
