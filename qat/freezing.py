@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -137,9 +138,9 @@ def _freeze(model: nn.Module, target: str | None, remarks: Sequence[str] = (), p
     chosen = get_target(target or prepared.target)
     notes = (*prepared.notes, *remarks, *_check_layers(model, chosen, prepared))
     constructed = constructed_tensors(model, chosen, prepared.spec.torch_dtype)
-    names = [name for name, _ in quantized_layers(model)]  # a list of layers would keep all masters
-    hashed = in_threads(_frozen_layers(model, names, chosen, prepared))
-    evidence = dict(zip(names, track(hashed, "freezing", len(names), progress), strict=True))
+    places = _places(model)
+    hashed = in_threads(_frozen_layers(model, places, chosen, prepared))
+    evidence = dict(zip(places, track(hashed, "freezing", len(places), progress), strict=True))
     _cast_the_rest(model, set(evidence), chosen, constructed)
     model.eval()
     forget_prepared(model)
@@ -174,12 +175,12 @@ def _check_layers(model: nn.Module, chosen: Target, prepared: Prepared) -> list[
 
 
 def _frozen_layers(
-    model: nn.Module, names: list[str], target: Target, prepared: Prepared
+    model: nn.Module, places: Mapping[str, list[_Place]], target: Target, prepared: Prepared
 ) -> Iterator[Callable[[], LayerEvidence]]:
     """Freeze one layer after another, in place, and give the calls that hash their evidence."""
     kinds: set[tuple[object, ...]] = set()
-    for name in names:
-        yield _freeze_layer(model, name, target, prepared, kinds)
+    for name, held in places.items():
+        yield _freeze_layer(name, held, target, prepared, kinds)
 
 
 def _check_other_target(
@@ -219,10 +220,10 @@ def frozen_copy(model: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def _freeze_layer(
-    model: nn.Module, name: str, target: Target, prepared: Prepared, kinds: set[tuple[object, ...]]
+    name: str, places: list[_Place], target: Target, prepared: Prepared, kinds: set[tuple[object, ...]]
 ) -> Callable[[], LayerEvidence]:
     """Freeze a layer in place; ``kinds`` are those whose function was compared already."""
-    layer = model.get_submodule(name)
+    layer = places[0].children[places[0].key]
     assert isinstance(layer, QuantizedLayer)
     quantizer = layer.weight_quantizer
     master = layer.effective_weight(layer)
@@ -251,7 +252,8 @@ def _freeze_layer(
         if (fault := function_fault(layer, frozen, trained)) is not None:
             raise QatError(f"freeze: layer {name!r}: {fault}")
     frozen.train(layer.training)
-    _replace(model, layer, frozen)
+    for children, key in places:
+        children[key] = frozen
     packed = target.format.read(frozen)
     await_numbers(packed.weight.codes)
     return lambda: packed.evidence(digest(trained))
@@ -268,11 +270,20 @@ def _activation_scale(quantizer: ActivationQuantizer | None, dtype: torch.dtype,
     return quantizer.scale.detach().to(device=device, dtype=dtype).clone()
 
 
-def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+class _Place(NamedTuple):
+    """Where a layer stands: its parent's submodules, and its key there."""
+
+    children: dict[str, nn.Module | None]
+    key: str
+
+
+def _places(model: nn.Module) -> dict[str, list[_Place]]:
+    """The places of each prepared layer, by its name; they keep no layer that was replaced, and so no master."""
+    places: dict[int, list[_Place]] = {}
     for parent in model.modules():
-        for name, child in parent._modules.items():
-            if child is old:
-                parent._modules[name] = new
+        for key, child in parent._modules.items():
+            places.setdefault(id(child), []).append(_Place(parent._modules, key))
+    return {name: places[id(layer)] for name, layer in quantized_layers(model)}
 
 
 @torch.no_grad()

@@ -10,7 +10,8 @@ shape, a tensor in another dtype than the model's are errors, found in the files
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
@@ -132,13 +133,24 @@ def check_headers(directory: Path, manifest: Manifest) -> list[str]:
     record, format = manifest.frozen, get_target(manifest.target).format
     codes: set[str] = set()
     faults: list[str] = []
+    below = _keys_below(record.layers, headers)
     for name, layer in record.layers.items():
         prefix = f"{name}."
-        found = {key.removeprefix(prefix): header.entry for key, header in headers.items() if key.startswith(prefix)}
+        found = {key.removeprefix(prefix): headers[key].entry for key in below[name]}
         types = replace(format.recorded(record, name), dtype=getattr(torch, manifest.dtype))
         faults += format.faults(name, types, layer.shape, "bias" in found, layer.group_size, found)
         codes |= {prefix + key for key, slot in format.slots(types, layer.shape, bias=False).items() if slot.is_code}
     return header_faults(headers, manifest.tensors, codes) + faults
+
+
+def _keys_below(names: Iterable[str], keys: Iterable[str]) -> dict[str, list[str]]:
+    """The keys that begin with each name and a dot; models of experts have thousands of both."""
+    below: dict[str, list[str]] = {name: [] for name in names}
+    for key in keys:
+        for dot in re.finditer(r"\.", key):
+            if key[: dot.start()] in below:
+                below[key[: dot.start()]].append(key)
+    return below
 
 
 def skeleton(directory: Path, manifest: Manifest) -> nn.Module:
@@ -177,9 +189,12 @@ def fill(model: nn.Module, directory: Path, manifest: Manifest, device: torch.de
     target, record = get_target(manifest.target), manifest.frozen
     modules = dict(model.named_modules(remove_duplicate=False))
     places = {name: module for name, module in modules.items() if name in record.layers}
+    aliases: dict[int, list[str]] = {}
+    for name, module in modules.items():
+        aliases.setdefault(id(module), []).append(name)
     faults = _place_faults(places, manifest)
     own = {name: tensor for name, tensor in stored_tensors(model) if name.rpartition(".")[0] not in record.layers}
-    below = {name: [key for key in manifest.tensors if key.startswith(f"{name}.")] for name in record.layers}
+    below = _keys_below(record.layers, manifest.tensors)
     packed = {key for keys in below.values() for key in keys}
     plain = {name: tensor for name, tensor in manifest.tensors.items() if name not in packed}
     faults += [f"the files have {name}, which the model has not" for name in plain if name not in own]
@@ -194,7 +209,7 @@ def fill(model: nn.Module, directory: Path, manifest: Manifest, device: torch.de
     for name, layer in record.layers.items():
         tensors = {key.removeprefix(f"{name}."): read(key).to(device) for key in below[name]}
         new = target.build(target.format.recorded(record, name), layer.shape, tensors)
-        for alias in [alias for alias, module in modules.items() if module is places[name]]:
+        for alias in aliases[id(places[name])]:
             model.set_submodule(alias, new)
     loaded: dict[str, Any] = {}
     for name, old in own.items():

@@ -72,21 +72,26 @@ def memory(name: str) -> int:
     return int(fields[name].split()[0]) * 1024
 
 
-def measure(step: Callable[[], object], device: str = "cpu") -> tuple[float, float]:
-    """Seconds, and the peak of memory above what was used before, in GiB: of the process, or of the CUDA device."""
+def measure(name: str, step: Callable[[], object], device: str = "cpu") -> dict[str, float]:
+    """Seconds, processor seconds of all threads, and the peak of memory above what was used before, in GiB.
+
+    Memory is the process's, and that of the CUDA device where the step runs there.
+    """
     cuda = device == "cuda"
     if cuda:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is used now
-    before = torch.cuda.memory_allocated() if cuda else memory("VmRSS")
-    start = time.perf_counter()
+    before, on_device = memory("VmRSS"), torch.cuda.memory_allocated() if cuda else 0
+    start, processor = time.perf_counter(), time.process_time()
     step()
     if cuda:
         torch.cuda.synchronize()
-    seconds = time.perf_counter() - start
-    peak = torch.cuda.max_memory_allocated() if cuda else memory("VmHWM")
-    return seconds, (peak - before) / GIB
+    found = {f"{name} s": time.perf_counter() - start, f"{name} cpu s": time.process_time() - processor}
+    found[f"{name} GiB"] = (memory("VmHWM") - before) / GIB
+    if cuda:
+        found[f"{name} CUDA GiB"] = (torch.cuda.max_memory_allocated() - on_device) / GIB
+    return found
 
 
 def touch(model: nn.Module) -> None:
@@ -136,11 +141,10 @@ def hash_speed() -> float:
 
 def written(weights: str, width: int, layers: int, device: str, out: Path) -> dict[str, float]:
     """Freeze and export a model, which ends with this call."""
-    model, found = build(width, layers, device), {}
+    model = build(width, layers, device)
     qat.prepare(model, qat.QuantSpec(weights=weights))  # type: ignore[arg-type]
-    found["freeze s"], found["freeze GiB"] = measure(lambda: qat.freeze(model), device)
-    found["export s"], found["export GiB"] = measure(lambda: qat.export(model, out, max_shard_size="1TB"))
-    return found
+    frozen = measure("freeze", lambda: qat.freeze(model), device)
+    return frozen | measure("export", lambda: qat.export(model, out, max_shard_size="1TB"), device)
 
 
 def run(weights: str, width: int, layers: int, options: Options, folder: Path) -> dict[str, float]:
@@ -151,13 +155,14 @@ def run(weights: str, width: int, layers: int, options: Options, folder: Path) -
     found["plain write s"] = plain_write(file, folder, width * width)
     if "load" in options.steps:
         empty = build(width, layers, "meta")
-        found["load s"], found["load GiB"] = measure(lambda: touch(qat.load(out, model=empty)))
+        found |= measure("load", lambda: touch(qat.load(out, model=empty)))
     if "requantize" in options.steps:
         floats = build(width, layers, "cpu")
-        found["requantize s"], _ = measure(lambda: touch(stock_load(floats, out)))
+        found |= measure("requantize", lambda: touch(stock_load(floats, out)))
         del floats
     if "verify" in options.steps:
-        found["verify s"], found["verify GiB"] = measure(lambda: qat.verify(out, model=build(width, layers, "cpu")))
+        floats = build(width, layers, "cpu")
+        found |= measure("verify", lambda: qat.verify(out, model=floats))
     return found
 
 
@@ -185,9 +190,9 @@ def main(options: Options) -> None:
         "layer GiB": 2 * options.width**2 / GIB,
     }
     print("  ".join(f"{name} {value}" for name, value in machine.items()))
-    print(f"{'':15}" + "".join(f"{weights:>10}" for weights in results))
+    print(f"{'':18}" + "".join(f"{weights:>10}" for weights in results))
     for name in next(iter(results.values())):
-        print(f"{name:15}" + "".join(f"{found[name]:10.3f}" for found in results.values()))
+        print(f"{name:18}" + "".join(f"{found[name]:10.3f}" for found in results.values()))
     if options.output is not None:
         options.output.write_text(json.dumps({"machine": machine, "results": results}, indent=1) + "\n")
 

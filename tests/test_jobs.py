@@ -54,7 +54,7 @@ def test_an_error_in_a_thread_is_the_callers_and_ends_the_work() -> None:
     def fails() -> int:
         raise QatError("layer 3: a fault")
 
-    with pytest.raises(QatError, match="^layer 3: a fault$"):
+    with pytest.raises(QatError, match=r"^layer 3: a fault$"):
         list(in_threads(calls(), threads=3))
     assert len(prepared) <= 3 + 3
 

@@ -239,6 +239,8 @@ def write_shard(
             digests[entry.name] = beside.submit(hashlib.sha256, data)
             hashing = (in_order.submit(whole.update, data), digests[entry.name])
             file.write(data)
+        for future in hashing:
+            future.result()
         file.flush()
         os.fsync(file.fileno())
         size = file.tell()
