@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +32,9 @@ from qat.tensors import await_numbers, digest, stored_tensors
 __all__ = ["FreezeReport", "freeze", "frozen_copy"]
 
 logger = logging.getLogger("qat")
+
+_Place = tuple[dict[str, nn.Module | None], str]
+"""Where a layer stands: its parent's submodules, and its key there."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,8 @@ def _freeze(model: nn.Module, target: str | None, remarks: Sequence[str] = (), p
     notes = (*prepared.notes, *remarks, *_check_layers(model, chosen, prepared))
     constructed = constructed_tensors(model, chosen, prepared.spec.torch_dtype)
     places = _places(model)
-    hashed = in_threads(_frozen_layers(model, places, chosen, prepared))
+    kinds: set[tuple[object, ...]] = set()
+    hashed = in_threads(_freeze_layer(name, held, chosen, prepared, kinds) for name, held in places.items())
     evidence = dict(zip(places, track(hashed, "freezing", len(places), progress), strict=True))
     _cast_the_rest(model, set(evidence), chosen, constructed)
     model.eval()
@@ -172,15 +175,6 @@ def _check_layers(model: nn.Module, chosen: Target, prepared: Prepared) -> list[
     if calm := [name for name, layer in layers if not all(q.enabled for q in layer.activation_quantizers())]:
         return [f"calibration left the activations of {len(calm)} layers float: {listed(calm, 8)}"]
     return []
-
-
-def _frozen_layers(
-    model: nn.Module, places: Mapping[str, list[_Place]], target: Target, prepared: Prepared
-) -> Iterator[Callable[[], LayerEvidence]]:
-    """Freeze one layer after another, in place, and give the calls that hash their evidence."""
-    kinds: set[tuple[object, ...]] = set()
-    for name, held in places.items():
-        yield _freeze_layer(name, held, target, prepared, kinds)
 
 
 def _check_other_target(
@@ -222,8 +216,12 @@ def frozen_copy(model: nn.Module) -> nn.Module:
 def _freeze_layer(
     name: str, places: list[_Place], target: Target, prepared: Prepared, kinds: set[tuple[object, ...]]
 ) -> Callable[[], LayerEvidence]:
-    """Freeze a layer in place; ``kinds`` are those whose function was compared already."""
-    layer = places[0].children[places[0].key]
+    """Freeze a layer in place, and return the call that hashes its evidence.
+
+    ``kinds`` are those whose function was compared already.
+    """
+    (children, key), *_ = places
+    layer = children[key]
     assert isinstance(layer, QuantizedLayer)
     quantizer = layer.weight_quantizer
     master = layer.effective_weight(layer)
@@ -270,19 +268,12 @@ def _activation_scale(quantizer: ActivationQuantizer | None, dtype: torch.dtype,
     return quantizer.scale.detach().to(device=device, dtype=dtype).clone()
 
 
-class _Place(NamedTuple):
-    """Where a layer stands: its parent's submodules, and its key there."""
-
-    children: dict[str, nn.Module | None]
-    key: str
-
-
 def _places(model: nn.Module) -> dict[str, list[_Place]]:
     """The places of each prepared layer, by its name; they keep no layer that was replaced, and so no master."""
     places: dict[int, list[_Place]] = {}
     for parent in model.modules():
         for key, child in parent._modules.items():
-            places.setdefault(id(child), []).append(_Place(parent._modules, key))
+            places.setdefault(id(child), []).append((parent._modules, key))
     return {name: places[id(layer)] for name, layer in quantized_layers(model)}
 
 
