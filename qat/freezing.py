@@ -1,14 +1,15 @@
 """`freeze`: make codes, scales and shifts final, packed as trained, never derived again from the float weight.
 
-A layer at a time: the float master is dropped before the next one is packed, so memory peaks at the model plus one
-layer. Why optimum-quanto's own ``freeze`` is not used: docs/decisions/0002-pack-never-derive.md.
+A layer at a time: the float master is dropped before the next one is packed, and evidence of the last layers is hashed
+in threads meanwhile. So memory peaks at the model plus the work on a few layers. Why optimum-quanto's own ``freeze`` is
+not used: docs/decisions/0002-pack-never-derive.md.
 """
 
 from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,16 +21,20 @@ from qat.files.evidence import FrozenRecord, LayerEvidence, record_frozen
 from qat.formats import FrozenLayer, LayerTypes
 from qat.hosts import Target, get_target, host_of
 from qat.hosts.construction import constructed_tensors, differs, unstored_tensors
+from qat.jobs import in_threads, track
 from qat.layers import QuantizedLayer, layer_class, quantized_layers
 from qat.optimizers import unchanged
 from qat.preparation import Prepared, forget_prepared, prepared_as
 from qat.quantizers.activation import ActivationQuantizer
 from qat.runs import read_without_call
-from qat.tensors import stored_tensors
+from qat.tensors import await_numbers, digest, stored_tensors
 
 __all__ = ["FreezeReport", "freeze", "frozen_copy"]
 
 logger = logging.getLogger("qat")
+
+_Place = tuple[dict[str, nn.Module | None], str]
+"""Where a layer stands: its parent's submodules, and its key there."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,12 @@ class FreezeReport:
 
 
 def freeze(
-    model: nn.Module, *, target: str | None = None, allow_unreached: bool = False, allow_reads: bool = False
+    model: nn.Module,
+    *,
+    target: str | None = None,
+    allow_unreached: bool = False,
+    allow_reads: bool = False,
+    progress: bool = False,
 ) -> FreezeReport:
     """Replace every prepared layer by a frozen one of the target's format, in place, ready to run and to export.
 
@@ -65,6 +75,7 @@ def freeze(
             and so are layers in compiled modules and those that a checkpoint was loaded into: nothing is known of them.
         allow_reads: freeze layers whose weight the model also uses without calling them, as for a penalty on weights
             that is no part of the outputs.
+        progress: show a bar, on a terminal.
 
     A layer with forward hooks is called once more, with a few random rows, to see whether its hooks change it.
 
@@ -86,6 +97,11 @@ def freeze(
     >>> print(freeze(model))
     froze 2 layers (int4, int8) for target 'quanto', served in bfloat16
     """
+    return _freeze(model, target, _remarks(model, allow_unreached, allow_reads), progress)
+
+
+def _remarks(model: nn.Module, allow_unreached: bool, allow_reads: bool) -> list[str]:
+    """What the record keeps of how the model was trained; `StateError` where that forbids to freeze it."""
     layers = dict(quantized_layers(model))
     gone = [name for name in prepared_as(model).layers if name not in layers]
     if gone:
@@ -116,12 +132,29 @@ def freeze(
     notes = [] if read is None else [read]
     if unreached:
         notes.append(f"{len(unreached)} layers were frozen although they never ran quantized: {listed(unreached, 4)}")
-    return _freeze(model, target, notes)
+    return notes
 
 
-def _freeze(model: nn.Module, target: str | None, remarks: Sequence[str] = ()) -> FreezeReport:
+def _freeze(model: nn.Module, target: str | None, remarks: Sequence[str] = (), progress: bool = False) -> FreezeReport:
     prepared = prepared_as(model)
     chosen = get_target(target or prepared.target)
+    notes = (*prepared.notes, *remarks, *_check_layers(model, chosen, prepared))
+    constructed = constructed_tensors(model, chosen, prepared.spec.torch_dtype)
+    places = _places(model)
+    kinds: set[tuple[object, ...]] = set()
+    hashed = in_threads(_freeze_layer(name, held, chosen, prepared, kinds) for name, held in places.items())
+    evidence = dict(zip(places, track(hashed, "freezing", len(places), progress), strict=True))
+    _cast_the_rest(model, set(evidence), chosen, constructed)
+    model.eval()
+    forget_prepared(model)
+    record = FrozenRecord(prepared.spec, chosen.name, prepared.algorithm.kind, evidence, notes, prepared.left_float)
+    record_frozen(model, record)
+    host_of(model).set_dtype(model, prepared.spec.torch_dtype)
+    return FreezeReport(chosen.name, prepared.spec.dtype, evidence)
+
+
+def _check_layers(model: nn.Module, chosen: Target, prepared: Prepared) -> list[str]:
+    """What the record keeps of the layers' activations; raise where a layer cannot be frozen."""
     layers = list(quantized_layers(model))
     if chosen.name != prepared.target:
         _check_other_target(model, chosen, prepared, layers)
@@ -139,22 +172,9 @@ def _freeze(model: nn.Module, target: str | None, remarks: Sequence[str] = ()) -
             len(narrow),
             listed(narrow, 4),
         )
-    constructed = constructed_tensors(model, chosen, prepared.spec.torch_dtype)
-    evidence: dict[str, LayerEvidence] = {}
-    kinds: set[tuple[object, ...]] = set()
-    for name, layer in layers:
-        frozen, evidence[name] = _freeze_layer(name, layer, chosen, prepared, kinds)
-        _replace(model, layer, frozen)
-    _cast_the_rest(model, set(evidence), chosen, constructed)
-    model.eval()
-    forget_prepared(model)
-    notes = (*prepared.notes, *remarks)
     if calm := [name for name, layer in layers if not all(q.enabled for q in layer.activation_quantizers())]:
-        notes += (f"calibration left the activations of {len(calm)} layers float: {listed(calm, 8)}",)
-    record = FrozenRecord(prepared.spec, chosen.name, prepared.algorithm.kind, evidence, notes, prepared.left_float)
-    record_frozen(model, record)
-    host_of(model).set_dtype(model, prepared.spec.torch_dtype)
-    return FreezeReport(chosen.name, prepared.spec.dtype, evidence)
+        return [f"calibration left the activations of {len(calm)} layers float: {listed(calm, 8)}"]
+    return []
 
 
 def _check_other_target(
@@ -194,13 +214,19 @@ def frozen_copy(model: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def _freeze_layer(
-    name: str, layer: QuantizedLayer, target: Target, prepared: Prepared, kinds: set[tuple[object, ...]]
-) -> tuple[nn.Module, LayerEvidence]:
-    """The frozen layer and its evidence; ``kinds`` are those whose function was compared already."""
+    name: str, places: list[_Place], target: Target, prepared: Prepared, kinds: set[tuple[object, ...]]
+) -> Callable[[], LayerEvidence]:
+    """Freeze a layer in place, and return the call that hashes its evidence.
+
+    ``kinds`` are those whose function was compared already.
+    """
+    (children, key), *_ = places
+    layer = children[key]
+    assert isinstance(layer, QuantizedLayer)
     quantizer = layer.weight_quantizer
     master = layer.effective_weight(layer)
     trained = quantizer.quantize(master, quantizer.dtype).value  # as a forward asks for it, apart from the codes
-    weight, _ = quantizer.freeze(master)
+    weight = quantizer.freeze(master)[0]
     dtype, device = quantizer.dtype, weight.codes.device
     bias: Tensor | None = getattr(layer, "bias", None)
     types = LayerTypes(weight.qtype, layer.activation_qtype, dtype, prepared.spec.outputs)
@@ -224,7 +250,11 @@ def _freeze_layer(
         if (fault := function_fault(layer, frozen, trained)) is not None:
             raise QatError(f"freeze: layer {name!r}: {fault}")
     frozen.train(layer.training)
-    return frozen, target.format.read(frozen).evidence(trained)
+    for children, key in places:
+        children[key] = frozen
+    packed = target.format.read(frozen)
+    await_numbers(packed.weight.codes)
+    return lambda: packed.evidence(digest(trained))
 
 
 def _narrower(serving: torch.dtype, layer: QuantizedLayer) -> bool:
@@ -238,11 +268,13 @@ def _activation_scale(quantizer: ActivationQuantizer | None, dtype: torch.dtype,
     return quantizer.serving_scale().to(device=device, dtype=dtype).clone()
 
 
-def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+def _places(model: nn.Module) -> dict[str, list[_Place]]:
+    """The places of each prepared layer, by its name; they keep no layer that was replaced, and so no master."""
+    places: dict[int, list[_Place]] = {}
     for parent in model.modules():
-        for name, child in parent._modules.items():
-            if child is old:
-                parent._modules[name] = new
+        for key, child in parent._modules.items():
+            places.setdefault(id(child), []).append((parent._modules, key))
+    return {name: places[id(layer)] for name, layer in quantized_layers(model)}
 
 
 @torch.no_grad()

@@ -7,7 +7,9 @@ a missing or unexpected key, another dtype or shape are errors, found in the fil
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
@@ -19,10 +21,11 @@ from torch import Tensor, nn
 from qat.errors import LoadError, load_error
 from qat.files.directory import as_path
 from qat.files.evidence import record_frozen
-from qat.files.manifest import Manifest, file_record, read_manifest
+from qat.files.manifest import FileRecord, Manifest, file_record, read_manifest
 from qat.files.shards import DTYPE_NAMES, header_faults, read_headers
 from qat.hosts import get_target
 from qat.hosts.stock import library_and_class, load_pretrained
+from qat.jobs import in_threads
 from qat.layers import layer_class
 from qat.tensors import meta_names, stored_tensors
 
@@ -97,16 +100,18 @@ def _unfilled(model: nn.Module, manifest: Manifest) -> list[str]:
 
 def check_files(directory: Path, manifest: Manifest, *, hashes: bool) -> list[str]:
     """Compare the files with the manifest: present, of the right size and, if asked, of the right hash."""
-    faults = []
-    for name, kept in manifest.files.items():
+
+    def fault(name: str, kept: FileRecord) -> str | None:
         path = directory / name
         if not path.is_file():
-            faults.append(f"{name} is missing")
-        elif path.stat().st_size != kept.bytes:
-            faults.append(f"{name} has {path.stat().st_size} bytes instead of {kept.bytes}")
-        elif hashes and file_record(path).sha256 != kept.sha256:
-            faults.append(f"{name} has another content (sha256) than was exported")
-    return faults
+            return f"{name} is missing"
+        if path.stat().st_size != kept.bytes:
+            return f"{name} has {path.stat().st_size} bytes instead of {kept.bytes}"
+        if hashes and file_record(path).sha256 != kept.sha256:
+            return f"{name} has another content (sha256) than was exported"
+        return None
+
+    return [found for found in in_threads(functools.partial(fault, *file) for file in manifest.files.items()) if found]
 
 
 def check_headers(directory: Path, manifest: Manifest) -> list[str]:
@@ -123,13 +128,24 @@ def check_headers(directory: Path, manifest: Manifest) -> list[str]:
     record, format = manifest.frozen, get_target(manifest.target).format
     codes: set[str] = set()
     faults: list[str] = []
+    below = _keys_below(record.layers, headers)
     for name, layer in record.layers.items():
         prefix = f"{name}."
-        found = {key.removeprefix(prefix): header.entry for key, header in headers.items() if key.startswith(prefix)}
+        found = {key.removeprefix(prefix): headers[key].entry for key in below[name]}
         types = replace(format.recorded(record, name), dtype=getattr(torch, manifest.dtype))
         faults += format.faults(name, types, layer.shape, "bias" in found, layer.group_size, found)
         codes |= {prefix + key for key, slot in format.slots(types, layer.shape, bias=False).items() if slot.is_code}
     return header_faults(headers, manifest.tensors, codes) + faults
+
+
+def _keys_below(names: Iterable[str], keys: Iterable[str]) -> dict[str, list[str]]:
+    """The keys that begin with each name and a dot; models of experts have thousands of both."""
+    below: dict[str, list[str]] = {name: [] for name in names}
+    for key in keys:
+        for dot in re.finditer(r"\.", key):
+            if key[: dot.start()] in below:
+                below[key[: dot.start()]].append(key)
+    return below
 
 
 def skeleton(directory: Path, manifest: Manifest) -> nn.Module:
@@ -170,9 +186,12 @@ def fill(model: nn.Module, directory: Path, manifest: Manifest, device: torch.de
     target, record = get_target(manifest.target), manifest.frozen
     modules = dict(model.named_modules(remove_duplicate=False))
     places = {name: module for name, module in modules.items() if name in record.layers}
+    aliases: dict[int, list[str]] = {}
+    for name, module in modules.items():
+        aliases.setdefault(id(module), []).append(name)
     faults = _place_faults(places, manifest)
     own = {name: tensor for name, tensor in stored_tensors(model) if name.rpartition(".")[0] not in record.layers}
-    below = {name: [key for key in manifest.tensors if key.startswith(f"{name}.")] for name in record.layers}
+    below = _keys_below(record.layers, manifest.tensors)
     packed = {key for keys in below.values() for key in keys}
     plain = {name: tensor for name, tensor in manifest.tensors.items() if name not in packed}
     faults += [f"the files have {name}, which the model has not" for name in plain if name not in own]
@@ -193,7 +212,7 @@ def fill(model: nn.Module, directory: Path, manifest: Manifest, device: torch.de
     for name, layer in record.layers.items():
         tensors = {key.removeprefix(f"{name}."): read(key) for key in below[name]}
         new = target.build(target.format.recorded(record, name), layer.shape, tensors)
-        for alias in [alias for alias, module in modules.items() if module is places[name]]:
+        for alias in aliases[id(places[name])]:
             model.set_submodule(alias, new)
     loaded: dict[str, Any] = {}
     for name, old in own.items():

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map
 __all__ = [
     "TOLERANCE",
     "Difference",
+    "await_numbers",
     "difference",
     "digest",
     "inner_tensors",
@@ -39,11 +40,21 @@ def digest(tensor: Tensor) -> str:
     return hashlib.sha256(raw_bytes(tensor)).hexdigest()
 
 
+def await_numbers(tensor: Tensor) -> None:
+    """Wait for what the caller's stream computes on a tensor's device; a thread reads tensors on another stream."""
+    if tensor.device.type not in ("cpu", "meta"):
+        torch.accelerator.current_stream(tensor.device).synchronize()
+
+
 def raw_bytes(tensor: Tensor) -> memoryview:
     """The bytes of a plain tensor, row-major, little-endian; a contiguous CPU tensor is not copied."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    array: Any = flat.view(torch.uint8).numpy() if flat.numel() else b""
+    array: Any = _bits(tensor).numpy() if tensor.numel() else b""
     return memoryview(array)
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8) if flat.numel() else flat
 
 
 def inner_tensors(tensor: Tensor) -> list[Tensor]:
@@ -126,7 +137,7 @@ def difference(expected: Tensor, given: Tensor) -> Difference | None:
     if (given.shape, given.dtype) != (expected.shape, expected.dtype):
         forms = f"{given.dtype} {tuple(given.shape)} instead of {expected.dtype} {tuple(expected.shape)}"
         return Difference(expected.numel(), expected.numel(), float("inf"), forms)
-    if digest(given) == digest(expected):
+    if torch.equal(_bits(given), _bits(expected)):
         return None
     a, b = expected.detach().cpu().double(), given.detach().cpu().double()
     gap = (a - b).abs().nan_to_num(nan=float("inf"))  # a NaN on one side is no small difference

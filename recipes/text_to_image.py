@@ -104,7 +104,8 @@ def main(argv: Sequence[str]) -> None:
     resolved = config.model_copy(update={"target": target}).model_dump(mode="json")
     example = move(data.example, torch.device("cpu"), spec.torch_dtype)
     with stage("exporting"):
-        qat.export(model, run.output, example_inputs=example, config=resolved, overwrite=run.overwrite)
+        served: dict[str, Any] = {"config": resolved, "overwrite": run.overwrite, "progress": True}
+        qat.export(model, run.output, example_inputs=example, **served)
     with stage("verifying"):
         verified = qat.verify(run.output, fresh_process=True)
     comparison.judge_export("quantization-aware training", run.output, run.served_on, settings.steps, rate)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from qat.errors import ExportError, StateError, TargetError
 from qat.exporting import export
@@ -123,6 +124,23 @@ class TestErrors:
         model.model.layers[0].mlp.up_proj.weight._scale.mul_(2)
         with pytest.raises(ExportError, match=r"changed after qat\.freeze.*up_proj"):
             export(model, tmp_path / "out")
+
+    @pytest.mark.parametrize("part", ["codes", "scale", "shift", "bias", "layer"])
+    def test_every_part_that_is_written_is_compared_with_freezing(self, tmp_path: Path, part: str) -> None:
+        """The digest of the dequantized weight is not computed again, since these decide it."""
+        model = nn.Sequential(nn.Linear(256, 16), nn.Linear(16, 4))
+        prepare(model, QuantSpec(weights="int4", dtype="float32"))
+        freeze(model)
+        layer = model[1]
+        tensors = {"codes": layer.weight._data._data, "scale": layer.weight._scale, "shift": layer.weight._shift}
+        if part == "layer":
+            model[1] = nn.Linear(16, 4)
+        else:
+            flat = (tensors | {"bias": layer.bias.data})[part].view(-1)
+            flat[-1] = flat[-1] + 1
+        with pytest.raises(ExportError, match=r"0 layers are gone and 1 hold other numbers \(first: '1'\)"):
+            export(model, tmp_path / "out")
+        assert list(tmp_path.iterdir()) == []
 
     def test_a_target_that_would_serve_other_numbers(self, tmp_path: Path) -> None:
         model = small_llama()

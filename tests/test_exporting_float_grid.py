@@ -15,6 +15,7 @@ from qat.files.manifest import read_manifest
 from qat.freezing import freeze
 from qat.preparation import prepare
 from qat.spec import QuantSpec
+from qat.tensors import digest
 from tests.exports import (
     TYPES,
     frozen_llama,
@@ -87,5 +88,5 @@ def narrow_codes(layer: Any, model: nn.Module, name: str) -> None:
 
     layer.weight._data.copy_(layer.weight._data // 2)
     record = frozen_record(model)
-    evidence = QUANTO.read(layer).evidence(QUANTO.values(layer))
+    evidence = QUANTO.read(layer).evidence(digest(QUANTO.values(layer)))
     record_frozen(model, replace(record, layers={**record.layers, name: evidence}))

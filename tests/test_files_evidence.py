@@ -15,6 +15,7 @@ from qat.formats import QUANTO
 from qat.layers import quantized_layers
 from qat.numerics import FrozenWeight
 from qat.spec import LayerSpec, QuantSpec
+from qat.tensors import digest
 from tests.helpers import DTYPES, WEIGHT_TYPES, LearnedStep, same_bits
 
 SHAPES = [(1, 8), (3, 5), (16, 256), (32, 256), (5, 192), (3, 200)]
@@ -32,7 +33,7 @@ def prepared(weights: str, dtype: str) -> tuple[nn.ModuleDict, dict[str, FrozenW
 
 
 def evidence(module: nn.Module) -> LayerEvidence:
-    return QUANTO.read(module).evidence(QUANTO.values(module))
+    return QUANTO.read(module).evidence(digest(QUANTO.values(module)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

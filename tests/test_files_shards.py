@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import pytest
@@ -7,11 +8,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 from qat.errors import ExportError
 from qat.exporting import export
 from qat.files.manifest import read_manifest
-from qat.files.shards import TensorEntry, parse_size, plan_shards, shard_names
+from qat.files.shards import Shard, TensorEntry, parse_size, plan_shards, shard_names, write_shard
 from tests.exports import (
     DTYPES,
     TYPES,
@@ -103,3 +105,45 @@ class TestAlignmentInFiles:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118
                     assert not name.endswith("_data") or file.get_tensor(name).data_ptr() % 64 == 0
+
+
+class TestWriting:
+    def shard(self) -> tuple[Shard, dict[str, torch.Tensor]]:
+        torch.manual_seed(0)
+        tensors = {
+            "large": torch.randint(-128, 128, (512, 1024), dtype=torch.int8),
+            "strided": torch.randn(64, 32, dtype=torch.bfloat16).T,
+            "scalar": torch.ones(()),
+            "empty": torch.ones(0, 4),
+        }
+        entries = [TensorEntry(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
+        (shard,) = plan_shards(entries, 1 << 30)
+        return shard, tensors
+
+    def test_hashes_are_those_of_the_bytes(self, tmp_path: Path) -> None:
+        shard, tensors = self.shard()
+        record, written = write_shard(tmp_path / "file", shard, tensors.__getitem__)
+        data = (tmp_path / "file").read_bytes()
+        assert (record.bytes, record.sha256) == (len(data), hashlib.sha256(data).hexdigest())
+        assert written.keys() == tensors.keys()
+        for name, tensor in tensors.items():
+            own = tensor.contiguous().view(torch.uint8).numpy().tobytes() if tensor.ndim else tensor.numpy().tobytes()
+            assert written[name].sha256 == hashlib.sha256(own).hexdigest(), name
+        assert all(torch.equal(tensors[name], found) for name, found in load_file(tmp_path / "file").items())
+
+    def test_a_tensor_that_changed_meanwhile_ends_it(self, tmp_path: Path) -> None:
+        shard, tensors = self.shard()
+        with pytest.raises(ExportError, match="'strided' changed while it was exported"):
+            write_shard(
+                tmp_path / "file", shard, lambda name: tensors[name][:1] if name == "strided" else tensors[name]
+            )
+
+    def test_a_fault_of_the_hash_is_raised(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        class Broken:
+            def update(self, data: object) -> None:
+                raise MemoryError("no hash")
+
+        shard, tensors = self.shard()
+        monkeypatch.setattr("qat.files.shards.hashlib.sha256", lambda data=b"": Broken())
+        with pytest.raises(MemoryError, match="no hash"):
+            write_shard(tmp_path / "file", shard, tensors.__getitem__)

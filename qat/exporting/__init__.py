@@ -28,7 +28,8 @@ from qat.formats.state import ModelState
 from qat.hosts import MODULE, Target, get_target, host_of
 from qat.hosts.base import FloatGrid, shown_call
 from qat.hosts.construction import constructed_tensors, differs, unstored_tensors
-from qat.tensors import model_device, stored_tensors
+from qat.jobs import in_threads, track
+from qat.tensors import await_numbers, model_device, stored_tensors
 from qat.verification.outputs import compute_outputs
 
 __all__ = ["ExportReport", "export"]
@@ -72,6 +73,7 @@ def export(
     max_shard_size: int | str = "5GB",
     overwrite: bool = False,
     float_grid: bool = False,
+    progress: bool = False,
 ) -> ExportReport:
     """Write a frozen model into a directory, all or nothing.
 
@@ -90,6 +92,7 @@ def export(
             is refused, unless the old model card shows them as its pictures.
         float_grid: targets transformers and diffusers only: on-grid float32 weights, which a stock ``QuantoConfig``
             load quantizes back into the same codes.
+        progress: show bars, on a terminal.
 
     Raises:
         StateError: when the model was never frozen.
@@ -111,14 +114,14 @@ def export(
     check_destination(destination, overwrite)
     limit = parse_size(max_shard_size)
     _check_target(model, record, to)
-    _check_unchanged(model, record)
+    _check_unchanged(model, record, progress)
     with torch.no_grad(), atomic_directory(destination, overwrite) as temporary:
         grid = to.host.float_grid(model, record, to.format) if float_grid else None
         state, notes = _configured(model, record, to, temporary, grid)
         if grid is not None and grid.one_file:
             limit = _ONE_FILE
         stem = host_of(model).weights_stem
-        hashed, tensors = write_weights(state.entries, state.fetch, temporary, limit, stem)
+        hashed, tensors = write_weights(state.entries, state.fetch, temporary, limit, stem, progress)
         _save_processors(processor, temporary)
         if config is not None:
             text = yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
@@ -208,15 +211,24 @@ def _check_target(model: nn.Module, record: FrozenRecord, wanted: Target) -> Non
         )
 
 
-def _check_unchanged(model: nn.Module, record: FrozenRecord) -> None:
-    """Raise when a frozen layer is no longer what freezing left."""
+def _check_unchanged(model: nn.Module, record: FrozenRecord, progress: bool) -> None:
+    """Raise when a frozen layer is no longer what freezing left.
+
+    Codes, scale, shift and bias are hashed again, since they are what is written. The value that they dequantize to
+    follows from them: freezing compared it with the trained one, and verification hashes it again after a load.
+    """
     format, layers = get_target(record.target).format, dict(model.named_modules())
 
-    def holds(layer: nn.Module, kept: LayerEvidence) -> bool:
-        return format.is_frozen(layer) and not kept.differences(format.read(layer).evidence(format.values(layer)))
+    def evidence(name: str) -> Callable[[], LayerEvidence]:
+        layer, value = format.read(layers[name]), record.layers[name].weight
+        await_numbers(layer.weight.codes)
+        return lambda: layer.evidence(value)
 
     gone = [name for name in record.layers if name not in layers]
-    changed = [name for name, kept in record.layers.items() if name in layers and not holds(layers[name], kept)]
+    here = [name for name in record.layers if name in layers]
+    frozen = [name for name in here if format.is_frozen(layers[name])]
+    found = dict(zip(frozen, track(in_threads(map(evidence, frozen)), "comparing", len(frozen), progress), strict=True))
+    changed = [name for name in here if name not in found or record.layers[name].differences(found[name])]
     if gone or changed:
         raise ExportError(
             f"the model changed after qat.freeze: {len(gone)} layers are gone and {len(changed)} hold other numbers "

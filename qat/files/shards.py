@@ -21,14 +21,16 @@ import os
 import re
 import struct
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from qat.errors import ExportError, LoadError
 from qat.files.manifest import FileRecord, TensorRecord
+from qat.jobs import track
 from qat.tensors import raw_bytes
 
 __all__ = [
@@ -209,23 +211,22 @@ def shard_names(count: int, stem: str = "model") -> list[str]:
 
 
 def write_shard(
-    path: Path, shard: Shard, fetch: Callable[[str], torch.Tensor]
+    path: Path, shard: Shard, fetch: Callable[[str], torch.Tensor], progress: bool = False
 ) -> tuple[FileRecord, dict[str, TensorRecord]]:
     """Write one safetensors file, a tensor at a time, and bring it to the disk; return what was written.
+
+    A tensor is hashed in two threads, for the file and for itself, while it is written and the next one is fetched.
 
     Raises:
         ExportError: when a tensor is not what was planned.
         OSError: when the disk is full or the file cannot be written.
     """
-    whole, tensors = hashlib.sha256(), {}
-    with path.open("wb") as file:
-
-        def write(data: bytes | memoryview) -> None:
-            file.write(data)
-            whole.update(data)
-
-        write(shard.header())
-        for entry in shard.entries:
+    whole, digests = hashlib.sha256(shard.header()), {}
+    entries = track(shard.entries, f"writing {path.name}", len(shard.entries), progress)
+    with path.open("wb") as file, ThreadPoolExecutor(1) as in_order, ThreadPoolExecutor(1) as beside:
+        file.write(shard.header())
+        hashing: tuple[Future[Any], ...] = ()
+        for entry in entries:
             tensor = fetch(entry.name)
             if tensor.dtype != entry.dtype or tuple(tensor.shape) != entry.shape:
                 raise ExportError(
@@ -233,12 +234,25 @@ def write_shard(
                     f"got {tensor.dtype} {tuple(tensor.shape)}; export a model that nothing else modifies"
                 )
             data = raw_bytes(tensor)
-            write(data)
-            digest, dtype = hashlib.sha256(data).hexdigest(), DTYPE_NAMES[entry.dtype]
-            tensors[entry.name] = TensorRecord(file=path.name, dtype=dtype, shape=entry.shape, sha256=digest)
+            for future in hashing:
+                future.result()  # two tensors are held, and no more
+            digests[entry.name] = beside.submit(hashlib.sha256, data)
+            hashing = (in_order.submit(whole.update, data), digests[entry.name])
+            file.write(data)
+        for future in hashing:
+            future.result()
         file.flush()
         os.fsync(file.fileno())
         size = file.tell()
+    tensors = {
+        entry.name: TensorRecord(
+            file=path.name,
+            dtype=DTYPE_NAMES[entry.dtype],
+            shape=entry.shape,
+            sha256=digests[entry.name].result().hexdigest(),
+        )
+        for entry in shard.entries
+    }
     return FileRecord(bytes=size, sha256=whole.hexdigest()), tensors
 
 

@@ -22,7 +22,12 @@ def write_json(path: Path, fields: Mapping[str, Any]) -> None:
 
 
 def write_weights(
-    entries: Sequence[TensorEntry], fetch: Callable[[str], Tensor], directory: Path, max_shard_size: int, stem: str
+    entries: Sequence[TensorEntry],
+    fetch: Callable[[str], Tensor],
+    directory: Path,
+    max_shard_size: int,
+    stem: str,
+    progress: bool = False,
 ) -> tuple[dict[str, FileRecord], dict[str, TensorRecord]]:
     """Write the weight files (and the index, when there are several), and check them by opening them again.
 
@@ -34,7 +39,7 @@ def write_weights(
     files: dict[str, FileRecord] = {}
     tensors: dict[str, TensorRecord] = {}
     for name, shard in zip(names, shards, strict=True):
-        files[name], written = write_shard(directory / name, shard, fetch)
+        files[name], written = write_shard(directory / name, shard, fetch, progress)
         tensors |= written
     try:
         headers = read_headers(directory / name for name in names)

@@ -52,8 +52,8 @@ class FrozenLayer:
     """Scalar; 1 without an activation type."""
     output_scale: Tensor
 
-    def evidence(self, value: Tensor) -> LayerEvidence:
-        """Digests of the layer, and of the ``value`` that its weight dequantizes to."""
+    def evidence(self, value: str) -> LayerEvidence:
+        """Digests of the layer; ``value`` is the digest of what its weight dequantizes to."""
         weight, active = self.weight, self.types.activations
         out_features, in_features = weight.shape
         return LayerEvidence(
@@ -64,7 +64,7 @@ class FrozenLayer:
             codes=digest(weight.codes),
             scale=digest(weight.scale),
             shift=None if weight.shift is None else digest(weight.shift),
-            weight=digest(value),
+            weight=value,
             input_scale=None if active is None else float(self.input_scale),
             output_scale=None if active is None else float(self.output_scale),
             bias=None if self.bias is None else digest(self.bias),

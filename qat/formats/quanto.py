@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from qat.files.evidence import FrozenRecord
 from qat.formats.base import Format, FrozenLayer, InLibrary, LayerTypes, Notice, Slot
+from qat.formats.quanto_tinygemm import is_tinygemm_on_cpu, plain_from_tinygemm
 from qat.formats.quanto_types import QTYPES, QTYPES_OF_QUANTO, QUANTO_NAMES
 from qat.numerics import FrozenWeight, QType
 from qat.tensors import inner_tensors
@@ -61,6 +62,8 @@ def _keep_bias(weight: Any) -> Any:
 
 def _plain(weight: Any) -> Any:
     """A weight in the plain class, whatever kernel's class it is in."""
+    if is_tinygemm_on_cpu(weight):
+        return plain_from_tinygemm(weight)
     if hasattr(weight, "weight_qbits_tensor") and type(weight).__name__ != "WeightQBitsTensor":
         return weight.weight_qbits_tensor()
     if hasattr(weight, "weight_qbytes_tensor") and type(weight).__name__ != "WeightQBytesTensor":
@@ -301,7 +304,8 @@ class _Quanto(Format):
 
     def values(self, module: nn.Module) -> Tensor:
         """By quanto's own arithmetic, not ours."""
-        return module.weight.dequantize()  # type: ignore[operator]
+        weight: Any = module.weight
+        return (_plain(weight) if is_tinygemm_on_cpu(weight) else weight).dequantize()  # type: ignore[no-any-return]
 
     def declared(self, module: nn.Module) -> LayerTypes:
         layer: Any = module

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from torch import nn
 
-from qat.files.evidence import FrozenRecord
+from qat.files.evidence import FrozenRecord, LayerEvidence
 from qat.files.manifest import Manifest
 from qat.files.shards import DTYPE_NAMES
 from qat.formats import Format
 from qat.formats.state import ModelState
 from qat.hosts import host_of
 from qat.hosts.construction import unstored_tensors
+from qat.jobs import in_threads
 from qat.tensors import difference, digest
 
 __all__ = ["layer_faults", "reference_faults", "tensor_faults"]
@@ -23,18 +24,20 @@ def layer_faults(model: nn.Module, record: FrozenRecord, format: Format, codes_o
     modules, faults = dict(model.named_modules()), []
     extra = [name for name, module in modules.items() if format.is_frozen(module) and name not in record.layers]
     faults += [f"{name} is quantized after loading, but freezing left it float" for name in extra]
-    for name, kept in record.layers.items():
-        module = modules.get(name)
-        if module is None or not format.is_frozen(module):
-            faults.append(f"{name} is not a quantized layer after loading")
-            continue
-        found = format.read(module).evidence(format.values(module))
-        differ = kept.differences(found)
+    names = [name for name in record.layers if name in modules and format.is_frozen(modules[name])]
+    faults += [f"{name} is not a quantized layer after loading" for name in record.layers if name not in names]
+    for name, found in zip(names, in_threads(_evidence(modules[name], format) for name in names), strict=True):
+        differ = record.layers[name].differences(found)
         if codes_only:
             differ = [part for part in differ if part in ("weights", "shape", "group_size", "codes")]
         if differ:
             faults.append(f"{name}: {', '.join(differ)} differ from what freezing left")
     return faults
+
+
+def _evidence(module: nn.Module, format: Format) -> Callable[[], LayerEvidence]:
+    layer, values = format.read(module), format.values(module)
+    return lambda: layer.evidence(digest(values))
 
 
 def tensor_faults(model: nn.Module, manifest: Manifest, record: FrozenRecord, format: Format) -> tuple[list[str], int]:

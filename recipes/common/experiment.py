@@ -118,7 +118,8 @@ def compare(
     served: dict[str, Any] = {"example_inputs": move(example, torch.device("cpu"), spec.torch_dtype)}
     resolved = config.model_dump(mode="json")
     with stage("exporting"):
-        qat.export(model, run.output, processor=processor, config=resolved, overwrite=run.overwrite, **served)
+        served |= {"overwrite": run.overwrite, "progress": True}
+        qat.export(model, run.output, processor=processor, config=resolved, **served)
     with stage("verifying"):
         verified = qat.verify(run.output, fresh_process=True)
     judge(TRAINED, qat.load(run.output), run.served_on, spec.torch_dtype)

@@ -1,0 +1,55 @@
+"""Long work on a model's layers: beside the caller in a few threads, and shown.
+
+Hashing lets go of Python's lock, so that threads hash while the caller computes the next layer. A model is not held
+twice for that: each thread holds one layer.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+__all__ = ["in_threads", "track"]
+
+Item = TypeVar("Item")
+
+_THREADS = min(5, os.cpu_count() or 1)
+
+
+def in_threads(calls: Iterable[Callable[[], Item]], threads: int = _THREADS) -> Iterator[Item]:
+    """The results of ``calls``, in their order; each call is made in a thread while the next ones are prepared.
+
+    ``threads`` counts the caller's too. While it prepares a call, no more others are unfinished than the rest can make.
+    What a call, or the preparation of one, raises arrives here; no further call is prepared then.
+
+    >>> list(in_threads(lambda n=n: n * n for n in range(4)))
+    [0, 1, 4, 9]
+    """
+    begun: deque[Future[Item]] = deque()
+    with ThreadPoolExecutor(max(1, threads - 1), thread_name_prefix="qat") as pool:
+        for future in map(pool.submit, calls):  # which keeps no call, and so no layer, alive
+            begun.append(future)
+            if len(begun) == threads:
+                yield begun.popleft().result()
+        while begun:
+            yield begun.popleft().result()
+
+
+def track(items: Iterable[Item], description: str, total: int, progress: bool) -> Iterator[Item]:
+    """``items``; with ``progress`` and a terminal on the standard error stream, a bar there counts them."""
+    if not progress:
+        yield from items
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, disable=not console.is_interactive) as bar:
+        task = bar.add_task(description, total=total)
+        for item in items:
+            yield item
+            bar.advance(task)

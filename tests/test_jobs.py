@@ -1,0 +1,88 @@
+"""Long work in threads, and its bar."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from qat.errors import QatError
+from qat.jobs import in_threads, track
+
+
+def test_results_come_in_order_though_calls_end_in_another() -> None:
+    second_ended = threading.Event()
+
+    def first() -> int:
+        assert second_ended.wait(5)
+        return 1
+
+    def second() -> int:
+        second_ended.set()
+        return 2
+
+    assert list(in_threads([first, second], threads=3)) == [1, 2]
+
+
+@pytest.mark.parametrize("threads", [1, 2, 4])
+def test_no_more_calls_are_begun_than_threads(threads: int) -> None:
+    prepared, given = 0, 0
+    most = 0
+
+    def calls() -> Iterator[Callable[[], int]]:
+        nonlocal prepared, most
+        for number in range(20):
+            prepared += 1
+            most = max(most, prepared - given)
+            yield lambda number=number: number  # type: ignore[misc]
+
+    for _ in in_threads(calls(), threads):
+        given += 1
+    assert given == prepared == 20
+    assert most == threads
+
+
+def test_an_error_in_a_thread_is_the_callers_and_ends_the_work() -> None:
+    prepared: list[int] = []
+
+    def calls() -> Iterator[Callable[[], int]]:
+        for number in range(20):
+            prepared.append(number)
+            yield lambda number=number: fails() if number == 3 else number  # type: ignore[misc]
+
+    def fails() -> int:
+        raise QatError("layer 3: a fault")
+
+    with pytest.raises(QatError, match=r"^layer 3: a fault$"):
+        list(in_threads(calls(), threads=3))
+    assert len(prepared) <= 3 + 3
+
+
+def test_an_error_while_a_call_is_prepared_is_the_callers() -> None:
+    ended = threading.Event()
+
+    def calls() -> Iterator[Callable[[], None]]:
+        yield ended.set
+        raise QatError("no second call")
+
+    with pytest.raises(QatError, match="no second call"):
+        list(in_threads(calls(), threads=2))
+    assert ended.is_set()
+
+
+@pytest.mark.parametrize("progress", [False, True])
+def test_tracked_items_are_the_items(progress: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    assert list(track(iter("abc"), "reading", 3, progress)) == ["a", "b", "c"]
+    assert capsys.readouterr() == ("", "")  # this is no terminal
+
+
+def test_a_terminal_shows_the_count(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TTY_INTERACTIVE", "1")
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setenv("TERM", "xterm")
+    assert list(track("abc", "freezing", 3, True)) == ["a", "b", "c"]
+    shown = capsys.readouterr().err
+    assert "freezing" in shown
+    assert "3/3" in shown
