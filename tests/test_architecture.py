@@ -44,7 +44,7 @@ ORDER: tuple[frozenset[str], ...] = tuple(
         "files",
         "formats",
         "hosts",
-        "optimizers probing runs inspection preparation checks calibration freezing",
+        "optimizers probing runs inspection preparation checks calibration folding freezing",
         "exporting loading verification integrations",
         "training",
         "cli __main__",
