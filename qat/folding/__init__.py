@@ -39,6 +39,7 @@ __all__ = ["FoldReport", "FoldedGroup", "fold_outliers"]
 
 _STRENGTHS = (0.25, 0.375, 0.5, 0.625, 0.75, 0.875)
 _ROWS = 256  # of a layer's inputs, on which errors are measured
+_GAIN = 0.9  # an error falls to this at least, or the group stays as it is: a sample of rows is not exact
 _WIDE = (torch.float32, torch.float64)  # dtypes in which a sum with 1 can be told from a wrong one
 
 
@@ -231,7 +232,7 @@ def _fold_best(
     errors = {alpha: _error(layers, factor) for alpha, factor in factors.items()}
     before = _error(layers, torch.ones_like(largest))
     best, names = min(errors, key=lambda alpha: errors[alpha]), tuple(group.readers)
-    if errors[best] < before or not isinstance(strength, str):
+    if errors[best] < _GAIN * before or not isinstance(strength, str):
         with ExitStack() as own:
             if group.fold(factors[best], own):
                 undo.enter_context(own.pop_all())

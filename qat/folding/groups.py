@@ -41,9 +41,11 @@ class Group:
     """Parameters that the producer adds 1 to; they become (1 + parameter) / s - 1, which rounds."""
 
     @property
-    def kind(self) -> tuple[str, ...]:
-        """The names without numbers: groups of one kind can be folded together or not at all, as a rule."""
-        return tuple(re.sub(r"\d+", "*", name) for name in (self.producer, *self.readers))
+    def kind(self) -> str:
+        """The names without what tells blocks apart: groups of one kind can all be folded or none, as a rule."""
+        seen: dict[str, int] = {}
+        names = " ".join((self.producer, *self.readers))
+        return re.sub(r"\d+", lambda number: f"*{seen.setdefault(number[0], len(seen))}", names)
 
     def adding_one(self) -> Group:
         """The same for a norm that multiplies by 1 + weight."""
@@ -186,7 +188,7 @@ def _is_norm(module: nn.Module) -> bool:
 
 
 def _modulated(x: Tensor, modulations: Mapping[str, Tensor]) -> Iterator[tuple[str, int, int]]:
-    """Where ``x`` is a norm times 1 + scale plus shift: the layer that gives both, and the part of its output for each."""
+    """Where ``x`` is a norm times 1 + scale plus shift: the layer that gives both, and the part that each is of it."""
     for name, y in modulations.items():
         parts, rest = divmod(y.shape[-1], x.shape[-1])
         if x.ndim < 3 or rest or parts < 2 or len(y) != len(x):

@@ -42,7 +42,7 @@ class Proof:
 
     def proven(self, groups: Sequence[Group]) -> list[Group]:
         """Those of ``groups`` that can be folded."""
-        kinds: dict[tuple[str, ...], list[Group]] = defaultdict(list)
+        kinds: dict[str, list[Group]] = defaultdict(list)
         for group in groups:
             kinds[group.kind].append(group)
         return [group for kind in kinds.values() for group in self._among(kind)]
