@@ -37,7 +37,7 @@ from qat.tensors import model_device
 
 __all__ = ["FoldReport", "FoldedGroup", "fold_outliers"]
 
-_STRENGTHS = (0.25, 0.375, 0.5, 0.625, 0.75, 0.875)
+_STRENGTHS = (0.25, 0.5, 0.75, 1.0)
 _ROWS = 256  # of a layer's inputs, on which errors are measured
 _GAIN = 0.9  # an error falls to this at least, or the group stays as it is: a sample of rows is not exact
 _WIDE = (torch.float32, torch.float64)  # dtypes in which a sum with 1 can be told from a wrong one
