@@ -7,7 +7,7 @@ it is made, and multiplies column j of every weight that reads it.
 Factors are powers of two here, so no product loses a bit, and a folded model gives the outputs of before, bit for bit.
 That makes knowledge of architectures needless. One run proposes groups: a norm or a linear layer, and the layers that
 read its output. Random factors then *prove* them: a group whose fold changes any output is left alone. What it trades
-away: a proof holds for the operations that its batch shows, and takes a few runs of the model.
+away: a proof holds for the operations that the batches show, and takes a few runs of the model.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from qat.errors import CalibrationError, SpecError, StateError, listed
 from qat.folding.groups import EXPONENTS, Group, candidates, power_of_two, require_finite, watched
-from qat.folding.proof import Proof
+from qat.folding.proof import Proof, agree, elements
 from qat.formats import LayerTypes
 from qat.hosts import get_target
 from qat.inspection import inspect
@@ -94,7 +94,8 @@ def fold_outliers(
 
     Args:
         model: a float model.
-        batches: see `qat.calibrate`; the first one proves which groups can be folded. All are kept while this runs.
+        batches: see `qat.calibrate`. The first one proves which groups can be folded, in 15 runs and more, so a small
+            one will do; the others confirm it. All are kept while this runs.
         spec: what will be quantized. Only layers with an activation type count.
         target: who will load the export, as in `qat.prepare`.
         strength: the alpha of SmoothQuant's ``s = max|x|^alpha / max|w|^(1 - alpha)``, above 0 and up to 1, for
@@ -104,8 +105,8 @@ def fold_outliers(
     Raises:
         StateError: the model is prepared or frozen already, or has no data (meta device).
         SpecError, TargetError: see `qat.inspect`; or no layer has an activation type.
-        CalibrationError: there are no batches, the model cannot run one, two runs of one differ, or one gives inf or
-            NaN. The model is as before then.
+        CalibrationError: there are no batches, the model cannot run one, two runs of one differ, one gives inf or NaN,
+            or a later one shows operations that the first did not. The model is as before then.
 
     >>> model = nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
     >>> with torch.no_grad():
@@ -144,11 +145,12 @@ def fold_outliers(
                 groups.append(group)
         inputs = _Inputs(model, batches, _readers(groups) & types.keys())
         found = [_fold_best(group, inputs, types, strength, undo) for group in groups]
-        if not proof.holds(groups):
-            raise CalibrationError(
-                "model: folded, it gives other outputs, since numbers leave the range of its dtype: fold in float32; "
-                "nothing was changed"
-            )
+        for number, batch in enumerate(batches):
+            if not agree(elements(_run(model, batch, number)), inputs.answers[number], groups):
+                raise CalibrationError(
+                    f"batches: folded, the model gives other outputs for batch {number}: pass that batch first, since "
+                    "the first one proves what can be folded, or fold in float32, if the model is float16"
+                )
         undo.pop_all()
     left_out = [group.producer for group in norms + adaptive if group.readers.keys().isdisjoint(_readers(groups))]
     return FoldReport(tuple(found), tuple(dict.fromkeys(left_out)))
@@ -174,10 +176,11 @@ def _run(model: nn.Module, batch: Any, number: int) -> Any:
 
 
 class _Inputs:
-    """What layers read over all batches: the largest magnitude of each channel, and some rows; float32."""
+    """What layers read over all batches: the largest magnitude of each channel, and some rows; and what came of it."""
 
     def __init__(self, model: nn.Module, batches: Sequence[Any], names: set[str]) -> None:
         self.largest: dict[str, Tensor] = {}
+        self.answers: list[dict[str, Tensor]] = []
         kept: dict[str, list[Tensor]] = defaultdict(list)
         share = max(1, _ROWS // len(batches))
         number = 0
@@ -192,7 +195,7 @@ class _Inputs:
 
         with watched({name: model.get_submodule(name) for name in names}, note):
             for number, batch in enumerate(batches):
-                _run(model, batch, number)
+                self.answers.append(elements(_run(model, batch, number)))
         self.rows = {name: torch.cat(rows) for name, rows in kept.items()}
 
 

@@ -70,7 +70,7 @@ class Group:
         """
         for tensor in self.offset:
             undo.callback(tensor.copy_, tensor.clone())
-            tensor.copy_((1 + tensor.double()) / factor - 1)
+            tensor.copy_((1 + tensor.double()) / factor.to(tensor.device) - 1)
         products = [(tensor, (1 / factor).reshape(-1, *[1] * (tensor.ndim - 1))) for tensor in self.made]
         for tensor, by in (*products, *((weight, factor) for weight in self.weights().values())):
             by = by.to(tensor)
