@@ -158,7 +158,7 @@ class Counting(nn.Module):
         (lambda m: nn.Sequential(m, Counting()), [rows()], {}, CalibrationError, "two runs of batch 0"),
         (
             lambda m: Branch(),
-            [-rows().abs(), rows().abs()],
+            [-ABOVE, ABOVE],
             {"strength": 0.5},
             CalibrationError,
             "for batch 1: pass that batch first",
