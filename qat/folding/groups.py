@@ -103,17 +103,18 @@ def _weight(layer: nn.Module) -> Tensor:
 
 
 def _vectors(module: nn.Module) -> tuple[Tensor, ...]:
-    return tuple(p.detach() for p in module._parameters.values() if p is not None and p.ndim == 1)
+    found = (module._parameters.get(key) for key in ("weight", "bias"))
+    return tuple(p.detach() for p in found if p is not None and p.ndim == 1)
 
 
 @contextmanager
-def watched(modules: Mapping[str, nn.Module], note: Callable[[str, Tensor, Any], None]) -> Iterator[None]:
-    """Tell ``note`` of every call: the name of the module, its input and its output."""
+def watched(modules: Mapping[str, nn.Module], note: Callable[[str, Any, Any], None]) -> Iterator[None]:
+    """Tell ``note`` of every call: the name of the module, its first argument and its output."""
     with ExitStack() as stack:
         for name, module in modules.items():
 
             def hook(_: nn.Module, args: Any, kwargs: Any, y: Any, name: str = name) -> None:
-                note(name, (*args, *kwargs.values())[0], y)
+                note(name, next(iter((*args, *kwargs.values())), None), y)
 
             stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
         yield
@@ -149,7 +150,7 @@ def candidates(
     def place(x: Tensor) -> tuple[int, int]:
         return x.untyped_storage().data_ptr(), x.shape[-1]  # the same for its views
 
-    def note(name: str, x: Tensor, y: Any) -> None:
+    def note(name: str, x: Any, y: Any) -> None:
         if name in norms:
             if isinstance(y, Tensor) and y.shape[-1:] == norms[name].weight.shape:
                 kept.append(y)
