@@ -25,6 +25,7 @@ _HOMES = {
     "qat.calibration": ("CalibrationReport", "calibrate"),
     "qat.errors": tuple(errors.__all__),
     "qat.exporting": ("ExportReport", "export"),
+    "qat.folding": ("FoldReport", "fold_outliers"),
     "qat.freezing": ("FreezeReport", "freeze"),
     "qat.inspection": ("InspectReport", "inspect"),
     "qat.layers": ("QLinear",),

@@ -5,6 +5,8 @@ from qat.calibration import calibrate as calibrate
 from qat.errors import *  # noqa: F403
 from qat.exporting import ExportReport as ExportReport
 from qat.exporting import export as export
+from qat.folding import FoldReport as FoldReport
+from qat.folding import fold_outliers as fold_outliers
 from qat.freezing import FreezeReport as FreezeReport
 from qat.freezing import freeze as freeze
 from qat.inspection import InspectReport as InspectReport
