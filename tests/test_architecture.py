@@ -35,7 +35,7 @@ ORDER: tuple[frozenset[str], ...] = tuple(
     frozenset(line.split())
     for line in (
         "errors",
-        "operators spec tensors",
+        "data operators progress spec tensors",
         "numerics",
         "kernels",
         "observers",
@@ -44,7 +44,7 @@ ORDER: tuple[frozenset[str], ...] = tuple(
         "files",
         "formats",
         "hosts",
-        "optimizers probing runs inspection preparation checks calibration freezing",
+        "optimizers probing runs inspection preparation checks calibration freezing serving",
         "exporting loading verification integrations",
         "training",
         "cli __main__",
