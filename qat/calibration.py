@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -162,7 +162,8 @@ def _calibrate(
         model.eval()
         outputs = any(layer.output_quantizer is not None for layer in layers.values())
         try:
-            with first_call(model) as calls:
+            watched: AbstractContextManager[list[Call]] = first_call(model) if outputs else nullcontext([])
+            with watched as calls:
                 seen = counted(batches, "calibrating", progress)
                 count, kept = _observe(model, layers, seen, forward, keep=outputs)
             fresh = [n for n, v in layers.items() if not all(q.initialized for q in v.activation_quantizers())]

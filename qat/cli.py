@@ -20,7 +20,7 @@ import tyro
 import yaml
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo, StructTypeInfo
 
-from qat.errors import VerifyError
+from qat.errors import CalibrationError, VerifyError
 from qat.report import quiet_libraries, run_command
 from qat.spec import QuantSpec
 
@@ -105,6 +105,8 @@ def _calibrate(
         trust_remote_code: Run code that comes with the model.
     """
     made = QuantSpec(**dict(spec))
+    if min(numbers := (batches, batch_size, length)) < 1:
+        raise CalibrationError(f"batches, batch_size and length: must each be at least 1, got {numbers}")
     import torch
 
     from qat.calibration import calibrate

@@ -1,7 +1,7 @@
 """Batches for calibration from files of texts or images: `qat calibrate --data`.
 
-Files are read by ``datasets``, which is imported inside the functions. A few batches are wanted out of any amount, so
-texts are streamed through a shuffle, and images are picked at even distances in the order of their names.
+A few batches are wanted out of any amount of data. So ``datasets`` streams texts through a shuffle, and images are
+picked at even distances in the order of their names.
 """
 
 from __future__ import annotations
@@ -23,39 +23,23 @@ _CHARACTERS = 1 << 20  # of one text that are looked at
 
 
 def text_batches(
-    paths: Sequence[Path],
-    tokenizer: Any,
-    *,
-    count: int,
-    size: int,
-    length: int,
-    packed: bool = False,
-    field: str = "text",
+    paths: Sequence[Path], tokenizer: Any, *, count: int, size: int, length: int, packed: bool, field: str = "text"
 ) -> list[dict[str, Tensor]]:
-    """Up to ``count`` batches of ``size`` texts, each cut to ``length`` tokens and padded to the longest.
+    """Up to ``count`` batches of ``size`` texts, cut to ``length`` tokens and padded: int64, ``(size, length)`` each.
 
     Args:
         paths: CSV, JSON (lines) or Parquet with a column ``field``; any other file is plain text in UTF-8. A plain file
             gives a text a line. Of a folder each plain file is one text, at any depth; binary ones are passed over.
         tokenizer: of transformers.
-        count: batches; fewer where there are fewer texts.
-        size: texts of a batch.
-        length: tokens of a text.
         packed: join the tokens of all texts and cut them into blocks of ``length``, as language models are trained.
-        field: the column of tables that holds the texts.
-
-    Returns:
-        What the tokenizer returns, int64 ``(size, length)`` each.
 
     Raises:
         CalibrationError: a path or the column is missing, a file cannot be read, or there is no text.
     """
-    _positive(batches=count, batch_size=size, length=length)
     texts = _texts(paths, packed, field)
     if packed:
         blocks = list(islice(_blocks(texts, tokenizer, length), count * size))
-        batches = [{"input_ids": tensor(blocks[i : i + size])} for i in range(0, len(blocks), size)]
-        return [batch | {"attention_mask": batch["input_ids"] * 0 + 1} for batch in batches]
+        return [{"input_ids": tensor(blocks[i : i + size])} for i in range(0, len(blocks), size)]
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     options = {"truncation": True, "max_length": length, "padding": True, "return_tensors": "pt"}
@@ -68,12 +52,7 @@ def image_batches(
 ) -> list[dict[str, Tensor]]:
     """Up to ``count`` batches of ``size`` images, as the ``processor`` of transformers makes them.
 
-    Args:
-        paths: images, or folders with images at any depth.
-        processor: of transformers.
-        count: batches; fewer where there are fewer images.
-        size: images of a batch.
-        mode: Pillow's mode that images are converted to.
+    ``paths`` are images, or folders with images at any depth; ``mode`` is Pillow's, which they are converted to.
 
     Raises:
         CalibrationError: a path is missing, a file cannot be read, or there is no image.
@@ -81,34 +60,24 @@ def image_batches(
     from datasets import Dataset, Image
     from PIL.Image import registered_extensions
 
-    _positive(batches=count, batch_size=size)
     suffixes = registered_extensions()
     files = [str(file) for path in paths for file in _files(path) if file.suffix.lower() in suffixes]
     if not files:
         raise CalibrationError(f"data: there is no image in {[*map(str, paths)]}: name files or folders of images")
     wanted = min(count * size, len(files))
-    picked = [files[index * len(files) // wanted] for index in range(wanted)]
-    rows = Dataset.from_dict({"image": picked}).cast_column("image", Image())
+    rows = Dataset.from_dict({"image": [files[index * len(files) // wanted] for index in range(wanted)]})
     try:
-        images = [rows[index]["image"].convert(mode) for index in range(wanted)]
+        images = [row["image"].convert(mode) for row in rows.cast_column("image", Image())]
     except Exception as error:  # Pillow's decoders raise errors without a common base
         raise CalibrationError(f"data: an image cannot be read ({error}): mend or remove it") from error
     return [dict(processor(images=images[i : i + size], return_tensors="pt")) for i in range(0, wanted, size)]
 
 
-def _positive(**numbers: int) -> None:
-    for name, number in numbers.items():
-        if number < 1:
-            raise CalibrationError(f"{name}: must be at least 1, got {number}: leave it out for the default")
-
-
 def _files(path: Path) -> list[Path]:
     if not path.exists():
         raise CalibrationError(f"data: {str(path)!r} does not exist: name files or folders that do")
-    if path.is_file():
-        return [path]
-    found = [file for file in path.rglob("*") if file.is_file()]
-    return sorted(file for file in found if not any(p.startswith(".") for p in file.relative_to(path).parts))
+    found = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    return [file for file in found if not any(part.startswith(".") for part in file.relative_to(path).parts)]
 
 
 def _is_binary(file: Path) -> bool:
@@ -121,9 +90,9 @@ def _texts(paths: Sequence[Path], packed: bool, field: str) -> Iterator[str]:
 
     sources: dict[tuple[str, str], list[str]] = {}
     for path in paths:
+        by = "document" if path.is_dir() else "paragraph" if packed else "line"
         for file in _files(path):
             loader = _TABLES.get(file.suffix.lower(), "text")
-            by = "document" if path.is_dir() else "paragraph" if packed else "line"
             if loader == "text" and path.is_dir() and _is_binary(file):
                 continue
             sources.setdefault((loader, by if loader == "text" else ""), []).append(str(file))
@@ -138,9 +107,8 @@ def _texts(paths: Sequence[Path], packed: bool, field: str) -> Iterator[str]:
                     found = True
                     yield text[:_CHARACTERS]
         except KeyError:
-            columns = ", ".join(row)
             raise CalibrationError(
-                f"data: {listed(files, 3)}: has no column {field!r} but {columns}: name one by --text-field"
+                f"data: {listed(files, 3)}: has no column {field!r} but {', '.join(row)}: name one by --text-field"
             ) from None
         except Exception as error:  # builders of datasets raise errors without a common base
             cause = " ".join(str(error.__cause__ or error).split())
@@ -154,9 +122,9 @@ def _blocks(texts: Iterable[str], tokenizer: Any, length: int) -> Iterator[list[
     whole = False
     for text in texts:
         left += tokenizer(text, verbose=False)["input_ids"]
-        for start in range(0, len(left) - length + 1, length):
+        while len(left) >= length:
             whole = True
-            yield left[start : start + length]
-        left = left[len(left) - len(left) % length :]
-    if not whole and left:
+            yield left[:length]
+            left = left[length:]
+    if left and not whole:
         yield left
