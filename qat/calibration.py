@@ -2,33 +2,33 @@
 
 Two passes. The first runs the batches with activations left float, while observers record. Then the rule takes a scale
 from each observer, and says how far off the layer's output will be: a layer that cannot bear it keeps float
-activations. The second pass runs the batches through a *frozen copy*, as the stock loader would run it, and notes which
-inputs arrive already quantized: the output of a layer stays quantized through relu, view, dropout and the like, and the
-next layer then ignores its own input scale and takes the producer's. Those layers are marked, so that training skips
-their input quantization too. A batch may not reach every layer, so all are needed again: they wait on the CPU.
+activations. Where layers quantize their outputs, a second pass runs the batches through the model *as it will be
+served*, and notes which inputs arrive already quantized (`qat.serving`). Those layers are marked, so that training
+skips their input quantization too. A batch may not reach every layer, so all are needed again: they wait on the CPU.
 """
 
 from __future__ import annotations
 
 import copy
-import functools
 import logging
-from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from qat.errors import CalibrationError, QatError, listed
-from qat.files.examples import flatten_outputs
-from qat.freezing import frozen_copy
-from qat.layers import Mode, QuantizedLayer, quantized_layers
-from qat.preparation import prepared_as
+from qat.errors import CalibrationError, QatError, StateError, listed
+from qat.layers import QuantizedLayer, quantized_layers
+from qat.preparation import prepare, prepared_as
 from qat.probing import Readers, kept_modes, run
+from qat.progress import counted
+from qat.quantizers import Algorithm
 from qat.quantizers.activation import ActivationQuantizer
 from qat.runs import note_runs, runs
+from qat.serving import Call, as_served, first_call, input_scales, mark_arriving, require_served, snapshot
+from qat.spec import QuantSpec
 from qat.tensors import map_tensors, model_device
 
 __all__ = ["ActivationReport", "CalibrationReport", "calibrate"]
@@ -90,41 +90,82 @@ class CalibrationReport:
         return "\n".join(lines)
 
 
-def calibrate(model: nn.Module, batches: Iterable[Any]) -> CalibrationReport:
+def calibrate(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    spec: QuantSpec | None = None,
+    target: str | None = None,
+    algorithm: Algorithm | None = None,
+    forward: Callable[[nn.Module, Any], Any] | None = None,
+    progress: bool = False,
+) -> CalibrationReport:
     """Set the scale of every quantized activation from ``batches``. In place; without gradients; in evaluation mode.
 
-    The first calibration of a model also decides which layers keep float activations: those whose output would be
-    further off than the rule's ``largest_error`` (`qat.Best`). Later ones leave that as it was trained.
+    With a ``spec`` the model is a float one and is prepared first. Then `qat.freeze` and `qat.export` give a quantized
+    model without training. The first calibration of a model also decides which layers keep float activations: those
+    whose output would be further off than the rule's ``largest_error`` (`qat.Best`). Later ones leave that as it was
+    trained.
 
     Args:
-        model: a prepared model.
+        model: a prepared model; with ``spec`` a float one.
         batches: each a tensor, a tuple or list of positional arguments, or a mapping of keyword arguments for
-            ``model(...)``. Under ``torch.distributed`` each rank brings its own share, and the ranges are reduced.
+            ``model(...)``, on any device; with ``forward`` anything. Under ``torch.distributed`` each rank brings its
+            own share, and the ranges are reduced.
+        spec: what to quantize, as in `qat.prepare`.
+        target: who will load the export, as in `qat.prepare`; only with ``spec``.
+        algorithm: how scales of weights are found, as in `qat.prepare`; only with ``spec``.
+        forward: runs the model once for a batch, ``forward(model, batch)``: a generate loop, a pipeline that holds the
+            model, or what makes its inputs. It is called twice for each batch where outputs are quantized. What it
+            returns is not used.
+        progress: show a bar on the standard error stream.
 
     Raises:
-        StateError: the model was not prepared.
+        StateError: the model was not prepared, or was prepared and a ``spec`` is given.
+        SpecError, TargetError: see `qat.prepare`.
         CalibrationError: there are no batches, the model cannot run one, one gives inf or NaN, or a layer was never
             reached by any of them; or an operation between layers would do something else when the model is served. The
-            scales are as before then.
+            scales are as before then, and a float model is a float model again.
 
-    >>> from qat import QuantSpec, prepare
+    >>> from qat import QuantSpec, freeze
     >>> model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
-    >>> report = prepare(model, QuantSpec(activations="int8"))
-    >>> print(calibrate(model, [torch.ones(2, 16)]))
+    >>> print(calibrate(model, [torch.ones(2, 16)], spec=QuantSpec(activations="int8")))
     calibrated 2 layers on 1 batches; 1 inputs arrive quantized
+    >>> print(freeze(model))
+    froze 2 layers (int8) for target 'quanto', served in bfloat16
     """
-    prepared_as(model)
-    if isinstance(batches, Mapping | torch.Tensor):
+    if isinstance(batches, Mapping | torch.Tensor | str):
         raise CalibrationError(f"batches: must be several batches, got one {type(batches).__name__}: pass [batch]")
+    if spec is None:
+        for name, value in (("target", target), ("algorithm", algorithm)):
+            if value is not None:
+                raise StateError(f"{name}: belongs to a spec, got {value!r} without one: pass spec=, or leave it out")
+        prepared_as(model)
+        return _calibrate(model, batches, forward, progress)
+    restore = snapshot(model)
+    try:
+        prepare(model, spec, algorithm=algorithm, target=target or "quanto")
+        return _calibrate(model, batches, forward, progress)
+    except BaseException:
+        restore()
+        raise
+
+
+def _calibrate(
+    model: nn.Module, batches: Iterable[Any], forward: Callable[[nn.Module, Any], Any] | None, progress: bool
+) -> CalibrationReport:
     layers = {name: layer for name, layer in quantized_layers(model) if layer.input_quantizer is not None}
     if not layers:
         return CalibrationReport(0, {}, ())
     before = [(q, copy.deepcopy(q.state_dict())) for layer in layers.values() for q in layer.activation_quantizers()]
-    with kept_modes(model):
+    with kept_modes(model), torch.no_grad():
         model.eval()
         outputs = any(layer.output_quantizer is not None for layer in layers.values())
         try:
-            count, kept = _observe(model, layers, batches, keep=outputs)
+            watched: AbstractContextManager[list[Call]] = first_call(model) if outputs else nullcontext([])
+            with watched as calls:
+                seen = counted(batches, "calibrating", progress)
+                count, kept = _observe(model, layers, seen, forward, keep=outputs)
             fresh = [n for n, v in layers.items() if not all(q.initialized for q in v.activation_quantizers())]
             for layer in layers.values():
                 for quantizer in layer.activation_quantizers():
@@ -134,9 +175,9 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> CalibrationReport:
                 _choose(layers[name], found[name])
             arriving = []
             if outputs:  # else nothing leaves a layer quantized
-                duplicate = frozen_copy(model)
-                arriving = _mark_arriving(model, duplicate, layers, kept)
-                _require_served(model, duplicate, layers, kept[0])
+                arriving = _compare_with_served(
+                    model, layers, counted(kept, "as it is served", progress), forward, calls
+                )
             for name in arriving:  # which have their producer's scale now
                 found[name] = tuple(map(_report, layers[name].activation_quantizers()))
             for layer in layers.values():
@@ -156,9 +197,13 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> CalibrationReport:
     return CalibrationReport(count, found, tuple(arriving), kept_float)
 
 
-@torch.no_grad()
 def _observe(
-    model: nn.Module, layers: Mapping[str, QuantizedLayer], batches: Iterable[Any], *, keep: bool
+    model: nn.Module,
+    layers: Mapping[str, QuantizedLayer],
+    batches: Iterable[Any],
+    forward: Callable[[nn.Module, Any], Any] | None,
+    *,
+    keep: bool,
 ) -> tuple[int, list[Any]]:
     quantizers = {name: tuple(layer.activation_quantizers()) for name, layer in layers.items()}
     for quantizer in sum(quantizers.values(), ()):
@@ -172,11 +217,11 @@ def _observe(
             stack.callback(setattr, layer, "mode", layer.mode)
             layer.mode = layer.mode._replace(activations=False, observe=True)
         for batch in batches:
-            _run(model, batch, count, "the model")
+            _run(model, batch, count, forward)
             _require_finite(quantizers, count)
             count += 1
             if keep:
-                kept.append(map_tensors(torch.Tensor.cpu, batch))
+                kept.append(batch if forward else map_tensors(torch.Tensor.cpu, batch))
     _join(layers, readers.groups())
     if count == 0:
         raise CalibrationError("batches: calibration needs at least one batch, got none: pass some training batches")
@@ -207,53 +252,47 @@ def _join(layers: Mapping[str, QuantizedLayer], groups: list[list[str]]) -> None
                 quantizer.share(quantizers[0])
 
 
-def _run(model: nn.Module, batch: Any, number: int, what: str) -> Any:
+def _run(
+    model: nn.Module, batch: Any, number: int, forward: Callable[[nn.Module, Any], Any] | None, served: str = ""
+) -> None:
     try:
-        return run(model, batch)
+        if forward is not None:
+            forward(model, copy.copy(batch))  # which may take things out of it
+        else:
+            device = model_device(model)
+            run(model, map_tensors(lambda x: x.to(device), batch))
     except QatError:
         raise
-    except Exception as error:  # whatever the code of a model or of a kernel raises
+    except Exception as error:  # whatever the code of a model, of a kernel or of a user raises
+        remedy = (
+            "pass a tensor, a tuple of positional arguments or a mapping of keyword arguments of its forward, or say"
+        )
+        remedy = f"{remedy} how to run it by forward=" if forward is None else "mend the function forward"
         raise CalibrationError(
-            f"batches: {what} cannot run batch {number} ({type(error).__name__}: {error}): pass a tensor, a tuple of "
-            "positional arguments or a mapping of keyword arguments of its forward, on its device"
+            f"batches: the model{served} cannot run batch {number} ({type(error).__name__}: {error}): {remedy}"
         ) from error
 
 
-def _served(batch: Any, model: nn.Module) -> Any:
-    """A batch as whoever serves the frozen model brings it: in the serving dtype, on its device."""
-    device, dtype = model_device(model), prepared_as(model).spec.torch_dtype
-    return map_tensors(lambda x: x.to(device, dtype if x.is_floating_point() else None), batch)
+def _compare_with_served(
+    model: nn.Module,
+    layers: Mapping[str, QuantizedLayer],
+    batches: Iterable[Any],
+    forward: Callable[[nn.Module, Any], Any] | None,
+    calls: list[Call],
+) -> list[str]:
+    """Mark the layers whose input arrives quantized, and name them; refuse a model that computes other things then."""
 
+    def go() -> None:
+        for number, batch in enumerate(batches):
+            _run(model, batch, number, forward, ", frozen,")
 
-@torch.no_grad()
-def _require_served(model: nn.Module, duplicate: nn.Module, layers: Mapping[str, QuantizedLayer], batch: Any) -> None:
-    """Raise `CalibrationError` where operations between layers do other things to quantized activations than to floats.
-
-    Training sees floats between layers. quanto's layers hand on quantized tensors, whose in-place operations are lost,
-    and which softmax and where quantize again by a scale that does not fit.
-    """
-    device = model_device(model)
-    outputs = {"served": flatten_outputs(_run(duplicate, _served(batch, model), 0, "the frozen model"))}
-    with ExitStack() as stack:
-        stack.callback(note_runs, model, runs(model))
-        for layer in layers.values():
-            stack.callback(setattr, layer, "mode", layer.mode)
-        for name, active in (("trained", True), ("float", False)):
-            for layer in layers.values():
-                layer.mode = Mode(activations=active)
-            outputs[name] = flatten_outputs(run(model, map_tensors(lambda x: x.to(device), batch)))
-    gap = noise = size = 0.0
-    for key, trained in outputs["trained"].items():
-        if trained.is_floating_point() and key in outputs["served"]:
-            gap += float((outputs["served"][key].double() - trained.double()).square().sum())
-            noise += float((outputs["float"][key].double() - trained.double()).square().sum())
-            size += float(trained.double().square().sum())
-    if gap > max(noise, 0.01 * size):
-        raise CalibrationError(
-            f"model: served, its outputs differ from those of training by {(gap / size) ** 0.5:.0%}: an operation "
-            "right after a quantized layer is not carried out on quantized activations (in place, softmax, where): "
-            "write it out of place or exclude the layer before it, or leave outputs float (target 'transformers')"
-        )
+    with as_served(model):
+        seen = input_scales(model, list(layers), go)
+        served = [call(model) for call in calls]
+    arriving = mark_arriving(layers, seen)
+    for call, outputs in zip(calls, served, strict=True):  # none where the model is used by its parts alone
+        require_served(model, layers, call, outputs)
+    return arriving
 
 
 def _require_finite(quantizers: Mapping[str, tuple[ActivationQuantizer, ...]], batch: int) -> None:
@@ -285,39 +324,3 @@ def _choose(layer: QuantizedLayer, found: tuple[ActivationReport, ...]) -> None:
     error = sum(side.error for side in found)
     for quantizer in layer.activation_quantizers():
         quantizer.enabled = error <= quantizer.rule.largest_error
-
-
-@torch.no_grad()
-def _mark_arriving(
-    model: nn.Module, duplicate: nn.Module, layers: Mapping[str, QuantizedLayer], batches: list[Any]
-) -> list[str]:
-    seen: dict[str, list[torch.Tensor | None]] = {name: [] for name in layers}
-
-    def note(name: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        x = args[0] if args else kwargs["input"]
-        if x.numel():
-            seen[name].append(getattr(x, "_scale", None))
-
-    for name in layers:
-        hook = functools.partial(note, name)
-        duplicate.get_submodule(name).register_forward_pre_hook(hook, prepend=True, with_kwargs=True)
-    for number, batch in enumerate(batches):
-        _run(duplicate, _served(batch, model), number, "the frozen model")
-    arriving = []
-    for name, scales in seen.items():
-        quantizer, quantized = layers[name].input_quantizer, [scale for scale in scales if scale is not None]
-        if quantizer is None or not quantizer.enabled:
-            continue
-        if quantized and len(quantized) == len(scales):
-            quantizer.arrives_quantized = True
-            quantizer.scale.copy_(torch.stack([scale.float() for scale in quantized]).max())
-            arriving.append(name)
-        elif quantized:
-            logger.warning(
-                "%s: its input arrives quantized in %d of %d calls; training quantizes it in all of them, with its own "
-                "scale: set quantize_outputs=False (target transformers), or exclude the layer",
-                name,
-                len(quantized),
-                len(scales),
-            )
-    return arriving

@@ -1,7 +1,8 @@
 """The ``qat`` command: the verbs that need no training code.
 
-``qat inspect MODEL_DIR`` says what a spec would do to a model, from its configuration alone. ``qat verify DIRECTORY``
-checks an export against its evidence. Both print a table, or JSON with ``--json``. Exit codes: 0; 1 when a
+``qat inspect MODEL_DIR`` says what a spec would do to a model, from its configuration alone. ``qat calibrate MODEL``
+makes a quantized export of a float model, without training. ``qat verify DIRECTORY`` checks an export against its
+evidence. They print a table; inspect and verify print JSON with ``--json``. Exit codes: 0; 1 when a
 verification failed; 2 for a user's mistake; 141 when whoever read the output has left. Torch is imported when a verb
 has work to do, so ``--help`` and a wrong option answer at once.
 """
@@ -19,7 +20,7 @@ import tyro
 import yaml
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo, StructTypeInfo
 
-from qat.errors import VerifyError
+from qat.errors import CalibrationError, VerifyError
 from qat.report import quiet_libraries, run_command
 from qat.spec import QuantSpec
 
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
 __all__ = ["main", "mapping_rule"]
 
+_W8A8 = QuantSpec(activations="int8")
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command with ``argv``, by default the process's own arguments, and exit."""
@@ -37,9 +40,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     registry.struct_rule(_spec_rule)
     run_command(
         lambda: tyro.extras.subcommand_cli_from_dict(
-            {"inspect": _inspect, "verify": _verify},
+            {"inspect": _inspect, "calibrate": _calibrate, "verify": _verify},
             prog="qat",
-            description="Quantization-aware training: inspect and verify.",
+            description="Quantization-aware training: inspect, calibrate and verify.",
             args=(sys.argv[1:] if argv is None else argv) or ["--help"],
             config=(tyro.conf.PositionalMetavarFromFieldName,),
             registry=registry,
@@ -68,6 +71,76 @@ def _inspect(
 
     quiet_libraries()
     _show(inspect(directories.build_on_meta(model_dir), made, target=target), json)
+
+
+def _calibrate(
+    model: str,
+    /,
+    data: tuple[Path, ...],
+    output: Path,
+    spec: Annotated[QuantSpec, tyro.conf.OmitArgPrefixes] = _W8A8,
+    target: Literal["quanto", "transformers"] = "transformers",
+    batches: int = 16,
+    batch_size: int = 8,
+    length: int = 256,
+    text_field: str = "text",
+    device: str | None = None,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+) -> None:
+    """Make a verified export with quantized activations from a float model of transformers, without training.
+
+    Args:
+        model: A directory, or a hub's name, of a model for texts or images, with its tokenizer or image processor.
+        data: Files or folders: texts (.txt, .csv, .jsonl, .json, .parquet or any text) or images, as the model takes.
+        output: The directory to write.
+        spec: What to quantize.
+        target: Who will load the export.
+        batches: Batches to calibrate on; fewer where there is less data.
+        batch_size: Texts or images of a batch.
+        length: Tokens of a text; never more than the model takes.
+        text_field: The column that holds the texts, in tables.
+        device: Where to calibrate; none: a GPU if there is one.
+        overwrite: Replace an older export.
+        trust_remote_code: Run code that comes with the model.
+    """
+    made = QuantSpec(**dict(spec))
+    if min(numbers := (batches, batch_size, length)) < 1:
+        raise CalibrationError(f"batches, batch_size and length: must each be at least 1, got {numbers}")
+    import torch
+
+    from qat.calibration import calibrate
+    from qat.data import image_batches, text_batches
+    from qat.exporting import export
+    from qat.files.directory import check_destination
+    from qat.freezing import freeze
+    from qat.hosts import host_of
+    from qat.hosts.pretrained import load_float
+    from qat.verification import verify
+
+    quiet_libraries()
+    check_destination(output.absolute(), overwrite)
+    loaded: Any
+    loaded, processor = load_float(model, trust_remote_code=trust_remote_code)
+    if loaded.main_input_name == "pixel_values":
+        mode = "L" if getattr(loaded.config, "num_channels", 3) == 1 else "RGB"
+        inputs = image_batches(data, processor, count=batches, size=batch_size, mode=mode)
+    else:
+        positions = getattr(loaded.config, "max_position_embeddings", None) or length
+        length = min(length, positions, processor.model_max_length)
+        packed = host_of(loaded).is_language_model(type(loaded))
+        inputs = text_batches(
+            data, processor, count=batches, size=batch_size, length=length, packed=packed, field=text_field
+        )
+    loaded.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    report = calibrate(loaded, inputs, spec=made, target=target, progress=True)
+    freeze(loaded)
+    example = {key: value[:1] for key, value in inputs[0].items()}
+    export(loaded, output, processor=processor, example_inputs=example, overwrite=overwrite)
+    print(report.table())
+    print(report)
+    print(verify(output, loaded))
+    print(f"load it with qat.load({str(output)!r}), or as {str(output / 'README.md')!r} shows")
 
 
 def _verify(directory: Path, /, json: bool = False) -> None:

@@ -21,10 +21,11 @@ from qat.files.evidence import FrozenRecord, LayerEvidence, record_frozen
 from qat.formats import FrozenLayer, LayerTypes
 from qat.hosts import Target, get_target, host_of
 from qat.hosts.construction import constructed_tensors, differs, unstored_tensors
-from qat.jobs import in_threads, track
+from qat.jobs import in_threads
 from qat.layers import QuantizedLayer, layer_class, quantized_layers
 from qat.optimizers import unchanged
 from qat.preparation import Prepared, forget_prepared, prepared_as
+from qat.progress import counted
 from qat.quantizers.activation import ActivationQuantizer
 from qat.runs import read_without_call
 from qat.tensors import await_numbers, digest, stored_tensors
@@ -143,7 +144,7 @@ def _freeze(model: nn.Module, target: str | None, remarks: Sequence[str] = (), p
     places = _places(model)
     kinds: set[tuple[object, ...]] = set()
     hashed = in_threads(_freeze_layer(name, held, chosen, prepared, kinds) for name, held in places.items())
-    evidence = dict(zip(places, track(hashed, "freezing", len(places), progress), strict=True))
+    evidence = dict(zip(places, counted(hashed, "freezing", progress, len(places)), strict=True))
     _cast_the_rest(model, set(evidence), chosen, constructed)
     model.eval()
     forget_prepared(model)

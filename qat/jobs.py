@@ -1,4 +1,4 @@
-"""Long work on a model's layers: beside the caller in a few threads, and shown.
+"""Long work on a model's layers, beside the caller in a few threads.
 
 Hashing lets go of Python's lock, so that threads hash while the caller computes the next layer. A model is not held
 twice for that: each thread holds one layer.
@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
-__all__ = ["in_threads", "track"]
+__all__ = ["in_threads"]
 
 Item = TypeVar("Item")
 
@@ -36,20 +36,3 @@ def in_threads(calls: Iterable[Callable[[], Item]], threads: int = _THREADS) -> 
                 yield begun.popleft().result()
         while begun:
             yield begun.popleft().result()
-
-
-def track(items: Iterable[Item], description: str, total: int, progress: bool) -> Iterator[Item]:
-    """``items``; with ``progress`` and a terminal on the standard error stream, a bar there counts them."""
-    if not progress:
-        yield from items
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
-
-    console = Console(stderr=True)
-    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, disable=not console.is_interactive) as bar:
-        task = bar.add_task(description, total=total)
-        for item in items:
-            yield item
-            bar.advance(task)

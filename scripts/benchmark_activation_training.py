@@ -24,10 +24,9 @@ from torch import Tensor, nn
 import qat
 from qat.layers import quantized_layers
 from qat.optimizers import learned_ranges
-from scripts.benchmark_calibration import BATCH, REFERENCE, read_blocks
+from scripts._calibration_models import BATCH, language_model
 
 ARMS = ("values", "codes", "float8 gradients", "learned")
-HELD_OUT = 64
 WINDOW = 20  # steps over which losses are averaged
 
 
@@ -97,25 +96,20 @@ def main(
         types: Types of weights and activations.
         output: A JSON file for the numbers.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    blocks = read_blocks(AutoTokenizer.from_pretrained(REFERENCE, trust_remote_code=False)).to(device)
-    order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(0))
-    held_out, others = blocks[order[:HELD_OUT]], blocks[order[HELD_OUT:]]
-    reference: Any = AutoModelForCausalLM.from_pretrained(REFERENCE, dtype=torch.float32, trust_remote_code=False)
-    reference = reference.to(device)
+    case = language_model(device)
+    held_out = torch.cat([batch["input_ids"] for batch in case.held_out])
     jobs = [("float", "-"), *((arm, q) for q in types for arm in ARMS if arm != "float8 gradients" or q == "float8")]
     rows: list[dict[str, Any]] = []
     for arm, qtype in jobs:
         curves, ends = [], []
         for seed in range(seeds):
             generator = torch.Generator().manual_seed(seed)
-            index = torch.cat([torch.randperm(len(others), generator=generator) for _ in range(1 + steps // 100)])
-            batches = list(torch.split(others[index[: steps * BATCH].to(device)], BATCH))
-            if len(batches) < steps:
-                raise SystemExit(f"steps: there are data for {len(batches)} steps, got {steps}")
+            times = -(-steps * BATCH // case.examples)  # over the data
+            order = torch.cat([torch.randperm(case.examples, generator=generator) for _ in range(times)])
+            parts = torch.split(order[: steps * BATCH], BATCH)
+            batches = [case.collate(part.tolist())["input_ids"] for part in parts]
             torch.manual_seed(seed)
-            model = copy.deepcopy(reference).train()
+            model = copy.deepcopy(case.model).train()
             if arm != "float":
                 prepared(model, qtype, arm, target, batches[:8])
             curves.append(train(model, batches, rate))

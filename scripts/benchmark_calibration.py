@@ -1,10 +1,11 @@
 """Quantized activations after calibration alone: ours as reloaded, stock optimum-quanto in memory and as reloaded.
 
-The same batches for every arm, three draws of them; the reference language model, and the same model with outliers:
-some channels are scaled up and the weights after them down, which changes nothing in float. Printed is the divergence
-(KL, in nats) of the quantized model's predictions from the float model's, and its loss, on held-out blocks::
+The same batches for every arm, three draws of them. The models are those of the recipes, and two of them with outliers:
+some channels are scaled up and the weights after them down, which changes nothing in float. Measured on held-out
+examples are the divergence (KL, in nats) of the quantized model's predictions from the float model's, the squared error
+of its logits relative to their squares, and its loss::
 
-    python -m scripts.benchmark_calibration [--device cuda] [--seeds 3] [--output docs/results/calibration.json]
+    python -m scripts.benchmark_calibration [--device cuda] [--models encoder ...] [--output docs/results/x.json]
 """
 
 from __future__ import annotations
@@ -12,127 +13,126 @@ from __future__ import annotations
 import copy
 import json
 import statistics
-import sysconfig
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import torch
 import tyro
-from torch import Tensor, nn
+from torch import nn
 
 import qat
+from scripts._calibration_models import Batch, Case, encoder, language_model, vision_transformer, with_outliers
 
-REFERENCE = Path(__file__).parents[1] / "recipes" / "reference"
-BLOCK, BATCH, BATCHES, HELD_OUT = 256, 8, 8, 32
-
-
-@dataclass(frozen=True)
-class Data:
-    """Blocks of token numbers."""
-
-    batches: list[Tensor]
-    held_out: Tensor
+Arm = Callable[[nn.Module, str, list[Batch]], nn.Module]
 
 
-def read_blocks(tokenizer: Any) -> Tensor:
-    """The standard library's modules as blocks of tokens, ``(blocks, BLOCK)``."""
-    ids: list[int] = []
-    for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
-        ids += tokenizer(path.read_text(encoding="utf-8", errors="ignore"), verbose=False)["input_ids"]
-    whole = len(ids) // BLOCK
-    return torch.tensor(ids[: whole * BLOCK]).view(whole, BLOCK)
+def stock_in_memory(model: nn.Module, activations: str, batches: list[Batch]) -> nn.Module:
+    """optimum-quanto's own ``Calibration``, with what it decides about outputs, on the layers that ours quantizes.
 
-
-def draw(blocks: Tensor, seed: int) -> Data:
-    """The held-out blocks are those of seed 0 for every seed; the batches are drawn from the others."""
-    order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(0))
-    others = blocks[order[HELD_OUT:]]
-    chosen = torch.randperm(len(others), generator=torch.Generator().manual_seed(seed + 1))[: BATCH * BATCHES]
-    return Data(list(torch.split(others[chosen], BATCH)), blocks[order[:HELD_OUT]])
-
-
-@torch.no_grad()
-def with_outliers(model: Any, factor: float = 30.0, channels: int = 4) -> nn.Module:
-    """The same function in float, with a few channels of each norm and each gate that are ``factor`` times as large."""
-    model, generator = copy.deepcopy(model), torch.Generator().manual_seed(1)
-
-    def chosen(width: int) -> Tensor:
-        return torch.randperm(width, generator=generator)[:channels]
-
-    for layer in model.model.layers:
-        attention, mlp = layer.self_attn, layer.mlp
-        projections = [attention.q_proj, attention.k_proj, attention.v_proj]
-        norms = [(layer.input_layernorm, projections), (layer.post_attention_layernorm, [mlp.gate_proj, mlp.up_proj])]
-        for norm, readers in norms:
-            index = chosen(norm.weight.numel())
-            norm.weight[index] *= factor
-            for reader in readers:
-                reader.weight[:, index] /= factor
-        index = chosen(mlp.up_proj.out_features)
-        mlp.up_proj.weight[index] *= factor
-        mlp.down_proj.weight[:, index] /= factor
-    return model  # type: ignore[no-any-return]
-
-
-@torch.no_grad()
-def predictions(model: Any, tokens: Tensor) -> Tensor:
-    """Log-probabilities, float32."""
-    return torch.cat([model(input_ids=part).logits.float().log_softmax(-1) for part in torch.split(tokens, BATCH)])
-
-
-def stock_in_memory(model: nn.Module, activations: str, data: Data) -> nn.Module:
-    """optimum-quanto's own ``Calibration``, with what it decides about outputs."""
+    It would quantize convolutions and layer norms too, which costs it more.
+    """
     from optimum.quanto import Calibration, freeze, qfloat8_e4m3fn, qint8, quantize
 
     qtype = {"int8": qint8, "float8": qfloat8_e4m3fn}[activations]
-    quantize(model, weights=qint8, activations=qtype, exclude="lm_head")
+    others = [name for name, part in model.named_modules() if name and not isinstance(part, nn.Linear)]
+    quantize(model, weights=qint8, activations=qtype, exclude=[*others, "lm_head"])
     with torch.no_grad(), Calibration():
-        for batch in data.batches:
-            model(input_ids=batch)
+        for batch in batches:
+            model(**batch)
     freeze(model)
     return model
 
 
-def stock_reloaded(model: nn.Module, activations: str, data: Data) -> nn.Module:
+def stock_reloaded(model: nn.Module, activations: str, batches: list[Batch]) -> nn.Module:
     """The same after optimum-quanto wrote it and read it again."""
     from optimum.quanto import quantization_map, requantize
 
     plain = copy.deepcopy(model)
-    made = stock_in_memory(model, activations, data)
+    made = stock_in_memory(model, activations, batches)
     device = next(plain.parameters()).device
     requantize(plain, made.state_dict(), quantization_map(made), device=device)
     return plain
 
 
-def ours(target: str) -> Callable[[nn.Module, str, Data], nn.Module]:
-    """`qat.calibrate`, exported, and loaded again by the target's own loader."""
+@dataclass(frozen=True)
+class Ours:
+    """`qat.calibrate`, exported, and loaded again by the target's own loader; outliers may be folded before."""
 
-    def arm(model: nn.Module, activations: str, data: Data) -> nn.Module:
+    target: str
+    fold: bool = False
+
+    def __call__(self, model: nn.Module, activations: str, batches: list[Batch]) -> nn.Module:
         device = next(model.parameters()).device
         spec = qat.QuantSpec(weights="int8", activations=activations, dtype="float32")  # type: ignore[arg-type]
-        qat.prepare(model, spec, target=target)
-        qat.calibrate(model, [{"input_ids": batch} for batch in data.batches])
+        if self.fold:
+            qat.fold_outliers(model, batches, spec=spec, target=self.target)
+        qat.calibrate(model, batches, spec=spec, target=self.target)
         qat.freeze(model)
         with TemporaryDirectory() as folder:
             qat.export(model, folder)
             qat.verify(folder)
             return qat.load(folder, device=device)
 
-    return arm
 
-
-ARMS: dict[str, Callable[[nn.Module, str, Data], nn.Module]] = {
+ARMS: dict[str, Arm] = {
     "stock, in memory": stock_in_memory,
     "stock, reloaded": stock_reloaded,
-    "qat, target quanto, reloaded": ours("quanto"),
-    "qat, target transformers, reloaded": ours("transformers"),
+    "qat, target quanto, reloaded": Ours("quanto"),
+    "qat, target transformers, reloaded": Ours("transformers"),
+    "the same, folded, target quanto": Ours("quanto", fold=True),
+    "the same, folded, target transformers": Ours("transformers", fold=True),
 }
+MODELS: dict[str, Callable[[str], Case]] = {
+    "language model": language_model,
+    "vision transformer": vision_transformer,
+    "encoder": encoder,
+}
+OUTLIERS = ", with outliers"
+Name = Literal[
+    "language model", "language model, with outliers", "vision transformer", "encoder", "encoder, with outliers"
+]
 
 
-def main(device: str = "cpu", seeds: int = 3, output: Path | None = None, arms: Literal["all", "ours"] = "all") -> None:
+def make(name: str, device: str) -> Case:
+    """A model by its name, as that of ``--models``."""
+    case = MODELS[name.removesuffix(OUTLIERS)](device)
+    if not name.endswith(OUTLIERS):
+        return case
+    changed = replace(case, model=with_outliers(case.model))
+    gap = (changed.logits(changed.model) - case.logits(case.model)).abs().max()
+    assert gap < 1e-2, f"{name}: not equal in float, by {gap}"
+    return changed
+
+
+def measure(case: Case, arm: Arm, activations: str, seeds: int) -> dict[str, list[float]]:
+    """KL, relative error of the logits and loss, one of each for a draw of batches."""
+    wanted = case.logits(case.model)
+    found: dict[str, list[float]] = {"kl": [], "error": [], "loss": []}
+    for seed in range(seeds):
+        given = case.logits(arm(copy.deepcopy(case.model), activations, case.batches(seed)))
+        expected, predicted = wanted.double().log_softmax(-1), given.double().log_softmax(-1)
+        found["kl"].append(float((expected.exp() * (expected - predicted)).sum(-1).mean()))
+        found["error"].append(float((given - wanted).double().square().sum() / wanted.double().square().sum()))
+        found["loss"].append(case.loss(given))
+    return found
+
+
+def main(
+    device: str = "cpu",
+    seeds: int = 3,
+    output: Path | None = None,
+    arms: Literal["all", "ours"] = "all",
+    models: tuple[Name, ...] = (
+        "language model",
+        "language model, with outliers",
+        "vision transformer",
+        "encoder",
+        "encoder, with outliers",
+    ),
+) -> None:
     """Measure every arm and print a table.
 
     Args:
@@ -140,31 +140,24 @@ def main(device: str = "cpu", seeds: int = 3, output: Path | None = None, arms: 
         seeds: Draws of calibration batches.
         output: A JSON file for the numbers.
         arms: All, or only those of this package.
+        models: Which models.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    reference: Any = AutoModelForCausalLM.from_pretrained(REFERENCE, dtype=torch.float32, trust_remote_code=False)
-    reference = reference.to(device).eval()
-    blocks = read_blocks(AutoTokenizer.from_pretrained(REFERENCE, trust_remote_code=False)).to(device)
-    models = {"reference": reference, "with outliers": with_outliers(reference)}
-    rows = []
-    for name, model in models.items():
-        wanted = predictions(model, draw(blocks, 0).held_out)
+    rows: list[dict[str, Any]] = []
+    for name in models:
+        case = make(name, device)
+        print(f"{name}: float loss {case.loss(case.logits(case.model)):.4f}", flush=True)
         for activations in ("int8", "float8"):
-            for arm, make in ARMS.items():
+            for arm, run in ARMS.items():
                 if arms == "ours" and arm.startswith("stock"):
                     continue
-                kl: list[float] = []
-                losses: list[float] = []
-                for seed in range(seeds):
-                    data = draw(blocks, seed)
-                    given = predictions(make(copy.deepcopy(model), activations, data), data.held_out)
-                    kl.append(float((wanted.exp() * (wanted - given)).sum(-1).mean()))
-                    labels = data.held_out[:, 1:].flatten()
-                    losses.append(float(nn.functional.nll_loss(given[:, :-1].flatten(0, 1), labels)))
-                rows.append({"model": name, "activations": activations, "arm": arm, "kl": kl, "loss": losses})
-                spread = f"KL {statistics.mean(kl):8.4f} ({min(kl):.4f} to {max(kl):.4f})"
-                print(f"{name:14}  {activations:6}  {arm:36}  {spread}  loss {statistics.mean(losses):.4f}", flush=True)
+                found = measure(case, run, activations, seeds)
+                rows.append({"model": name, "activations": activations, "arm": arm, **found})
+                means = {key: statistics.mean(values) for key, values in found.items()}
+                print(
+                    f"{name:29} {activations:6} {arm:36} KL {means['kl']:.6f} ({min(found['kl']):.6f} to "
+                    f"{max(found['kl']):.6f})  error {means['error']:.6f}  loss {means['loss']:.4f}",
+                    flush=True,
+                )
     if output is not None:
         output.write_text(json.dumps({"device": device, "torch": torch.__version__, "rows": rows}, indent=1) + "\n")
 

@@ -9,7 +9,8 @@ with its quartiles: what slows the machine for seconds meets an arm and its refe
     python -m scripts.benchmark_speed --shape cpu
     python -m scripts.benchmark_speed --shape 8b --dtype bfloat16 --compile --output docs/results/speed_8b.json
 
-The arm ``learned`` is qat with ranges that are learned. Run by path, with ``PYTHONPATH`` naming another checkout, the
+The arm ``learned`` is qat with ranges that are learned. In ``activations`` inputs are quantized too; the arms below it
+in the table of arms change that: float8 gradients, learned scales, quantized outputs, products of values. Run by path, with ``PYTHONPATH`` naming another checkout, the
 script measures that one: so two states of the library are compared in turns.
 
 torchao is not installed by default (it makes importing optimum-quanto noisy): ``pip install -e .[benchmark]``.
@@ -25,6 +26,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -77,17 +79,10 @@ def arm_learned(model: nn.Module, qtype: str, serving: str) -> None:
     qat.prepare(model, spec, algorithm=qat.LearnedAffine(start="minmax"))
 
 
-def arm_activations(model: nn.Module, qtype: str, serving: str) -> None:
-    """Activations of the weights' type, outputs float, as target transformers serves them."""
+def arm_activations(model: nn.Module, qtype: str, serving: str, target: str = "transformers", **options: bool) -> None:
+    """Activations of the weights' type; outputs stay float, as target transformers serves them."""
     spec = qat.QuantSpec.model_validate({"weights": qtype, "activations": qtype, "dtype": serving})
-    qat.prepare(model, spec, target="transformers")
-    _calibrate(model)
-
-
-def arm_float8_backward(model: nn.Module, qtype: str, serving: str) -> None:
-    """Gradients multiplied in float8 too."""
-    spec = qat.QuantSpec.model_validate({"weights": qtype, "activations": qtype, "dtype": serving})
-    qat.prepare(model, spec, target="transformers", algorithm=qat.StraightThrough(float8_backward=True))
+    qat.prepare(model, spec, target=target, algorithm=qat.StraightThrough(**options))
     _calibrate(model)
 
 
@@ -96,14 +91,6 @@ def arm_emulated(model: nn.Module, qtype: str, serving: str) -> None:
     arm_activations(model, qtype, serving)
     for _, layer in quantized_layers(model):
         layer.mode = layer.mode._replace(codes=False)
-
-
-def arm_outputs(model: nn.Module, qtype: str, serving: str) -> None:
-    """Outputs quantized too, as optimum-quanto's loader does."""
-    qat.prepare(
-        model, qat.QuantSpec.model_validate({"weights": qtype, "activations": qtype, "dtype": serving}), target="quanto"
-    )
-    _calibrate(model)
 
 
 def _calibrate(model: Any) -> None:
@@ -145,9 +132,10 @@ ARMS: dict[str, Callable[[nn.Module, str, str], None]] = {
     "qat": arm_qat,
     "learned": arm_learned,
     "activations": arm_activations,
-    "float8_backward": arm_float8_backward,
+    "float8_backward": partial(arm_activations, float8_backward=True),
+    "learned_scales": partial(arm_activations, learn_activations=True),
+    "outputs": partial(arm_activations, target="quanto"),
     "emulated": arm_emulated,
-    "outputs": arm_outputs,
     "quanto": arm_quanto,
     "quanto_activations": arm_quanto_activations,
     "torchao": arm_torchao,

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from qat.errors import QatError
-from qat.jobs import in_threads, track
+from qat.jobs import in_threads
 
 
 def test_results_come_in_order_though_calls_end_in_another() -> None:
@@ -69,20 +69,3 @@ def test_an_error_while_a_call_is_prepared_is_the_callers() -> None:
     with pytest.raises(QatError, match="no second call"):
         list(in_threads(calls(), threads=2))
     assert ended.is_set()
-
-
-@pytest.mark.parametrize("progress", [False, True])
-def test_tracked_items_are_the_items(progress: bool, capsys: pytest.CaptureFixture[str]) -> None:
-    assert list(track(iter("abc"), "reading", 3, progress)) == ["a", "b", "c"]
-    assert capsys.readouterr() == ("", "")  # this is no terminal
-
-
-def test_a_terminal_shows_the_count(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setenv("FORCE_COLOR", "1")
-    monkeypatch.setenv("TTY_INTERACTIVE", "1")
-    monkeypatch.setenv("COLUMNS", "120")
-    monkeypatch.setenv("TERM", "xterm")
-    assert list(track("abc", "freezing", 3, True)) == ["a", "b", "c"]
-    shown = capsys.readouterr().err
-    assert "freezing" in shown
-    assert "3/3" in shown

@@ -28,7 +28,8 @@ from qat.formats.state import ModelState
 from qat.hosts import MODULE, Target, get_target, host_of
 from qat.hosts.base import FloatGrid, shown_call
 from qat.hosts.construction import constructed_tensors, differs, unstored_tensors
-from qat.jobs import in_threads, track
+from qat.jobs import in_threads
+from qat.progress import counted
 from qat.tensors import await_numbers, model_device, stored_tensors
 from qat.verification.outputs import compute_outputs
 
@@ -227,7 +228,8 @@ def _check_unchanged(model: nn.Module, record: FrozenRecord, progress: bool) -> 
     gone = [name for name in record.layers if name not in layers]
     here = [name for name in record.layers if name in layers]
     frozen = [name for name in here if format.is_frozen(layers[name])]
-    found = dict(zip(frozen, track(in_threads(map(evidence, frozen)), "comparing", len(frozen), progress), strict=True))
+    checked = counted(in_threads(map(evidence, frozen)), "comparing", progress, len(frozen))
+    found = dict(zip(frozen, checked, strict=True))
     changed = [name for name in here if name not in found or record.layers[name].differences(found[name])]
     if gone or changed:
         raise ExportError(

@@ -30,7 +30,7 @@ import torch
 
 from qat.errors import ExportError, LoadError
 from qat.files.manifest import FileRecord, TensorRecord
-from qat.jobs import track
+from qat.progress import counted
 from qat.tensors import raw_bytes
 
 __all__ = [
@@ -222,7 +222,7 @@ def write_shard(
         OSError: when the disk is full or the file cannot be written.
     """
     whole, digests = hashlib.sha256(shard.header()), {}
-    entries = track(shard.entries, f"writing {path.name}", len(shard.entries), progress)
+    entries = counted(shard.entries, f"writing {path.name}", progress)
     with path.open("wb") as file, ThreadPoolExecutor(1) as in_order, ThreadPoolExecutor(1) as beside:
         file.write(shard.header())
         hashing: tuple[Future[Any], ...] = ()

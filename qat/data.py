@@ -1,0 +1,130 @@
+"""Batches for calibration from files of texts or images: `qat calibrate --data`.
+
+A few batches are wanted out of any amount of data. So ``datasets`` streams texts through a shuffle, and images are
+picked at even distances in the order of their names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, tensor
+
+from qat.errors import CalibrationError, listed
+
+__all__ = ["image_batches", "text_batches"]
+
+_TABLES = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+_BUFFER = 1000  # rows that are shuffled
+_CHARACTERS = 1 << 20  # of one text that are looked at
+
+
+def text_batches(
+    paths: Sequence[Path], tokenizer: Any, *, count: int, size: int, length: int, packed: bool, field: str = "text"
+) -> list[dict[str, Tensor]]:
+    """Up to ``count`` batches of ``size`` texts, cut to ``length`` tokens and padded: int64, ``(size, length)`` each.
+
+    Args:
+        paths: CSV, JSON (lines) or Parquet with a column ``field``; any other file is plain text in UTF-8. A plain file
+            gives a text a line. Of a folder each plain file is one text, at any depth; binary ones are passed over.
+        tokenizer: of transformers.
+        packed: join the tokens of all texts and cut them into blocks of ``length``, as language models are trained.
+
+    Raises:
+        CalibrationError: a path or the column is missing, a file cannot be read, or there is no text.
+    """
+    texts = _texts(paths, packed, field)
+    if packed:
+        blocks = list(islice(_blocks(texts, tokenizer, length), count * size))
+        return [{"input_ids": tensor(blocks[i : i + size])} for i in range(0, len(blocks), size)]
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    options = {"truncation": True, "max_length": length, "padding": True, "return_tensors": "pt"}
+    found = list(islice(texts, count * size))
+    return [dict(tokenizer(found[i : i + size], **options)) for i in range(0, len(found), size)]
+
+
+def image_batches(
+    paths: Sequence[Path], processor: Any, *, count: int, size: int, mode: str = "RGB"
+) -> list[dict[str, Tensor]]:
+    """Up to ``count`` batches of ``size`` images, as the ``processor`` of transformers makes them.
+
+    ``paths`` are images, or folders with images at any depth; ``mode`` is Pillow's, which they are converted to.
+
+    Raises:
+        CalibrationError: a path is missing, a file cannot be read, or there is no image.
+    """
+    from datasets import Dataset, Image
+    from PIL.Image import registered_extensions
+
+    suffixes = registered_extensions()
+    files = [str(file) for path in paths for file in _files(path) if file.suffix.lower() in suffixes]
+    if not files:
+        raise CalibrationError(f"data: there is no image in {[*map(str, paths)]}: name files or folders of images")
+    wanted = min(count * size, len(files))
+    rows = Dataset.from_dict({"image": [files[index * len(files) // wanted] for index in range(wanted)]})
+    try:
+        images = [row["image"].convert(mode) for row in rows.cast_column("image", Image())]
+    except Exception as error:  # Pillow's decoders raise errors without a common base
+        raise CalibrationError(f"data: an image cannot be read ({error}): mend or remove it") from error
+    return [dict(processor(images=images[i : i + size], return_tensors="pt")) for i in range(0, wanted, size)]
+
+
+def _files(path: Path) -> list[Path]:
+    if not path.exists():
+        raise CalibrationError(f"data: {str(path)!r} does not exist: name files or folders that do")
+    found = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    return [file for file in found if not any(part.startswith(".") for part in file.relative_to(path).parts)]
+
+
+def _is_binary(file: Path) -> bool:
+    with file.open("rb") as opened:
+        return b"\0" in opened.read(8000)  # as git tells them
+
+
+def _texts(paths: Sequence[Path], packed: bool, field: str) -> Iterator[str]:
+    from datasets import load_dataset
+
+    sources: dict[tuple[str, str], list[str]] = {}
+    for path in paths:
+        by = "document" if path.is_dir() else "paragraph" if packed else "line"
+        for file in _files(path):
+            loader = _TABLES.get(file.suffix.lower(), "text")
+            if loader == "text" and path.is_dir() and _is_binary(file):
+                continue
+            sources.setdefault((loader, by if loader == "text" else ""), []).append(str(file))
+    found = False
+    for (loader, by), files in sources.items():
+        options = {"sample_by": by, "encoding_errors": "replace" if by == "document" else None} if by else {}
+        try:
+            rows = load_dataset(loader, data_files=files, split="train", streaming=True, **options)
+            for row in rows.shuffle(seed=0, buffer_size=_BUFFER):
+                text = row["text" if by else field]
+                if isinstance(text, str) and text.strip():
+                    found = True
+                    yield text[:_CHARACTERS]
+        except KeyError:
+            raise CalibrationError(
+                f"data: {listed(files, 3)}: has no column {field!r} but {', '.join(row)}: name one by --text-field"
+            ) from None
+        except Exception as error:  # builders of datasets raise errors without a common base
+            cause = " ".join(str(error.__cause__ or error).split())
+            raise CalibrationError(f"data: {listed(files, 3)}: cannot be read as {loader}: {cause}") from error
+    if not found:
+        raise CalibrationError(f"data: there is no text in {[*map(str, paths)]}: name files that hold some")
+
+
+def _blocks(texts: Iterable[str], tokenizer: Any, length: int) -> Iterator[list[int]]:
+    left: list[int] = []
+    whole = False
+    for text in texts:
+        left += tokenizer(text, verbose=False)["input_ids"]
+        while len(left) >= length:
+            whole = True
+            yield left[:length]
+            left = left[length:]
+    if left and not whole:
+        yield left

@@ -1,0 +1,95 @@
+"""`qat calibrate`: a float model and some files in, a verified export out, on the bundled models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import qat
+from qat.cli import main
+from qat.files.manifest import read_manifest
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+CODE = "import os\n\n\ndef add(a, b):\n    return a + b\n\n\nfor name in os.listdir():\n    print(name, add(1, 2))\n"
+
+
+def run(capsys: pytest.CaptureFixture[str], *argv: str | Path) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as caught:
+        main(["calibrate", *(str(word) for word in argv)])
+    captured = capsys.readouterr()
+    return int(caught.value.code or 0), captured.out, captured.err
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "code.py").write_text(CODE * 8)
+    for number in range(4):
+        picture = torch.rand(28, 28, 3, generator=torch.Generator().manual_seed(number)).mul(255).byte()
+        Image.fromarray(picture.numpy()).save(tmp_path / "data" / f"{number}.png")
+    return tmp_path / "data"
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "layers"),
+    [
+        ("reference", ["--length", "24", "--batch-size", "1"], 42),
+        ("reference_encoder", ["--target", "quanto", "--activations", "float8", "--exclude", "classifier"], 19),
+        ("reference_vit", ["--dtype", "float32", "--batch-size", "2"], 25),
+    ],
+    ids=["language model", "encoder", "vision transformer"],
+)
+def test_a_model_and_some_files_give_a_verified_export(
+    model: str, options: list[str], layers: int, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out"
+    given = ["--data", data, "--output", output, "--batches", "2", "--device", "cpu"]
+    code, out, err = run(capsys, RECIPES / model, *given, *options)
+    assert code == 0, err
+    assert "error" not in err
+    lines = out.splitlines()
+    assert lines[0].split() == ["layer", "scale", "error", "beyond", "used", "batches"]
+    assert f"calibrated {layers} layers on {1 if model == 'reference_encoder' else 2} batches" in out
+    assert f"{output} (target 'transformers'): verified" in out or "(target 'quanto'): verified" in out
+    assert "outputs            ok      1 output tensors equal, bit for bit" in out
+    assert lines[-1] == f"load it with qat.load('{output}'), or as '{output / 'README.md'}' shows"
+    manifest = read_manifest(output)
+    assert manifest.frozen.spec.activations == ("float8" if "float8" in options else "int8")
+    assert manifest.dtype == ("float32" if "float32" in options else "bfloat16")
+    assert {"tokenizer.json", "preprocessor_config.json"} & {path.name for path in output.iterdir()}
+    assert type(qat.load(output)).__module__.startswith("transformers")
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "message"),
+    [
+        ("reference_vit", ["--data", "nowhere"], "error: data: 'nowhere' does not exist"),
+        ("reference_vit", ["--data", "{tmp}"], "error: data: there is no image in"),
+        ("reference_encoder", ["--data", "{tmp}"], "error: data: there is no text in"),
+        ("reference_encoder", ["--data", "{tmp}", "--batches", "0"], "must each be at least 1, got (0, 8, 256)"),
+        ("reference_encoder", ["--data", "{data}", "--exclude", "*.x"], "error: exclude: pattern '*.x' matches no"),
+        ("reference_flux", ["--data", "{data}"], "is a pipeline of diffusers"),
+    ],
+    ids=["missing", "no image", "no text", "batches", "pattern", "pipeline"],
+)
+def test_a_users_mistake_is_one_line_and_code_2(
+    model: str, options: list[str], message: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty").mkdir()
+    words = [word.format(tmp=tmp_path / "empty", data=data) for word in options]
+    code, out, err = run(capsys, RECIPES / model, "--output", tmp_path / "out", *words)
+    assert (code, out) == (2, "")
+    assert message in err
+    assert err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_that_exists_is_refused_before_any_work(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _, err = run(capsys, "no/such/model", "--data", data, "--output", data)
+    assert code == 2
+    assert "is not empty, and is not replaced" in err

@@ -1,0 +1,47 @@
+"""Items pass through unchanged, and a bar counts them where it is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import pytest
+
+from qat.progress import counted
+
+
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let rich take the standard error stream for a terminal."""
+    for name, value in {"FORCE_COLOR": "1", "TTY_INTERACTIVE": "1", "COLUMNS": "120", "TERM": "xterm"}.items():
+        monkeypatch.setenv(name, value)
+
+
+def some() -> Iterator[int]:
+    yield from range(3)
+
+
+@pytest.mark.usefixtures("terminal")
+@pytest.mark.parametrize(
+    ("items", "total", "said"), [([0, 1, 2], None, "3/3"), (some(), None, "3/?"), (some(), 3, "3/3")], ids=str
+)
+def test_a_bar_counts_what_passes(
+    items: Iterable[int], total: int | None, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert list(counted(items, "at work", True, total)) == [0, 1, 2]
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "at work" in err
+    assert said in err
+
+
+@pytest.mark.parametrize("shown", [False, True])
+def test_nothing_is_shown_unless_asked_for_and_on_a_terminal(shown: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    assert list(counted(some(), "at work", shown)) == [0, 1, 2]
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.usefixtures("terminal")
+def test_an_error_ends_the_bar(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ZeroDivisionError):
+        list(map((1).__floordiv__, counted([1, 0], "at work", shown=True)))
+    assert "1/2" in capsys.readouterr().err
