@@ -9,9 +9,9 @@ with its quartiles: what slows the machine for seconds meets an arm and its refe
     python -m scripts.benchmark_speed --shape cpu
     python -m scripts.benchmark_speed --shape 8b --dtype bfloat16 --compile --output docs/results/speed_8b.json
 
-The arm ``learned`` is qat with ranges that are learned. In ``activations`` inputs are quantized too; the arms below it
-in the table of arms change that: float8 gradients, learned scales, quantized outputs, products of values. Run by path, with ``PYTHONPATH`` naming another checkout, the
-script measures that one: so two states of the library are compared in turns.
+The arm ``learned`` is qat with ranges that are learned. In ``activations`` inputs are quantized too. The arms below
+it in `ARMS` change that: float8 gradients, learned scales, quantized outputs, products of values. Run by path, with
+``PYTHONPATH`` naming another checkout, the script measures that one: so two states of the library are compared in turns.
 
 torchao is not installed by default (it makes importing optimum-quanto noisy): ``pip install -e .[benchmark]``.
 """
@@ -82,7 +82,7 @@ def arm_learned(model: nn.Module, qtype: str, serving: str) -> None:
 def arm_activations(model: nn.Module, qtype: str, serving: str, target: str = "transformers", **options: bool) -> None:
     """Activations of the weights' type; outputs stay float, as target transformers serves them."""
     spec = qat.QuantSpec.model_validate({"weights": qtype, "activations": qtype, "dtype": serving})
-    qat.prepare(model, spec, target=target, algorithm=qat.StraightThrough(**options))
+    qat.prepare(model, spec, target=target, algorithm=qat.StraightThrough.model_validate(options))
     _calibrate(model)
 
 
