@@ -153,7 +153,7 @@ class Arm:
         ARMS[arm](self.model, qtype, arguments.serving)
         self.called = torch.compile(self.model) if arguments.compile else self.model
         # Learned ranges must not be decayed; every other parameter is treated as AdamW treats it by default.
-        groups = qat.parameter_groups(self.model, lr=1e-5, weight_decay=0.01) if arm == "learned" else None
+        groups = qat.parameter_groups(self.model, lr=1e-5, weight_decay=0.01) if "learned" in arm else None
         self.optimizer = torch.optim.AdamW(groups or self.model.parameters(), lr=1e-5, fused=arguments.device == "cuda")
 
     def step(self) -> float:

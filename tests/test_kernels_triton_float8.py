@@ -21,6 +21,9 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+_UNIT = 2.0**-8  # of bfloat16, to which both round their sums
+
+
 def gap(one: Tensor, other: Tensor) -> float:
     return float((one.cpu().double() - other.cpu().double()).norm() / other.cpu().double().norm())
 
@@ -37,11 +40,11 @@ def test_products_are_those_of_the_plain_form(shape: tuple[int, int, int]) -> No
     for inside in (None, pack_bits(flags)):
         arguments = (grad, weight, scale, inside)
         found = kernels.float8_input_gradient(*(None if t is None else t.cuda() for t in arguments))
-        assert gap(found, kernels.float8_input_gradient(*arguments)) < 0.002
+        assert gap(found, kernels.float8_input_gradient(*arguments)) < _UNIT
         assert not found[3].any()
     assert not found.cpu()[~flags].any()
     found = kernels.float8_weight_gradient(grad.cuda(), x.cuda(), x_scale.cuda())
-    assert gap(found, kernels.float8_weight_gradient(grad, x, x_scale)) < 0.002
+    assert gap(found, kernels.float8_weight_gradient(grad, x, x_scale)) < _UNIT
 
 
 def test_not_a_number_in_a_gradient_is_not_hidden() -> None:
