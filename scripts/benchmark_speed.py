@@ -9,9 +9,9 @@ with its quartiles: what slows the machine for seconds meets an arm and its refe
     python -m scripts.benchmark_speed --shape cpu
     python -m scripts.benchmark_speed --shape 8b --dtype bfloat16 --compile --output docs/results/speed_8b.json
 
-The arm ``learned`` is qat with ranges that are learned. In ``activations`` inputs are quantized too. The arms below
-it in `ARMS` change that: float8 gradients, learned scales, quantized outputs, products of values. Run by path, with
-``PYTHONPATH`` naming another checkout, the script measures that one: so two states of the library are compared in turns.
+The arm ``learned`` is qat with ranges that are learned. In ``activations`` inputs are quantized too. The arms below it
+in `ARMS` change that: float8 gradients, learned scales, quantized outputs, products of values. Run by path, with
+``PYTHONPATH`` naming another checkout, the script measures that one: so states of the library are compared in turns.
 
 torchao is not installed by default (it makes importing optimum-quanto noisy): ``pip install -e .[benchmark]``.
 """
