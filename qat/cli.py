@@ -84,6 +84,7 @@ def _calibrate(
     batch_size: int = 8,
     length: int = 256,
     text_field: str = "text",
+    fold: bool = False,
     device: str | None = None,
     overwrite: bool = False,
     trust_remote_code: bool = False,
@@ -100,6 +101,7 @@ def _calibrate(
         batch_size: Texts or images of a batch.
         length: Tokens of a text; never more than the model takes.
         text_field: The column that holds the texts, in tables.
+        fold: Move outlying channels' scale into weights first, wherever that lowers the error of outputs.
         device: Where to calibrate; none: a GPU if there is one.
         overwrite: Replace an older export.
         trust_remote_code: Run code that comes with the model.
@@ -113,6 +115,7 @@ def _calibrate(
     from qat.data import image_batches, text_batches
     from qat.exporting import export
     from qat.files.directory import check_destination
+    from qat.folding import fold_outliers
     from qat.freezing import freeze
     from qat.hosts import host_of
     from qat.hosts.pretrained import load_float
@@ -133,6 +136,8 @@ def _calibrate(
             data, processor, count=batches, size=batch_size, length=length, packed=packed, field=text_field
         )
     loaded.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if fold:
+        print(fold_outliers(loaded, inputs, spec=made, target=target))
     report = calibrate(loaded, inputs, spec=made, target=target, progress=True)
     freeze(loaded)
     example = {key: value[:1] for key, value in inputs[0].items()}
