@@ -47,8 +47,8 @@ class ActivationReport:
     """Share that lies beyond the largest code."""
     utilization: float
     """Share of the codes' range that the largest magnitude reaches."""
-    batches: int
-    """How many batches reached it."""
+    calls: int
+    """How often it was computed."""
 
 
 @dataclass(frozen=True)
@@ -78,14 +78,14 @@ class CalibrationReport:
     def table(self) -> str:
         """A line for each layer: scale, error, saturation and utilization of its input and its output."""
         width = max(map(len, self.layers), default=0)
-        lines = [f"{'layer':{width}}  {'':6}  {'scale':>9}  {'error':>8}  {'beyond':>8}  {'used':>5}  batches"]
+        lines = [f"{'layer':{width}}  {'':6}  {'scale':>9}  {'error':>8}  {'beyond':>8}  {'used':>5}    calls"]
         for name, sides in self.layers.items():
             for side, found in zip(("input", "output"), sides, strict=False):
                 note = "  float" if name in self.kept_float else ""
                 note = "  arrives quantized" if side == "input" and name in self.arriving else note
                 lines.append(
                     f"{name:{width}}  {side:6}  {found.scale:9.3g}  {found.error:8.1e}  {found.saturated:8.1e}  "
-                    f"{found.utilization:5.0%}  {found.batches:7}{note}"
+                    f"{found.utilization:5.0%}  {found.calls:7}{note}"
                 )
         return "\n".join(lines)
 
@@ -165,7 +165,7 @@ def _calibrate(
             watched: AbstractContextManager[list[Call]] = first_call(model) if outputs else nullcontext([])
             with watched as calls:
                 seen = counted(batches, "calibrating", progress)
-                count, kept = _observe(model, layers, seen, forward, keep=outputs)
+                count, kept, groups = _observe(model, layers, seen, forward, keep=outputs)
             fresh = [n for n, v in layers.items() if not all(q.initialized for q in v.activation_quantizers())]
             for layer in layers.values():
                 for quantizer in layer.activation_quantizers():
@@ -180,9 +180,7 @@ def _calibrate(
                 )
             for name in arriving:  # which have their producer's scale now
                 found[name] = tuple(map(_report, layers[name].activation_quantizers()))
-            for layer in layers.values():
-                for quantizer in layer.activation_quantizers():
-                    quantizer.settle()
+            _share(groups)
         except BaseException:
             for quantizer, state in before:  # a part of the batches makes no scale
                 quantizer.load_state_dict(state)
@@ -204,7 +202,7 @@ def _observe(
     forward: Callable[[nn.Module, Any], Any] | None,
     *,
     keep: bool,
-) -> tuple[int, list[Any]]:
+) -> tuple[int, list[Any], list[list[ActivationQuantizer]]]:
     quantizers = {name: tuple(layer.activation_quantizers()) for name, layer in layers.items()}
     for quantizer in sum(quantizers.values(), ()):
         quantizer.observer.reset()
@@ -222,7 +220,7 @@ def _observe(
             count += 1
             if keep:
                 kept.append(batch if forward else map_tensors(torch.Tensor.cpu, batch))
-    _join(layers, readers.groups())
+    groups = _join(layers, readers.groups())
     if count == 0:
         raise CalibrationError("batches: calibration needs at least one batch, got none: pass some training batches")
     if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -234,22 +232,31 @@ def _observe(
             f"batches: {len(missed)} layers were never reached in {count} batches (first: {missed[:3]}): pass batches "
             "that use them, or exclude those layers in the spec"
         )
-    return count, kept
+    return count, kept, groups
 
 
-def _join(layers: Mapping[str, QuantizedLayer], groups: list[list[str]]) -> None:
-    """Let layers that read one tensor see the same, so that they get one scale and share its codes."""
+def _join(layers: Mapping[str, QuantizedLayer], groups: list[list[str]]) -> list[list[ActivationQuantizer]]:
+    """Let layers that read one tensor see the same, so that they get one scale; their input quantizers."""
+    joined = []
     for names in groups:
         quantizers = [q for name in names if (q := layers[name].input_quantizer) is not None]
         if len({(q.qtype, q.dtype, q.rule) for q in quantizers}) == 1:
             first, *others = (quantizer.observer for quantizer in quantizers)
             for other in others:
                 first.merge(other)
-            first.batches //= len(names)
+            first.calls //= len(names)
             for other in others:
                 other.load_state_dict(first.state_dict())
-            for quantizer in quantizers[1:]:
-                quantizer.share(quantizers[0])
+            joined.append(quantizers)
+    return joined
+
+
+def _share(groups: list[list[ActivationQuantizer]]) -> None:
+    """Let those with one scale, which nothing learns, share it and with it the codes."""
+    for quantizers in groups:
+        static = [q for q in quantizers if q.used and q.learned_scale() is None]
+        if len(static) > 1 and all(torch.equal(static[0].scale, other.scale) for other in static[1:]):
+            static[0].share(static[1:])
 
 
 def _run(
@@ -315,7 +322,7 @@ def _report(quantizer: ActivationQuantizer) -> ActivationReport:
         float(observer.errors(scale, quantizer.qtype)),
         float(observer.saturated(scale, quantizer.qtype)),
         min(1.0, float(observer.largest / (scale * quantizer.qtype.steps))),
-        int(observer.batches),
+        int(observer.calls),
     )
 
 

@@ -6,6 +6,7 @@ picked at even distances in the order of their names.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -41,8 +42,11 @@ def text_batches(
         blocks = list(islice(_blocks(texts, tokenizer, length), count * size))
         return [{"input_ids": tensor(blocks[i : i + size])} for i in range(0, len(blocks), size)]
     if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    options = {"truncation": True, "max_length": length, "padding": True, "return_tensors": "pt"}
+        tokenizer = copy.deepcopy(tokenizer)  # the caller's goes into the export
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    if tokenizer.pad_token is None:
+        size = 1  # one text needs no padding
+    options = {"truncation": True, "max_length": length, "padding": size > 1, "return_tensors": "pt"}
     found = list(islice(texts, count * size))
     return [dict(tokenizer(found[i : i + size], **options)) for i in range(0, len(found), size)]
 
@@ -102,14 +106,17 @@ def _texts(paths: Sequence[Path], packed: bool, field: str) -> Iterator[str]:
         try:
             rows = load_dataset(loader, data_files=files, split="train", streaming=True, **options)
             for row in rows.shuffle(seed=0, buffer_size=_BUFFER):
+                if not by and field not in row:
+                    known = ", ".join(row)
+                    raise CalibrationError(
+                        f"data: {listed(files, 3)}: has no column {field!r} but {known}: name one by --text-field"
+                    )
                 text = row["text" if by else field]
                 if isinstance(text, str) and text.strip():
                     found = True
                     yield text[:_CHARACTERS]
-        except KeyError:
-            raise CalibrationError(
-                f"data: {listed(files, 3)}: has no column {field!r} but {', '.join(row)}: name one by --text-field"
-            ) from None
+        except CalibrationError:
+            raise
         except Exception as error:  # builders of datasets raise errors without a common base
             cause = " ".join(str(error.__cause__ or error).split())
             raise CalibrationError(f"data: {listed(files, 3)}: cannot be read as {loader}: {cause}") from error

@@ -22,7 +22,7 @@ _THREADS = min(5, os.cpu_count() or 1)
 def in_threads(calls: Iterable[Callable[[], Item]], threads: int = _THREADS) -> Iterator[Item]:
     """The results of ``calls``, in their order; each call is made in a thread while the next ones are prepared.
 
-    ``threads`` counts the caller's too. While it prepares a call, no more others are unfinished than the rest can make.
+    ``threads`` counts the caller's too: at most ``threads - 1`` calls are unfinished while the next one is prepared.
     What a call, or the preparation of one, raises arrives here; no further call is prepared then.
 
     >>> list(in_threads(lambda n=n: n * n for n in range(4)))

@@ -51,7 +51,7 @@ class Observer(nn.Module):
     """Whether anything was seen; no value of a range ever stands for "unset"."""
     nonfinite: Tensor
     """Whether inf or NaN was seen."""
-    batches: Tensor
+    calls: Tensor
     """How often something was recorded."""
 
     def __init__(self) -> None:
@@ -60,7 +60,7 @@ class Observer(nn.Module):
         self.register_buffer("largest", torch.zeros((), dtype=torch.float32))
         self.register_buffer("initialized", torch.tensor(False))
         self.register_buffer("nonfinite", torch.tensor(False))
-        self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
 
     @torch.no_grad()
     def update(self, x: Tensor, importance: Tensor | None = None) -> None:
@@ -74,7 +74,7 @@ class Observer(nn.Module):
         self.nonfinite.logical_or_(~largest.isfinite())
         torch.maximum(self.largest, largest.nan_to_num(), out=self.largest)
         self.initialized.fill_(True)
-        self.batches += 1
+        self.calls += 1
         rows = x.detach().reshape(-1, x.shape[-1] if x.ndim else 1)
         for part in torch.split(rows, max(1, _CHUNK // rows.shape[1])):
             bits = part.abs().float().view(torch.int32) >> 16  # a magnitude in bfloat16, cut off
@@ -84,7 +84,7 @@ class Observer(nn.Module):
 
     def merge(self, other: Observer) -> None:
         """Add what another observer saw."""
-        for name in ("counts", "batches"):
+        for name in ("counts", "calls"):
             getattr(self, name).add_(getattr(other, name))
         for name in ("initialized", "nonfinite"):
             getattr(self, name).logical_or_(getattr(other, name))
@@ -122,7 +122,7 @@ class Observer(nn.Module):
 
     def reduce(self) -> None:
         """Make the statistics those of all ranks of the default process group."""
-        for buffer in (self.counts, self.batches):
+        for buffer in (self.counts, self.calls):
             torch.distributed.all_reduce(buffer)
         for flag in (self.initialized, self.nonfinite):
             seen = flag.to(torch.int32)

@@ -93,7 +93,8 @@ def unchanged(model: nn.Module, leave_out: Collection[str] = ()) -> list[str]:
     trained = _trained(model).items()
     same = {id(p) for name, p in trained if name in first and torch.equal(first[name], _fingerprint(p))}
     for name, layer in quantized_layers(model):
-        parts = {"weights": matrices(layer).values(), "learned ranges": layer.quantizer_parameters()}
+        used = (layer.weight_quantizer, *(q for q in layer.activation_quantizers() if q.used))
+        parts = {"weights": matrices(layer).values(), "learned ranges": (p for q in used for p in q.parameters())}
         for what, parameters in parts.items():
             own = {id(p) for p in parameters if p.requires_grad}
             if own and own <= same and name not in leave_out:

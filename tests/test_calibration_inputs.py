@@ -32,7 +32,7 @@ def test_empty_batches_among_others_change_nothing() -> None:
     report = qat.calibrate(mlp(), [X[:0], X, X[:0]], spec=spec())
     assert report.layers == expected.layers
     assert report.batches == 3
-    assert {side.batches for sides in report.layers.values() for side in sides} == {1}
+    assert {side.calls for sides in report.layers.values() for side in sides} == {1}
 
 
 def test_empty_batches_alone_are_refused_and_set_nothing() -> None:
@@ -90,8 +90,8 @@ class Branches(nn.Module):
 @pytest.mark.parametrize("place", [0, 2, 4], ids=["first", "middle", "last"])
 def test_a_layer_that_one_batch_reaches_has_its_scale_and_the_report_says_so(place: int) -> None:
     report = qat.calibrate(Branches(), [(X, number == place) for number in range(5)], spec=spec())
-    assert [side.batches for side in report.layers["always"]] == [5, 5]
-    assert [side.batches for side in report.layers["seldom"]] == [1, 1]
+    assert [side.calls for side in report.layers["always"]] == [5, 5]
+    assert [side.calls for side in report.layers["seldom"]] == [1, 1]
     rows = {line.split()[0]: line for line in report.table().splitlines()[1:]}
     assert rows["seldom"].split()[-1] == "1"
     assert report.layers["seldom"] == qat.calibrate(Branches(), [(X, True)], spec=spec()).layers["seldom"]

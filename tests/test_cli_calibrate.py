@@ -53,7 +53,7 @@ def test_a_model_and_some_files_give_a_verified_export(
     lines = out.splitlines()
     assert lines[0].startswith("folded ") is ("--fold" in options)
     lines = lines["--fold" in options :]
-    assert lines[0].split() == ["layer", "scale", "error", "beyond", "used", "batches"]
+    assert lines[0].split() == ["layer", "scale", "error", "beyond", "used", "calls"]
     assert f"calibrated {layers} layers on {1 if model == 'reference_encoder' else 2} batches" in out
     assert f"{output} (target 'transformers'): verified" in out or "(target 'quanto'): verified" in out
     assert "outputs            ok      1 output tensors equal, bit for bit" in out

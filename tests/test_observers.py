@@ -159,7 +159,7 @@ def test_zeros_are_data(rule: Any) -> None:
     observer = observed([torch.zeros(3)])
     observer.require()
     assert rule.magnitude(observer, INT8) == 0
-    assert int(observer.batches) == 1
+    assert int(observer.calls) == 1
 
 
 @every_rule

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import pickle
 import weakref
@@ -10,14 +11,14 @@ import weakref
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import qat
 from qat import kernels
 from qat.formats import QUANTO
-from qat.layers import QLinear, quantized_layers
+from qat.layers import Mode, QLinear, quantized_layers
 from qat.numerics import QType
 from qat.observers import Absmax
-from qat.optimizers import learned_ranges
 from qat.quantizers.activation import ActivationQuantizer, LearnedScale, fake_quantize_output
 
 BYTES = [QUANTO.qtypes[name] for name in ("int8", "float8")]
@@ -53,7 +54,7 @@ def test_the_gradients_of_a_learned_scale_are_those_of_lsq(qtype: QType) -> None
         ours = x.clone().requires_grad_()
         y = fake_quantize_output(ours, learned)
         (y * weights).sum().backward()
-        theirs, move = x.double().requires_grad_(), torch.zeros((), dtype=torch.float64, requires_grad=True)
+        theirs, move = x.double().requires_grad_(), torch.zeros(1, dtype=torch.float64, requires_grad=True)
         z = lsq(theirs, learned.scale.double() * (1 + move), qtype)
         (z * weights.double()).sum().backward()
         assert torch.equal(y.double(), z)
@@ -141,12 +142,30 @@ def test_a_layer_named_static_and_one_whose_input_arrives_quantized_learn_no_sca
     algorithm = qat.StraightThrough(learn_activations=True, static_activations=("4",))
     qat.prepare(model, qat.QuantSpec(activations="int8", dtype="float32"), algorithm=algorithm)
     assert qat.calibrate(model, [torch.randn(8, 16)]).arriving == ("2",)
-    names = set(learned_ranges(model).values())
-    assert names == {f"{name}_quantizer.move" for name in ("0.input", "0.output", "2.output")}
-    fresh = copy.deepcopy(model)
-    fresh[2].input_quantizer.requires_grad_(True)
-    fresh.load_state_dict(model.state_dict())
-    assert set(learned_ranges(fresh).values()) == names
+    assert model[4].input_quantizer.learned_scale() is None
+    groups = {group["name"]: group["params"] for group in qat.parameter_groups(model, lr=1e-3)}
+    assert len(groups["scales"]) == 4  # those of layer 2 too, whatever a calibration finds
+    model(torch.randn(8, 16)).square().sum().backward()
+    unused = model[2].input_quantizer.move
+    assert torch.equal(unused.grad, torch.zeros(1))  # DDP waits for a gradient of each parameter
+    assert model[0].input_quantizer.move.grad.abs() > 0
+
+
+def test_a_float_checkpoint_gives_quantizers_the_state_of_new_ones() -> None:
+    model, weights = nn.Sequential(nn.Linear(16, 4)), nn.Sequential(nn.Linear(16, 4)).state_dict()
+    qat.prepare(model, qat.QuantSpec(activations="int8", dtype="float32"), algorithm=LEARNED)
+    model.load_state_dict(weights)
+    quantizer = model[0].input_quantizer
+    assert isinstance(quantizer, LearnedScale)
+    assert (quantizer.enabled, quantizer.initialized, quantizer.move.requires_grad) == (True, False, True)
+
+
+def test_a_learned_scale_that_observes_may_be_used_twice_before_backward() -> None:
+    model = nn.Sequential(nn.Linear(16, 4))
+    qat.prepare(model, qat.QuantSpec(activations="int8", dtype="float32"), algorithm=LEARNED)
+    model[0].mode = Mode(observe=True)
+    (model(torch.randn(3, 16)) + model(torch.randn(3, 16) * 2)).sum().backward()
+    assert model[0].input_quantizer.move.grad is not None
 
 
 class Readers(nn.Module):
@@ -191,26 +210,62 @@ def test_layers_that_read_one_tensor_have_one_scale_and_share_its_codes() -> Non
     scales = [layer.input_quantizer.scale for layer in (model.q, model.k, model.v)]  # type: ignore[union-attr]
     assert scales[0] == scales[1] == scales[2] != model.o.input_quantizer.scale  # type: ignore[union-attr]
     assert calls(model, x) == 2
-    model.k.input_quantizer.scale.mul_(1.5)  # type: ignore[operator, union-attr]
-    assert calls(model, x) == 3
-    model.load_state_dict(prepared().state_dict())
-    assert calls(model, x) == 2
-    with torch.inference_mode():
-        assert calls(model, torch.randn(8, 32)) == 4
+    expected = model(x)
+    state = model.state_dict()
+    assert len({state[f"{name}.input_quantizer.scale"].data_ptr() for name in "qkv"}) == 3  # safetensors wants that
+    with torch.no_grad():
+        assert calls(model, x) == 4  # nothing keeps codes for a backward pass
+        assert torch.equal(model(x), expected)
+    other = copy.deepcopy(model)
+    assert calls(other, x) == 2
+    other.load_state_dict(state)
+    assert calls(other, x) == 4
+    assert torch.equal(other(x), expected)
+    other.k.input_quantizer.scale.mul_(1.5)  # type: ignore[operator, union-attr]
+    assert torch.equal(other.q.input_quantizer.scale, scales[0])  # type: ignore[union-attr]
+    qat.calibrate(other, [torch.randn(8, 32)])
+    assert calls(other, x) == 2
+
+
+def test_a_quantizer_that_observes_has_a_scale_of_its_own_again() -> None:
+    model = prepared()
+    model.k.mode = Mode(observe=True)
+    with torch.no_grad():
+        model.norm.weight.mul_(3)
+    model(torch.randn(8, 32))
+    assert model.k.input_quantizer.scale != model.q.input_quantizer.scale == model.v.input_quantizer.scale  # type: ignore[union-attr]
+
+
+def test_a_recomputation_under_selective_checkpointing_makes_the_calls_of_the_forward() -> None:
+    def must_save(ctx: object, function: object, *args: object, **kwargs: object) -> CheckpointPolicy:
+        wanted = function is torch.ops.qat.quantize_activation.default
+        return CheckpointPolicy.MUST_SAVE if wanted else CheckpointPolicy.PREFER_RECOMPUTE
+
+    model, x, gradients = prepared(), torch.randn(8, 32), []
+    for wrapped in (False, True):
+        given = x.clone().requires_grad_() * 1.0
+        context = functools.partial(create_selective_checkpoint_contexts, must_save)
+        y = checkpoint(model, given, use_reentrant=False, context_fn=context) if wrapped else model(given)
+        gradients.append(torch.autograd.grad(y.square().sum(), list(model.parameters())))
+    for plain, again in zip(*gradients, strict=True):
+        assert torch.equal(plain, again)
 
 
 def test_shared_codes_are_those_of_the_tensor_as_it_is_and_die_with_it() -> None:
     one, other = (quantizer(BYTES[0], 0.03125, ActivationQuantizer) for _ in range(2))
-    for each in (one, other):
-        each.settle()
-    x = torch.randn(4, 8)
+    one.share([other])
+    x = torch.randn(4, 8, requires_grad=True) * 1.0
     first = one.quantize(x)
     assert other.quantize(x) is first
     x.mul_(2)
     second = other.quantize(x)
     assert second is not first
     assert torch.equal(second.codes, one.qtype.encode_activation(x, one.scale, torch.float32)[0])
-    assert quantizer(BYTES[1], 0.03125, ActivationQuantizer).quantize(x).codes.dtype is torch.float8_e4m3fn
+    one.scale.mul_(2)
+    assert other.quantize(x) is not second
+    second = one.quantize(x)
+    leaf = torch.randn(4, 8)
+    assert one.quantize(leaf) is not other.quantize(leaf)  # a fused optimizer changes it without a new version
     alive = weakref.ref(second.codes)
     del second
     gc.collect()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from qat.errors import StateError
 from qat.layers.functional import autocast_dtype
 from qat.numerics import QType
-from qat.quantizers.activation import ActivationQuantizer, fake_quantize_output
+from qat.quantizers.activation import ActivationQuantizer, fake_quantize_output, with_unused
 from qat.quantizers.base import Algorithm, Quantized, WeightQuantizer
 
 __all__ = ["Mode", "QuantizedLayer", "inside_layer"]
@@ -184,7 +184,7 @@ class QuantizedLayer(nn.Module):
                     self.output_quantizer.refresh()
             if mode.weights and mode.activations and self.output_quantizer.enabled:
                 y = fake_quantize_output(y, self.output_quantizer)
-        return y
+        return with_unused(y, self.input_quantizer, self.output_quantizer)
 
     def _require_quantizers_on(self, device: torch.device) -> None:
         # Meta tensors compute without numbers and without an error. Dictionaries, since looking up an attribute of a
@@ -218,9 +218,11 @@ class QuantizedLayer(nn.Module):
         quantizer = self.weight_quantizer
         made = algorithm.make(weight, quantizer.qtype, quantizer.dtype).state_dict(prefix=f"{prefix}weight_quantizer.")
         for name in ("input_quantizer", "output_quantizer"):
-            module: ActivationQuantizer | None = getattr(self, name)
-            state = {} if module is None else module.state_dict(prefix=f"{prefix}{name}.")
-            made |= {key: torch.zeros_like(value, device=weight.device) for key, value in state.items()}
+            old: ActivationQuantizer | None = getattr(self, name)
+            if old is not None:
+                made |= (
+                    type(old)(old.qtype, old.dtype, old.rule).to(weight.device).state_dict(prefix=f"{prefix}{name}.")
+                )
         return made
 
     def activation_quantizers(self) -> Iterator[ActivationQuantizer]:

@@ -7,7 +7,7 @@ producer's output went through nothing but a relu or a view), the stock layer ig
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+from collections.abc import Iterable, MutableMapping
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +27,7 @@ __all__ = [
     "QuantizedActivation",
     "activation_gradients",
     "fake_quantize_output",
+    "with_unused",
 ]
 
 
@@ -41,8 +42,9 @@ class QuantizedActivation(NamedTuple):
 class _Kept(NamedTuple):
     """Codes of a tensor, as long as it lives."""
 
-    version: int
-    key: tuple[float, str, torch.dtype]
+    scale: Tensor
+    made: tuple[object, ...]
+    """From which state of both."""
     quantized: QuantizedActivation
 
 
@@ -67,8 +69,7 @@ class ActivationQuantizer(QuantizerModule):
         # Python values: a forward that read a tensor would wait for the device at every layer.
         self.initialized = False
         self.arrives_quantized = False
-        self._settled = (-1, float("nan"))  # the version of the scale that was read last, and its value
-        self._first: tuple[ActivationQuantizer, ...] = ()  # of those that read one tensor; in a tuple, so no submodule
+        self._shared = False  # whether other quantizers have the very same scale tensor
         self.enabled = True
         """Off where calibration found that the layer cannot bear quantized activations."""
 
@@ -96,8 +97,8 @@ class ActivationQuantizer(QuantizerModule):
         if not self.initialized and not bool(self.observer.initialized):
             return  # an empty tensor was all; asked only before the first scale, since it waits for the device
         scale = round_to(self.rule.magnitude(self.observer, self.qtype) / self.qtype.steps, self.dtype)
+        self._part()
         self.scale.copy_(scale.clamp(min=smallest_scale(self.dtype)))  # a zero scale would divide 0 by 0
-        self._settled = (-1, float("nan"))
         self.initialized = True
 
     def quantize(self, x: Tensor) -> QuantizedActivation:
@@ -109,19 +110,44 @@ class ActivationQuantizer(QuantizerModule):
             CalibrationError: there is no scale yet, and ``x`` is not empty.
         """
         self.require_scale(x)
-        version, number = self._settled
-        if torch.compiler.is_compiling():  # a compiler joins equal calls, of one tensor by one scale
-            same = [q for q in self._first if q._settled[1] == number]
-            scale = same[0].scale if same else self.serving_scale()
+        scale = self.serving_scale()
+        # Leaves are left out: fused optimizers and views of numpy change them without a new version. A recomputation
+        # in backward finds its own codes, so that it makes as many calls as the forward did. A compiler joins equal
+        # calls by itself.
+        if not self._shared or torch.compiler.is_compiling() or x.is_leaf or x.is_inference():
             return QuantizedActivation(*kernels.quantize_activation(x.detach(), scale, self.qtype.key, self.dtype))
-        arguments = (x.detach(), self.serving_scale(), self.qtype.key, self.dtype)
-        if x.is_inference() or version != self.scale._version:
-            return QuantizedActivation(*kernels.quantize_activation(*arguments))
-        key, kept = (number, self.qtype.key, self.dtype), _KEPT.get(x)
-        if kept is None or kept.key != key or kept.version != x._version:
-            kept = _Kept(x._version, key, QuantizedActivation(*kernels.quantize_activation(*arguments)))
-            _KEPT[x] = kept
+        task = torch._C._current_graph_task_id()
+        made = (x._version, scale._version, self.qtype.key, self.dtype, task)
+        kept = _KEPT.get(x)
+        if kept is None or kept.scale is not scale or kept.made != made:
+            found = kernels.quantize_activation(x.detach(), scale, self.qtype.key, self.dtype)
+            _KEPT[x] = kept = _Kept(scale, made, QuantizedActivation(*found))
         return kept.quantized
+
+    def share(self, others: Iterable[ActivationQuantizer]) -> None:
+        """Let others, with an equal scale for one tensor, have the very same one. A load or a move parts them."""
+        for other in others:
+            other.scale = self.scale
+            self._shared = other._shared = True
+
+    def _part(self) -> None:
+        """Before the scale changes: have one of its own again."""
+        if self._shared:
+            self.scale, self._shared = self.scale.clone(), False
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self._part()
+        super()._load_from_state_dict(*args)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._shared:  # safetensors refuses tensors that share memory
+            destination[f"{prefix}scale"] = destination[f"{prefix}scale"].clone()
+
+    @property
+    def used(self) -> bool:
+        """Whether activations go through it, once the layer quantizes them."""
+        return self.enabled and not self.arrives_quantized
 
     def serving_scale(self) -> Tensor:
         """The scale as it is served: float32 scalar, without a gradient."""
@@ -130,18 +156,6 @@ class ActivationQuantizer(QuantizerModule):
     def learned_scale(self) -> Tensor | None:
         """The same with a gradient, where it is learned."""
         return None
-
-    def share(self, first: ActivationQuantizer) -> None:
-        """Say which quantizer reads the same tensor before this one does."""
-        self._first = (first,)
-
-    def settle(self) -> None:
-        """Read the scale as a Python number, by which `quantize` knows equal ones; waits for the device."""
-        self._settled = (self.scale._version, float("nan") if self.scale.is_meta else float(self.scale))
-
-    def _load_from_state_dict(self, *args: Any) -> None:
-        super()._load_from_state_dict(*args)  # the extra state is among it
-        self.settle()
 
     def require_scale(self, x: Tensor | None = None) -> None:
         """Raise `CalibrationError` when there is no scale yet; an ``x`` without elements needs none."""
@@ -165,12 +179,13 @@ class LearnedScale(ActivationQuantizer):
 
     def __init__(self, qtype: QType, dtype: torch.dtype, rule: ObserverChoice) -> None:
         super().__init__(qtype, dtype, rule)
-        self.move = nn.Parameter(torch.zeros((), dtype=torch.float32))
+        self.move = nn.Parameter(torch.zeros(1, dtype=torch.float32))  # fully_shard takes no scalars
 
     def learned_scale(self) -> Tensor:
         """The scale as it is served, differentiable."""
         _, factor = moved_range(None, torch.ones_like(self.move), None, self.move)
-        return round_to(self.scale * factor, self.dtype).clamp(min=smallest_scale(self.dtype))
+        start = self.scale.clone()  # which observers may change before backward
+        return round_to(start * factor.squeeze(), self.dtype).clamp(min=smallest_scale(self.dtype))
 
     def serving_scale(self) -> Tensor:
         """The scale as it is served, without a gradient."""
@@ -182,11 +197,7 @@ class LearnedScale(ActivationQuantizer):
         before, fresh = self.scale.clone(), not self.initialized
         super().refresh()
         if not fresh:
-            self.scale.copy_(torch.where(self.move == 0, self.scale, before))
-
-    def settle(self) -> None:
-        """Learn the scale only where it is used. Layers that learn a scale each share no codes."""
-        self.requires_grad_(self.enabled and not self.arrives_quantized)
+            self.scale.copy_(torch.where(self.move.squeeze() == 0, self.scale, before))
 
 
 @torch.no_grad()
@@ -199,6 +210,26 @@ def activation_gradients(x: Tensor, scale: Tensor, qtype: str, grad: Tensor) -> 
     scales = scale.detach().expand(rows.shape[0], 1).contiguous()
     of_scale, _, masked = kernels.scale_gradients(rows, scales, None, qtype, grad.reshape(rows.shape))
     return of_scale.sum(), masked.view(grad.shape)
+
+
+class _Unused(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, parameter: Tensor) -> Tensor:
+        ctx.save_for_backward(parameter)
+        return y.view_as(y)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        return grad, torch.zeros_like(*ctx.saved_tensors)
+
+
+def with_unused(y: Tensor, *quantizers: ActivationQuantizer | None) -> Tensor:
+    """``y``, with a gradient of zero for scales that are learned but not used: DDP waits for a gradient of each."""
+    for quantizer in quantizers:
+        if isinstance(quantizer, LearnedScale) and not quantizer.used:
+            y = _Unused.apply(y, quantizer.move)  # type: ignore[no-untyped-call]
+    return y
 
 
 class _FakeQuantizedOutput(torch.autograd.Function):
