@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from qat.checks import loses_scales
 from qat.errors import CalibrationError, QatError, StateError, listed
 from qat.layers import QuantizedLayer, quantized_layers
 from qat.preparation import prepare, prepared_as
@@ -26,7 +27,7 @@ from qat.probing import Readers, kept_modes, run
 from qat.progress import counted
 from qat.quantizers import Algorithm
 from qat.quantizers.activation import ActivationQuantizer
-from qat.runs import note_runs, runs
+from qat.runs import note_runs, runs, stop_watch
 from qat.serving import Call, as_served, first_call, input_scales, mark_arriving, require_served, snapshot
 from qat.spec import QuantSpec
 from qat.tensors import map_tensors, model_device
@@ -134,7 +135,7 @@ def calibrate(
     >>> print(freeze(model))
     froze 2 layers (int8) for target 'quanto', served in bfloat16
     """
-    if isinstance(batches, Mapping | torch.Tensor | str):
+    if isinstance(batches, Mapping | torch.Tensor | str) or not isinstance(batches, Iterable):
         raise CalibrationError(f"batches: must be several batches, got one {type(batches).__name__}: pass [batch]")
     if spec is None:
         for name, value in (("target", target), ("algorithm", algorithm)):
@@ -182,13 +183,15 @@ def _calibrate(
                 found[name] = tuple(map(_report, layers[name].activation_quantizers()))
             _share(groups)
         except BaseException:
+            stop_watch()  # which an interrupt may have left
             for quantizer, state in before:  # a part of the batches makes no scale
                 quantizer.load_state_dict(state)
             raise
     kept_float = tuple(name for name, layer in layers.items() if layer.activation_qtype is None)
     if kept_float:
         logger.warning(
-            "%d layers keep float activations, since their outputs would be too far off: %s",
+            "%d layers keep float activations, since their outputs would be too far off (qat.fold_outliers before may "
+            "help): %s",
             len(kept_float),
             listed(kept_float, 8),
         )
@@ -213,6 +216,7 @@ def _observe(
         stack.callback(note_runs, model, runs(model))  # observing is no run as it will be served
         for layer in layers.values():
             stack.callback(setattr, layer, "mode", layer.mode)
+            stack.callback(setattr, layer, "reached", layer.reached)
             layer.mode = layer.mode._replace(activations=False, observe=True)
         for batch in batches:
             _run(model, batch, count, forward)
@@ -309,8 +313,8 @@ def _require_finite(quantizers: Mapping[str, tuple[ActivationQuantizer, ...]], b
     if any(found):
         name = next(name for (name, _), bad in zip(flags, found, strict=True) if bad)
         raise CalibrationError(
-            f"batches: batch {batch} gives inf or NaN in the activations of layer {name!r}: check the batch and the "
-            "model; no scale was changed"
+            f"batches: batch {batch} gives inf or NaN, or numbers beyond 2^24, in the activations of layer {name!r}: "
+            "check the batch and the model; no scale was changed"
         )
 
 
@@ -328,6 +332,6 @@ def _report(quantizer: ActivationQuantizer) -> ActivationReport:
 
 def _choose(layer: QuantizedLayer, found: tuple[ActivationReport, ...]) -> None:
     """Quantize the activations of a layer, or leave both float where its output would be too far off."""
-    error = sum(side.error for side in found)
+    error, lost = sum(side.error for side in found), loses_scales(layer)
     for quantizer in layer.activation_quantizers():
-        quantizer.enabled = error <= quantizer.rule.largest_error
+        quantizer.enabled = error <= quantizer.rule.largest_error and not lost

@@ -19,7 +19,7 @@ from qat.quantizers.activation import fake_quantize_output
 from qat.runs import runs
 from qat.tensors import TOLERANCE, stored_tensors
 
-__all__ = ["function_fault", "hooks_change", "require_finite", "require_range", "unreached_layers"]
+__all__ = ["function_fault", "hooks_change", "loses_scales", "require_finite", "require_range", "unreached_layers"]
 
 _ROWS = 4
 _CODE_STEP = 0.13
@@ -39,8 +39,9 @@ def unreached_layers(model: nn.Module) -> list[str]:
 def require_range(model: nn.Module, layers: list[tuple[str, QuantizedLayer]], rules: Rules) -> None:
     """Raise `StateError` where float16 cannot hold a number of a model that will be served in it."""
     largest = torch.finfo(torch.float16).max
+    quantizers = tuple(f"{name}.{side}_quantizer." for name, _ in layers for side in ("input", "output"))
     for name, tensor in stored_tensors(model):
-        if not tensor.is_floating_point() or tensor.is_meta or not tensor.numel():
+        if not tensor.is_floating_point() or tensor.is_meta or not tensor.numel() or name.startswith(quantizers):
             continue
         beyond = rules.tensor_dtype(name) is torch.float16 and (tensor.amax() > largest) | (tensor.amin() < -largest)
         if bool(beyond):
@@ -49,8 +50,33 @@ def require_range(model: nn.Module, layers: list[tuple[str, QuantizedLayer]], ru
                 "(QuantSpec(dtype='bfloat16')), or train with smaller weights"
             )
     for name, layer in layers:
-        if not all(bool(quantizer.serving_scale().isfinite()) for quantizer in layer.activation_quantizers()):
+        if not all(bool(q.serving_scale().isfinite()) for q in layer.activation_quantizers() if q.enabled):
             raise StateError(f"model: layer {name!r} has an activation scale beyond its dtype: serve in bfloat16")
+        if loses_scales(layer):
+            raise StateError(
+                f"model: layer {name!r}: the scales of its input and its weight have a product too small for float16: "
+                "serve in bfloat16 (QuantSpec(dtype='bfloat16')), or exclude the layer"
+            )
+
+
+@torch.no_grad()
+def loses_scales(layer: QuantizedLayer) -> bool:
+    """Whether the serving dtype cannot hold the product of input scale and weight scale, by which loaders scale."""
+    activation, quantizer = layer.input_quantizer, layer.weight_quantizer
+    if (
+        quantizer.dtype is not torch.float16
+        or quantizer.qtype.has_shift
+        or activation is None
+        or not activation.enabled
+    ):
+        return False
+    weight = layer.effective_weight(layer)
+    if weight.is_meta or not activation.initialized:
+        return False
+    scale, x_scale = quantizer.quantize_to_codes(weight).scale, activation.serving_scale()
+    exact = scale.double() * x_scale.double()
+    lost = ((scale.half() * x_scale.half()).double() - exact).abs() > exact / 8
+    return bool((lost.flatten() & weight.bool().any(1)).any())
 
 
 @torch.no_grad()

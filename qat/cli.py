@@ -107,6 +107,8 @@ def _calibrate(
         trust_remote_code: Run code that comes with the model.
     """
     made = QuantSpec(**dict(spec))
+    if missing := [str(path) for path in data if not path.exists()]:
+        raise CalibrationError(f"data: {missing[0]!r} does not exist: name files or folders that do")
     if min(numbers := (batches, batch_size, length)) < 1:
         raise CalibrationError(f"batches, batch_size and length: must each be at least 1, got {numbers}")
     import torch

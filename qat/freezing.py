@@ -104,7 +104,14 @@ def freeze(
 def _remarks(model: nn.Module, allow_unreached: bool, allow_reads: bool) -> list[str]:
     """What the record keeps of how the model was trained; `StateError` where that forbids to freeze it."""
     layers = dict(quantized_layers(model))
-    gone = [name for name in prepared_as(model).layers if name not in layers]
+    prepared, modules = prepared_as(model), dict(model.named_modules())
+    gone = [name for name in prepared.layers if name not in layers]
+    format = get_target(prepared.target).format
+    if half := [name for name in gone if name in modules and format.is_frozen(modules[name])]:
+        raise StateError(
+            f"model: {len(half)} layers are frozen and others are not (first: {half[0]!r}): an earlier qat.freeze was "
+            "interrupted; take the masters from a checkpoint, and freeze again"
+        )
     if gone:
         logger.warning("%d prepared layers were replaced since, and stay float: %s", len(gone), listed(gone, 4))
     unreached, read = unreached_layers(model), read_without_call(model)

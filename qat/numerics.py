@@ -98,7 +98,8 @@ def _integer_product(x: Tensor, weight: Tensor) -> Tensor:
     # float32 holds every whole number up to 2^24, and so the sum of 1,024 products, in any order. On a CPU without
     # instructions for int8 this is ten times as fast as a product of integers.
     parts = zip(torch.split(x, 1024, 1), torch.split(weight, 1024, 1), strict=True)
-    return torch.stack([(a.float() @ b.float().t()).int() for a, b in parts]).sum(0).float()
+    with torch.autocast(x.device.type, enabled=False):
+        return torch.stack([(a.float() @ b.float().t()).int() for a, b in parts]).sum(0).float()
 
 
 def pack_bits(flags: Tensor) -> Tensor:

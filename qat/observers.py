@@ -50,7 +50,7 @@ class Observer(nn.Module):
     initialized: Tensor
     """Whether anything was seen; no value of a range ever stands for "unset"."""
     nonfinite: Tensor
-    """Whether inf or NaN was seen."""
+    """Whether inf, NaN or a number beyond the bins was seen."""
     calls: Tensor
     """How often something was recorded."""
 
@@ -71,7 +71,7 @@ class Observer(nn.Module):
         if not x.numel():
             return
         largest = x.abs().amax().float()
-        self.nonfinite.logical_or_(~largest.isfinite())
+        self.nonfinite.logical_or_(~(largest < 2.0 ** _OCTAVES[1]))
         torch.maximum(self.largest, largest.nan_to_num(), out=self.largest)
         self.initialized.fill_(True)
         self.calls += 1

@@ -22,7 +22,7 @@ from qat.layers import inside_layer, quantized_layers
 from qat.optimizers import watch
 from qat.probing import Weights, compiled_parts
 
-__all__ = ["note_runs", "observe_runs", "read_without_call", "runs"]
+__all__ = ["note_runs", "observe_runs", "read_without_call", "runs", "stop_watch"]
 
 _RUNS, _READ = "_qat_runs", "_qat_read_without_call"
 logger = logging.getLogger("qat")
@@ -83,7 +83,7 @@ def read_without_call(model: nn.Module) -> str | None:
 def _before(model: nn.Module, _: Any) -> None:
     if torch.compiler.is_compiling() or getattr(model, "_is_replica", False):
         return  # under checkpointing, compiled code may set no attributes; replicas last for one step
-    _stop()  # what an interrupt has left
+    stop_watch()  # what an interrupt has left
     if model.training not in runs(model) and not compiled_parts(model):
         _thread.watch = _Watch(model)
         _thread.watch.__enter__()  # type: ignore[no-untyped-call]
@@ -93,7 +93,7 @@ def _before(model: nn.Module, _: Any) -> None:
 def _after(model: nn.Module, _: Any, output: Any) -> None:
     if torch.compiler.is_compiling():
         return
-    watched = _stop()
+    watched = stop_watch()
     if output is not None and not getattr(model, "_is_replica", False):
         note_runs(model, runs(model) | {model.training})  # without an output, the run has failed
     if watched is not None and watched.read:
@@ -101,7 +101,7 @@ def _after(model: nn.Module, _: Any, output: Any) -> None:
         logger.warning("%s", read_without_call(model))
 
 
-def _stop() -> _Watch | None:
+def stop_watch() -> _Watch | None:
     """End the watch of this thread, if there is one."""
     watched, _thread.watch = _thread.watch, None
     if watched is not None:

@@ -37,7 +37,7 @@ def test_a_calibration_that_fails_leaves_the_scales_of_before(fault: Any) -> Non
 def test_the_layer_and_the_batch_that_are_not_finite_are_named(value: float) -> None:
     model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
     qat.prepare(model, QuantSpec(activations="int8", dtype="float32"))
-    with pytest.raises(CalibrationError, match=r"batches: batch 1 gives inf or NaN in the activations of layer '0'"):
+    with pytest.raises(CalibrationError, match=r"batches: batch 1 gives inf or NaN, .* of layer '0'"):
         qat.calibrate(model, [torch.ones(2, 16), torch.full((2, 16), value)])
 
 

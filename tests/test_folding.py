@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -222,3 +223,23 @@ def test_a_folded_model_is_prepared_like_any_other() -> None:
     qat.fold_outliers(twice, [rows()], spec=INT8)  # which finds what is left to gain, and harms nothing
     qat.prepare(model, INT8)
     assert len(list(quantized_layers(model))) == 4
+
+
+class Odd(nn.Module):
+    """Gives what is no tensor."""
+
+    def __init__(self, give: Any) -> None:
+        super().__init__()
+        self.norm, self.linear, self.give = nn.LayerNorm(32), nn.Linear(32, 32), give
+
+    def forward(self, x: Tensor) -> Any:
+        h = self.norm(x)
+        return self.give(h, self.linear(h))
+
+
+def test_numbers_and_arrays_are_compared_and_an_output_without_either_is_refused() -> None:
+    spec, x = qat.QuantSpec(activations="int8"), torch.randn(8, 32)
+    for give in (lambda h, y: (h.sum().item(), y), lambda h, y: {"h": h.numpy(), "y": y}):
+        assert not qat.fold_outliers(Odd(give), [x], spec=spec, strength=0.5).groups
+    with pytest.raises(CalibrationError, match="returns a SimpleNamespace without tensors that could"):
+        qat.fold_outliers(Odd(lambda h, y: SimpleNamespace(h=h, y=y)), [x], spec=spec)

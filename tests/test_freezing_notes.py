@@ -13,6 +13,7 @@ from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
 import qat
+from qat import freezing
 from qat.errors import StateError
 from qat.files.evidence import frozen_record
 from qat.freezing import freeze, frozen_copy
@@ -325,3 +326,23 @@ def test_a_table_that_no_file_holds_and_that_was_changed_is_told(
     freeze(model)
     told = "model.rotary_emb.inv_freq is in no file: it is set to what the target's loader makes, not what it was"
     assert (told in caplog.text) is (factor != 1.0)
+
+
+def test_an_interrupted_freeze_is_refused_the_second_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
+    qat.prepare(model, qat.QuantSpec())
+    original, count = freezing._freeze_layer, 0
+
+    def interrupted(*arguments: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count == 2:
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    monkeypatch.setattr(freezing, "_freeze_layer", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        qat.freeze(model)
+    monkeypatch.undo()
+    with pytest.raises(StateError, match=r"1 layers are frozen and others are not \(first: '0'\)"):
+        qat.freeze(model)

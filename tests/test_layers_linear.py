@@ -77,3 +77,27 @@ def test_float8_gradients_are_used_where_the_algorithm_asks_for_them() -> None:
         assert exact is not None
         assert near is not None
         assert 0.001 < (near - exact).norm() / exact.norm() < 0.06
+
+
+@pytest.mark.parametrize("serving", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("qtype", ["int8", "float8"])
+def test_under_autocast_to_the_serving_dtype_a_float32_layer_gives_what_the_frozen_one_gives(
+    qtype: str, serving: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(IN, OUT)), inputs(5, IN) * 3
+    qat.prepare(model, qat.QuantSpec.model_validate({"weights": qtype, "activations": qtype, "dtype": serving}))
+    qat.calibrate(model, [x])
+    with torch.autocast("cpu", serving):
+        y = model(x)
+    qat.freeze(model)
+    assert torch.equal(y, model(x.to(serving)).dequantize())
+
+
+def test_an_empty_batch_has_float8_gradients_too() -> None:
+    model = nn.Sequential(nn.Linear(32, 16))
+    spec = qat.QuantSpec(weights="float8", activations="float8", dtype="float32")
+    qat.prepare(model, spec, algorithm=qat.StraightThrough(float8_backward=True))
+    qat.calibrate(model, [torch.randn(4, 32)])
+    model(torch.randn(0, 32)).sum().backward()
+    assert not model[0].weight.grad.any()

@@ -351,6 +351,9 @@ def test_products_of_integers_are_exact_however_long_the_rows_are() -> None:
     found = QTYPES["int8"].linear(x, one, weight, torch.ones(4, 1), None, torch.float32)
     assert torch.equal(found, (x.long() @ weight.long().t()).float())
     assert found[0, 0] == 5000 * 2**14
+    for dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", dtype):
+            assert torch.equal(found, QTYPES["int8"].linear(x, one, weight, torch.ones(4, 1), None, torch.float32))
 
 
 def test_one_key_is_one_type() -> None:

@@ -22,6 +22,7 @@ def write_card(directory: Path, manifest: Manifest) -> Path:
     """Write the model card of an export, from what it and freezing say about themselves, and return its path."""
     record, target = manifest.frozen, get_target(manifest.target)
     types = sorted({layer.weights for layer in record.layers.values()})
+    active = record.spec.activation_type
     module, _, name = manifest.model_class.rpartition(".")
     package = module.partition(".")[0]
     importing = package if any(host.name == package for host in HOSTS) else module
@@ -33,7 +34,7 @@ def write_card(directory: Path, manifest: Manifest) -> Path:
     tags = ("qat", *target.format.tags, *types)
     parts = [
         "\n".join(["---", f"library_name: {library}", "tags:", *(f"- {tag}" for tag in tags), "---"]),
-        f"# {name} with {' and '.join(types)} weights",
+        f"# {name} with {' and '.join(types)} weights" + (f" and {active} activations" if active else ""),
         _description(manifest, types, target.format.library),
         "## Load it",
         "`directory` is this one.",
@@ -57,7 +58,9 @@ def _description(manifest: Manifest, types: list[str], library: str) -> str:
     )
     record = manifest.frozen
     activations = record.spec.activation_type
-    inputs = f" Inputs and outputs of these layers are quantized to {activations} too." if activations else ""
+    active = sum(layer.activations is not None for layer in record.layers.values())
+    sides = "inputs and outputs" if record.spec.outputs else "inputs"
+    inputs = f" The {sides} of {active} of them are quantized to {activations} too." if activations else ""
     return (
         f"{len(record.layers)} linear layers hold {' and '.join(types)} weights, {form}. They were frozen from a model "
         f"with fake quantization (`qat` {manifest.environment.qat}, algorithm `{record.algorithm}`) and are served in "

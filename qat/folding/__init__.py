@@ -89,8 +89,9 @@ def fold_outliers(
 ) -> FoldReport:
     """Move the scale of outlying channels into the weights that read them. In place, before `qat.prepare`.
 
-    The model computes what it computed before, bit for bit. Norms that add 1 to their weight, and adaptive norms, round
-    once more; in float32 and float64 they are folded too. Every process of a distributed run needs the same batches.
+    In evaluation mode, the model computes what it computed before, bit for bit. Norms that add 1 to their weight, and
+    adaptive norms, round once more; in float32 and float64 they are folded too. Every process of a distributed run
+    needs the same batches.
 
     Args:
         model: a float model.
@@ -128,7 +129,7 @@ def fold_outliers(
     empty = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
     if empty:
         raise StateError(f"model: {empty[0]} is on the meta device and has no data: load the model's weights first")
-    if isinstance(batches, Mapping | Tensor):
+    if isinstance(batches, Mapping | Tensor) or not isinstance(batches, Iterable):
         raise CalibrationError(f"batches: must be several batches, got one {type(batches).__name__}: pass [batch]")
     batches = list(batches)
     if not batches:

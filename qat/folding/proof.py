@@ -11,8 +11,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from qat.errors import CalibrationError
 from qat.files.examples import flatten_outputs
@@ -26,8 +28,17 @@ _ELEMENTS = 1 << 14  # of each output that are compared
 
 
 def elements(outputs: Any) -> dict[str, Tensor]:
-    """Elements of each tensor in a model's outputs, always those at the same places."""
-    return {name: _some(tensor) for name, tensor in flatten_outputs(outputs).items()}
+    """Elements of each tensor in a model's outputs, always those at the same places, and its numbers."""
+    found = {name: _some(tensor) for name, tensor in flatten_outputs(outputs).items()}
+    for index, leaf in enumerate(tree_leaves(outputs)):
+        if isinstance(leaf, bool | int | float | np.ndarray):
+            found[f"number {index}"] = _some(torch.as_tensor(leaf))
+    if not found:
+        raise CalibrationError(
+            f"model: returns a {type(outputs).__name__} without tensors that could be compared, so that no fold can be "
+            "proven: wrap the model in a module that returns them"
+        )
+    return found
 
 
 def _some(tensor: Tensor) -> Tensor:

@@ -173,7 +173,8 @@ def float8_input_gradient(grad: Tensor, codes: Tensor, scale: Tensor, inside: Te
     row is quantized by its largest magnitude. All sizes are multiples of 16.
     """
     rounded, row_scale = _float8_rows(grad.float() * scale.t())
-    product = ((rounded @ codes.float()) * row_scale).to(grad.dtype)
+    with torch.autocast(grad.device.type, enabled=False):
+        product = ((rounded @ codes.float()) * row_scale).to(grad.dtype)
     return product if inside is None else masked_gradient(product, inside)
 
 
@@ -184,7 +185,8 @@ def float8_weight_gradient(grad: Tensor, x: Tensor, x_scale: Tensor) -> Tensor:
     ``x`` are float8 codes, ``(rows, in)``, and ``x_scale`` is a scalar. All sizes are multiples of 16.
     """
     rounded, row_scale = _float8_rows(grad.float().t())
-    return ((rounded @ x.float()) * (row_scale * x_scale)).to(grad.dtype)
+    with torch.autocast(grad.device.type, enabled=False):
+        return ((rounded @ x.float()) * (row_scale * x_scale)).to(grad.dtype)
 
 
 def _float8_rows(rows: Tensor) -> tuple[Tensor, Tensor]:

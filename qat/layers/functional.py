@@ -126,7 +126,7 @@ class _QuantizedLinear(torch.autograd.Function):
         if x_scale is not None and inside is None:
             codes, inside, _ = kernels.quantize_activation(x_rows, x_scale, input_key, dtype)
         # Hopper multiplies float8 in steps of 16; others get the exact gradient.
-        float8 = float8 and inside is not None and all(n % 16 == 0 for n in (*rows.shape, x.shape[-1]))
+        float8 = float8 and inside is not None and all(n and n % 16 == 0 for n in (*rows.shape, x.shape[-1]))
         if needs_x or learned:
             masked = None if learned else inside
             if float8:

@@ -114,7 +114,7 @@ class ActivationQuantizer(QuantizerModule):
         # Leaves are left out: fused optimizers and views of numpy change them without a new version. A recomputation
         # in backward finds its own codes, so that it makes as many calls as the forward did. A compiler joins equal
         # calls by itself.
-        if not self._shared or torch.compiler.is_compiling() or x.is_leaf or x.is_inference():
+        if not self._shared or torch.compiler.is_compiling() or x.is_leaf or torch.is_inference_mode_enabled():
             return QuantizedActivation(*kernels.quantize_activation(x.detach(), scale, self.qtype.key, self.dtype))
         task = torch._C._current_graph_task_id()
         made = (x._version, scale._version, self.qtype.key, self.dtype, task)

@@ -183,6 +183,11 @@ class QuantizationAwareTraining(Callback):
         groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
         refuse_decay(model, groups)
         learned = learned_ranges(model)
+        if self.schedule.hold_scales_from is not None and not learned:
+            raise TrainingError(
+                f"schedule: hold_scales_from={self.schedule.hold_scales_from} holds learned scales, but nothing is "
+                "learned: use LearnedAffine, or learn_activations=True, or leave it out"
+            )
         missing = learned.keys() - {id(p) for group in groups for p in group["params"]}
         if groups and missing and not trainer.strategy.restore_checkpoint_after_setup:  # those shard parameters
             raise TrainingError(f"optimizer: does not hold {len(missing)} of {len(learned)} learned scales: {REMEDY}")
