@@ -22,7 +22,9 @@ def some() -> Iterator[int]:
 
 @pytest.mark.usefixtures("terminal")
 @pytest.mark.parametrize(
-    ("items", "total", "said"), [([0, 1, 2], None, "3/3"), (some(), None, "3/?"), (some(), 3, "3/3")], ids=str
+    ("items", "total", "said"),
+    [([0, 1, 2], None, "3/3"), (some(), None, "3/?"), (some(), 3, "3/3")],
+    ids=["list", "generator", "generator with a total"],
 )
 def test_a_bar_counts_what_passes(
     items: Iterable[int], total: int | None, said: str, capsys: pytest.CaptureFixture[str]
