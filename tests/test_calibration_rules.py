@@ -122,7 +122,7 @@ def test_the_table_has_a_line_for_each_input_and_output() -> None:
     found = report.layers["first"][0]
     scale = dict(quantized_layers(model))["first"].input_quantizer.scale
     assert found.scale == float(scale)
-    assert found.batches == 3
+    assert found.calls == 3
     assert 0 <= found.saturated < 0.05
     assert 0.5 < found.utilization <= 1
     assert 0 < found.error < 0.01

@@ -46,7 +46,7 @@ class Tunable(UserModule):
 
     def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> torch.Tensor:
         layer = layers_of(self)[0]
-        self.seen.append(tuple(layer.mode))
+        self.seen.append(tuple(layer.mode)[:3])
         return super().training_step(batch, batch_idx)
 
     def train_dataloader(self) -> Any:

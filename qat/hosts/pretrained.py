@@ -35,16 +35,15 @@ def load_float(source: str, *, trust_remote_code: bool = False) -> tuple[nn.Modu
         )
     if not trust_remote_code:
         refuse_remote_code(directory, "MODEL")
-    trust = {"trust_remote_code": trust_remote_code}
     library: Any = transformers
     try:
-        config = library.AutoConfig.from_pretrained(source, **trust)
+        config = library.AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
         name = (getattr(config, "architectures", None) or ["AutoModel"])[0]
         own = getattr(config, "auto_map", {}) if trust_remote_code else {}
         name = next((auto for auto, path in own.items() if str(path).endswith(f".{name}")), name)
         model_class = getattr(library, name, library.AutoModel)
-        options = {"dtype": torch.float32, "output_loading_info": True, **trust}
-        model, info = model_class.from_pretrained(source, **options)
+        options = {"dtype": torch.float32, "output_loading_info": True}
+        model, info = model_class.from_pretrained(source, trust_remote_code=trust_remote_code, **options)
     except Exception as error:  # what can be wrong with a directory, a file or a download has no common base
         meant = "" if directory.is_dir() else "is no directory here, and as a hub's name "
         raise LoadError(f"MODEL: {source!r} {meant}cannot be loaded: {' '.join(str(error).split())}") from error
@@ -58,7 +57,7 @@ def load_float(source: str, *, trust_remote_code: bool = False) -> tuple[nn.Modu
         )
     auto, kind = kinds[model.main_input_name]
     try:
-        processor = getattr(library, auto).from_pretrained(source, **trust)
+        processor = getattr(library, auto).from_pretrained(source, trust_remote_code=trust_remote_code)
         # For a directory without one, transformers makes tokenizers of some classes with an empty vocabulary.
         if kind == "tokenizer" and len(processor) <= len(processor.all_special_tokens):
             raise FileNotFoundError("its vocabulary is empty")
