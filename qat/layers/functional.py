@@ -171,7 +171,8 @@ def quantized_linear(
     codes: tuple[Tensor | None, ...] = (None, None, None)
     learned, key = None, ""
     if activation is not None:
-        codes, learned, key = activation.quantize(x), activation.learned_scale(), activation.qtype.key
+        learned, key = activation.learned_scale(), activation.qtype.key
+        codes = activation.quantize(x, learned)
     value, scale, shift = quantized
     dtype = quantizer.dtype if value.dtype is quantizer.qtype.storage else value.dtype
     if autocast_dtype(x) is not None:

@@ -101,8 +101,8 @@ class ActivationQuantizer(QuantizerModule):
         self.scale.copy_(scale.clamp(min=smallest_scale(self.dtype)))  # a zero scale would divide 0 by 0
         self.initialized = True
 
-    def quantize(self, x: Tensor) -> QuantizedActivation:
-        """Codes of ``x``, any shape and float dtype, without a gradient.
+    def quantize(self, x: Tensor, learned: Tensor | None = None) -> QuantizedActivation:
+        """Codes of ``x``, any shape and float dtype, without a gradient; ``learned`` is `learned_scale`, if at hand.
 
         Layers that read one tensor by one scale share its codes: in memory too, since each keeps them for backward.
 
@@ -110,7 +110,7 @@ class ActivationQuantizer(QuantizerModule):
             CalibrationError: there is no scale yet, and ``x`` is not empty.
         """
         self.require_scale(x)
-        scale = self.serving_scale()
+        scale = self.serving_scale() if learned is None else learned.detach()
         # Leaves are left out: fused optimizers and views of numpy change them without a new version. A recomputation
         # in backward finds its own codes, so that it makes as many calls as the forward did. A compiler joins equal
         # calls by itself.
