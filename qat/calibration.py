@@ -20,10 +20,10 @@ import torch
 from torch import nn
 
 from qat.checks import loses_scales
-from qat.errors import CalibrationError, QatError, StateError, listed
+from qat.errors import CalibrationError, StateError, listed
 from qat.layers import QuantizedLayer, quantized_layers
 from qat.preparation import prepare, prepared_as
-from qat.probing import Readers, kept_modes, run
+from qat.probing import Readers, kept_modes, run, running
 from qat.progress import counted
 from qat.quantizers import Algorithm
 from qat.quantizers.activation import ActivationQuantizer
@@ -266,22 +266,12 @@ def _share(groups: list[list[ActivationQuantizer]]) -> None:
 def _run(
     model: nn.Module, batch: Any, number: int, forward: Callable[[nn.Module, Any], Any] | None, served: str = ""
 ) -> None:
-    try:
+    with running(number, "" if forward is None else "mend the function forward", f"the model{served}"):
         if forward is not None:
             forward(model, copy.copy(batch))  # which may take things out of it
         else:
             device = model_device(model)
             run(model, map_tensors(lambda x: x.to(device), batch))
-    except QatError:
-        raise
-    except Exception as error:  # whatever the code of a model, of a kernel or of a user raises
-        remedy = (
-            "pass a tensor, a tuple of positional arguments or a mapping of keyword arguments of its forward, or say"
-        )
-        remedy = f"{remedy} how to run it by forward=" if forward is None else "mend the function forward"
-        raise CalibrationError(
-            f"batches: the model{served} cannot run batch {number} ({type(error).__name__}: {error}): {remedy}"
-        ) from error
 
 
 def _compare_with_served(

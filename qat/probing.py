@@ -13,10 +13,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from qat.errors import SpecError
+from qat.errors import CalibrationError, QatError, SpecError
 from qat.tensors import matrices
 
-__all__ = ["Probe", "Readers", "Weights", "compiled_parts", "kept_modes", "run"]
+__all__ = ["Probe", "Readers", "Weights", "compiled_parts", "kept_modes", "run", "running"]
 
 
 @contextmanager
@@ -163,6 +163,23 @@ def compiled_parts(model: nn.Module) -> tuple[str, ...]:
         for name, module in model.named_modules()
         if module._compiled_call_impl is not None or type(module).__name__ == "OptimizedModule"
     )
+
+
+@contextmanager
+def running(number: int, remedy: str = "", what: str = "the model") -> Iterator[None]:
+    """Say which batch a model cannot run, as `CalibrationError`; errors of ours pass."""
+    try:
+        yield
+    except QatError:
+        raise
+    except Exception as error:  # whatever the code of a model, of a kernel or of a user raises
+        remedy = remedy or (
+            "pass a tensor, a tuple of positional arguments or a mapping of keyword arguments of its forward, or say "
+            "how to run it by forward="
+        )
+        raise CalibrationError(
+            f"batches: {what} cannot run batch {number} ({type(error).__name__}: {error}): {remedy}"
+        ) from error
 
 
 def run(model: nn.Module, batch: Any) -> Any:

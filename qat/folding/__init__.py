@@ -29,7 +29,7 @@ from qat.formats import LayerTypes
 from qat.hosts import get_target
 from qat.inspection import inspect
 from qat.observers import Best
-from qat.probing import kept_modes, run
+from qat.probing import kept_modes, run, running
 from qat.quantizers import StraightThrough
 from qat.quantizers.activation import ActivationQuantizer, fake_quantize_output
 from qat.spec import QuantSpec
@@ -37,6 +37,9 @@ from qat.tensors import model_device
 
 __all__ = ["FoldReport", "FoldedGroup", "fold_outliers"]
 
+_REMEDY = (
+    "pass a tensor, a tuple of positional arguments or a mapping of keyword arguments of its forward, on its device"
+)
 _STRENGTHS = (0.25, 0.5, 0.75, 1.0)
 _ROWS = 256  # of a layer's inputs, on which errors are measured
 _GAIN = 0.9  # an error falls to this at least, or the group stays as it is: a sample of rows is not exact
@@ -163,17 +166,9 @@ def _readers(groups: Iterable[Group]) -> set[str]:
 
 def _run(model: nn.Module, batch: Any, number: int) -> Any:
     device = model_device(model)
-    try:
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(0)
-            return run(model, batch)
-    except CalibrationError:
-        raise
-    except Exception as error:  # whatever the code of a model raises
-        raise CalibrationError(
-            f"batches: the model cannot run batch {number} ({type(error).__name__}: {error}): pass a tensor, a tuple "
-            "of positional arguments or a mapping of keyword arguments of its forward, on its device"
-        ) from error
+    with running(number, _REMEDY), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(0)
+        return run(model, batch)
 
 
 class _Inputs:
