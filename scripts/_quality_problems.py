@@ -1,0 +1,93 @@
+"""What `benchmark_quality` trains: a language model, a vision transformer, an encoder and a diffusion transformer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+BLOCK, BATCH = 256, 8  # 2,048 tokens a step
+
+
+class Problem:
+    """A float model, an endless stream of batches to train on for each seed, and held-out batches."""
+
+    target = "transformers"
+    excluded: tuple[str, ...] = ()
+    model: nn.Module
+    device: str
+    held_out: list[Any]
+
+    def batches(self, seed: int) -> Iterator[Any]:
+        """Batches in an order that the seed alone decides."""
+        raise NotImplementedError
+
+    def inputs(self, batch: Any, dtype: torch.dtype | None = None) -> dict[str, Any]:
+        """What the model is called with; floating inputs in ``dtype``."""
+        raise NotImplementedError
+
+    def loss(self, outputs: Any, batch: Any) -> Tensor:
+        """The task's loss."""
+        raise NotImplementedError
+
+    def divergence(self, outputs: Any, goal: Any) -> Tensor:
+        """How far outputs are from those of a teacher."""
+        raise NotImplementedError
+
+    def changed(self, outputs: Any, goal: Any) -> Tensor:
+        """Share of predictions that are others."""
+        raise NotImplementedError
+
+    def task_loss(self, model: nn.Module, batch: Any) -> Tensor:
+        """Of one training step."""
+        return self.loss(model(**self.inputs(batch)), batch)
+
+
+class LanguageModel(Problem):
+    """The reference language model; held out are blocks of files of the standard library that it never saw."""
+
+    def __init__(self, device: str, held_out: int) -> None:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        from recipes.data.text import standard_library_documents
+
+        folder = RECIPES / "reference"
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+
+        def blocks(split: Any) -> Tensor:
+            ids: list[int] = []
+            for document in standard_library_documents(split):
+                ids += [*tokenizer(document["text"], verbose=False)["input_ids"], tokenizer.eos_token_id]
+            whole = len(ids) // BLOCK
+            return torch.tensor(ids[: whole * BLOCK]).view(whole, BLOCK)
+
+        self._train, evaluation = blocks("train").to(device), blocks("evaluation").to(device)
+        chosen = torch.linspace(0, len(evaluation) - 1, min(held_out, len(evaluation))).long()
+        self.held_out = list(torch.split(evaluation[chosen], BATCH))
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
+        self.model, self.device = model.to(device).eval(), device
+
+    def batches(self, seed: int) -> Iterator[Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        while True:
+            order = torch.randperm(len(self._train), generator=generator)
+            for part in torch.split(order[: len(order) // BATCH * BATCH], BATCH):
+                yield self._train[part]
+
+    def inputs(self, batch: Tensor, dtype: torch.dtype | None = None) -> dict[str, Any]:
+        return {"input_ids": batch}
+
+    def loss(self, outputs: Any, batch: Tensor) -> Tensor:
+        return functional.cross_entropy(outputs.logits[:, :-1].flatten(0, 1).float(), batch[:, 1:].flatten())
+
+    def divergence(self, outputs: Any, goal: Any) -> Tensor:
+        mine, theirs = (found.logits[:, :-1].flatten(0, 1).float().log_softmax(-1) for found in (outputs, goal))
+        return functional.kl_div(mine, theirs, reduction="batchmean", log_target=True)
+
+    def changed(self, outputs: Any, goal: Any) -> Tensor:
+        return (outputs.logits.argmax(-1) != goal.logits.argmax(-1)).float().mean()
