@@ -20,7 +20,7 @@ from qat.inspection import InspectReport, inspect
 from qat.layers import layer_class, quantized_layers
 from qat.observers import Best, ObserverChoice
 from qat.optimizers import watch
-from qat.quantizers import Algorithm, StraightThrough, WeightQuantizer
+from qat.quantizers import Algorithm, Automatic, WeightQuantizer
 from qat.quantizers.activation import ActivationQuantizer, LearnedScale
 from qat.runs import note_runs, observe_runs
 from qat.spec import QuantSpec
@@ -78,7 +78,7 @@ def prepare(
     Args:
         model: a float model. Its parameters stay the same objects, under the same names.
         spec: what to quantize, and the serving dtype.
-        algorithm: how scales are found; default `StraightThrough`.
+        algorithm: how scales are found; default `Automatic`.
         target: who will load the export; decides what can be expressed.
         observer: the rule that takes scales of activations from data; default `Best`. Only with activations.
         example_inputs: one batch, to find layers whose input the stock kernels cannot read; see `qat.inspect`.
@@ -91,7 +91,7 @@ def prepare(
     >>> prepare(model, QuantSpec(weights="int4")).layers
     ('0', '2')
     """
-    algorithm = algorithm or StraightThrough()
+    algorithm = algorithm or Automatic()
     if not isinstance(algorithm, Algorithm):
         raise StateError(f"algorithm: must be an Algorithm such as StraightThrough(), got {shown(algorithm)}")
     if type(model).__name__ in ("OptimizedModule", "DataParallel", "DistributedDataParallel"):

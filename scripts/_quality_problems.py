@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -91,3 +92,84 @@ class LanguageModel(Problem):
 
     def changed(self, outputs: Any, goal: Any) -> Tensor:
         return (outputs.logits.argmax(-1) != goal.logits.argmax(-1)).float().mean()
+
+
+class Classifier(Problem):
+    """The reference vision transformer on digits, or the reference encoder on pieces of modules."""
+
+    def __init__(self, device: str, which: str) -> None:
+        from scripts._calibration_models import encoder, vision_transformer
+
+        case = (vision_transformer if which == "vit" else encoder)(device)
+        self.model, self.device, self._case = case.model, device, case
+        sizes = [next(iter(batch.values())).shape[0] for batch in case.held_out]
+        parts = zip(case.held_out, torch.split(case.labels, sizes), strict=True)
+        self.held_out = [{**batch, "labels": labels} for batch, labels in parts]
+
+    def batches(self, seed: int) -> Iterator[Any]:
+        generator = torch.Generator().manual_seed(seed)
+        while True:
+            order = torch.randperm(self._case.examples, generator=generator)
+            for part in torch.split(order[: len(order) // 32 * 32], 32):
+                yield self._case.collate(part.tolist())
+
+    def inputs(self, batch: Any, dtype: torch.dtype | None = None) -> dict[str, Any]:
+        given = {name: value for name, value in batch.items() if name != "labels"}
+        return {n: v.to(dtype) if dtype and v.is_floating_point() else v for n, v in given.items()}
+
+    def loss(self, outputs: Any, batch: Any) -> Tensor:
+        return functional.cross_entropy(outputs.logits.float(), batch["labels"])
+
+    def divergence(self, outputs: Any, goal: Any) -> Tensor:
+        mine, theirs = (found.logits.float().log_softmax(-1) for found in (outputs, goal))
+        return functional.kl_div(mine, theirs, reduction="batchmean", log_target=True)
+
+    def changed(self, outputs: Any, goal: Any) -> Tensor:
+        return (outputs.logits.argmax(-1) != goal.logits.argmax(-1)).float().mean()
+
+
+class Diffusion(Problem):
+    """The reference Flux pipeline's transformer: velocity of noised images at stratified timesteps."""
+
+    target = "diffusers"
+
+    def __init__(self, device: str) -> None:
+        from recipes.common.diffusion import diffusion_data
+        from recipes.common.diffusion_config import DiffusionConfig, source_of
+        from recipes.common.models import load_pipeline
+        from recipes.data.tensors import move
+        from recipes.tasks.diffusion import prediction
+
+        config = DiffusionConfig.model_validate({"spec": {"weights": "int4"}})
+        pipeline, folder = load_pipeline(source_of(config), trust_remote_code=False)
+        self._data = diffusion_data(pipeline, folder, config, torch.device(device), 32, 0)
+        self._move, self._prediction = move, prediction
+        self.model, self.device = pipeline.transformer.float().to(device).eval(), device
+        self.held_out = [move(batch, torch.device(device)) for batch in self._data.evaluation]
+
+    def batches(self, seed: int) -> Iterator[Any]:
+        self._data.noise.manual_seed(seed)
+        torch.manual_seed(seed)
+        for batch in itertools.chain.from_iterable(itertools.repeat(self._data.batches)):
+            yield self._move(batch, torch.device(self.device))
+
+    def inputs(self, batch: Any, dtype: torch.dtype | None = None) -> dict[str, Any]:
+        moved: dict[str, Any] = self._move(batch["inputs"], torch.device(self.device), dtype)
+        return moved
+
+    def loss(self, outputs: Any, batch: Any) -> Tensor:
+        return (self._prediction(outputs, batch["target"]).float() - batch["target"].float()).square().mean()
+
+    def divergence(self, outputs: Any, goal: Any) -> Tensor:
+        mine, theirs = (found[0] if isinstance(found, tuple) else found.sample for found in (outputs, goal))
+        return (mine.float() - theirs.float()).square().mean()
+
+    def changed(self, outputs: Any, goal: Any) -> Tensor:
+        return torch.zeros(())
+
+
+def problem(name: str, device: str, held_out: int) -> Problem:
+    """By name: ``language``, ``vit``, ``encoder``, ``flux``."""
+    if name == "language":
+        return LanguageModel(device, held_out)
+    return Diffusion(device) if name == "flux" else Classifier(device, name)

@@ -24,7 +24,7 @@ import tyro
 from torch import nn
 
 from scripts._quality import ARMS, FLOAT_RATES, RATES, Run, evaluate, fine_tune, post_training, train
-from scripts._quality_problems import LanguageModel, Problem
+from scripts._quality_problems import problem
 
 PTQ = ("PTQ minmax", "PTQ clip")
 Key = tuple[Any, ...]
@@ -36,18 +36,18 @@ def key_of(row: dict[str, Any]) -> Key:
     return tuple(row[name] for name in ("arm", "weights", "activations", "steps", "seed", "rate"))
 
 
-def begin(device: str, held_out: int, folder: Path) -> None:
+def begin(model: str, device: str, held_out: int, folder: Path) -> None:
     """Load the problem, once in each process."""
     global _problem, _folder
     torch.set_num_threads(1)
-    _problem, _folder = LanguageModel(device, held_out), folder
+    _problem, _folder = problem(model, device, held_out), folder
 
 
 def tuned_model(steps: int, seed: int, rate: float, judge: bool) -> tuple[nn.Module, dict[str, Any]]:
     """The fine-tuned float model, made once and kept in a file."""
-    from safetensors.torch import load_model, save_model
-
     import copy
+
+    from safetensors.torch import load_model, save_model
 
     path = _folder / f"ft_{steps}_{seed}_{rate}.safetensors"
     model = copy.deepcopy(_problem.model)
@@ -103,6 +103,7 @@ class Runs:
 
 
 def main(
+    model: str = "language",
     device: str = "cpu",
     types: tuple[str, ...] = ("int4", "int2"),
     steps: tuple[int, ...] = (80,),
@@ -116,6 +117,7 @@ def main(
     """Train every arm and print a table.
 
     Args:
+        model: ``language``, ``vit``, ``encoder`` or ``flux``.
         device: Where the models run.
         types: Of weights, or of weights and activations with an underscore between: int8_int8.
         steps: Lengths of a run.
@@ -134,7 +136,7 @@ def main(
         weights, _, activations = name.partition("_")
         pairs.append((weights, activations or None))
     context = multiprocessing.get_context("spawn")
-    with context.Pool(jobs, begin, (device, held_out, folder)) as pool:
+    with context.Pool(jobs, begin, (model, device, held_out, folder)) as pool:
         runs = Runs(pool, rows)
         runs.make([Run("FT", "float", None, n, 0, rate) for n in steps for rate in FLOAT_RATES], {})
         rates = {n: runs.best("FT", "float", None, n) or FLOAT_RATES[1] for n in steps}
@@ -167,7 +169,10 @@ def table(
     rates: dict[int, float],
 ) -> str:
     """Markdown: mean and standard error over the seeds of R* and of the distance from FT."""
-    lines = ["| type | steps | arm | rate | loss | R* | above FT | KL | changed |", "|---|---|---|---|---|---|---|---|---|"]
+    lines = [
+        "| type | steps | arm | rate | loss | R* | above FT | KL | changed |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
     for pair in pairs:
         for n in steps:
             floats = [runs.rows["FT", "float", None, n, seed, rates[n]] for seed in range(seeds)]

@@ -6,6 +6,7 @@ from typing import Annotated, TypeAlias
 
 from pydantic import Field
 
+from qat.quantizers.automatic import Automatic
 from qat.quantizers.base import Algorithm, Quantized, QuantizerModule, WeightQuantizer
 from qat.quantizers.learned_affine import LearnedAffine
 from qat.quantizers.straight_through import StraightThrough
@@ -13,6 +14,7 @@ from qat.quantizers.straight_through import StraightThrough
 __all__ = [
     "Algorithm",
     "AnyAlgorithm",
+    "Automatic",
     "LearnedAffine",
     "Quantized",
     "QuantizerModule",
@@ -20,4 +22,4 @@ __all__ = [
     "WeightQuantizer",
 ]
 
-AnyAlgorithm: TypeAlias = Annotated[StraightThrough | LearnedAffine, Field(discriminator="kind")]
+AnyAlgorithm: TypeAlias = Annotated[Automatic | StraightThrough | LearnedAffine, Field(discriminator="kind")]

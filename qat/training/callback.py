@@ -29,7 +29,7 @@ from qat.layers import Mode, layer_class, quantized_layers
 from qat.observers import Best, ObserverChoice
 from qat.optimizers import REMEDY, learned_ranges, refuse_decay, watch
 from qat.preparation import prepare, prepared_as
-from qat.quantizers import Algorithm, StraightThrough
+from qat.quantizers import Algorithm, Automatic
 from qat.quantizers.activation import ActivationQuantizer
 from qat.spec import QuantSpec
 from qat.training.batches import calibrate_on_training_data
@@ -47,7 +47,7 @@ class QuantizationAwareTraining(Callback):
 
     Args:
         spec: what to quantize.
-        algorithm: how scales are found; default `StraightThrough`.
+        algorithm: how scales are found; default `Automatic`.
         schedule: when; default: from the first step.
         target: who will load the export.
         attribute: the attribute of the LightningModule that holds the model to prepare (its metrics, a teacher and the
@@ -86,7 +86,7 @@ class QuantizationAwareTraining(Callback):
         example_inputs: Any = None,
     ) -> None:
         self.spec = spec
-        self.algorithm = algorithm or StraightThrough()
+        self.algorithm = algorithm or Automatic()
         self.schedule = schedule or QuantizationSchedule()
         self.target = target
         self.attribute = attribute

@@ -171,7 +171,7 @@ class RecipeConfig(BaseModel):
 class ComparisonConfig(RecipeConfig):
     """What recipes let a user choose that compare four models by their logits (`recipes.common.experiment`)."""
 
-    algorithm: AnyAlgorithm = qat.StraightThrough()
+    algorithm: AnyAlgorithm = qat.Automatic()
     """How scales are found."""
     optimization: LogitOptimization = LogitOptimization()
     """Steps, learning rates, distillation (from the fine-tuned float model, where there is one)."""
