@@ -38,7 +38,7 @@ def test_activations_are_those_of_the_specification(qtype: QType, dtype: torch.d
             assert same_bits(codes.to(device), wanted)
             assert torch.equal(unpack_bits(inside, x.shape).to(device), flags)
         assert torch.equal(found, scale)
-        value = kernels.dequantize_activation(codes, scale, dtype, given)
+        value = kernels.dequantize(codes, scale, dtype, given)
         assert torch.equal(value, qtype.fake_quantize_activation(x, scale, dtype))
         grad = torch.randn_like(x)
         assert torch.equal(kernels.masked_gradient(grad, inside).cpu(), torch.where(flags, grad.cpu(), 0))
