@@ -109,19 +109,18 @@ class _QuantizedLinear(torch.autograd.Function):
         options: _Options,
     ) -> Tensor:
         ctx.options = options
-        coded = value.dtype is options.qtype.storage
-        y = y_inside = None
-        if coded and codes is not None and x_scale is not None:
+        y_inside = None
+        if codes is None or x_scale is None:
+            y = torch.nn.functional.linear(x, value, bias)
+        elif value.dtype is not options.qtype.storage:
+            given = kernels.dequantize(codes, x_scale, options.dtype, value.dtype)
+            y = torch.nn.functional.linear(given, value, bias)
+        else:
             factors, key = (codes, x_scale, value, scale, bias), options.qtype.key
             if y_scale is None:
                 y = kernels.linear_codes(*factors, key, options.dtype)
             else:
                 y, y_inside = kernels.linear_codes_quantized(*factors, y_scale, key, options.output_key, options.dtype)
-        else:
-            given = x
-            if codes is not None and x_scale is not None:
-                given = kernels.dequantize(codes, x_scale, options.dtype, value.dtype)
-            y = torch.nn.functional.linear(given, value, bias)
         needed = ctx.needs_input_grad[0] or ctx.needs_input_grad[5]
         kept = value if needed and weight.dtype is not y.dtype else None
         if learned is not None:  # whose gradient needs the input itself
