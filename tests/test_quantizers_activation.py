@@ -234,7 +234,7 @@ def test_layers_that_read_one_tensor_keep_its_codes_once_and_not_the_tensor() ->
     kept, _ = kept_by(lambda: model(x))
     sizes = Counter(kept.storages.values())
     assert sizes[x.numel()] == 2  # codes of what q, k and v read, and of what o reads
-    assert sizes[x.numel() // 8] == 2 + 4  # their flags, and those of four outputs
+    assert sizes[x.numel() // 8] == 2 + 4 + 2  # their flags, those of four outputs, and mean and deviation of the norm
     assert sizes[4 * x.numel()] == 3  # float32: what the norm reads, and the outputs of q and k, which are multiplied
 
 
