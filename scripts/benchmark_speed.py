@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import qat
 from qat.layers import quantized_layers
@@ -79,11 +79,29 @@ def arm_learned(model: nn.Module, qtype: str, serving: str) -> None:
     qat.prepare(model, spec, algorithm=qat.LearnedAffine(start="minmax"))
 
 
-def arm_activations(model: nn.Module, qtype: str, serving: str, target: str = "transformers", **options: bool) -> None:
+def arm_activations(model: nn.Module, qtype: str, serving: str, **options: bool) -> None:
     """Activations of the weights' type; outputs stay float, as target transformers serves them."""
     spec = qat.QuantSpec.model_validate({"weights": qtype, "activations": qtype, "dtype": serving})
-    qat.prepare(model, spec, target=target, algorithm=qat.StraightThrough.model_validate(options))
+    qat.prepare(model, spec, target="transformers", algorithm=qat.StraightThrough.model_validate(options))
     _calibrate(model)
+
+
+def arm_outputs(model: nn.Module, qtype: str, serving: str) -> None:
+    """Outputs quantized too, as stock quanto serves them, by the largest magnitudes of one batch.
+
+    `qat.calibrate` refuses int8 here: outputs of random weights reach the code -128, which quanto cannot negate.
+    """
+    spec = qat.QuantSpec.model_validate({"weights": qtype, "activations": qtype, "dtype": serving})
+    qat.prepare(model, spec, target="quanto")
+    layers = [layer for _, layer in quantized_layers(model)]
+    for layer in layers:
+        layer.mode = layer.mode._replace(activations=False, observe=True)
+    with torch.no_grad():
+        model(input_ids=_tokens(model))
+    for layer in layers:
+        layer.mode = layer.mode._replace(activations=True, observe=False)
+        for quantizer in layer.activation_quantizers():
+            quantizer.refresh()
 
 
 def arm_emulated(model: nn.Module, qtype: str, serving: str) -> None:
@@ -93,9 +111,12 @@ def arm_emulated(model: nn.Module, qtype: str, serving: str) -> None:
         layer.mode = layer.mode._replace(codes=False)
 
 
-def _calibrate(model: Any) -> None:
-    tokens = torch.randint(0, model.config.vocab_size, (2, 256), device=model.device)
-    qat.calibrate(model, [{"input_ids": tokens}])
+def _tokens(model: Any) -> Tensor:
+    return torch.randint(0, model.config.vocab_size, (2, 256), device=model.device)
+
+
+def _calibrate(model: nn.Module) -> None:
+    qat.calibrate(model, [{"input_ids": _tokens(model)}])
 
 
 def arm_quanto_activations(model: nn.Module, qtype: str, serving: str) -> None:
@@ -134,7 +155,7 @@ ARMS: dict[str, Callable[[nn.Module, str, str], None]] = {
     "activations": arm_activations,
     "float8_backward": partial(arm_activations, float8_backward=True),
     "learned_scales": partial(arm_activations, learn_activations=True),
-    "outputs": partial(arm_activations, target="quanto"),
+    "outputs": arm_outputs,
     "emulated": arm_emulated,
     "quanto": arm_quanto,
     "quanto_activations": arm_quanto_activations,

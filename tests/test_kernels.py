@@ -132,7 +132,10 @@ def test_activations_are_quantized_as_quanto_does(qtype: QType, dtype: torch.dty
         scale = (x.abs().amax() / qtype.steps * (1.0 if seed % 2 else 0.6)).float().to(dtype)
         theirs = quantize_activation(x, qtype=quanto_type, scale=scale).dequantize()
         codes, inside, found = kernels.quantize_activation(x, scale.float(), qtype.key, dtype)
-        assert torch.equal(kernels.dequantize_activation(codes, found, dtype, dtype), theirs), seed
+        assert torch.equal(kernels.dequantize(codes, found, dtype, dtype), theirs), seed
+        value, flags = kernels.fake_quantize_activation(x, scale.float(), qtype.key, dtype)
+        assert torch.equal(value, theirs)
+        assert torch.equal(flags, inside)
         assert torch.equal(found, scale.float())
         exact = x.double() / scale.double()
         clear = ((exact.abs() - qtype.steps).abs() > 1) & (exact.abs() - 128).abs().gt(1)  # from rounding at the ends
@@ -144,7 +147,7 @@ def test_activations_are_quantized_as_quanto_does(qtype: QType, dtype: torch.dty
 def test_values_of_activations_keep_the_dtype_in_which_they_came() -> None:
     x, options = torch.randn(4, 8), (torch.tensor(0.03125), QTYPES["int8"].key, torch.bfloat16)
     codes, _, scale = kernels.quantize_activation(x, *options)
-    ours = kernels.dequantize_activation(codes, scale, torch.bfloat16, torch.float32)
+    ours = kernels.dequantize(codes, scale, torch.bfloat16, torch.float32)
     assert ours.dtype is torch.float32
     assert torch.equal(ours, QTYPES["int8"].fake_quantize_activation(x, options[0], torch.bfloat16))
     assert same_bits(codes, kernels.quantize_activation(x.bfloat16(), *options)[0])
@@ -157,6 +160,9 @@ def test_not_a_number_among_activations_is_not_hidden(qtype: QType) -> None:
     codes, inside, found = kernels.quantize_activation(x, scale, qtype.key, torch.float32)
     assert found.isnan()
     assert not unpack_bits(inside, x.shape)[2, 3]
+    value, flags = kernels.fake_quantize_activation(x, scale, qtype.key, torch.float32)
+    assert value.isnan().nonzero().tolist() == [[2, 3]]
+    assert torch.equal(flags, inside)
     weight = torch.zeros(5, 33).to(qtype.storage)
     y = kernels.linear_codes(codes, found, weight, torch.ones(5, 1), None, qtype.key, torch.float32)
     assert y.isnan().all()
@@ -179,6 +185,33 @@ def test_codes_are_multiplied_as_quanto_does(shape: tuple[int, int, int], qtype:
     assert same_bits(batch[0], theirs)
 
 
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("qtype", BYTES, ids=lambda qtype: qtype.name)
+def test_codes_of_a_weight_have_the_values_that_were_quantized(qtype: QType, dtype: torch.dtype) -> None:
+    for seed, shape in enumerate(SHAPES):
+        weight = awkward_weight(*shape, seed)
+        codes, scale, _ = kernels.quantize_own_range(weight, qtype.key, dtype, qtype.storage)
+        for out_dtype in {dtype, torch.float32}:
+            expected = kernels.fake_quantize_weight(weight, scale, None, qtype.key, dtype, out_dtype)
+            assert same_bits(kernels.dequantize(codes, scale, dtype, out_dtype), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("qtype", BYTES, ids=lambda qtype: qtype.name)
+def test_an_output_is_quantized_as_quanto_does(qtype: QType, dtype: torch.dtype) -> None:
+    x, codes = ((torch.randn(n, 64) * 60).clamp(-128, 127).to(qtype.storage) for n in (24, 32))
+    x_scale, scale = torch.tensor(0.013).to(dtype), (torch.rand(32, 1) * 1e-3 + 1e-4).to(dtype)
+    bias, y_scale = torch.randn(32).to(dtype), torch.tensor(0.01 if qtype.storage is torch.int8 else 0.003).to(dtype)
+    y = torch.ops.quanto.qbytes_mm(x, codes, x_scale * scale) + bias
+    theirs = quantize_activation(y, qtype=qtypes[QUANTO_NAMES[qtype.name]], scale=y_scale)
+    scales = (x_scale.float(), codes, scale.float(), bias, y_scale.float())
+    value, inside = kernels.linear_codes_quantized(x[None], *scales, qtype.key, qtype.key, dtype)
+    assert torch.equal(value[0], theirs.dequantize())
+    wanted = (y / y_scale).clamp(qtype.code_min, qtype.code_max) == y / y_scale
+    assert torch.equal(unpack_bits(inside, y.shape), wanted)
+    assert 0 < wanted.sum() < wanted.numel()
+
+
 def test_saturated_elements_get_no_gradient() -> None:
     flags = torch.rand(5, 7) > 0.5
     grad, weight = torch.randn(5, 3), torch.randn(3, 7)
@@ -192,15 +225,19 @@ def test_gradients_in_float8_are_near_the_exact_ones() -> None:
     grad = torch.randn(64, 32) * torch.rand(64, 1)
     weight, x = ((torch.randn(n, 48) * 60).to(torch.float8_e4m3fn) for n in (32, 64))
     scale, x_scale, flags = torch.rand(32, 1) + 0.1, torch.tensor(0.01), torch.rand(64, 48) > 0.1
-    found = kernels.float8_input_gradient(grad, weight, scale, pack_bits(flags))
+    rest = x, x_scale, QTYPES["float8"].key
+    found, of_weight = kernels.float8_gradients(grad, weight, scale, pack_bits(flags), *rest, True, True)
     exact = torch.where(flags, grad @ (weight.float() * scale), 0)
     assert 0.001 < (found - exact).norm() / exact.norm() < 0.04
     assert not found[~flags].any()
-    whole = kernels.float8_input_gradient(grad, weight, scale, None)
-    assert torch.equal(whole[flags], found[flags])
-    found = kernels.float8_weight_gradient(grad, x, x_scale)
     exact = grad.t() @ (x.float() * x_scale)
-    assert 0.001 < (found - exact).norm() / exact.norm() < 0.04
+    assert 0.001 < (of_weight - exact).norm() / exact.norm() < 0.04
+    whole, nothing = kernels.float8_gradients(grad, weight.float() * scale, scale, None, *rest, True, False)
+    assert torch.equal(whole[flags], found[flags])
+    assert nothing is None
+    nothing, alone = kernels.float8_gradients(grad, weight, scale, None, *rest, False, True)
+    assert nothing is None
+    assert torch.equal(alone, of_weight)
 
 
 @pytest.mark.parametrize("qtype", QTYPES.values(), ids=QTYPES)
@@ -222,6 +259,14 @@ def operator_arguments() -> dict[str, tuple[object, ...]]:
     groups = torch.full((12, 1), 0.01)
     strided, codes = weight.t().contiguous().t(), torch.ones(6, 256, dtype=torch.int8)
     float8 = codes.to(torch.float8_e4m3fn)
+    float8_rest = (
+        torch.ones(256, 256).to(float8.dtype),
+        torch.ones(256, 1),
+        None,
+        float8,
+        torch.tensor(0.01),
+        "quanto.float8",
+    )
     return {
         "fake_quantize_weight": (weight, scale, None, "quanto.int8", torch.bfloat16, torch.float32),
         "fake_quantize_weight affine": (weight, groups, groups, "quanto.int4", torch.bfloat16, torch.bfloat16),
@@ -238,11 +283,19 @@ def operator_arguments() -> dict[str, tuple[object, ...]]:
         "quantize_own_range codes": (weight, "quanto.float8", torch.bfloat16, torch.float8_e4m3fn),
         "quantize_activation": (weight, torch.tensor(0.01), "quanto.int8", torch.bfloat16),
         "quantize_activation strided": (strided, torch.tensor(0.01), "quanto.float8", torch.bfloat16),
-        "dequantize_activation": (codes, torch.tensor(0.01), torch.bfloat16, torch.float32),
-        "dequantize_activation of one dtype": (codes, torch.tensor(0.01), torch.bfloat16, torch.bfloat16),
+        "dequantize": (codes, torch.tensor(0.01), torch.bfloat16, torch.float32),
+        "dequantize of one dtype": (codes, torch.tensor(0.01), torch.bfloat16, torch.bfloat16),
         "linear_codes": (codes[None], torch.tensor(0.01), codes, scale, scale[:, 0], "quanto.int8", torch.float32),
-        "float8_input_gradient": (weight, float8.t().contiguous(), torch.ones(256, 1), None),
-        "float8_weight_gradient": (weight, float8, torch.tensor(0.01)),
+        "float8_gradients": (weight, *float8_rest, True, True),
+        "float8_gradients of the input": (weight, *float8_rest, True, False),
+        "float8_gradients of the weight": (weight, *float8_rest, False, True),
+        "dequantize rows": (codes, scale, torch.bfloat16, torch.bfloat16),
+        "fake_quantize_activation": (weight, torch.tensor(0.01), "quanto.int8", torch.bfloat16),
+        "fake_quantize_activation strided": (strided, torch.tensor(0.01), "quanto.float8", torch.float32),
+        "linear_codes_quantized": (
+            *(codes[None], torch.tensor(0.01), codes, scale, None, torch.tensor(0.01)),
+            *("quanto.int8", "quanto.int8", torch.bfloat16),
+        ),
         "masked_gradient": (weight, pack_bits(weight > 0)),
         "masked_product": (weight[:, :6], weight, pack_bits(weight > 0)),
         "round_to": (weight, torch.bfloat16),
@@ -256,7 +309,7 @@ def test_operators_are_what_a_compiler_is_told(case: str) -> None:
     # Its test of schemas adds to every tensor, which torch cannot do with float8.
     only = {"test_utils": ("test_faketensor", "test_autograd_registration")} if case.startswith("float8") else {}
     torch.library.opcheck(operator, arguments, **only)
-    if case.startswith(("fake_quantize_weight", "dequantize_activation")):
+    if case.startswith(("fake_quantize_weight", "dequantize")):
         torch.library.opcheck(operator, arguments, {"after": torch.ones(3)})
 
 

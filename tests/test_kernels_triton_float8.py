@@ -21,6 +21,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+KEY = QUANTO.qtypes["float8"].key
 _UNIT = 2.0**-8  # of bfloat16, to which both round their sums
 
 
@@ -38,24 +39,38 @@ def test_products_are_those_of_the_plain_form(shape: tuple[int, int, int]) -> No
     scale, x_scale = torch.rand(out_features, 1) + 0.1, torch.tensor(0.01)
     flags = torch.rand(rows, in_features) > 0.01
     for inside in (None, pack_bits(flags)):
-        arguments = (grad, weight, scale, inside)
-        found = kernels.float8_input_gradient(*(None if t is None else t.cuda() for t in arguments))
-        assert gap(found, kernels.float8_input_gradient(*arguments)) < _UNIT
-        assert not found[3].any()
-    assert not found.cpu()[~flags].any()
-    found = kernels.float8_weight_gradient(grad.cuda(), x.cuda(), x_scale.cuda())
-    assert gap(found, kernels.float8_weight_gradient(grad, x, x_scale)) < _UNIT
+        given = (grad, weight, scale, inside, x, x_scale)
+        on_gpu = tuple(None if t is None else t.cuda() for t in given)
+        found = kernels.float8_gradients(*on_gpu, KEY, True, True)
+        for ours, plain in zip(found, kernels.float8_gradients(*given, KEY, True, True), strict=True):
+            assert gap(ours, plain) < _UNIT
+        assert not found[0][3].any()
+        assert torch.equal(kernels.float8_gradients(*on_gpu, KEY, True, False)[0], found[0])
+        assert torch.equal(kernels.float8_gradients(*on_gpu, KEY, False, True)[1], found[1])
+    assert not found[0].cpu()[~flags].any()
+
+
+@pytest.mark.parametrize("master", [torch.bfloat16, torch.float32], ids=str)
+def test_a_weight_and_its_codes_give_the_same_gradient(master: torch.dtype) -> None:
+    torch.manual_seed(0)
+    grad, weight = (torch.randn(shape, device="cuda") for shape in ((64, 336), (336, 272)))
+    grad, weight = grad.bfloat16(), weight.to(master)
+    codes, scale, _ = kernels.quantize_own_range(weight, KEY, torch.bfloat16, torch.float8_e4m3fn)
+    scale = scale * 0.7  # so that some saturate
+    codes = kernels.fake_quantize_weight(weight, scale, None, KEY, torch.bfloat16, torch.float8_e4m3fn)
+    rest = (scale, None, torch.ones(64, 272, device="cuda").to(codes.dtype), torch.ones((), device="cuda"), KEY)
+    ours, theirs = (kernels.float8_gradients(grad, one, *rest, True, False)[0] for one in (weight, codes))
+    assert torch.equal(ours, theirs)
 
 
 def test_not_a_number_in_a_gradient_is_not_hidden() -> None:
-    grad, codes = torch.randn(32, 64, device="cuda").bfloat16(), torch.ones(64, 16, device="cuda")
+    grad = torch.randn(32, 64, device="cuda").bfloat16()
     grad[5, 7] = torch.nan
-    scale, codes = torch.ones(64, 1, device="cuda"), codes.to(torch.float8_e4m3fn)
-    found = kernels.float8_input_gradient(grad, codes, scale, None)
-    assert found.isnan().any(1).nonzero().flatten().tolist() == [5]
-    x = torch.ones(32, 16, device="cuda").to(torch.float8_e4m3fn)
-    found = kernels.float8_weight_gradient(grad, x, torch.ones((), device="cuda"))
-    assert found.isnan().any(1).nonzero().flatten().tolist() == [7]
+    codes, x = (torch.ones(n, 16, device="cuda").to(torch.float8_e4m3fn) for n in (64, 32))
+    scale, x_scale = torch.ones(64, 1, device="cuda"), torch.ones((), device="cuda")
+    of_x, of_weight = kernels.float8_gradients(grad, codes, scale, None, x, x_scale, KEY, True, True)
+    assert of_x.isnan().any(1).nonzero().flatten().tolist() == [5]
+    assert of_weight.isnan().any(1).nonzero().flatten().tolist() == [7]
 
 
 def test_compiled_layers_equal_eager_ones_with_their_gradients() -> None:

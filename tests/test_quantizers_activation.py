@@ -7,6 +7,7 @@ import functools
 import gc
 import pickle
 import weakref
+from collections import Counter
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from qat.layers import Mode, QLinear, quantized_layers
 from qat.numerics import QType
 from qat.observers import Absmax
 from qat.quantizers.activation import ActivationQuantizer, LearnedScale, fake_quantize_output
+from tests.helpers import kept_by
 
 BYTES = [QUANTO.qtypes[name] for name in ("int8", "float8")]
 LEARNED = qat.StraightThrough(learn_activations=True)
@@ -190,7 +192,7 @@ def prepared() -> Readers:
 
 
 def calls(model: nn.Module, x: Tensor) -> int:
-    """How often inputs are quantized in a forward; outputs are left alone."""
+    """How often inputs are quantized to codes in a forward; outputs are not."""
     count = 0
     with pytest.MonkeyPatch.context() as patch:
         original = kernels.quantize_activation
@@ -202,7 +204,7 @@ def calls(model: nn.Module, x: Tensor) -> int:
 
         patch.setattr(kernels, "quantize_activation", counted)
         model(x)
-    return count - len(list(quantized_layers(model)))  # of which each quantizes its output
+    return count
 
 
 def test_layers_that_read_one_tensor_have_one_scale_and_share_its_codes() -> None:
@@ -225,6 +227,15 @@ def test_layers_that_read_one_tensor_have_one_scale_and_share_its_codes() -> Non
     assert torch.equal(other.q.input_quantizer.scale, scales[0])  # type: ignore[union-attr]
     qat.calibrate(other, [torch.randn(8, 32)])
     assert calls(other, x) == 2
+
+
+def test_layers_that_read_one_tensor_keep_its_codes_once_and_not_the_tensor() -> None:
+    model, x = prepared(), torch.randn(8, 32)
+    kept, _ = kept_by(lambda: model(x))
+    sizes = Counter(kept.storages.values())
+    assert sizes[x.numel()] == 2  # codes of what q, k and v read, and of what o reads
+    assert sizes[x.numel() // 8] == 2 + 4 + 2  # their flags, those of four outputs, and mean and deviation of the norm
+    assert sizes[4 * x.numel()] == 3  # float32: what the norm reads, and the outputs of q and k, which are multiplied
 
 
 def test_a_quantizer_that_observes_has_a_scale_of_its_own_again() -> None:

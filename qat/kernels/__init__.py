@@ -10,6 +10,8 @@ it around them.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -17,11 +19,12 @@ from qat.numerics import moved_range, pack_bits, qtype_of, unpack_bits
 from qat.operators import OptionalResult, operator
 
 __all__ = [
-    "dequantize_activation",
+    "dequantize",
+    "fake_quantize_activation",
     "fake_quantize_weight",
-    "float8_input_gradient",
-    "float8_weight_gradient",
+    "float8_gradients",
     "linear_codes",
+    "linear_codes_quantized",
     "masked_gradient",
     "masked_product",
     "moved_scale_shift",
@@ -130,13 +133,27 @@ def quantize_activation(x: Tensor, scale: Tensor, qtype: str, dtype: torch.dtype
 
 
 @operator(
+    lambda x, scale, qtype, dtype: (x.new_empty(x.shape), x.new_empty((x.numel() + 7) // 8, dtype=torch.uint8)),
+    CUDA="qat.kernels.triton_codes",
+)
+def fake_quantize_activation(x: Tensor, scale: Tensor, qtype: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The values of `quantize_activation`, contiguous, in the dtype of ``x``, and its flags; NaN stays where it is."""
+    codes, inside = qtype_of(qtype).encode_activation(x, scale, dtype)
+    value = (scale.to(dtype) * codes.to(dtype)).to(x.dtype)
+    return value.masked_fill_(x.isnan(), torch.nan).contiguous(), pack_bits(inside)
+
+
+@operator(
     lambda codes, scale, dtype, out_dtype, **_: codes.new_empty(codes.shape, dtype=out_dtype),
     CUDA="qat.kernels.triton_codes",
 )
-def dequantize_activation(
+def dequantize(
     codes: Tensor, scale: Tensor, dtype: torch.dtype, out_dtype: torch.dtype, *, after: Tensor | None = None
 ) -> Tensor:
-    """Values of contiguous codes, rounded to ``dtype``, in ``out_dtype``; ``after`` as in `fake_quantize_weight`."""
+    """Values of contiguous codes, rounded to ``dtype``, in ``out_dtype``; ``after`` as in `fake_quantize_weight`.
+
+    ``scale`` is float32: a scalar, or ``(rows, 1)`` for codes of shape ``(rows, size)``.
+    """
     return (scale.to(dtype) * codes.to(dtype)).to(out_dtype, copy=True)
 
 
@@ -149,6 +166,28 @@ def linear_codes(
 ) -> Tensor:
     """`QType.linear` of contiguous codes: int8 to the bit, float8 but for the rounding of sums and of scales."""
     return qtype_of(qtype).linear(x, x_scale, codes, scale, bias, dtype)
+
+
+def _quantized_shapes(x: Tensor, x_scale: Tensor, codes: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    y = x.new_empty((*x.shape[:-1], codes.shape[0]), dtype=options[-1])
+    return y, x.new_empty((y.numel() + 7) // 8, dtype=torch.uint8)
+
+
+@operator(_quantized_shapes, CUDA="qat.kernels.triton_codes")
+def linear_codes_quantized(
+    x: Tensor,
+    x_scale: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    y_scale: Tensor,
+    qtype: str,
+    y_qtype: str,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """`fake_quantize_activation` of `linear_codes`, by ``y_scale`` and ``y_qtype``: the same bits, in one pass."""
+    y = linear_codes(x, x_scale, codes, scale, bias, qtype, dtype)
+    return fake_quantize_activation(y, y_scale, y_qtype, dtype)
 
 
 @operator(lambda grad, inside: torch.empty_like(grad), CUDA="qat.kernels.triton_codes")
@@ -165,28 +204,43 @@ def masked_product(grad: Tensor, weight: Tensor, inside: Tensor) -> Tensor:
     return masked_gradient(grad @ weight, inside)
 
 
-@operator(lambda grad, codes, *_: grad.new_empty((grad.shape[0], codes.shape[1])), CUDA="qat.kernels.triton_float8")
-def float8_input_gradient(grad: Tensor, codes: Tensor, scale: Tensor, inside: Tensor | None) -> Tensor:
-    """The product of ``grad``, ``(rows, out)``, and a float8 weight, with the gradient in float8 too, masked if asked.
+def _float8_shapes(grad: Tensor, weight: Tensor, scale: Tensor, *rest: Any) -> tuple[Tensor | None, Tensor | None]:
+    *_, needs_x, needs_weight = rest
+    of_x = grad.new_empty((grad.shape[0], weight.shape[1])) if needs_x else None
+    return of_x, grad.new_empty(weight.shape) if needs_weight else None
 
-    ``codes`` are the weight's, ``(out, in)``, and ``scale`` its own, ``(out, 1)``, which the gradient takes before each
-    row is quantized by its largest magnitude. All sizes are multiples of 16.
+
+@operator(_float8_shapes, CUDA="qat.kernels.triton_float8")
+def float8_gradients(
+    grad: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    inside: Tensor | None,
+    x: Tensor,
+    x_scale: Tensor,
+    qtype: str,
+    needs_x: bool,
+    needs_weight: bool,
+) -> tuple[OptionalResult, OptionalResult]:
+    """Gradients of input and weight with ``grad``, ``(rows, out)``, in float8 too; None where one is not needed.
+
+    That of the input, ``grad fq(W)``, is masked by ``inside`` if given. ``weight`` is a float8 weight, ``(out, in)``,
+    or its codes, and ``scale`` its serving scale, ``(out, 1)``, which the gradient takes before each row is quantized
+    by its largest magnitude. That of the weight is ``grad^T fq(x)``, with a scale a column of ``grad``. ``x`` are
+    float8 codes, ``(rows, in)``, and ``x_scale`` is a scalar. All sizes are multiples of 16.
     """
-    rounded, row_scale = _float8_rows(grad.float() * scale.t())
+    grad_x = grad_weight = None
     with torch.autocast(grad.device.type, enabled=False):
-        product = ((rounded @ codes.float()) * row_scale).to(grad.dtype)
-    return product if inside is None else masked_gradient(product, inside)
-
-
-@operator(lambda grad, x, *_: grad.new_empty((grad.shape[1], x.shape[1])), CUDA="qat.kernels.triton_float8")
-def float8_weight_gradient(grad: Tensor, x: Tensor, x_scale: Tensor) -> Tensor:
-    """``grad^T x`` with each column of ``grad``, ``(rows, out)``, quantized to float8 by its largest magnitude.
-
-    ``x`` are float8 codes, ``(rows, in)``, and ``x_scale`` is a scalar. All sizes are multiples of 16.
-    """
-    rounded, row_scale = _float8_rows(grad.float().t())
-    with torch.autocast(grad.device.type, enabled=False):
-        return ((rounded @ x.float()) * (row_scale * x_scale)).to(grad.dtype)
+        if needs_x:
+            found = qtype_of(qtype)
+            codes = weight if weight.dtype is found.storage else found.encode(weight, scale, None)
+            rounded, row_scale = _float8_rows(grad.float() * scale.t())
+            grad_x = ((rounded @ codes.float()) * row_scale).to(grad.dtype)
+            grad_x = grad_x if inside is None else masked_gradient(grad_x, inside)
+        if needs_weight:
+            rounded, row_scale = _float8_rows(grad.float().t())
+            grad_weight = ((rounded @ x.float()) * (row_scale * x_scale)).to(grad.dtype)
+    return grad_x, grad_weight
 
 
 def _float8_rows(rows: Tensor) -> tuple[Tensor, Tensor]:

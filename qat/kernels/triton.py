@@ -69,7 +69,7 @@ if triton is not None:
         return x
 
     @triton.jit  # type: ignore[untyped-decorator]
-    def _code(x, floating: tl.constexpr, code_min: tl.constexpr, code_max: tl.constexpr):  # type: ignore[no-untyped-def]
+    def code_at(x, floating: tl.constexpr, code_min: tl.constexpr, code_max: tl.constexpr):  # type: ignore[no-untyped-def]
         """The code at a position, as float32, and the position clamped to the codes; NaN stays NaN."""
         x = tl.maximum(x, code_min, propagate_nan=tl.PropagateNan.ALL)
         x = tl.minimum(x, code_max, propagate_nan=tl.PropagateNan.ALL)
@@ -98,7 +98,7 @@ if triton is not None:
         value = tl.load(weight + offset, mask=exists, other=0.0).to(tl.float32)
         s = tl.load(scale + row, mask=row < groups, other=1.0)[:, None]
         z = tl.load(shift + row, mask=row < groups, other=0.0)[:, None]
-        code, _ = _code(_position(value, s, z, affine, floating), floating, code_min, code_max)
+        code, _ = code_at(_position(value, s, z, affine, floating), floating, code_min, code_max)
         tl.store(out + offset, _value(code, s, z, affine, serving, out.dtype.element_ty), mask=exists)
 
     @triton.jit
@@ -154,10 +154,10 @@ if triton is not None:
             for step in range(tl.cdiv(size, columns)):
                 _, offset, exists = _tile(tl.program_id(0), step, groups, size, rows, columns)
                 value = tl.load(weight + offset, mask=exists, other=0.0).to(tl.float32)
-                code, _ = _code(_position(value, s, z, affine, floating), floating, code_min, code_max)
+                code, _ = code_at(_position(value, s, z, affine, floating), floating, code_min, code_max)
                 tl.store(out + offset, _value(code, s, z, affine, serving, out.dtype.element_ty), mask=exists)
         else:
-            code, _ = _code(_position(value, s, z, affine, floating), floating, code_min, code_max)
+            code, _ = code_at(_position(value, s, z, affine, floating), floating, code_min, code_max)
             tl.store(out + offset, _value(code, s, z, affine, serving, out.dtype.element_ty), mask=exists)
 
     @triton.jit  # type: ignore[untyped-decorator]
@@ -176,7 +176,7 @@ if triton is not None:
             value = tl.load(weight + offset, mask=exists, other=0.0).to(tl.float32)
             given = tl.load(grad + offset, mask=exists, other=0.0).to(tl.float32)
             x = tl.where(s == 0.0, 0.0, _position(value, s, z, affine, floating))
-            code, clamped = _code(x, floating, code_min, code_max)
+            code, clamped = code_at(x, floating, code_min, code_max)
             inside = x == clamped
             tl.store(masked + offset, (given * inside.to(tl.float32)).to(masked.dtype.element_ty), mask=exists)
             of_scale += given * (code - tl.where(inside, x, 0.0))

@@ -80,6 +80,10 @@ class QuantizedLayer(nn.Module):
         """The layer's function of ``x``, ``(..., in)``; without a fake-quantized weight, it uses the float one."""
         raise NotImplementedError(f"{type(self).__name__}: a subclass must say how it computes")
 
+    def compute_quantized(self, x: Tensor, weight: Quantized, output: ActivationQuantizer) -> Tensor:
+        """`compute` with a fake-quantized output; a subclass may do both in one pass, with the same bits."""
+        return fake_quantize_output(self.compute(x, weight), output)
+
     def multiplies_codes(self, x: Tensor, dtype: torch.dtype) -> bool:
         """Whether `compute` wants the weight's codes for this input and compute dtype; a subclass may say so."""
         return False
@@ -176,14 +180,18 @@ class QuantizedLayer(nn.Module):
             codes = mode.codes and self.multiplies_codes(input, dtype)
             quantizer = self.weight_quantizer
             quantized = quantizer.quantize_to_codes(weight) if codes else quantizer.quantize(weight, dtype)
-        y = self.compute(input, quantized)
-        if self.output_quantizer is not None:
-            if mode.observe:
-                self.output_quantizer.observe(y)
+        output = self.output_quantizer
+        served = output if mode.weights and mode.activations and output is not None and output.enabled else None
+        if quantized is not None and served is not None and not mode.observe:
+            y = self.compute_quantized(input, quantized, served)
+        else:
+            y = self.compute(input, quantized)
+            if output is not None and mode.observe:
+                output.observe(y)
                 if mode.activations:
-                    self.output_quantizer.refresh()
-            if mode.weights and mode.activations and self.output_quantizer.enabled:
-                y = fake_quantize_output(y, self.output_quantizer)
+                    output.refresh()
+            if served is not None:
+                y = fake_quantize_output(y, served)
         return with_unused(y, self.input_quantizer, self.output_quantizer)
 
     def _require_quantizers_on(self, device: torch.device) -> None:

@@ -2,11 +2,14 @@
 
 `fake_quantized` is autograd on a weight: its result goes into any operation, which keeps that copy for backward.
 `quantized_linear` keeps what `nn.Linear` keeps, the input and the master weight, and two small tensors with scales. In
-backward it computes the fake-quantized weight once more. Of a quantized input it keeps the codes, a byte each, and a
-bit that says whether the element saturated; with a learned scale it keeps the input itself. Where weight and input have
-codes of one type, and the compute dtype is the serving dtype, it multiplies codes as the loader does.
+backward it computes the fake-quantized weight once more, if the master has the compute dtype. Else `nn.Linear` pays a
+cast under autocast, and keeps its result. Here the fake quantization is that cast, and its result, or its codes, is
+kept: a step quantizes once.
 
-Under autocast, `nn.Linear` pays a cast of the weight to the compute dtype; here the fake quantization is that cast.
+Of a quantized input it keeps the codes, a byte each, and a bit that says whether the element saturated; with a learned
+scale it keeps the input itself. Where weight and input have codes of one type, and the compute dtype is the serving
+dtype, it multiplies codes as the loader does, and quantizes the output in the same pass. Of that it keeps a bit an
+element.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from qat import kernels
 from qat.numerics import QType
-from qat.quantizers.activation import ActivationQuantizer, activation_gradients
+from qat.quantizers.activation import ActivationQuantizer, activation_gradients, fake_quantize_output
 from qat.quantizers.base import Quantized, WeightQuantizer
 
 __all__ = ["autocast_dtype", "fake_quantized", "quantized_linear"]
@@ -45,6 +48,7 @@ class _Options(NamedTuple):
     dtype: torch.dtype
     masked: bool
     input_key: str = ""
+    output_key: str = ""
     float8_backward: bool = False
 
 
@@ -101,54 +105,75 @@ class _QuantizedLinear(torch.autograd.Function):
         codes: Tensor | None,
         inside: Tensor | None,
         x_scale: Tensor | None,
+        y_scale: Tensor | None,
         options: _Options,
     ) -> Tensor:
         ctx.options = options
-        if learned is not None:  # whose gradient needs the input itself
-            ctx.save_for_backward(x, weight, scale, shift, None, learned)
+        y_inside = None
+        if codes is None or x_scale is None:
+            y = torch.nn.functional.linear(x, value, bias)
+        elif value.dtype is not options.qtype.storage:
+            given = kernels.dequantize(codes, x_scale, options.dtype, value.dtype)
+            y = torch.nn.functional.linear(given, value, bias)
         else:
-            ctx.save_for_backward(x if codes is None else codes, weight, scale, shift, inside, x_scale)
-        if codes is not None and x_scale is not None:
-            if value.dtype is options.qtype.storage:
-                return kernels.linear_codes(codes, x_scale, value, scale, bias, options.qtype.key, options.dtype)
-            x = kernels.dequantize_activation(codes, x_scale, options.dtype, value.dtype)
-        return torch.nn.functional.linear(x, value, bias)
+            factors, key = (codes, x_scale, value, scale, bias), options.qtype.key
+            if y_scale is None:
+                y = kernels.linear_codes(*factors, key, options.dtype)
+            else:
+                y, y_inside = kernels.linear_codes_quantized(*factors, y_scale, key, options.output_key, options.dtype)
+        needed = ctx.needs_input_grad[0] or ctx.needs_input_grad[5]
+        kept = value if needed and weight.dtype is not y.dtype else None
+        if learned is not None:  # whose gradient needs the input itself
+            codes, inside, x_scale = None, None, learned
+        ctx.save_for_backward(x if codes is None else codes, weight, scale, shift, inside, x_scale, kept, y_inside)
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, scale, shift, inside, x_scale = ctx.saved_tensors
-        qtype, dtype, _, input_key, float8 = ctx.options
+        x, weight, scale, shift, inside, x_scale, kept, y_inside = ctx.saved_tensors
+        qtype, dtype, _, input_key, _, float8 = ctx.options
         needs_x, *needs_scales, needs_bias, learned = ctx.needs_input_grad[:6]
-        grad_x = grad_weight = grad_scale = grad_shift = grad_bias = grad_learned = None
+        needs_x, needs_weight = needs_x or learned, any(needs_scales)
+        grad_x: Any = None
+        grad_weight: Any = None
+        grad_scale = grad_shift = grad_bias = grad_learned = None
+        if y_inside is not None:
+            grad = kernels.masked_gradient(grad, y_inside)
         rows, x_rows = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
         codes, given = x_rows, x_rows
         if x_scale is not None and inside is None:
             codes, inside, _ = kernels.quantize_activation(x_rows, x_scale, input_key, dtype)
+        masked = None if learned else inside
         # Hopper multiplies float8 in steps of 16; others get the exact gradient.
-        float8 = float8 and inside is not None and all(n and n % 16 == 0 for n in (*rows.shape, x.shape[-1]))
-        if needs_x or learned:
-            masked = None if learned else inside
-            if float8:
-                w = kernels.fake_quantize_weight(weight, scale, shift, qtype.key, dtype, qtype.storage, after=grad)
-                grad_x = kernels.float8_input_gradient(rows, w, scale, masked)
-            else:
-                w = kernels.fake_quantize_weight(weight, scale, shift, qtype.key, dtype, grad.dtype, after=grad)
+        if float8 and inside is not None and all(n and n % 16 == 0 for n in (*rows.shape, x.shape[-1])):
+            source = weight if kept is None or kept.dtype is not qtype.storage else kept
+            grad_x, grad_weight = kernels.float8_gradients(
+                rows, source, scale, masked, codes, x_scale, qtype.key, needs_x, needs_weight
+            )
+        else:
+            if needs_x:
+                w = kept
+                if w is None:
+                    w = kernels.fake_quantize_weight(weight, scale, shift, qtype.key, dtype, grad.dtype, after=grad)
+                elif w.dtype is qtype.storage:
+                    w = kernels.dequantize(w, scale, dtype, grad.dtype, after=grad)
                 grad_x = rows @ w if masked is None else kernels.masked_product(rows, w, masked)
-            if learned:
-                grad_learned, grad_x = activation_gradients(given, x_scale, input_key, grad_x)
-            grad_x = grad_x.view(x.shape)
-        if any(needs_scales):
-            if float8:
-                grad_weight = kernels.float8_weight_gradient(rows, codes, x_scale)
-            else:
+            if needs_weight:
+                values = given
                 if inside is not None:
-                    given = kernels.dequantize_activation(codes, x_scale, dtype, grad.dtype, after=grad)
-                grad_weight = rows.t() @ given
+                    values = kernels.dequantize(codes, x_scale, dtype, grad.dtype, after=grad)
+                grad_weight = rows.t() @ values
+        if learned:
+            grad_learned, grad_x = activation_gradients(given, x_scale, input_key, grad_x)
+        if grad_x is not None:
+            grad_x = grad_x.view(x.shape)
+        if needs_weight:
             grad_weight, grad_scale, grad_shift = _weight_gradients(ctx, grad_weight, weight, scale, shift)
         if needs_bias:
             grad_bias = rows.sum(0)
-        return grad_x, grad_weight, grad_scale, grad_shift, grad_bias, grad_learned, None, None, None, None, None
+        found = grad_x, grad_weight, grad_scale, grad_shift, grad_bias, grad_learned
+        return *found, None, None, None, None, None, None
 
 
 def quantized_linear(
@@ -158,27 +183,32 @@ def quantized_linear(
     quantized: Quantized,
     quantizer: WeightQuantizer,
     activation: ActivationQuantizer | None = None,
+    output: ActivationQuantizer | None = None,
 ) -> Tensor:
-    """Linear map with the weight, and perhaps the input, fake-quantized: ``(..., in)`` to ``(..., out)``.
+    """Linear map with the weight, and perhaps input and output, fake-quantized: ``(..., in)`` to ``(..., out)``.
 
     ``weight`` is the effective master weight, ``(out, in)``; ``quantized`` is what the quantizer made of it in the
-    compute dtype, which is the result's, or its codes. ``activation`` quantizes the input; what saturates there gets no
-    gradient.
+    compute dtype, which is the result's, or its codes. ``activation`` quantizes the input, and ``output`` the result;
+    what saturates there gets no gradient.
 
     Raises:
-        CalibrationError: the input is quantized, has elements, and there is no scale yet.
+        CalibrationError: input or output is quantized, has elements, and there is no scale yet.
     """
     codes: tuple[Tensor | None, ...] = (None, None, None)
-    learned, key = None, ""
+    learned, key, y_scale, y_key = None, "", None, ""
     if activation is not None:
         learned, key = activation.learned_scale(), activation.qtype.key
         codes = activation.quantize(x, learned)
     value, scale, shift = quantized
-    dtype = quantizer.dtype if value.dtype is quantizer.qtype.storage else value.dtype
+    coded = value.dtype is quantizer.qtype.storage
+    dtype = quantizer.dtype if coded else value.dtype
+    if coded and output is not None and x.numel() and output.learned_scale() is None:
+        output.require_scale()
+        y_scale, y_key, output = output.serving_scale(), output.qtype.key, None
     if autocast_dtype(x) is not None:
         x = x.to(dtype)
     if bias is not None:
         bias = bias.to(dtype)
-    options = _Options(quantizer.qtype, quantizer.dtype, quantizer.masked, key, quantizer.float8_backward)
-    y: Tensor = _QuantizedLinear.apply(x, weight, scale, shift, bias, learned, value, *codes, options)  # type: ignore[no-untyped-call]
-    return y
+    options = _Options(quantizer.qtype, quantizer.dtype, quantizer.masked, key, y_key, quantizer.float8_backward)
+    y: Tensor = _QuantizedLinear.apply(x, weight, scale, shift, bias, learned, value, *codes, y_scale, options)  # type: ignore[no-untyped-call]
+    return y if output is None else fake_quantize_output(y, output)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from qat.layers.base import QuantizedLayer
 from qat.layers.functional import autocast_dtype, quantized_linear
+from qat.quantizers.activation import ActivationQuantizer
 from qat.quantizers.base import Quantized
 
 __all__ = ["QLinear"]
@@ -31,3 +32,8 @@ class QLinear(QuantizedLayer, nn.Linear):
         if weight is None:
             return nn.functional.linear(x, self.weight, self.bias)
         return quantized_linear(x, self.weight, self.bias, weight, self.weight_quantizer, self.active_input_quantizer())
+
+    def compute_quantized(self, x: Tensor, weight: Quantized, output: ActivationQuantizer) -> Tensor:
+        """The same with a fake-quantized output."""
+        options = (self.weight_quantizer, self.active_input_quantizer(), output)
+        return quantized_linear(x, self.weight, self.bias, weight, *options)

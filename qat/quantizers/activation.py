@@ -235,10 +235,10 @@ def with_unused(y: Tensor, *quantizers: ActivationQuantizer | None) -> Tensor:
 class _FakeQuantizedOutput(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, qtype: str, dtype: torch.dtype) -> Tensor:
-        codes, inside, found = kernels.quantize_activation(x, scale, qtype, dtype)
+        value, inside = kernels.fake_quantize_activation(x, scale, qtype, dtype)
         ctx.qtype = qtype
         ctx.save_for_backward(*((x, scale) if ctx.needs_input_grad[1] else (inside,)))
-        return kernels.dequantize_activation(codes, found, dtype, x.dtype)
+        return value
 
     @staticmethod
     @once_differentiable
