@@ -53,7 +53,7 @@ def unpacked(data: Any) -> Tensor:
     packed: Tensor = data._data
     bits: int = data._bits
     codes = packed.new_empty((packed.shape[0] * (8 // bits), *packed.shape[1:]))
-    for shift, part in zip(range(0, 8, bits), codes.split(packed.shape[0]), strict=True):
+    for shift, part in zip(range(0, 8, bits), torch.split(codes, packed.shape[0]), strict=True):
         torch.bitwise_right_shift(packed, shift, out=part).bitwise_and_(2**bits - 1)
     return codes[: data.shape[0]]
 
