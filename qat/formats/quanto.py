@@ -24,9 +24,10 @@ from torch import Tensor, nn
 from qat.files.evidence import FrozenRecord
 from qat.formats.base import Format, FrozenLayer, InLibrary, LayerTypes, Notice, Slot
 from qat.formats.quanto_tinygemm import (
+    can_optimize,
     is_tinygemm_on_cpu,
     parts_of_tinygemm,
-    plain_from_tinygemm,
+    plain,
     tinygemm_from_plain,
     unpacked,
 )
@@ -67,31 +68,10 @@ def _keep_bias(weight: Any) -> Any:
     return weight
 
 
-def _plain(weight: Any) -> Any:
-    """A weight in the plain class, whatever kernel's class it is in."""
-    if is_tinygemm_on_cpu(weight):
-        return plain_from_tinygemm(weight)
-    if hasattr(weight, "weight_qbits_tensor") and type(weight).__name__ != "WeightQBitsTensor":
-        return weight.weight_qbits_tensor()
-    if hasattr(weight, "weight_qbytes_tensor") and type(weight).__name__ != "WeightQBytesTensor":
-        return weight.weight_qbytes_tensor()
-    return weight
-
-
 def _codes(weight: Any) -> Tensor:
     """The codes of a plain weight, ``(out, in)``."""
     data = unpacked(weight._data) if hasattr(weight._data, "unpack") else weight._data
     return data.reshape(weight.shape)
-
-
-def _can_optimize(weight: Any) -> bool:
-    """Whether ``optimize()`` can convert a weight: TinyGemm's packing raises on other row counts."""
-    if weight.qtype.bits < 8 and (weight.qtype.name != QUANTO_NAMES["int4"] or weight.dtype == torch.float32):
-        return False  # there is no kernel, and quanto would unpack and pack for nothing
-    if weight.qtype.bits == 8 or weight.dtype != torch.bfloat16 or weight._group_size != 128:
-        return True
-    rows: int = weight.shape[0]
-    return rows % (16 if weight.device.type == "cpu" else 8) == 0
 
 
 def _aligned(codes: Tensor) -> Tensor:
@@ -314,7 +294,7 @@ class _Quanto(Format):
     def values(self, module: nn.Module) -> Tensor:
         """By quanto's own arithmetic, not ours."""
         weight: Any = module.weight
-        return (_plain(weight) if is_tinygemm_on_cpu(weight) else weight).dequantize()  # type: ignore[no-any-return]
+        return (plain(weight) if is_tinygemm_on_cpu(weight) else weight).dequantize()  # type: ignore[no-any-return]
 
     def value_blocks(self, module: nn.Module, layer: FrozenLayer) -> Iterator[Tensor]:
         """Quanto's arithmetic too, on weights of some rows each."""
@@ -348,7 +328,7 @@ class _Quanto(Format):
         types = self.declared(module)
         parts = parts_of_tinygemm(layer.weight) if is_tinygemm_on_cpu(layer.weight) else None
         if parts is None:
-            weight = _plain(layer.weight)
+            weight = plain(layer.weight)
             scale = weight._scale.reshape(1, 1) if weight._scale.ndim == 0 else weight._scale
             frozen = FrozenWeight(_codes(weight), scale, getattr(weight, "_shift", None), types.weights)
         else:
@@ -399,15 +379,15 @@ class _Quanto(Format):
             else:
                 scale, shift = MaxOptimizer()(weight, qtype=qtype, axis=0, group_size=size)
             parts: dict[str, Any] = {"scale": scale, "shift": shift, "group_size": size}
-            return _codes(_plain(quantize_weight(weight, qtype=qtype, axis=0, optimized=False, **parts)))
+            return _codes(plain(quantize_weight(weight, qtype=qtype, axis=0, optimized=False, **parts)))
 
 
 def _held(weight: Any, plain_on_cpu: bool) -> Any:
     """A weight in the class in which a target's loader holds it on the weight's device."""
     # Stock diffusers leaves the wrapper on the meta device; its parts say where the data is.
     if plain_on_cpu and inner_tensors(weight)[0].device.type == "cpu":
-        return _plain(weight) if hasattr(weight, "weight_qbits_tensor") else weight
-    if not _can_optimize(weight):
+        return plain(weight) if hasattr(weight, "weight_qbits_tensor") else weight
+    if not can_optimize(weight):
         return weight
     in_blocks = tinygemm_from_plain(weight) if type(weight).__name__ == "WeightQBitsTensor" else None
     return weight.optimize() if in_blocks is None else in_blocks

@@ -17,15 +17,46 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["is_tinygemm_on_cpu", "parts_of_tinygemm", "plain_from_tinygemm", "tinygemm_from_plain", "unpacked"]
+from qat.formats.quanto_types import QUANTO_NAMES
+
+__all__ = [
+    "can_optimize",
+    "is_tinygemm_on_cpu",
+    "parts_of_tinygemm",
+    "plain",
+    "plain_from_tinygemm",
+    "tinygemm_from_plain",
+    "unpacked",
+]
 
 _PACKED_AT_ONCE = 1 << 18  # codes
 _BLOCKS = (64, 32)  # rows of a block with and without AVX-512
 
 
+def can_optimize(weight: Any) -> bool:
+    """Whether ``optimize()`` can convert a weight: TinyGemm's packing raises on other row counts."""
+    if weight.qtype.bits < 8 and (weight.qtype.name != QUANTO_NAMES["int4"] or weight.dtype == torch.float32):
+        return False  # there is no kernel, and quanto would unpack and pack for nothing
+    if weight.qtype.bits == 8 or weight.dtype != torch.bfloat16 or weight._group_size != 128:
+        return True
+    rows: int = weight.shape[0]
+    return rows % (16 if weight.device.type == "cpu" else 8) == 0
+
+
 def is_tinygemm_on_cpu(weight: Any) -> bool:
     """Whether a weight is in the kernel's class, and on a CPU."""
     return type(weight).__name__ == "TinyGemmWeightQBitsTensor" and weight._data._data.device.type == "cpu"
+
+
+def plain(weight: Any) -> Any:
+    """A weight in the plain class, whatever kernel's class it is in."""
+    if is_tinygemm_on_cpu(weight):
+        return plain_from_tinygemm(weight)
+    if hasattr(weight, "weight_qbits_tensor") and type(weight).__name__ != "WeightQBitsTensor":
+        return weight.weight_qbits_tensor()
+    if hasattr(weight, "weight_qbytes_tensor") and type(weight).__name__ != "WeightQBytesTensor":
+        return weight.weight_qbytes_tensor()
+    return weight
 
 
 def plain_from_tinygemm(weight: Any) -> Any:
