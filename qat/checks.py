@@ -6,7 +6,9 @@ layer, a format or a quantizer of your own whose forward computes something else
 
 from __future__ import annotations
 
-from contextlib import suppress
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +21,16 @@ from qat.quantizers.activation import fake_quantize_output
 from qat.runs import runs
 from qat.tensors import TOLERANCE, stored_tensors
 
-__all__ = ["function_fault", "hooks_change", "loses_scales", "require_finite", "require_range", "unreached_layers"]
+__all__ = [
+    "function_check",
+    "hooks_change",
+    "loses_scales",
+    "other_mode",
+    "require_finite",
+    "require_range",
+    "unreached_layers",
+    "values_fault",
+]
 
 _ROWS = 4
 _CODE_STEP = 0.13
@@ -122,34 +133,61 @@ def hooks_change(layer: QuantizedLayer) -> bool:
 
 
 @torch.no_grad()
-def function_fault(layer: QuantizedLayer, frozen: nn.Module, trained: Tensor) -> str | None:
-    """Why a frozen layer's output differs from the prepared layer's; None if it does not.
+def values_fault(layer: QuantizedLayer, trained: Tensor) -> str:
+    """What is wrong with a layer whose codes, made in the quantizer's other mode, give other values than ``trained``.
 
-    ``trained`` is the fake-quantized weight in the serving dtype. Kernels round sums in their own ways, so outputs are
-    compared within a tolerance, and where both are finite; weights are compared elsewhere.
+    ``trained`` is the fake-quantized weight in the serving dtype.
     """
-    quantizer, master, dtype = layer.weight_quantizer, layer.effective_weight(layer), trained.dtype
-    quantizer.train(not quantizer.training)
-    same = torch.equal(quantizer.quantize(master, dtype).value, trained)
-    quantizer.train(not quantizer.training)
-    if not same:
+    quantizer, master = layer.weight_quantizer, layer.effective_weight(layer)
+    again = torch.equal(quantizer.quantize(master, trained.dtype).value, trained)
+    with other_mode(quantizer):
+        in_other_mode = torch.equal(quantizer.quantize(master, trained.dtype).value, trained)
+    if again and not in_other_mode:
         return f"{type(quantizer).__name__}.quantize depends on its training mode: it must give the same in both"
+    return (
+        "it dequantizes to other values than its fake-quantized forward used; this is a fault of "
+        f"{type(quantizer).__name__}: what quantize returns must depend on nothing but its state and the weight"
+    )
+
+
+@contextmanager
+def other_mode(module: nn.Module) -> Iterator[None]:
+    """Put a module that trains into evaluation mode for a while, or the other way round."""
+    module.train(not module.training)
+    try:
+        yield
+    finally:
+        module.train(not module.training)
+
+
+@torch.no_grad()
+def function_check(layer: QuantizedLayer) -> Callable[[nn.Module], str | None]:
+    """Run a prepared layer; what is returned says why the frozen one computes something else, or None.
+
+    Kernels round sums in their own ways, so outputs are compared within a tolerance, and where both are finite; weights
+    are compared elsewhere. What is returned does not hold the prepared layer.
+    """
+    dtype, master_dtype = layer.weight_quantizer.dtype, layer.effective_weight(layer).dtype
     layer.mode, x = Mode(), _example(layer, dtype)
-    mixed = dtype is not torch.float32 and dtype is not master.dtype
+    mixed = dtype is not torch.float32 and dtype is not master_dtype
     with torch.autocast(x.device.type, dtype if mixed else None, enabled=mixed):
-        wanted = layer.forward(x if mixed else x.to(master.dtype))
-    with torch.autocast(x.device.type, enabled=False):
-        found = frozen(x).dequantize().float()
+        wanted = layer.forward(x if mixed else x.to(master_dtype))
     tolerance = max(TOLERANCE.get(str(d).removeprefix("torch."), 0.0) for d in (dtype, wanted.dtype))
     if layer.input_quantizer is not None:
         tolerance = max(tolerance, _CODE_STEP)
-    wanted = wanted.float()
+    return functools.partial(_function_fault, type(layer).__name__, x, wanted.float(), tolerance)
+
+
+@torch.no_grad()
+def _function_fault(name: str, x: Tensor, wanted: Tensor, tolerance: float, frozen: nn.Module) -> str | None:
+    with torch.autocast(x.device.type, enabled=False):
+        found = frozen(x).dequantize().float()
     if found.shape == wanted.shape:
         finite = found.isfinite() & wanted.isfinite()  # float16 overflows with weights that it can hold
         gap, size = ((t.where(finite, 0.0)).abs().max() for t in (found - wanted, wanted))
         if bool(gap <= tolerance * size):
             return None
     return (
-        f"frozen, it computes something else than {type(layer).__name__} did (an output of {tuple(found.shape)}): its "
+        f"frozen, it computes something else than {name} did (an output of {tuple(found.shape)}): its "
         f"compute, or the module that the format builds ({type(frozen).__name__}), is wrong"
     )

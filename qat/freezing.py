@@ -1,13 +1,15 @@
 """`freeze`: make codes, scales and shifts final, packed as trained, never derived again from the float weight.
 
-A layer at a time: the float master is dropped before the next one is packed, and evidence of the last layers is hashed
-in threads meanwhile. So memory peaks at the model plus the work on a few layers. Why optimum-quanto's own ``freeze`` is
-not used: docs/decisions/0002-pack-never-derive.md.
+A layer at a time: the float master is dropped before the next layer is packed. The fake-quantized value is hashed in a
+thread, while it is compared in blocks of rows. On a CPU the next layer waits for that hash. From a GPU the value is
+copied, and hashes of a few layers run at once. So memory peaks at the model plus one value with its codes. Why
+optimum-quanto's own ``freeze`` is not used: docs/decisions/0002-pack-never-derive.md.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,20 +17,28 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from qat.checks import function_fault, hooks_change, require_finite, require_range, unreached_layers
+from qat.checks import (
+    function_check,
+    hooks_change,
+    other_mode,
+    require_finite,
+    require_range,
+    unreached_layers,
+    values_fault,
+)
 from qat.errors import QatError, StateError, TargetError, listed
 from qat.files.evidence import FrozenRecord, LayerEvidence, record_frozen
 from qat.formats import FrozenLayer, LayerTypes
 from qat.hosts import Target, get_target, host_of
 from qat.hosts.construction import constructed_tensors, differs, unstored_tensors
-from qat.jobs import in_threads
+from qat.jobs import begun, in_threads
 from qat.layers import QuantizedLayer, layer_class, quantized_layers
 from qat.optimizers import unchanged
 from qat.preparation import Prepared, forget_prepared, prepared_as
 from qat.progress import counted
 from qat.quantizers.activation import ActivationQuantizer
 from qat.runs import read_without_call
-from qat.tensors import await_numbers, digest, stored_tensors
+from qat.tensors import await_numbers, digest, model_device, stored_tensors
 
 __all__ = ["FreezeReport", "freeze", "frozen_copy"]
 
@@ -88,8 +98,8 @@ def freeze(
         CalibrationError: activations are quantized but were never calibrated. Nothing is changed then.
         QatError: a quantizer's packed codes give other values than its forward did, or a frozen layer computes another
             function: a fault of an algorithm, a layer or a format of your own. It is found layer by layer, since all
-            packed tensors at once would be a second model; the layers before it are frozen by then, so take the masters
-            from a checkpoint.
+            packed tensors at once would be a second model; other layers are frozen by then, so take the masters from a
+            checkpoint.
 
     >>> from qat import QuantSpec, prepare
     >>> model = nn.Sequential(nn.Linear(256, 64), nn.ReLU(), nn.Linear(64, 16))
@@ -150,7 +160,8 @@ def _freeze(model: nn.Module, target: str | None, remarks: Sequence[str] = (), p
     constructed = constructed_tensors(model, chosen, prepared.spec.torch_dtype)
     places = _places(model)
     kinds: set[tuple[object, ...]] = set()
-    hashed = in_threads(_freeze_layer(name, held, chosen, prepared, kinds) for name, held in places.items())
+    calls = (_freeze_layer(name, held, chosen, prepared, kinds) for name, held in places.items())
+    hashed = in_threads(calls, threads=2) if model_device(model).type == "cpu" else in_threads(calls)
     evidence = dict(zip(places, counted(hashed, "freezing", progress, len(places)), strict=True))
     _cast_the_rest(model, set(evidence), chosen, constructed)
     model.eval()
@@ -233,36 +244,44 @@ def _freeze_layer(
     assert isinstance(layer, QuantizedLayer)
     quantizer = layer.weight_quantizer
     master = layer.effective_weight(layer)
-    trained = quantizer.quantize(master, quantizer.dtype).value  # as a forward asks for it, apart from the codes
-    weight = quantizer.freeze(master)[0]
-    dtype, device = quantizer.dtype, weight.codes.device
+    device = master.device
+    with other_mode(quantizer):
+        weight = quantizer.final_codes(master)
     bias: Tensor | None = getattr(layer, "bias", None)
-    types = LayerTypes(weight.qtype, layer.activation_qtype, dtype, prepared.spec.outputs)
+    types = LayerTypes(weight.qtype, layer.activation_qtype, quantizer.dtype, prepared.spec.outputs)
+    out_features, in_features = weight.shape
     final = FrozenLayer(
         weight,
-        None if bias is None else bias.detach().to(dtype),
+        None if bias is None else bias.detach().to(types.dtype),
         types,
-        _activation_scale(layer.input_quantizer, dtype, device),
-        _activation_scale(layer.output_quantizer, dtype, device),
+        _activation_scale(layer.input_quantizer, types.dtype, device),
+        _activation_scale(layer.output_quantizer, types.dtype, device),
     )
-    out_features, in_features = weight.shape
-    frozen = target.build(types, (out_features, in_features), target.format.pack(final))
-    if not torch.equal(target.format.values(frozen), trained):
-        raise QatError(
-            f"freeze: layer {name!r} dequantizes to other values than its fake-quantized forward used; this is a fault "
-            f"of {type(quantizer).__name__}: what quantize returns must depend on nothing but its state and the weight"
-        )
+    tensors = target.format.pack(final)
+    del weight, final  # codes of 4 and 2 bits are packed now
+    frozen = target.build(types, (out_features, in_features), tensors)
+    del tensors
+    trained = quantizer.quantize(master, quantizer.dtype).value  # as a forward asks for it, apart from the codes
+    hashed = begun(functools.partial(digest, trained.cpu()))
+    packed, first = target.format.read(frozen), 0
+    for block in target.format.value_blocks(frozen, packed):
+        if not torch.equal(block, trained[first : first + len(block)]):
+            raise QatError(f"freeze: layer {name!r}: {values_fault(layer, trained)}")
+        first += len(block)
+    if device.type == "cpu":
+        hashed()  # so that no thread holds the value of this layer beside that of the next one
+    del trained
     kind = (type(layer), type(quantizer), types, bias is None, device.type, layer.weight.dtype)
-    if kind not in kinds and device.type != "meta":
-        kinds.add(kind)
-        if (fault := function_fault(layer, frozen, trained)) is not None:
-            raise QatError(f"freeze: layer {name!r}: {fault}")
+    check = None if kind in kinds else function_check(layer)
+    kinds.add(kind)
     frozen.train(layer.training)
     for children, key in places:
         children[key] = frozen
-    packed = target.format.read(frozen)
+    del layer, master, quantizer
+    if check is not None and (fault := check(frozen)) is not None:
+        raise QatError(f"freeze: layer {name!r}: {fault}")
     await_numbers(packed.weight.codes)
-    return lambda: packed.evidence(digest(trained))
+    return lambda: packed.evidence(hashed())
 
 
 def _narrower(serving: torch.dtype, layer: QuantizedLayer) -> bool:

@@ -12,11 +12,23 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
-__all__ = ["in_threads"]
+__all__ = ["begun", "in_threads"]
 
 Item = TypeVar("Item")
 
 _THREADS = min(5, os.cpu_count() or 1)
+
+
+def begun(call: Callable[[], Item]) -> Callable[[], Item]:
+    """Begin a call in a thread of its own; what is returned waits for its result, or raises what it raised.
+
+    >>> begun(lambda: 3)()
+    3
+    """
+    pool = ThreadPoolExecutor(1, thread_name_prefix="qat")
+    future = pool.submit(call)
+    pool.shutdown(wait=False)
+    return future.result
 
 
 def in_threads(calls: Iterable[Callable[[], Item]], threads: int = _THREADS) -> Iterator[Item]:

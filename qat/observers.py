@@ -19,7 +19,6 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from qat.errors import CalibrationError
 from qat.numerics import QType
 from qat.spec import NamedArguments
 
@@ -89,11 +88,6 @@ class Observer(nn.Module):
         for name in ("initialized", "nonfinite"):
             getattr(self, name).logical_or_(getattr(other, name))
         torch.maximum(self.largest, other.largest, out=self.largest)
-
-    def require(self) -> None:
-        """Raise `CalibrationError` where nothing was seen."""
-        if not bool(self.initialized):
-            raise CalibrationError("observer: the range was asked for before any batch was seen: calibrate first")
 
     def percentile(self, percent: float) -> Tensor:
         """The smallest magnitude, float32, below which ``percent`` percent lie; at most 1/128 of itself too large."""

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qat.errors import SpecError, StateError, shown
+from qat.errors import SpecError, StateError, listed, shown
 from qat.files.evidence import is_frozen
 from qat.hosts import get_target, inner_models
 from qat.inspection import InspectReport, inspect
@@ -59,9 +59,11 @@ class PrepareReport:
     """Names of the layers that are quantized now."""
     untied: tuple[str, ...] = ()
     """Layers whose weight was tied and is now a copy of its own."""
+    remarks: tuple[str, ...] = ()
+    """What the algorithm does not do in some layers."""
 
     def __str__(self) -> str:
-        return "\n".join([str(self.inspection), *(f"untied: {name}" for name in self.untied)])
+        return "\n".join([str(self.inspection), *self.remarks, *(f"untied: {name}" for name in self.untied)])
 
 
 def prepare(
@@ -121,11 +123,21 @@ def prepare(
         made.append((row.name, cls, module, quantizer.to(weight.device), inputs, outputs))
     calibrated = [name for name, _, _, _, inputs, _ in made if inputs is not None]
     _check_use(algorithm, calibrated, [quantizer for _, _, _, quantizer, _, _ in made])
+    holders = _holders(model)
     for name, cls, module, quantizer, inputs, outputs in made:  # now, so that no error leaves a half-prepared model
-        if _untie(model, module):
+        if _untie(model, module, holders):
             untied.append(name)
         cls.adopt(module, quantizer, inputs, outputs)
-    notes = (*report.notes, *(f"untied: {name}" for name in untied))
+    inexact = [
+        n for n, cls, m, q, _, _ in made if q.float8_backward and any(s % 16 for s in cls.effective_weight(m).shape)
+    ]
+    remarks = []
+    if inexact:
+        remarks.append(
+            f"float8_backward: {len(inexact)} layers keep exact gradients, since a size is no multiple of 16: "
+            f"{listed(inexact, 8)}"
+        )
+    notes = (*report.notes, *remarks, *(f"untied: {name}" for name in untied))
     layers = tuple(name for name, _ in quantized_layers(model))
     setattr(model, _ATTRIBUTE, Prepared(spec, algorithm, target, observer, notes, report.left_float, layers))
     complete = functools.partial(_complete_float_checkpoint, algorithm)
@@ -133,7 +145,7 @@ def prepare(
     hooks = [module.register_load_state_dict_pre_hook(complete) for module in loaded]  # type: ignore[no-untyped-call]
     setattr(model, _HOOKS, hooks + observe_runs(model))
     watch(model)
-    return PrepareReport(report, layers, tuple(untied))
+    return PrepareReport(report, layers, tuple(untied), tuple(remarks))
 
 
 def _check_use(algorithm: Algorithm, names: list[str], quantizers: list[WeightQuantizer]) -> None:
@@ -169,14 +181,24 @@ def forget_prepared(model: nn.Module) -> None:
         hook.remove()
 
 
-def _untie(model: nn.Module, module: Any) -> bool:
+def _holders(model: nn.Module) -> dict[int, set[int]]:
+    """The modules that hold each parameter, by their identities."""
+    holders: dict[int, set[int]] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            holders.setdefault(id(parameter), set()).add(id(module))
+    return holders
+
+
+def _untie(model: nn.Module, module: Any, all_holders: dict[int, set[int]]) -> bool:
     """Give a layer a weight of its own if it shares one, and tell the configs of the models around it."""
     untied = False
     for key, weight in matrices(module).items():
-        holders = {id(m) for m in model.modules() for p in m._parameters.values() if p is weight}
+        holders = all_holders[id(weight)]
         if len(holders) < 2:
             continue
         untied = True
+        all_holders[id(weight)] = holders - {id(module)}
         setattr(module, key, nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad))
         for _, inner, host in inner_models(model):
             if holders <= {id(part) for part in inner.modules()}:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from qat import QuantSpec, freeze, prepare
 from qat.formats import QUANTO, quanto_tinygemm
-from qat.formats.quanto_tinygemm import is_tinygemm_on_cpu, plain_from_tinygemm
+from qat.formats.quanto_tinygemm import is_tinygemm_on_cpu, plain_from_tinygemm, tinygemm_from_plain, unpacked
 
 SHAPES = [(16, 256), (32, 256), (48, 256), (64, 384), (80, 256), (128, 512), (176, 256), (208, 640)]
 
@@ -43,6 +43,32 @@ def test_codes_scales_and_shifts_are_those_of_quantos_own_way(rows: int, columns
     for ours, theirs in zip(parts(found), parts(wanted), strict=True):
         assert ours.dtype == theirs.dtype
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [*SHAPES, (1200, 640)])
+def test_packing_in_blocks_gives_the_kernel_its_very_numbers(
+    rows: int, columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = tinygemm(rows, columns).weight.weight_qbits_tensor()
+    wanted = plain.optimize()
+    for at_once in (1, quanto_tinygemm._PACKED_AT_ONCE):
+        monkeypatch.setattr(quanto_tinygemm, "_PACKED_AT_ONCE", at_once)
+        found = tinygemm_from_plain(plain)
+        assert type(found) is type(wanted)
+        assert (found.shape, found.stride(), found._data.size()) == (wanted.shape, wanted.stride(), wanted._data.size())
+        assert torch.equal(found._data._data, wanted._data._data)
+        assert torch.equal(found._scale_shift, wanted._scale_shift)
+
+
+@pytest.mark.parametrize("bits", [4, 2])
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 8])
+def test_codes_are_unpacked_as_quanto_does(rows: int, bits: int) -> None:
+    from optimum.quanto.tensor.packed import PackedTensor
+
+    codes = torch.randint(2**bits, (rows, 7), dtype=torch.uint8, generator=torch.Generator().manual_seed(rows))
+    packed = PackedTensor.pack(codes, bits)
+    assert torch.equal(unpacked(packed), codes)
+    assert torch.equal(packed.unpack(), codes)
 
 
 def test_values_are_those_of_quantos_own_way() -> None:

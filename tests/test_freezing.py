@@ -372,7 +372,7 @@ class Restless(Algorithm):
 def test_a_quantizer_that_freezes_to_another_weight_than_it_trained_is_found() -> None:
     model = nn.Sequential(nn.Linear(64, 8))
     qat.prepare(model, spec_of(), algorithm=Restless())
-    with pytest.raises(QatError, match=r"layer '0' dequantizes to other values .* a fault of Quantizer"):
+    with pytest.raises(QatError, match=r"layer '0': it dequantizes to other values .* a fault of Quantizer"):
         freeze(model, allow_unreached=True)
 
 

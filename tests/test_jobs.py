@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from qat.errors import QatError
-from qat.jobs import in_threads
+from qat.jobs import begun, in_threads
 
 
 def test_results_come_in_order_though_calls_end_in_another() -> None:
@@ -23,6 +23,15 @@ def test_results_come_in_order_though_calls_end_in_another() -> None:
         return 2
 
     assert list(in_threads([first, second], threads=3)) == [1, 2]
+
+
+def test_a_call_that_has_begun_is_asked_for_its_result_and_its_error() -> None:
+    go_on = threading.Event()
+    waiting, failing = begun(lambda: go_on.wait(5)), begun(lambda: 1 // 0)
+    go_on.set()
+    assert waiting()
+    with pytest.raises(ZeroDivisionError):
+        failing()
 
 
 @pytest.mark.parametrize("threads", [1, 2, 4])

@@ -382,3 +382,15 @@ def test_a_part_of_a_layers_quantizer_state_is_refused() -> None:
     parameters = {key: value.detach().clone() for key, value in model.named_parameters()}
     with pytest.raises(StateError, match="layer '0' has only a part of its quantizers' state"):
         model.load_state_dict(parameters, strict=False)
+
+
+def test_layers_whose_sizes_no_float8_product_takes_are_named() -> None:
+    model = nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 24), nn.Linear(24, 16))
+    spec = QuantSpec(weights="float8", activations="float8")
+    report = prepare(model, spec, algorithm=StraightThrough(float8_backward=True))
+    (remark,) = report.remarks
+    wanted = "float8_backward: 2 layers keep exact gradients, since a size is no multiple of 16: 1, 2"
+    assert remark == wanted
+    assert remark in str(report)
+    assert remark in prepared_as(model).notes
+    assert not prepare(nn.Sequential(nn.Linear(24, 24)), spec).remarks

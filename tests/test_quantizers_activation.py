@@ -221,10 +221,15 @@ def test_layers_that_read_one_tensor_have_one_scale_and_share_its_codes() -> Non
     other = copy.deepcopy(model)
     assert calls(other, x) == 2
     other.load_state_dict(state)
-    assert calls(other, x) == 4
+    assert calls(other, x) == 2
     assert torch.equal(other(x), expected)
-    other.k.input_quantizer.scale.mul_(1.5)  # type: ignore[operator, union-attr]
+    other.to("meta").to_empty(device="cpu")  # whose scales are other tensors
+    shared = [layer.input_quantizer.scale for layer in (other.q, other.k, other.v)]  # type: ignore[union-attr]
+    assert shared[0] is shared[1] is shared[2]
+    other.load_state_dict(state | {"v.input_quantizer.scale": state["v.input_quantizer.scale"] * 2})
+    assert calls(other, x) == 3  # two of them share
     assert torch.equal(other.q.input_quantizer.scale, scales[0])  # type: ignore[union-attr]
+    assert other.v.input_quantizer.scale == 2 * other.k.input_quantizer.scale  # type: ignore[union-attr, operator]
     qat.calibrate(other, [torch.randn(8, 32)])
     assert calls(other, x) == 2
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -267,6 +267,10 @@ class Format(ABC):
     def values(self, module: nn.Module) -> Tensor:
         """What the weight of a frozen layer dequantizes to when it runs, ``(out, in)``, in the serving dtype."""
         return self.read(module).weight.dequantize()
+
+    def value_blocks(self, module: nn.Module, layer: FrozenLayer) -> Iterator[Tensor]:
+        """`values`, perhaps some rows at a time; ``layer`` is what `read` gives of the module."""
+        yield self.values(module)
 
     def is_settled(self, module: nn.Module, *, plain_on_cpu: bool) -> bool:
         """Whether `settle` would leave a frozen layer as it is."""

@@ -14,7 +14,7 @@ Every measured fault of optimum-quanto 0.2.7 and torch 2.13 that a layer must av
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -23,7 +23,14 @@ from torch import Tensor, nn
 
 from qat.files.evidence import FrozenRecord
 from qat.formats.base import Format, FrozenLayer, InLibrary, LayerTypes, Notice, Slot
-from qat.formats.quanto_tinygemm import is_tinygemm_on_cpu, plain_from_tinygemm
+from qat.formats.quanto_tinygemm import (
+    can_optimize,
+    is_tinygemm_on_cpu,
+    parts_of_tinygemm,
+    plain,
+    tinygemm_from_plain,
+    unpacked,
+)
 from qat.formats.quanto_types import QTYPES, QTYPES_OF_QUANTO, QUANTO_NAMES
 from qat.numerics import FrozenWeight, QType
 from qat.tensors import inner_tensors
@@ -33,6 +40,7 @@ __all__ = ["QUANTO", "WEIGHT_KEYS"]
 WEIGHT_KEYS = ("weight._data._data", "weight._data", "weight._scale", "weight._shift")
 """The names below a layer's name from which its weight is rebuilt."""
 
+_BLOCK_ELEMENTS = 1 << 18  # of a weight that is dequantized in blocks of rows
 _ALIGNMENT = 64  # bytes; fresh memory has it
 
 
@@ -60,29 +68,10 @@ def _keep_bias(weight: Any) -> Any:
     return weight
 
 
-def _plain(weight: Any) -> Any:
-    """A weight in the plain class, whatever kernel's class it is in."""
-    if is_tinygemm_on_cpu(weight):
-        return plain_from_tinygemm(weight)
-    if hasattr(weight, "weight_qbits_tensor") and type(weight).__name__ != "WeightQBitsTensor":
-        return weight.weight_qbits_tensor()
-    if hasattr(weight, "weight_qbytes_tensor") and type(weight).__name__ != "WeightQBytesTensor":
-        return weight.weight_qbytes_tensor()
-    return weight
-
-
 def _codes(weight: Any) -> Tensor:
     """The codes of a plain weight, ``(out, in)``."""
-    data = weight._data.unpack() if hasattr(weight._data, "unpack") else weight._data
-    return data.reshape(weight.shape)  # type: ignore[no-any-return]
-
-
-def _can_optimize(weight: Any) -> bool:
-    """Whether ``optimize()`` can convert a weight: TinyGemm's packing raises on other row counts."""
-    if weight.qtype.name != QUANTO_NAMES["int4"] or weight.dtype != torch.bfloat16 or weight._group_size != 128:
-        return True
-    rows: int = weight.shape[0]
-    return rows % (16 if weight.device.type == "cpu" else 8) == 0
+    data = unpacked(weight._data) if hasattr(weight._data, "unpack") else weight._data
+    return data.reshape(weight.shape)
 
 
 def _aligned(codes: Tensor) -> Tensor:
@@ -305,7 +294,25 @@ class _Quanto(Format):
     def values(self, module: nn.Module) -> Tensor:
         """By quanto's own arithmetic, not ours."""
         weight: Any = module.weight
-        return (_plain(weight) if is_tinygemm_on_cpu(weight) else weight).dequantize()  # type: ignore[no-any-return]
+        return (plain(weight) if is_tinygemm_on_cpu(weight) else weight).dequantize()  # type: ignore[no-any-return]
+
+    def value_blocks(self, module: nn.Module, layer: FrozenLayer) -> Iterator[Tensor]:
+        """Quanto's arithmetic too, on weights of some rows each."""
+        from optimum.quanto import WeightQBitsTensor, WeightQBytesTensor
+
+        kept: Any = module
+        weight, form = layer.weight, (kept.weight_qtype, 0)
+        groups = weight.scale.shape[0] // weight.shape[0]
+        for first in range(0, weight.shape[0], step := max(1, _BLOCK_ELEMENTS // weight.shape[1])):
+            codes = weight.codes[first : first + step]
+            rows = slice(first * groups, (first + step) * groups)
+            size = (codes.size(), codes.stride())
+            if weight.shift is None:
+                block = WeightQBytesTensor(*form, *size, codes, weight.scale[rows], kept.activation_qtype)
+            else:
+                parts = (weight.qtype.grouped(codes), weight.scale[rows], weight.shift[rows])
+                block = WeightQBitsTensor(*form, kept.weight_group_size, *size, *parts)
+            yield block.dequantize()
 
     def declared(self, module: nn.Module) -> LayerTypes:
         layer: Any = module
@@ -318,9 +325,14 @@ class _Quanto(Format):
 
     def read(self, module: nn.Module) -> FrozenLayer:
         layer: Any = module
-        weight, types = _plain(layer.weight), self.declared(module)
-        scale = weight._scale.reshape(1, 1) if weight._scale.ndim == 0 else weight._scale
-        frozen = FrozenWeight(_codes(weight), scale, getattr(weight, "_shift", None), types.weights)
+        types = self.declared(module)
+        parts = parts_of_tinygemm(layer.weight) if is_tinygemm_on_cpu(layer.weight) else None
+        if parts is None:
+            weight = plain(layer.weight)
+            scale = weight._scale.reshape(1, 1) if weight._scale.ndim == 0 else weight._scale
+            frozen = FrozenWeight(_codes(weight), scale, getattr(weight, "_shift", None), types.weights)
+        else:
+            frozen = FrozenWeight(*parts, types.weights)
         return FrozenLayer(frozen, layer.bias, types, layer.input_scale, layer.output_scale)
 
     def is_settled(self, module: nn.Module, *, plain_on_cpu: bool) -> bool:
@@ -367,15 +379,18 @@ class _Quanto(Format):
             else:
                 scale, shift = MaxOptimizer()(weight, qtype=qtype, axis=0, group_size=size)
             parts: dict[str, Any] = {"scale": scale, "shift": shift, "group_size": size}
-            return _codes(_plain(quantize_weight(weight, qtype=qtype, axis=0, optimized=False, **parts)))
+            return _codes(plain(quantize_weight(weight, qtype=qtype, axis=0, optimized=False, **parts)))
 
 
 def _held(weight: Any, plain_on_cpu: bool) -> Any:
     """A weight in the class in which a target's loader holds it on the weight's device."""
     # Stock diffusers leaves the wrapper on the meta device; its parts say where the data is.
     if plain_on_cpu and inner_tensors(weight)[0].device.type == "cpu":
-        return _plain(weight) if hasattr(weight, "weight_qbits_tensor") else weight
-    return weight.optimize() if _can_optimize(weight) else weight
+        return plain(weight) if hasattr(weight, "weight_qbits_tensor") else weight
+    if not can_optimize(weight):
+        return weight
+    in_blocks = tinygemm_from_plain(weight) if type(weight).__name__ == "WeightQBitsTensor" else None
+    return weight.optimize() if in_blocks is None else in_blocks
 
 
 QUANTO = _Quanto()

@@ -17,9 +17,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["is_tinygemm_on_cpu", "plain_from_tinygemm"]
+from qat.formats.quanto_types import QUANTO_NAMES
 
+__all__ = [
+    "can_optimize",
+    "is_tinygemm_on_cpu",
+    "parts_of_tinygemm",
+    "plain",
+    "plain_from_tinygemm",
+    "tinygemm_from_plain",
+    "unpacked",
+]
+
+_PACKED_AT_ONCE = 1 << 18  # codes
 _BLOCKS = (64, 32)  # rows of a block with and without AVX-512
+
+
+def can_optimize(weight: Any) -> bool:
+    """Whether ``optimize()`` can convert a weight: TinyGemm's packing raises on other row counts."""
+    if weight.qtype.bits < 8 and (weight.qtype.name != QUANTO_NAMES["int4"] or weight.dtype == torch.float32):
+        return False  # there is no kernel, and quanto would unpack and pack for nothing
+    if weight.qtype.bits == 8 or weight.dtype != torch.bfloat16 or weight._group_size != 128:
+        return True
+    rows: int = weight.shape[0]
+    return rows % (16 if weight.device.type == "cpu" else 8) == 0
 
 
 def is_tinygemm_on_cpu(weight: Any) -> bool:
@@ -27,19 +48,70 @@ def is_tinygemm_on_cpu(weight: Any) -> bool:
     return type(weight).__name__ == "TinyGemmWeightQBitsTensor" and weight._data._data.device.type == "cpu"
 
 
+def plain(weight: Any) -> Any:
+    """A weight in the plain class, whatever kernel's class it is in."""
+    if is_tinygemm_on_cpu(weight):
+        return plain_from_tinygemm(weight)
+    if hasattr(weight, "weight_qbits_tensor") and type(weight).__name__ != "WeightQBitsTensor":
+        return weight.weight_qbits_tensor()
+    if hasattr(weight, "weight_qbytes_tensor") and type(weight).__name__ != "WeightQBytesTensor":
+        return weight.weight_qbytes_tensor()
+    return weight
+
+
 def plain_from_tinygemm(weight: Any) -> Any:
     """What ``weight.weight_qbits_tensor()`` gives, without its product with the identity matrix."""
     from optimum.quanto import WeightQBitsTensor
 
-    packed = weight._data
-    block = _block(*packed.size())
-    if block is None:
+    if (parts := parts_of_tinygemm(weight)) is None:
         return weight.weight_qbits_tensor()
-    codes = _unpack(packed, block).view(-1, weight._group_size)
-    scale, middle = (part.T.reshape(-1, 1) for part in weight._scale_shift.unbind(2))
-    shift = 8 * scale - middle
+    codes, *scales = parts
     form = (weight._qtype, weight._axis, weight._group_size, weight.size(), weight.stride())
-    return WeightQBitsTensor(*form, codes, scale, shift)
+    return WeightQBitsTensor(*form, codes.view(-1, weight._group_size), *scales)
+
+
+def parts_of_tinygemm(weight: Any) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Codes, ``(out, in)``, scale and shift of a weight; None where the order of its codes is not known."""
+    block = _block(*weight._data.size())
+    if block is None:
+        return None
+    scale, middle = (part.T.reshape(-1, 1) for part in weight._scale_shift.unbind(2))
+    return _unpack(weight._data, block), scale, 8 * scale - middle
+
+
+def unpacked(data: Any) -> Tensor:
+    """What ``data.unpack()`` gives of quanto's packed codes, with no memory but that of the result."""
+    packed: Tensor = data._data
+    bits: int = data._bits
+    codes = packed.new_empty((packed.shape[0] * (8 // bits), *packed.shape[1:]))
+    for shift, part in zip(range(0, 8, bits), torch.split(codes, packed.shape[0]), strict=True):
+        torch.bitwise_right_shift(packed, shift, out=part).bitwise_and_(2**bits - 1)
+    return codes[: data.shape[0]]
+
+
+def tinygemm_from_plain(weight: Any) -> Any:
+    """What ``weight.optimize()`` gives of an int4 weight in bfloat16 on a CPU, packed in blocks of rows.
+
+    Quanto packs by way of int32, four times the codes' memory. None for other weights, and unknown orders.
+    """
+    from optimum.quanto.tensor.weights.tinygemm import TinyGemmPackedTensor, TinyGemmWeightQBitsTensor
+
+    rows, columns = weight.size()
+    types = (weight._qtype.bits, weight.dtype, weight._group_size, weight._data._data.device.type)
+    if types != (4, torch.bfloat16, 128, "cpu") or (block := _block(rows, columns)) is None:
+        return None
+    step, groups = block * max(1, _PACKED_AT_ONCE // (block * columns)), columns // 128
+    form, codes = (weight._qtype, weight._axis, weight._group_size), unpacked(weight._data)
+    parts = []
+    for first in range(0, rows, step):
+        at = slice(first * groups, (first + step) * groups)
+        size = (min(step, rows - first), columns)
+        scales = (weight._scale[at], weight._shift[at])
+        parts.append(TinyGemmWeightQBitsTensor(*form, size, (columns, 1), codes[at], scales))
+    data = torch.cat([part._data._data for part in parts])
+    packed = TinyGemmPackedTensor(data, weight.size(), weight.stride())
+    scale_shift = torch.cat([part._scale_shift for part in parts], 1)
+    return TinyGemmWeightQBitsTensor(*form, weight.size(), weight.stride(), packed, scale_shift)
 
 
 def _unpack(packed: Any, block: int) -> Tensor:
@@ -50,9 +122,11 @@ def _unpack(packed: Any, block: int) -> Tensor:
         if start == stop:
             continue
         stored = data[start * columns // 2 : stop * columns // 2].reshape(-1, columns, size // 2)
-        stored, place = stored.transpose(1, 2).contiguous(), codes[start:stop].view(-1, size, columns)
+        place = codes[start:stop].view(-1, size, columns)
         low, high = _order(size).view(-1, 2).T
-        place[:, low], place[:, high] = stored & 15, stored >> 4
+        for from_block, to_block in zip(stored, place, strict=True):
+            rows_of_block = from_block.T.contiguous()
+            to_block[low], to_block[high] = rows_of_block & 15, rows_of_block >> 4
     return codes
 
 
@@ -70,6 +144,7 @@ def _order(block: int) -> Tensor:
 @functools.cache
 def _block(rows: int, columns: int) -> int | None:
     """The rows of a block by which codes of this shape come back; None if there is no such number."""
+    rows = min(rows, 2 * _BLOCKS[0] + rows % _BLOCKS[0])  # blocks do not depend on each other
     codes = torch.randint(16, (rows, columns), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     packed = _packed(codes)
     for block in _BLOCKS:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from qat.errors import StateError
 from qat.layers.functional import autocast_dtype
 from qat.numerics import QType
-from qat.quantizers.activation import ActivationQuantizer, fake_quantize_output, with_unused
+from qat.quantizers.activation import ActivationQuantizer, LearnedScale, fake_quantize_output, with_unused
 from qat.quantizers.base import Algorithm, Quantized, WeightQuantizer
 
 __all__ = ["Mode", "QuantizedLayer", "inside_layer"]
@@ -62,6 +62,7 @@ class QuantizedLayer(nn.Module):
     weight_quantizer: WeightQuantizer
     input_quantizer: ActivationQuantizer | None
     output_quantizer: ActivationQuantizer | None
+    learns_activations: bool
     mode: Mode
     reached: bool
     """Whether the layer ran with its quantized weight, outside compiled code, since it was prepared or loaded."""
@@ -145,6 +146,7 @@ class QuantizedLayer(nn.Module):
         module.weight_quantizer = weight_quantizer
         module.input_quantizer = input_quantizer
         module.output_quantizer = output_quantizer
+        module.learns_activations = any(isinstance(q, LearnedScale) for q in (input_quantizer, output_quantizer))
         module.mode = Mode()
         module.reached = False
         return module
@@ -192,7 +194,7 @@ class QuantizedLayer(nn.Module):
                     output.refresh()
             if served is not None:
                 y = fake_quantize_output(y, served)
-        return with_unused(y, self.input_quantizer, self.output_quantizer)
+        return with_unused(y, self.input_quantizer, self.output_quantizer) if self.learns_activations else y
 
     def _require_quantizers_on(self, device: torch.device) -> None:
         # Meta tensors compute without numbers and without an error. Dictionaries, since looking up an attribute of a

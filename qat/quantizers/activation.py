@@ -7,8 +7,8 @@ producer's output went through nothing but a relu or a view), the stock layer ig
 
 from __future__ import annotations
 
-from collections.abc import Iterable, MutableMapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, MutableMapping
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +51,26 @@ class _Kept(NamedTuple):
 _KEPT: MutableMapping[Tensor, _Kept] = WeakIdKeyDictionary()
 
 
+class _Group:
+    """Quantizers that read one tensor: what finds an equal scale for each of them, after a load or a move."""
+
+    def __init__(self, scale: Tensor) -> None:
+        self.last = (scale, scale)
+
+    def moved(self, before: Tensor, after: Tensor) -> Tensor:
+        """The scale ``before`` after a move: the very tensor that another one got for it, if that is there."""
+        if self.last[0] is not before or self.last[1].device != after.device:
+            self.last = (before, after)
+        return self.last[1]
+
+    def loaded(self, scale: Tensor) -> Tensor:
+        """A scale that was loaded: the very tensor of another one, if that is equal."""
+        other = self.last[1]
+        if other.device != scale.device or scale.is_meta or not torch.equal(other, scale):
+            self.last = (scale, scale)
+        return self.last[1]
+
+
 class ActivationQuantizer(QuantizerModule):
     """A static scale for one activation, rounded to the serving dtype, and the observer and rule it comes from.
 
@@ -70,6 +90,7 @@ class ActivationQuantizer(QuantizerModule):
         self.initialized = False
         self.arrives_quantized = False
         self._shared = False  # whether other quantizers have the very same scale tensor
+        self._group: _Group | None = None
         self.enabled = True
         """Off where calibration found that the layer cannot bear quantized activations."""
 
@@ -125,10 +146,10 @@ class ActivationQuantizer(QuantizerModule):
         return kept.quantized
 
     def share(self, others: Iterable[ActivationQuantizer]) -> None:
-        """Let others, with an equal scale for one tensor, have the very same one. A load or a move parts them."""
-        for other in others:
-            other.scale = self.scale
-            self._shared = other._shared = True
+        """Let others, with an equal scale for one tensor, have the very same one; after a load or a move too."""
+        self._group = _Group(self.scale)
+        for quantizer in (self, *others):
+            quantizer.scale, quantizer._shared, quantizer._group = self.scale, True, self._group
 
     def _part(self) -> None:
         """Before the scale changes: have one of its own again."""
@@ -138,6 +159,15 @@ class ActivationQuantizer(QuantizerModule):
     def _load_from_state_dict(self, *args: Any) -> None:
         self._part()
         super()._load_from_state_dict(*args)
+        if self._group is not None:
+            self.scale, self._shared = self._group.loaded(self.scale), True
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        before = self.scale
+        super()._apply(fn, recurse)
+        if self._shared and self._group is not None:
+            self.scale = self._group.moved(before, self.scale)
+        return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

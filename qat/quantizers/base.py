@@ -95,10 +95,14 @@ class WeightQuantizer(QuantizerModule, ABC):
     def freeze(self, weight: Tensor) -> tuple[FrozenWeight, Tensor]:
         """The final codes, and the value that the fake-quantized forward used, in the serving dtype."""
         value = self.quantize(weight, self.dtype).value
+        return self.final_codes(weight), value
+
+    @torch.no_grad()
+    def final_codes(self, weight: Tensor) -> FrozenWeight:
+        """The codes alone, with scale and shift in the serving dtype."""
         codes, scale, shift = self.quantize_to_codes(weight)
-        codes = codes.contiguous()
-        frozen = FrozenWeight(codes, scale.to(self.dtype), None if shift is None else shift.to(self.dtype), self.qtype)
-        return frozen, value
+        narrow = None if shift is None else shift.to(self.dtype)
+        return FrozenWeight(codes.contiguous(), scale.to(self.dtype), narrow, self.qtype)
 
     def extra_repr(self) -> str:
         """The type, for ``print(model)``."""
