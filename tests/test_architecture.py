@@ -44,7 +44,7 @@ ORDER: tuple[frozenset[str], ...] = tuple(
         "files",
         "formats",
         "hosts",
-        "blocks optimizers probing runs inspection preparation checks calibration folding freezing serving",
+        "allocation blocks optimizers probing runs inspection preparation checks calibration folding freezing serving",
         "exporting loading verification integrations",
         "training",
         "cli __main__",
