@@ -10,11 +10,13 @@ held-out text. Budgets are those of a type, or bits a quantized weight; the rest
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import statistics
 import time
 from math import prod
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, get_args
 
 import torch
@@ -61,21 +63,18 @@ def main(
     quantized = sum(prod(layer.shape) for layer in report.layers if layer.weights)
     left = sum(layer.bytes_after for layer in report.layers if not layer.weights)
     print(f"{quantized:,} weights can be quantized; {left:,} bytes stay float", flush=True)
-    for score in get_args(Score):
-        for seed in range(seeds):
-            with_state: dict[str, Any] = {"score": score, "state": Path(f".search-{score}-{seed}.json")}
-            try:
-                for budget in budgets:
-                    most: Any = budget if budget in uniform else left + int(float(budget) * quantized / 8)
-                    start = time.perf_counter()
-                    found = qat.search(case.model, qat.QuantSpec(), case.batches(seed), budget=most, **with_state)
-                    seconds, kl = time.perf_counter() - start, divergence(case, wanted, found.spec)
-                    best = min(kl for size, kl in uniform.values() if size <= found.budget)
-                    rows.append({"score": score, "seed": seed, "budget": budget, "bytes": found.nbytes, "kl": kl})
-                    rows[-1] |= {"uniform": best, "seconds": seconds, "predicted": found.damage}
-                    print(f"{budget:5} {seed} {found}; KL {kl:.5f}, uniform {best:.5f}, {seconds:.0f} s", flush=True)
-            finally:
-                with_state["state"].unlink(missing_ok=True)
+    for score, seed in itertools.product(get_args(Score), range(seeds)):
+        with TemporaryDirectory() as folder:  # one scoring for all budgets
+            for budget in budgets:
+                most: Any = budget if budget in uniform else left + int(float(budget) * quantized / 8)
+                options: dict[str, Any] = {"budget": most, "score": score, "state": Path(folder, "state.json")}
+                start = time.perf_counter()
+                found = qat.search(case.model, qat.QuantSpec(), case.batches(seed), **options)
+                seconds, kl = time.perf_counter() - start, divergence(case, wanted, found.spec)
+                best = min(kl for size, kl in uniform.values() if size <= found.budget)
+                rows.append({"score": score, "seed": seed, "budget": budget, "bytes": found.nbytes, "kl": kl})
+                rows[-1] |= {"uniform": best, "seconds": seconds, "predicted": found.damage}
+                print(f"{budget:5} {seed} {found}; KL {kl:.5f}, uniform {best:.5f}, {seconds:.0f} s", flush=True)
     for budget in budgets:
         for score in get_args(Score):
             same = [row["kl"] for row in rows if (row["score"], row["budget"]) == (score, budget)]

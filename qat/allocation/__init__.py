@@ -190,7 +190,7 @@ def search(
 
 def _check(model: nn.Module, types: Sequence[str], score: str, algorithm: Algorithm | None) -> None:
     known = (*get_args(WeightType), _FLOAT)
-    if not isinstance(types, list | tuple) or not set(types) - {_FLOAT} or any(kind not in known for kind in types):
+    if not isinstance(types, list | tuple) or any(t not in known for t in types) or not set(types) - {_FLOAT}:
         raise SpecError(f"types: must be some of {', '.join(known)}, not float alone; got {shown(types)}: list some")
     if score not in get_args(Score):
         raise SpecError(f"score: must be one of {get_args(Score)}, got {shown(score)}: choose one")

@@ -75,7 +75,7 @@ class _Answer(NamedTuple):
         """What a sum of damages is divided by: the number of predictions, or the squares of the tensors."""
         if self.is_logits:
             return len(self.tensors[0])
-        return float(sum(tensor.double().square().sum().cpu() for tensor in self.tensors))
+        return sum(float(tensor.detach().double().square().sum()) for tensor in self.tensors)
 
     def damage(self, given: _Answer) -> float:
         """The summed divergence of other predictions from these, in nats, or the squared distance."""
