@@ -163,15 +163,10 @@ def search(
     known = _state(model, spec, batches, target, score, algorithm, state)
     format = get_target(target).format
     wanted = {
-        name: [
-            format.types(kind, None, spec.torch_dtype)
-            for kind in options
-            if kind != _FLOAT and kind not in known.damages.get(name, {})
-        ]
+        name: [format.types(kind, None, spec.torch_dtype) for kind in kinds]
         for name, options in sizes.items()
-        if len(options) > 1
+        if len(options) > 1 and (kinds := options.keys() - {_FLOAT} - known.damages.get(name, {}).keys())
     }
-    wanted = {name: kinds for name, kinds in wanted.items() if kinds}
     if wanted:
         scores = damages(model, wanted, batches, score, algorithm, forward)
         for name, found in counted(scores, "scoring layers", progress, total=len(wanted)):
