@@ -138,6 +138,18 @@ def test_what_the_spec_says_stays() -> None:
     assert report.nbytes == report.budget
 
 
+def test_a_layer_that_can_have_no_type_of_the_list_stays_float() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 36), nn.Linear(36, 16))  # a kernel cannot run int8 on 36 features in bfloat16
+    spec = qat.QuantSpec(weights="int4", overrides={"0": "int4"})
+    report = qat.search(model, spec, inputs(), budget="int8", types=("int8",))
+    assert [layer.weights for layer in report.layers] == ["int4", "float"]
+    assert [layer.weights for layer in qat.inspect(model, report.spec).layers] == ["int4", None]
+    report = qat.search(model, qat.QuantSpec(), inputs(), budget="int8")
+    assert [layer.weights for layer in report.layers] == ["int8", "int4"]
+    assert qat.inspect(model, report.spec).bytes_after == report.nbytes
+
+
 def test_float_is_a_type_too() -> None:
     model = chain()
     bound = qat.inspect(model, INT8).bytes_before - 1

@@ -149,7 +149,8 @@ def search(
     inspect(model, spec, target=target)  # says what is wrong with it
     if isinstance(batches, Mapping | torch.Tensor | str) or not isinstance(batches, Iterable):
         raise CalibrationError(f"batches: must be several batches, got one {type(batches).__name__}: pass [batch]")
-    sizes, plans, single = _options(model, spec, target, types)
+    kinds = [kind for kind in types if kind != _FLOAT]
+    sizes, plans, single = _options(model, spec, target, kinds, floats=_FLOAT in types)
     most, keys = _bytes(model, spec, target, budget), {name: get_target(target).host.layer_key(name) for name in sizes}
     smallest = min(sum(min(options.values()) for options in _families(plan, keys).values()) for plan in plans)
     if most < smallest:
@@ -163,9 +164,10 @@ def search(
     known = _state(model, spec, batches, target, score, algorithm, state)
     format = get_target(target).format
     wanted = {
-        name: [format.types(kind, None, spec.torch_dtype) for kind in kinds]
+        name: [format.types(kind, None, spec.torch_dtype) for kind in lacking]
         for name, options in sizes.items()
-        if len(options) > 1 and (kinds := options.keys() - {_FLOAT} - known.damages.get(name, {}).keys())
+        if len(options) > 1
+        and (lacking := [kind for kind in options if kind not in {_FLOAT, *known.damages.get(name, {})}])
     }
     if wanted:
         scores = damages(model, wanted, batches, score, algorithm, forward)
@@ -174,7 +176,7 @@ def search(
     chosen = _best(plans, keys, known.damages, most)
     if set(chosen.values()) == {_FLOAT}:
         raise SpecError(f"budget: the float model fits {most:,} bytes, so nothing would be quantized: give fewer")
-    result = _written(spec, sizes, chosen, single)
+    result = _written(spec, kinds, sizes, chosen, single)
     layers = []
     for name, options in sizes.items():
         scored = known.damages.get(name, {}) if len(options) > 1 else {}
@@ -197,12 +199,11 @@ def _check(model: nn.Module, types: Sequence[str], score: str, algorithm: Algori
 
 
 def _options(
-    model: nn.Module, spec: QuantSpec, target: str, types: Sequence[str]
+    model: nn.Module, spec: QuantSpec, target: str, kinds: list[str], *, floats: bool
 ) -> tuple[_Options, list[_Options], bool]:
     """The types that each layer can have, with its bytes; the same for each choice that the target leaves; and whether
     it is single: one type a checkpoint.
     """
-    kinds = [kind for kind in types if kind != _FLOAT]
     reports = [inspect(model, spec.model_copy(update={"weights": kind}), target=target) for kind in kinds]
     one, other, *_ = get_args(WeightType)
     mixture = spec.model_copy(update={"weights": one, "overrides": {"*": other}})
@@ -213,7 +214,7 @@ def _options(
     for row in reports[0].layers:
         if _is_searched(spec, row.name, sizes[row.name]):
             sizes[row.name].pop(_FLOAT, None)  # of a type that such a layer cannot have
-            if single or _FLOAT in types:
+            if single or floats:
                 sizes[row.name][_FLOAT] = row.bytes_before
     if not single:
         return sizes, [sizes], single
@@ -268,11 +269,11 @@ def _best(
     return min(found, key=lambda pair: pair[0])[1]
 
 
-def _written(spec: QuantSpec, sizes: _Options, chosen: Mapping[str, str], single: bool) -> QuantSpec:
+def _written(spec: QuantSpec, kinds: list[str], sizes: _Options, chosen: Mapping[str, str], single: bool) -> QuantSpec:
     """The spec that says so."""
     searched = {name: kind for name, kind in chosen.items() if _is_searched(spec, name, sizes[name])}
     counts = Counter(kind for kind in searched.values() if kind != _FLOAT)
-    base = counts.most_common(1)[0][0] if counts else spec.weights
+    base = counts.most_common(1)[0][0] if counts else kinds[0]
     others = {glob.escape(name): kind for name, kind in searched.items() if kind != base}
     change = {"exclude": (*spec.exclude, *others)} if single else {"overrides": {**spec.overrides, **others}}
     return spec.model_copy(update={"weights": base, **change})
