@@ -22,6 +22,7 @@ from typing import Any
 from qat import errors
 
 _HOMES = {
+    "qat.allocation": ("LayerChoice", "SearchReport", "search"),
     "qat.calibration": ("CalibrationReport", "calibrate"),
     "qat.errors": tuple(errors.__all__),
     "qat.exporting": ("ExportReport", "export"),

@@ -1,5 +1,8 @@
 """Types of the lazily imported names; see `__init__.py`."""
 
+from qat.allocation import LayerChoice as LayerChoice
+from qat.allocation import SearchReport as SearchReport
+from qat.allocation import search as search
 from qat.calibration import CalibrationReport as CalibrationReport
 from qat.calibration import calibrate as calibrate
 from qat.errors import *  # noqa: F403

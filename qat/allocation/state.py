@@ -1,0 +1,71 @@
+"""The damages found so far, in a file, so that a search that was interrupted goes on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from qat.errors import StateError
+from qat.files.weights import write_json
+from qat.tensors import digest, map_tensors, stored_tensors
+
+__all__ = ["State", "batches_digest", "model_digest"]
+
+
+class State:
+    """Layer to type to damage; with a path every addition is written, the file as a whole or not at all."""
+
+    def __init__(self, path: Path | None, facts: dict[str, Any]) -> None:
+        """Read what an earlier search left; `StateError` where it had other ``facts``, or the file is none of ours."""
+        self.damages: dict[str, dict[str, float]] = {}
+        self._path, self._facts = path, facts
+        if path is None or not path.exists():
+            return
+        try:
+            fields = json.loads(path.read_text(encoding="utf-8"))
+            told, self.damages = dict(fields["facts"]), dict(fields["damages"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise StateError(
+                f"state: {str(path)!r} is no state of a search ({type(error).__name__}: {error}): name another file"
+            ) from error
+        differ = [key for key in facts if facts[key] != told.get(key)]
+        if differ:
+            raise StateError(
+                f"state: {str(path)!r} belongs to a search with another {' and '.join(differ)}: name another file, or "
+                "remove this one"
+            )
+
+    def add(self, layer: str, damages: dict[str, float]) -> None:
+        """Note the damages of a layer."""
+        self.damages[layer] = self.damages.get(layer, {}) | damages
+        if self._path is not None:
+            beside = self._path.with_name(f".{self._path.name}.tmp")
+            write_json(beside, {"facts": self._facts, "damages": self.damages})
+            os.replace(beside, self._path)
+
+
+def model_digest(model: nn.Module) -> str:
+    """Of class, names and numbers of a model."""
+    parts = [
+        type(model).__name__,
+        *(f"{name} {tensor.dtype} {digest(tensor)}" for name, tensor in stored_tensors(model)),
+    ]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def batches_digest(batches: Sequence[Any]) -> str:
+    """Of all tensors in batches; of other things no numbers are known."""
+    parts: list[str] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        parts.append(f"{tensor.dtype} {tuple(tensor.shape)} {digest(tensor)}")
+        return tensor
+
+    map_tensors(note, list(batches))
+    return hashlib.sha256("\n".join([str(len(batches)), *parts]).encode()).hexdigest()
