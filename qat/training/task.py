@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from qat.errors import TrainingError
 from qat.preparation import parameter_groups
+from qat.training.schedule import Decay, planned_steps, rate_factor
 
 if TYPE_CHECKING:
     from torchmetrics import MetricCollection
@@ -64,7 +66,7 @@ def require_finite(loss: Tensor, step: int) -> None:
 
 
 class QuantizedTask(LightningModule):
-    """A model and a task as a LightningModule: AdamW, linear warm-up, then constant; distilled if there is a teacher.
+    """A model and a task as a LightningModule: AdamW, warm-up, decay to zero; distilled if there is a teacher.
 
     Args:
         model: float or prepared; `QuantizationAwareTraining` prepares it.
@@ -72,7 +74,8 @@ class QuantizedTask(LightningModule):
         learning_rate: of the weights.
         scale_learning_rate: of learned scales; default a tenth of it.
         weight_decay: of weights with two and more dimensions.
-        warmup_steps: optimizer steps from 0 to the full rate.
+        warmup_steps: optimizer steps from 0 to the full rate; default a twentieth of all.
+        decay: how the rate goes after them: see `rate_factor`.
         teacher: a float model, kept out of checkpoints and training; a fit leaves it on the CPU, as it does the model.
     """
 
@@ -84,7 +87,8 @@ class QuantizedTask(LightningModule):
         learning_rate: float,
         scale_learning_rate: float | None = None,
         weight_decay: float = 0.0,
-        warmup_steps: int = 0,
+        warmup_steps: int | None = None,
+        decay: Decay = "cosine",
         teacher: nn.Module | None = None,
     ) -> None:
         super().__init__()
@@ -94,6 +98,7 @@ class QuantizedTask(LightningModule):
         self.scale_learning_rate = scale_learning_rate
         self.weight_decay = weight_decay
         self.warmup_steps = warmup_steps
+        self.decay = decay
         # In a list, so that it is no submodule: neither trained nor saved nor wrapped by a strategy.
         self._teacher = [] if teacher is None else [teacher.eval().requires_grad_(False)]
         self.evaluation_metrics = task.metrics()
@@ -134,11 +139,18 @@ class QuantizedTask(LightningModule):
         self.evaluation_metrics.reset()
 
     def configure_optimizers(self) -> Any:
-        """AdamW over `qat.parameter_groups`, with linear warm-up."""
+        """AdamW over `qat.parameter_groups`; each group's rate follows `rate_factor` by optimizer steps.
+
+        Raises:
+            TrainingError: the decay needs the number of steps, and the Trainer has none.
+        """
         groups = parameter_groups(self.model, self.learning_rate, self.scale_learning_rate, self.weight_decay)
         optimizer = torch.optim.AdamW(groups)
-        if self.warmup_steps == 0:
-            return optimizer
-        warmup = self.warmup_steps
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / warmup))
+        counted = self.decay != "constant" or self.warmup_steps is None
+        steps = (planned_steps(self.trainer) if counted else None) or math.inf
+
+        def factor(step: int) -> float:
+            return rate_factor(step, steps, self.warmup_steps, self.decay)
+
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
