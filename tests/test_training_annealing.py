@@ -52,8 +52,9 @@ class Types(Callback):
 
 
 def values_of(layer: Any) -> int:
-    """Different values in the first row of a weight, which is one group."""
-    return len(layer.weight_quantizer.quantize(layer.weight.detach(), torch.float32).value[0].unique())
+    """Different values in the first group of a weight."""
+    value = layer.weight_quantizer.quantize(layer.weight.detach(), torch.float32).value
+    return len(layer.weight_quantizer.qtype.grouped(value)[0].unique())
 
 
 @pytest.mark.parametrize("algorithm", [LEARNED, qat.StraightThrough()], ids=lambda a: a.kind)
@@ -111,8 +112,7 @@ class DecayingModule(UserModule):
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.AdamW(qat.parameter_groups(self, lr=1e-2))
-        steps = self.trainer.estimated_stepping_batches
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: qat.rate_factor(step, steps))
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: qat.rate_factor(step, 8))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -91,6 +92,6 @@ def test_the_pull_of_cage_rises_from_nothing_to_its_full_strength(steps: int) ->
     assert all(pull == 0 for step, pull in enumerate(pulls) if step + 1 <= 0.8 * steps)
     rising = [pull for pull in pulls if pull]
     assert len(rising) == math.ceil(steps - 0.8 * steps - 1e-9)
-    steps_up = [after - before for before, after in zip(rising, rising[1:], strict=False)]
+    steps_up = [after - before for before, after in itertools.pairwise(rising)]
     assert steps_up == pytest.approx([8.0 / (0.2 * steps)] * len(steps_up))
     assert qat.QuantizationSchedule().cage_at(steps - 1, steps) == 0

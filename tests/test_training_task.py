@@ -132,7 +132,9 @@ def test_rates_of_all_groups_follow_the_steps_and_are_resumed(accumulate: int, d
         quantized, rates = module(warmup_steps=3, decay=decay, scale_learning_rate=4e-3), Rates()
         callback = quantization(INT8, LearnedStep())
         trainer = quiet_trainer(tmp_path, callback, rates, *callbacks, max_epochs=2, accumulate_grad_batches=accumulate)
-        trainer.fit(quantized, text(4 * accumulate * 4), ckpt_path=path, weights_only=None if path is None else True)
+        trainer.fit(
+            quantized, text(16 * accumulate), text(), ckpt_path=path, weights_only=None if path is None else True
+        )
         return quantized, rates.seen
 
     whole, rates = run()
@@ -149,9 +151,9 @@ def test_rates_of_all_groups_follow_the_steps_and_are_resumed(accumulate: int, d
 
 def test_a_fit_without_an_end_needs_a_constant_rate(tmp_path: Path) -> None:
     with pytest.raises(qat.TrainingError, match=r"decay: 'cosine' with warmup=None needs the number of steps, got inf"):
-        quiet_trainer(tmp_path, max_epochs=-1).fit(module(), text())
+        quiet_trainer(tmp_path, max_epochs=-1).fit(module(), text(), text())
     endless = module(warmup_steps=2, decay="constant")
-    quiet_trainer(tmp_path, StopAt(3), max_epochs=-1).fit(endless, text())
+    quiet_trainer(tmp_path, StopAt(3), max_epochs=-1).fit(endless, text(), text())
     assert [group["lr"] for group in endless.optimizers().param_groups] == [1e-2, 1e-2]
     assert endless.configure_optimizers()["lr_scheduler"]["interval"] == "step"
 
@@ -171,7 +173,7 @@ def test_a_delayed_start_works_with_decay_and_a_teacher(tmp_path: Path) -> None:
         torch.manual_seed(3)
         options = {"task": CausalLanguageModelling(distillation_weight=1.0), "teacher": TinyLanguageModel()}
         losses, distilled = Losses(), module(**options)
-        quiet_trainer(tmp_path, *callbacks, losses, max_epochs=2).fit(distilled, text())
+        quiet_trainer(tmp_path, *callbacks, losses, max_epochs=2).fit(distilled, text(), text())
         seen.append(losses.seen)
     assert [one == other for one, other in zip(*seen, strict=True)] == [True] * 3 + [False] * 5
     assert seen[1][-1] < seen[1][0]

@@ -193,7 +193,28 @@ class QuantizationAwareTraining(Callback):
         missing = learned.keys() - {id(p) for group in groups for p in group["params"]}
         if groups and missing and not trainer.strategy.restore_checkpoint_after_setup:  # those shard parameters
             raise TrainingError(f"optimizer: does not hold {len(missing)} of {len(learned)} learned scales: {REMEDY}")
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Refuse to go on with an optimizer that never held the learned ranges."""
+        if trainer.state.fn == TrainerFn.FITTING:
+            refuse_float_optimizer(pl_module, checkpoint)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Give uncalibrated activations their first scales; a resumed run already has them."""
+        model, count = self.model_of(pl_module), self.schedule.calibration_batches
         self._refuse_schedule(trainer, model)
+        if _uncalibrated(model):
+            if not self.schedule.sets_scales(trainer.global_step):
+                raise CalibrationError(
+                    "schedule: activations are quantized but nothing sets their scales: set calibration_batches above "
+                    "0 or observe_from=0, or call qat.calibrate before the fit"
+                )
+            if count > 0:
+                logger.info("%s", calibrate_on_training_data(trainer, pl_module, model, count, self.model_inputs))
+        part_scales(trainer, model)
+        self._change_types(trainer, model)
+        self._pulls = pull_after_steps(trainer, model, self.schedule)
+        self._switch(trainer, pl_module)
 
     def _refuse_schedule(self, trainer: Trainer, model: nn.Module) -> None:
         until = self.schedule.first_weights_until
@@ -210,27 +231,6 @@ class QuantizationAwareTraining(Callback):
             raise TrainingError(
                 f"schedule: first_weights needs whole weights, which {type(trainer.strategy).__name__} shards: use ddp"
             )
-
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Refuse to go on with an optimizer that never held the learned ranges."""
-        if trainer.state.fn == TrainerFn.FITTING:
-            refuse_float_optimizer(pl_module, checkpoint)
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Give uncalibrated activations their first scales; a resumed run already has them."""
-        model, count = self.model_of(pl_module), self.schedule.calibration_batches
-        if _uncalibrated(model):
-            if not self.schedule.sets_scales(trainer.global_step):
-                raise CalibrationError(
-                    "schedule: activations are quantized but nothing sets their scales: set calibration_batches above "
-                    "0 or observe_from=0, or call qat.calibrate before the fit"
-                )
-            if count > 0:
-                logger.info("%s", calibrate_on_training_data(trainer, pl_module, model, count, self.model_inputs))
-        part_scales(trainer, model)
-        self._change_types(trainer, model)
-        self._pulls = pull_after_steps(trainer, model, self.schedule)
-        self._switch(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Switch fake quantization and observers by step."""

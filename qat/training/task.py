@@ -98,7 +98,8 @@ class QuantizedTask(LightningModule):
         self.scale_learning_rate = scale_learning_rate
         self.weight_decay = weight_decay
         self.warmup_steps = warmup_steps
-        self.decay = decay
+        self.decay: Decay = decay
+        self._steps: float | None = None  # of the whole fit, once it is known
         # In a list, so that it is no submodule: neither trained nor saved nor wrapped by a strategy.
         self._teacher = [] if teacher is None else [teacher.eval().requires_grad_(False)]
         self.evaluation_metrics = task.metrics()
@@ -139,18 +140,24 @@ class QuantizedTask(LightningModule):
         self.evaluation_metrics.reset()
 
     def configure_optimizers(self) -> Any:
-        """AdamW over `qat.parameter_groups`; each group's rate follows `rate_factor` by optimizer steps.
-
-        Raises:
-            TrainingError: the decay needs the number of steps, and the Trainer has none.
-        """
+        """AdamW over `qat.parameter_groups`; each group's rate follows `rate_factor` by optimizer steps."""
         groups = parameter_groups(self.model, self.learning_rate, self.scale_learning_rate, self.weight_decay)
         optimizer = torch.optim.AdamW(groups)
-        counted = self.decay != "constant" or self.warmup_steps is None
-        steps = (planned_steps(self.trainer) if counted else None) or math.inf
-
-        def factor(step: int) -> float:
-            return rate_factor(step, steps, self.warmup_steps, self.decay)
-
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self._rate_factor(step))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _rate_factor(self, step: int) -> float:
+        return 1.0 if self._steps is None else rate_factor(step, self._steps, self.warmup_steps, self.decay)
+
+    def on_train_start(self) -> None:
+        """Count the steps and set the rates of this one; `TrainingError` where the decay needs a number of steps.
+
+        To ask Lightning earlier would set up the data before a checkpoint's place in it is restored.
+        """
+        counted = self.decay != "constant" or self.warmup_steps is None
+        self._steps = (planned_steps(self.trainer) if counted else None) or math.inf
+        for config in self.trainer.lr_scheduler_configs:
+            scheduler = config.scheduler
+            if isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):  # and not that of a tuner
+                for group, peak in zip(scheduler.optimizer.param_groups, scheduler.base_lrs, strict=True):
+                    group["lr"] = peak * self._rate_factor(scheduler.last_epoch)
