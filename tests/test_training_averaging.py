@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, WeightAveraging
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import qat
@@ -94,6 +94,8 @@ def test_averages_that_would_mix_are_refused(tmp_path: Path) -> None:
     averaging = EMAWeightAveraging(use_buffers=False, update_starting_at_step=3)
     with pytest.raises(qat.TrainingError, match=r"averages from before first_weights_until=4, .*at_step=4\)"):
         quiet_trainer(tmp_path, callback, averaging).fit(UserModule(), loader())
+    with pytest.raises(qat.TrainingError, match=r"StochasticWeightAveraging starts by epochs, .*: use EMAWeight"):
+        quiet_trainer(tmp_path, callback, StochasticWeightAveraging(1e-3)).fit(UserModule(), loader())
     quiet_trainer(tmp_path, quantization(INT4), WeightAveraging(), max_steps=2).fit(UserModule(), loader())
 
 

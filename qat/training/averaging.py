@@ -37,6 +37,12 @@ def require_same_kind(trainer: Trainer, model: nn.Module, schedule: Quantization
     state = any(
         any(True for _ in child.buffers()) for _, layer in quantized_layers(model) for child in layer.children()
     )
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    if schedule.first_weights and any(isinstance(other, StochasticWeightAveraging) for other in callbacks):
+        raise TrainingError(
+            "callbacks: StochasticWeightAveraging starts by epochs, but first_weights changes ranges at a step: use "
+            f"EMAWeightAveraging(use_buffers=False, update_starting_at_step={schedule.first_weights_until})"
+        )
     for other in _averages(trainer):
         name, from_step = type(other).__name__, schedule.first_weights_until or 0
         if other._use_buffers and state:
