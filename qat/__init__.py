@@ -36,7 +36,8 @@ _HOMES = {
     "qat.quantizers": ("Algorithm", "AnyAlgorithm", "Automatic", "LearnedAffine", "StraightThrough", "WeightQuantizer"),
     "qat.spec": ("LayerSpec", "QuantSpec"),
     "qat.training.callback": ("QuantizationAwareTraining",),
-    "qat.training.schedule": ("QuantizationSchedule",),
+    "qat.training.cage": ("cage_step",),
+    "qat.training.schedule": ("QuantizationSchedule", "rate_factor"),
     "qat.training.task": ("QuantizedTask",),
     "qat.verification": ("VerifyReport", "verify"),
 }

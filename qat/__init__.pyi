@@ -31,8 +31,10 @@ from qat.quantizers import StraightThrough as StraightThrough
 from qat.quantizers import WeightQuantizer as WeightQuantizer
 from qat.spec import LayerSpec as LayerSpec
 from qat.spec import QuantSpec as QuantSpec
+from qat.training.cage import cage_step as cage_step
 from qat.training.callback import QuantizationAwareTraining as QuantizationAwareTraining
 from qat.training.schedule import QuantizationSchedule as QuantizationSchedule
+from qat.training.schedule import rate_factor as rate_factor
 from qat.training.task import QuantizedTask as QuantizedTask
 from qat.verification import VerifyReport as VerifyReport
 from qat.verification import verify as verify

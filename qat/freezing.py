@@ -92,8 +92,9 @@ def freeze(
 
     Raises:
         StateError: the model was not prepared, or layers changed since; layers never ran although the model did; the
-            model uses a layer's weight without calling the layer; hooks change what a layer computes; training left inf
-            or NaN in a layer, or numbers that float16 cannot hold. Nothing is changed then.
+            model uses a layer's weight without calling the layer; hooks change what a layer computes; layers still have
+            the type ``first_weights`` of the schedule; training left inf or NaN in a layer, or numbers that float16
+            cannot hold. Nothing is changed then.
         TargetError: it was prepared for another target, and this one cannot serve it.
         CalibrationError: activations are quantized but were never calibrated. Nothing is changed then.
         QatError: a quantizer's packed codes give other values than its forward did, or a frozen layer computes another
@@ -134,6 +135,13 @@ def _remarks(model: nn.Module, allow_unreached: bool, allow_reads: bool) -> list
         )
     if read is not None and not allow_reads:
         raise StateError(f"{read}, or pass allow_reads=True if the outputs do not depend on them")
+    first = [name for name, layer in layers.items() if layer.weight_quantizer.qtype != layer.weight_quantizer.served]
+    if first:
+        quantizer = layers[first[0]].weight_quantizer
+        raise StateError(
+            f"model: {len(first)} layers still train as {quantizer.qtype.name} ({listed(first, 4)}), but are to be "
+            f"frozen as {quantizer.served.name}: train on, past the schedule's first_weights_until"
+        )
     for name, layer in layers.items():
         require_finite(name, layer)
     hooked = [name for name, layer in layers.items() if layer._forward_hooks or layer._forward_pre_hooks]

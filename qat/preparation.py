@@ -22,6 +22,7 @@ from qat.observers import Best, ObserverChoice
 from qat.optimizers import watch
 from qat.quantizers import Algorithm, Automatic, WeightQuantizer
 from qat.quantizers.activation import ActivationQuantizer, LearnedScale
+from qat.quantizers.base import TYPE_KEY
 from qat.runs import note_runs, observe_runs
 from qat.spec import QuantSpec
 from qat.tensors import matrices
@@ -224,7 +225,8 @@ def _complete_float_checkpoint(
         if not all(f"{name}{key}" in state for key in matrices(layer)):
             continue
         layer.reached = False  # what ran before says nothing of these weights
-        own = [key for key in layer.state_dict(prefix=name) if "_quantizer." in key[len(name) :]]
+        state_of = layer.state_dict(prefix=name)
+        own = [key for key in state_of if "_quantizer." in key[len(name) :] and not key.endswith(f".{TYPE_KEY}")]
         if not own:
             continue
         stateful += 1

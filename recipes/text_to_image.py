@@ -27,7 +27,7 @@ from recipes.common.config import load_config
 from recipes.common.diffusion_config import DiffusionConfig, source_of
 from recipes.common.settings import OptimizationSettings
 
-TUNED = "float, fine-tuned"
+TUNED, QUANTIZED, TRAINED = "float, fine-tuned", "fine-tuned, then quantized", "quantization-aware training"
 
 
 class Config(DiffusionConfig):
@@ -49,6 +49,7 @@ def main(argv: Sequence[str]) -> None:
     from recipes.common.comparison import DiffusionComparison
     from recipes.common.diffusion import diffusion_data, inspected
     from recipes.common.fine_tuned import FineTunedWeights
+    from recipes.common.gate import Gate
     from recipes.common.models import load_pipeline, require_packages
     from recipes.common.progress import quiet_libraries, stage
     from recipes.common.results import show_end
@@ -85,7 +86,9 @@ def main(argv: Sequence[str]) -> None:
     calibrate_and_freeze(quantized, data.sampled, sampled, run.device)
     with TemporaryDirectory() as directory:
         qat.export(quantized, directory)
-        comparison.judge_export("fine-tuned, then quantized", Path(directory), run.served_on, settings.steps, rate)
+        comparison.judge_export(QUANTIZED, Path(directory), run.served_on, settings.steps, rate)
+    gate = Gate(comparison.losses, TUNED, QUANTIZED, TRAINED, settings)
+    gate.before_training()
 
     callbacks = [
         qat.QuantizationAwareTraining(spec, config.algorithm, schedule, **prepared_for),
@@ -108,8 +111,9 @@ def main(argv: Sequence[str]) -> None:
         qat.export(model, run.output, example_inputs=example, **served)
     with stage("verifying"):
         verified = qat.verify(run.output, fresh_process=True)
-    comparison.judge_export("quantization-aware training", run.output, run.served_on, settings.steps, rate)
-    comparison.report(TUNED, run)
+    comparison.judge_export(TRAINED, run.output, run.served_on, settings.steps, rate)
+    gate.after_training()
+    comparison.report(TUNED, run, gate.found)
     show_end(run, verified)
 
 

@@ -159,16 +159,25 @@ def test_the_whole_line(spec: list[str], small: list[str], tmp_path: Path, capsy
     kept = sorted(path.name for path in (tmp_path / "out-checkpoints").iterdir())
     assert kept == ["fine_tuned.safetensors", "last.ckpt"]
     assert isinstance(qat.load(tmp_path / "out"), LlamaForCausalLM)
+    results = json.loads((tmp_path / "out-results.json").read_text())
+    compared = [row["comparison"] and row["comparison"]["reference"] for row in results]
+    assert compared in ([None] * 4, [None, None, "float, fine-tuned", "fine-tuned, then quantized"])
+    for row in results:
+        if row["comparison"] is not None:
+            remark = row["comparison"]["remark"]
+            assert remark is None or remark in shown.splitlines()
 
 
 @pytest.mark.parametrize(
     "arguments",
     [
         ["--optimization.distillation-weight", "0.5"],
+        ["--optimization.average", "0.5", "--optimization.decay", "linear", "--schedule.cage", "1"],
+        ["--spec.weights", "int2", "--schedule.first-weights", "int4", "--schedule.first-weights-until", "1"],
         ["--trainer.gradient-checkpointing", "--trainer.accumulate-grad-batches", "2"],
         ["--trainer.precision", "bf16-mixed"],
     ],
-    ids=["distillation", "checkpointing and accumulation", "bf16-mixed"],
+    ids=["distillation", "average and pull", "first weights", "checkpointing and accumulation", "bf16-mixed"],
 )
 def test_without_the_comparison(arguments: list[str], small: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     causal_lm.main([*small, "--no-float-baseline", *arguments])

@@ -168,6 +168,33 @@ def test_a_resumed_run_takes_over_the_fine_tuned_weights_of_equal_settings(tmp_p
         resumed().restore(nn.Linear(4, 2))
 
 
+def test_an_average_begins_where_quantization_leaves_weights_of_one_kind() -> None:
+    assert callbacks.averages(OptimizationSettings(), []) == []
+    schedule = qat.QuantizationSchedule(first_weights="int4", first_weights_until=7, start_step=2)
+    quantizing = qat.QuantizationAwareTraining(qat.QuantSpec(weights="int2"), schedule=schedule)
+    found: list[Any] = []
+    for others in ([], [quantizing]):
+        (averaging,) = callbacks.averages(OptimizationSettings(average=0.9), others)
+        found.append(averaging)
+    assert [averaging.update_starting_at_step for averaging in found] == [0, 7]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "spec", "rule"),
+    [
+        ({"first_weights_until": 100}, {"weights": "int2"}, "first_weights_until: must be below .* \\(100\\), got 100"),
+        ({"first_weights_until": 5}, {"weights": "int4"}, "first_weights: is for int2 weights, which spec does not"),
+    ],
+    ids=["after the last step", "no layer"],
+)
+def test_first_weights_that_do_not_fit_are_told_before_any_work(schedule: Any, spec: Any, rule: str) -> None:
+    fields = {"first_weights": "int4", **schedule}
+    with pytest.raises(ValueError, match=rule):
+        text_to_image.Config(spec=qat.QuantSpec(**spec), schedule=qat.QuantizationSchedule(**fields))
+    mixed = qat.QuantSpec(weights="int4", overrides={"*.a": "int2"})
+    text_to_image.Config(spec=mixed, schedule=qat.QuantizationSchedule(first_weights="int4", first_weights_until=5))
+
+
 def test_of_several_processes_one_keeps_the_weights(tmp_path: Path) -> None:
     weights = fine_tuned.FineTunedWeights(tmp_path / "a", text_to_image.Config(), None)
     weights.save(nn.Linear(3, 2), SimpleNamespace(is_global_zero=False))  # type: ignore[arg-type]

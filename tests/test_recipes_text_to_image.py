@@ -114,6 +114,8 @@ def test_the_whole_line(
     assert [row["name"] for row in results] == names
     assert {"loss", "output_mse", *(f"loss_bin_{number}" for number in range(10))} == set(results[0]["metrics"])
     assert results[1]["metrics"]["output_mse"] == 0.0
+    for row, reference in zip(results[2:], names[1:3], strict=True):
+        assert row["comparison"] is None or row["comparison"]["reference"] == reference
     card = (output / "README.md").read_text()
     for kind in ("images", "losses"):
         picture = Image.open(tmp_path / f"out-{kind}.png").convert("L")

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from torch.utils.data import DataLoader
 
 import qat
 from recipes.tasks import CausalLanguageModelling, evaluate
-from tests.training_modules import INT8, INT8_INT8, LearnedStep, layers_of, quantization, quiet_trainer
+from tests.training_modules import INT4, INT8, INT8_INT8, LearnedStep, assert_equal_state, quantization, quiet_trainer
 
 
 class TinyLanguageModel(nn.Module):
@@ -87,7 +88,7 @@ def test_the_learning_rate_warms_up_by_steps_and_scales_have_their_own(tmp_path:
         def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
             rates.append([group["lr"] for group in trainer.optimizers[0].param_groups])
 
-    quantized = module(scale_learning_rate=4e-3, warmup_steps=4, weight_decay=0.1)
+    quantized = module(scale_learning_rate=4e-3, warmup_steps=4, weight_decay=0.1, decay="constant")
     recorder = Recorder()
     logger = CSVLogger(tmp_path)
     callback = quantization(INT8, LearnedStep())
@@ -104,17 +105,78 @@ def test_the_learning_rate_warms_up_by_steps_and_scales_have_their_own(tmp_path:
     assert [rate[2] for rate in rates[:4]] == pytest.approx([0.001, 0.002, 0.003, 0.004])
 
 
-def test_a_warm_up_is_resumed(tmp_path: Path) -> None:
+class StopAt(Callback):
+    """Ends a fit, as a machine that is taken away does, so that the planned steps stay the same."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        trainer.should_stop = trainer.global_step >= self.step
+
+
+class Rates(Callback):
+    """Notes the rates of all groups in the first batch of each optimizer step."""
+
+    def __init__(self) -> None:
+        self.seen: dict[int, list[float]] = {}
+
+    def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+        self.seen.setdefault(trainer.global_step, [group["lr"] for group in trainer.optimizers[0].param_groups])
+
+
+@pytest.mark.parametrize("decay", ["cosine", "linear", "constant"])
+@pytest.mark.parametrize("accumulate", [1, 2], ids=["each batch", "two batches"])
+def test_rates_of_all_groups_follow_the_steps_and_are_resumed(accumulate: int, decay: Any, tmp_path: Path) -> None:
+    def run(*callbacks: Callback, path: str | None = None) -> tuple[qat.QuantizedTask, dict[int, list[float]]]:
+        quantized, rates = module(warmup_steps=3, decay=decay, scale_learning_rate=4e-3), Rates()
+        callback = quantization(INT8, LearnedStep())
+        trainer = quiet_trainer(tmp_path, callback, rates, *callbacks, max_epochs=2, accumulate_grad_batches=accumulate)
+        trainer.fit(
+            quantized, text(16 * accumulate), text(), ckpt_path=path, weights_only=None if path is None else True
+        )
+        return quantized, rates.seen
+
+    whole, rates = run()
+    for group, peak in enumerate((1e-2, 1e-2, 4e-3)):
+        expected = [peak * qat.rate_factor(step, 8, 3, decay) for step in range(8)]
+        assert [rates[step][group] for step in range(8)] == pytest.approx(expected)
     saver = ModelCheckpoint(tmp_path / "ckpt", every_n_train_steps=4)
-    whole, cut, resumed = (module(warmup_steps=6) for _ in range(3))
-    quiet_trainer(tmp_path, quantization(INT8), max_epochs=2).fit(whole, text(), text())
-    quiet_trainer(tmp_path, quantization(INT8), saver, max_epochs=1).fit(cut, text(), text())
+    run(saver, StopAt(4))
     again = ModelCheckpoint(tmp_path / "ckpt", every_n_train_steps=4)
-    trainer = quiet_trainer(tmp_path, quantization(INT8), again, max_epochs=2)
-    trainer.fit(resumed, text(), text(), ckpt_path=saver.best_model_path, weights_only=True)
-    assert all(
-        torch.equal(one.weight, other.weight) for one, other in zip(layers_of(whole), layers_of(resumed), strict=True)
-    )
+    resumed, later = run(again, path=saver.best_model_path)
+    assert later == {step: rates[step] for step in range(4, 8)}
+    assert_equal_state(resumed, whole)
+
+
+def test_a_fit_without_an_end_needs_a_constant_rate(tmp_path: Path) -> None:
+    with pytest.raises(qat.TrainingError, match=r"decay: 'cosine' with warmup=None needs the number of steps, got inf"):
+        quiet_trainer(tmp_path, max_epochs=-1).fit(module(), text(), text())
+    endless = module(warmup_steps=2, decay="constant")
+    quiet_trainer(tmp_path, StopAt(3), max_epochs=-1).fit(endless, text(), text())
+    assert [group["lr"] for group in endless.optimizers().param_groups] == [1e-2, 1e-2]
+    assert endless.configure_optimizers()["lr_scheduler"]["interval"] == "step"
+
+
+def test_a_delayed_start_works_with_decay_and_a_teacher(tmp_path: Path) -> None:
+    """The steps before the start are those of a float run with the same schedule and teacher, to the bit."""
+
+    class Losses(Callback):
+        def __init__(self) -> None:
+            self.seen: list[float] = []
+
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            self.seen.append(float(trainer.callback_metrics["train_loss"]))
+
+    seen = []
+    for callbacks in ([], [quantization(INT4, qat.LearnedAffine(), start_step=3, hold_scales_from=6)]):
+        torch.manual_seed(3)
+        options = {"task": CausalLanguageModelling(distillation_weight=1.0), "teacher": TinyLanguageModel()}
+        losses, distilled = Losses(), module(**options)
+        quiet_trainer(tmp_path, *callbacks, losses, max_epochs=2).fit(distilled, text(), text())
+        seen.append(losses.seen)
+    assert [one == other for one, other in zip(*seen, strict=True)] == [True] * 3 + [False] * 5
+    assert seen[1][-1] < seen[1][0]
 
 
 def test_a_non_finite_loss_stops_a_float_run_too(tmp_path: Path) -> None:

@@ -151,7 +151,11 @@ def test_an_error_leaves_the_layers_as_they_are_used(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore:Swapping scheduler:UserWarning")
 @pytest.mark.parametrize(
     "make",
-    [lambda: StochasticWeightAveraging(1e-3, swa_epoch_start=1), WeightAveraging, EMAWeightAveraging],
+    [
+        lambda: StochasticWeightAveraging(1e-3, swa_epoch_start=1),
+        lambda: WeightAveraging(use_buffers=False),
+        lambda: EMAWeightAveraging(use_buffers=False),
+    ],
     ids=["stochastic", "mean", "exponential"],
 )
 def test_weights_are_averaged_by_callbacks_after_ours(make: Any, tmp_path: Path) -> None:

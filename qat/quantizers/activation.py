@@ -118,7 +118,7 @@ class ActivationQuantizer(QuantizerModule):
         if not self.initialized and not bool(self.observer.initialized):
             return  # an empty tensor was all; asked only before the first scale, since it waits for the device
         scale = round_to(self.rule.magnitude(self.observer, self.qtype) / self.qtype.steps, self.dtype)
-        self._part()
+        self.part()
         self.scale.copy_(scale.clamp(min=smallest_scale(self.dtype)))  # a zero scale would divide 0 by 0
         self.initialized = True
 
@@ -151,13 +151,13 @@ class ActivationQuantizer(QuantizerModule):
         for quantizer in (self, *others):
             quantizer.scale, quantizer._shared, quantizer._group = self.scale, True, self._group
 
-    def _part(self) -> None:
-        """Before the scale changes: have one of its own again."""
+    def part(self) -> None:
+        """Have a scale of its own again, as before it changes."""
         if self._shared:
             self.scale, self._shared = self.scale.clone(), False
 
     def _load_from_state_dict(self, *args: Any) -> None:
-        self._part()
+        self.part()
         super()._load_from_state_dict(*args)
         if self._group is not None:
             self.scale, self._shared = self._group.loaded(self.scale), True

@@ -16,10 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from qat import kernels
-from qat.numerics import FrozenWeight, QType
+from qat.numerics import FrozenWeight, QType, qtype_of
 from qat.spec import NamedArguments
 
-__all__ = ["Algorithm", "Quantized", "QuantizerModule", "WeightQuantizer"]
+__all__ = ["TYPE_KEY", "Algorithm", "Quantized", "QuantizerModule", "WeightQuantizer"]
+
+TYPE_KEY = "first_type"
+"""Key of a quantizer's state that names the type that it trains with, where it is not the one to be served."""
 
 
 class Quantized(NamedTuple):
@@ -53,15 +56,17 @@ class QuantizerModule(nn.Module):
 class WeightQuantizer(QuantizerModule, ABC):
     """How one weight is scaled; abstract. Subclasses implement `quantize`.
 
-    ``dtype`` is the serving dtype. ``masked`` stops the gradient of weights outside the codes' range, which is needed
-    once a range clips. ``float8_backward`` is `Algorithm.float8_backward`, where weight and input are float8.
+    ``qtype`` is the type that it quantizes to, ``served`` the one that it will be frozen to: training may begin with
+    another, and a state dict then holds it (`qat.training.annealing`). ``dtype`` is the serving dtype. ``masked`` stops
+    the gradient of weights outside the codes' range, which is needed once a range clips. ``float8_backward`` is
+    `Algorithm.float8_backward`, where weight and input are float8.
     """
 
     float8_backward = False
 
     def __init__(self, qtype: QType, dtype: torch.dtype, *, masked: bool = False) -> None:
         super().__init__()
-        self.qtype = qtype
+        self.qtype = self.served = qtype
         self.dtype = dtype
         self.masked = masked
 
@@ -103,6 +108,16 @@ class WeightQuantizer(QuantizerModule, ABC):
         codes, scale, shift = self.quantize_to_codes(weight)
         narrow = None if shift is None else shift.to(self.dtype)
         return FrozenWeight(codes.contiguous(), scale.to(self.dtype), narrow, self.qtype)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.qtype != self.served:
+            destination[f"{prefix}{TYPE_KEY}"] = torch.tensor(list(self.qtype.key.encode()), dtype=torch.uint8)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        found = state_dict.pop(f"{prefix}{TYPE_KEY}", None)
+        self.qtype = self.served if found is None else qtype_of(bytes(found.tolist()).decode())
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
         """The type, for ``print(model)``."""

@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.hooks import RemovableHandle
 
 from qat.errors import CalibrationError, StateError, TrainingError
 from qat.files.evidence import is_frozen
@@ -32,9 +32,12 @@ from qat.preparation import prepare, prepared_as
 from qat.quantizers import Algorithm, Automatic
 from qat.quantizers.activation import ActivationQuantizer
 from qat.spec import QuantSpec
+from qat.training.annealing import begin_with, end_first_type
+from qat.training.averaging import part_scales, require_order, require_same_kind
 from qat.training.batches import calibrate_on_training_data
+from qat.training.cage import pull_after_steps
 from qat.training.checkpoints import refuse_float_optimizer, refuse_masters
-from qat.training.schedule import QuantizationSchedule
+from qat.training.schedule import QuantizationSchedule, planned_steps
 from qat.training.task import require_finite
 
 __all__ = ["QuantizationAwareTraining"]
@@ -62,8 +65,9 @@ class QuantizationAwareTraining(Callback):
         StateError: the model is frozen, or prepared in another way.
         CalibrationError: activations are quantized and nothing will set their scales.
         TrainingError: no optimizer holds the learned scales, or one would decay them, or comes from a float checkpoint;
-            a callback that averages weights copied the module too early; the quantizers would be lost in worker
-            processes; later: the loss is not finite.
+            a callback that averages weights copied the module too early, or averages what it must not; the schedule
+            fits neither the layers nor the steps; the quantizers would be lost in worker processes; later: the loss
+            is not finite.
 
     Example::
 
@@ -95,6 +99,7 @@ class QuantizationAwareTraining(Callback):
         self.example_inputs = example_inputs
         self._phase: tuple[bool, bool] | None = None  # what the layers were last switched to
         self._held: dict[nn.Parameter, Tensor] = {}  # learned scales that stay, and where
+        self._pulls: list[RemovableHandle] = []  # of hooks that follow the optimizers' steps
         self._process = os.getpid()
 
     def model_of(self, module: LightningModule) -> nn.Module:
@@ -111,11 +116,7 @@ class QuantizationAwareTraining(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Prepare the model, or what ``configure_model`` builds right after it is built."""
-        for other in trainer.callbacks[: trainer.callbacks.index(self)]:  # type: ignore[attr-defined]
-            if isinstance(other, StochasticWeightAveraging | WeightAveraging):
-                raise TrainingError(
-                    f"callbacks: {type(other).__name__} copies the module: it must come after QuantizationAwareTraining"
-                )
+        require_order(trainer, self)
         configures = is_overridden("configure_model", pl_module)
         if not configures or self._is_built(pl_module):  # what only wraps a float model would wrap the wrong layers
             self._prepare(trainer, pl_module)
@@ -153,6 +154,7 @@ class QuantizationAwareTraining(Callback):
             for note in prepared_as(model).notes:
                 logger.warning("%s", note)
             self._refuse_worker_processes(trainer, model)
+        part_scales(trainer, model)  # before an average copies them
         watch(model)
         wanted = {"spec": get_target(self.target).resolved(self.spec), **wanted}
         found = {name: getattr(prepared_as(model), name) for name in wanted}
@@ -200,6 +202,7 @@ class QuantizationAwareTraining(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give uncalibrated activations their first scales; a resumed run already has them."""
         model, count = self.model_of(pl_module), self.schedule.calibration_batches
+        self._refuse_schedule(trainer, model)
         if _uncalibrated(model):
             if not self.schedule.sets_scales(trainer.global_step):
                 raise CalibrationError(
@@ -208,17 +211,45 @@ class QuantizationAwareTraining(Callback):
                 )
             if count > 0:
                 logger.info("%s", calibrate_on_training_data(trainer, pl_module, model, count, self.model_inputs))
+        part_scales(trainer, model)
+        self._change_types(trainer, model)
+        self._pulls = pull_after_steps(trainer, model, self.schedule)
         self._switch(trainer, pl_module)
+
+    def _refuse_schedule(self, trainer: Trainer, model: nn.Module) -> None:
+        until = self.schedule.first_weights_until
+        require_same_kind(trainer, model, self.schedule)
+        if until is None:
+            return
+        steps = planned_steps(trainer)
+        if steps is not None and until >= steps:
+            raise TrainingError(
+                f"schedule: first_weights_until={until} must come before the fit ends, at step {steps}: nothing could "
+                "be frozen; lower it, or train for more steps"
+            )
+        if trainer.strategy.restore_checkpoint_after_setup:  # those shard parameters
+            raise TrainingError(
+                f"schedule: first_weights needs whole weights, which {type(trainer.strategy).__name__} shards: use ddp"
+            )
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Switch fake quantization and observers by step."""
         if self._phase != self._phase_of(trainer):
             self._switch(trainer, pl_module)
+        if trainer.global_step == self.schedule.first_weights_until:
+            self._change_types(trainer, self.model_of(pl_module))
         if not self.schedule.holds(trainer.global_step):
             self._held.clear()
         elif not self._held:
             own = learned_ranges(self.model_of(pl_module))
             self._held = {p: p.detach().clone() for p in pl_module.parameters() if id(p) in own}
+
+    def _change_types(self, trainer: Trainer, model: nn.Module) -> None:
+        """Have layers quantize to the type of this step; a resumed run begins where its checkpoint was."""
+        if self.schedule.first_weights is not None and self.schedule.begins_with_first_weights(trainer.global_step):
+            begin_with(model, self.schedule.first_weights)
+        else:
+            end_first_type(model, trainer.optimizers)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Put held scales back, and let all ranks have the largest scale that any of them observed."""
@@ -262,6 +293,8 @@ class QuantizationAwareTraining(Callback):
                 layer.mode = Mode()
             self._phase = None
         self._held.clear()
+        while self._pulls:
+            self._pulls.pop().remove()
 
     on_train_end = teardown
     on_exception = teardown  # type: ignore[assignment]

@@ -1,23 +1,74 @@
-"""When quantization happens during a fit."""
+"""When quantization happens during a fit, and how the learning rate goes there."""
 
 from __future__ import annotations
 
-from typing import Self
+from math import cos, isfinite, pi
+from typing import TYPE_CHECKING, Literal, Self, TypeAlias, get_args
 
 from pydantic import Field, model_validator
 
-from qat.spec import NamedArguments
+from qat.errors import TrainingError, shown
+from qat.spec import NamedArguments, WeightType
 
-__all__ = ["QuantizationSchedule"]
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
+__all__ = ["Decay", "QuantizationSchedule", "planned_steps", "rate_factor"]
+
+Decay: TypeAlias = Literal["cosine", "linear", "constant"]
+"""How a learning rate goes from its peak to the last step."""
+
+
+def rate_factor(step: int, steps: float, warmup: int | None = None, decay: Decay = "cosine") -> float:
+    """The learning rate of an optimizer step, as a share of its peak: linear warm-up, then decay to zero.
+
+    ``(step + 1) / warmup`` in the warm-up. After it, with p the share of the other steps that are done: cosine is
+    ``(1 + cos(pi p)) / 2`` (Loshchilov and Hutter 2017, eq. 5, https://arxiv.org/abs/1608.03983), linear ``1 - p``.
+    p would reach 1 after the last step, so that each step moves something. A plain loop gives it to
+    ``torch.optim.lr_scheduler.LambdaLR``.
+
+    Args:
+        step: optimizer steps done before, from 0.
+        steps: of the whole training; infinity only if ``warmup`` is given and ``decay`` is constant.
+        warmup: steps of the warm-up; None: a twentieth of all.
+        decay: after the warm-up.
+
+    Raises:
+        TrainingError: ``decay`` is no such word, or ``steps`` is not known or below 1.
+
+    >>> [round(rate_factor(step, 10, warmup=2), 2) for step in range(11)]
+    [0.5, 1.0, 1.0, 0.96, 0.85, 0.69, 0.5, 0.31, 0.15, 0.04, 0.0]
+    """
+    if decay not in get_args(Decay):
+        raise TrainingError(f"decay: must be one of {', '.join(get_args(Decay))}, got {shown(decay)}: choose one")
+    if (decay != "constant" or warmup is None) and not (isfinite(steps) and steps >= 1):
+        raise TrainingError(
+            f"decay: {decay!r} with warmup={warmup} needs the number of steps, got {steps}: set max_steps or "
+            "max_epochs of the Trainer, or use decay='constant' with a number of steps for the warm-up"
+        )
+    warmup = int(steps) // 20 if warmup is None else warmup
+    if step < warmup:
+        return (step + 1) / warmup
+    if decay == "constant":
+        return 1.0
+    done = min(1.0, (step - warmup) / max(1.0, steps - warmup))
+    return 1.0 - done if decay == "linear" else (1.0 + cos(pi * done)) / 2
+
+
+def planned_steps(trainer: Trainer) -> int | None:
+    """Optimizer steps of a whole fit; None where nothing limits them."""
+    steps = trainer.estimated_stepping_batches
+    return int(steps) if isfinite(steps) and steps >= 0 else None
 
 
 class QuantizationSchedule(NamedArguments):
     """When quantization happens during a fit; steps are optimizer steps (``trainer.global_step``).
 
     Validation is never observed and always fake-quantized: it judges what would be served, also during a float start.
+    While ``first_weights`` lasts, it judges those codes.
 
     Raises:
-        SpecError: a number is below 0, or ``observe_until`` does not come after ``observe_from``.
+        SpecError: a number is out of its range, or two settings exclude each other.
 
     >>> schedule = QuantizationSchedule(start_step=10, observe_from=5, observe_until=20)
     >>> [schedule.observes(step) for step in (4, 5, 19, 20)]
@@ -32,6 +83,14 @@ class QuantizationSchedule(NamedArguments):
     """Activation observers stop at this step; none: they go on to the end."""
     hold_scales_from: int | None = Field(default=None, ge=0)
     """From this step on, learned scales and ranges stay as they are, and the weights settle to them; none: never."""
+    first_weights: WeightType | None = None
+    """Layers of fewer bits begin with this type, such as int2 ones with int4, and change to theirs later; none: not."""
+    first_weights_until: int | None = Field(default=None, ge=1)
+    """At this step they change: ranges start again from the weights as they are then."""
+    cage: float = Field(default=0.0, ge=0)
+    """Strength of the pull of weights to their quantized values (CAGE), in learning rates; 0: none. See numerics.md."""
+    cage_from: float = Field(default=0.8, ge=0, lt=1)
+    """Share of the steps after which the pull rises from 0; it has its full strength in the last step."""
     calibration_batches: int = Field(default=16, ge=0)
     """Batches for the calibration before the first step; recipes use as many before freezing. Only with activations."""
 
@@ -41,6 +100,20 @@ class QuantizationSchedule(NamedArguments):
             raise ValueError(f"observe_until ({self.observe_until}) must come after observe_from ({self.observe_from})")
         return self
 
+    @model_validator(mode="after")
+    def _first_weights_have_their_steps(self) -> Self:
+        until = self.first_weights_until
+        if (self.first_weights is None) != (until is None):
+            raise ValueError("first_weights and first_weights_until need each other: give both, or leave both out")
+        if until is not None and until <= self.start_step:
+            raise ValueError(f"first_weights_until ({until}) must come after start_step ({self.start_step})")
+        if until is not None and self.hold_scales_from is not None and self.hold_scales_from <= until:
+            raise ValueError(
+                f"hold_scales_from ({self.hold_scales_from}) must come after first_weights_until ({until}), where "
+                "ranges start again"
+            )
+        return self
+
     def observes(self, step: int) -> bool:
         """Whether observers record at this step."""
         return self.observe_from is not None and self.observe_from <= step < (self.observe_until or step + 1)
@@ -48,6 +121,25 @@ class QuantizationSchedule(NamedArguments):
     def holds(self, step: int) -> bool:
         """Whether learned scales and ranges stay as they are at this step."""
         return self.hold_scales_from is not None and step >= self.hold_scales_from
+
+    def begins_with_first_weights(self, step: int) -> bool:
+        """Whether layers have the type ``first_weights`` at this step."""
+        return self.first_weights_until is not None and step < self.first_weights_until
+
+    @property
+    def settled_from(self) -> int:
+        """The first step from which masters and ranges are of one kind to the end, so that they can be averaged."""
+        return max(self.start_step, self.first_weights_until or 0)
+
+    def cage_at(self, step: int, steps: int) -> float:
+        """Strength of the pull after the optimizer step number ``step``, from 0, of ``steps`` in all.
+
+        >>> schedule = QuantizationSchedule(cage=10, cage_from=0.5)
+        >>> [schedule.cage_at(step, 8) for step in (3, 4, 5, 7)]
+        [0.0, 2.5, 5.0, 10.0]
+        """
+        begin = self.cage_from * steps
+        return self.cage * max(0.0, (step + 1 - begin) / (steps - begin))
 
     def sets_scales(self, step: int) -> bool:
         """Whether a run that begins at this step without activation scales will have them once it quantizes."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from qat.errors import TrainingError
 from qat.preparation import parameter_groups
+from qat.training.schedule import Decay, planned_steps, rate_factor
 
 if TYPE_CHECKING:
     from torchmetrics import MetricCollection
@@ -64,7 +66,7 @@ def require_finite(loss: Tensor, step: int) -> None:
 
 
 class QuantizedTask(LightningModule):
-    """A model and a task as a LightningModule: AdamW, linear warm-up, then constant; distilled if there is a teacher.
+    """A model and a task as a LightningModule: AdamW, warm-up, decay to zero; distilled if there is a teacher.
 
     Args:
         model: float or prepared; `QuantizationAwareTraining` prepares it.
@@ -72,7 +74,8 @@ class QuantizedTask(LightningModule):
         learning_rate: of the weights.
         scale_learning_rate: of learned scales; default a tenth of it.
         weight_decay: of weights with two and more dimensions.
-        warmup_steps: optimizer steps from 0 to the full rate.
+        warmup_steps: optimizer steps from 0 to the full rate; default a twentieth of all.
+        decay: how the rate goes after them: see `rate_factor`.
         teacher: a float model, kept out of checkpoints and training; a fit leaves it on the CPU, as it does the model.
     """
 
@@ -84,7 +87,8 @@ class QuantizedTask(LightningModule):
         learning_rate: float,
         scale_learning_rate: float | None = None,
         weight_decay: float = 0.0,
-        warmup_steps: int = 0,
+        warmup_steps: int | None = None,
+        decay: Decay = "cosine",
         teacher: nn.Module | None = None,
     ) -> None:
         super().__init__()
@@ -94,6 +98,8 @@ class QuantizedTask(LightningModule):
         self.scale_learning_rate = scale_learning_rate
         self.weight_decay = weight_decay
         self.warmup_steps = warmup_steps
+        self.decay: Decay = decay
+        self._steps: float | None = None  # of the whole fit, once it is known
         # In a list, so that it is no submodule: neither trained nor saved nor wrapped by a strategy.
         self._teacher = [] if teacher is None else [teacher.eval().requires_grad_(False)]
         self.evaluation_metrics = task.metrics()
@@ -134,11 +140,24 @@ class QuantizedTask(LightningModule):
         self.evaluation_metrics.reset()
 
     def configure_optimizers(self) -> Any:
-        """AdamW over `qat.parameter_groups`, with linear warm-up."""
+        """AdamW over `qat.parameter_groups`; each group's rate follows `rate_factor` by optimizer steps."""
         groups = parameter_groups(self.model, self.learning_rate, self.scale_learning_rate, self.weight_decay)
         optimizer = torch.optim.AdamW(groups)
-        if self.warmup_steps == 0:
-            return optimizer
-        warmup = self.warmup_steps
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / warmup))
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self._rate_factor(step))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _rate_factor(self, step: int) -> float:
+        return 1.0 if self._steps is None else rate_factor(step, self._steps, self.warmup_steps, self.decay)
+
+    def on_train_start(self) -> None:
+        """Count the steps and set the rates of this one; `TrainingError` where the decay needs a number of steps.
+
+        To ask Lightning earlier would set up the data before a checkpoint's place in it is restored.
+        """
+        counted = self.decay != "constant" or self.warmup_steps is None
+        self._steps = (planned_steps(self.trainer) if counted else None) or math.inf
+        for config in self.trainer.lr_scheduler_configs:
+            scheduler = config.scheduler
+            if isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):  # and not that of a tuner
+                for group, peak in zip(scheduler.optimizer.param_groups, scheduler.base_lrs, strict=True):
+                    group["lr"] = peak * self._rate_factor(scheduler.last_epoch)

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import lightning
 import torch
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, EMAWeightAveraging
 
+from qat.training.callback import QuantizationAwareTraining
 from recipes.common.config import ConfigError
 from recipes.common.progress import progress_bar
-from recipes.common.settings import TrainerSettings
+from recipes.common.settings import OptimizationSettings, TrainerSettings
 
-__all__ = ["LastCheckpoint", "SeedNoise", "StepProgress", "checkpoints_in", "mixed_seed", "step_of"]
+__all__ = ["LastCheckpoint", "SeedNoise", "StepProgress", "averages", "checkpoints_in", "mixed_seed", "step_of"]
 
 
 class StepProgress(lightning.Callback):
@@ -99,6 +101,16 @@ class LastCheckpoint(Checkpoint):
 def checkpoints_in(folder: Path, settings: TrainerSettings) -> list[lightning.Callback]:
     """Make the callback that keeps the newest checkpoint of the configured interval, and the last of all."""
     return [LastCheckpoint(folder, settings.checkpoint_every)]
+
+
+def averages(settings: OptimizationSettings, callbacks: Iterable[lightning.Callback]) -> list[lightning.Callback]:
+    """Make the callback that averages weights, from where quantization among ``callbacks`` leaves them of one kind."""
+    if settings.average is None:
+        return []
+    schedules = [callback.schedule for callback in callbacks if isinstance(callback, QuantizationAwareTraining)]
+    begin = max((schedule.settled_from for schedule in schedules), default=0)
+    # Buffers are starts of ranges and statistics, which are copied instead.
+    return [EMAWeightAveraging(decay=settings.average, use_buffers=False, update_starting_at_step=begin)]
 
 
 def step_of(checkpoint: Path | None) -> int:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import gc
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from qat.exporting.card import CARD_NAME
 from recipes.common.card import add_section
 from recipes.common.diffusion import DiffusionData, move_encoders
 from recipes.common.diffusion_config import DiffusionConfig, sequence, source_of
+from recipes.common.gate import Comparison
 from recipes.common.models import load_pipeline
 from recipes.common.pictures import draw_images, plot_losses, show_grid
 from recipes.common.progress import track
@@ -57,6 +60,8 @@ class DiffusionComparison:
         reference.cpu()
         self._task = Diffusion(compares=True)
         self._rows: list[ResultRow] = []
+        self.losses: dict[str, list[float]] = {}
+        """The losses of each model, one a batch."""
         self._images: dict[str, list[Any]] = {}
 
     def judge(
@@ -90,7 +95,8 @@ class DiffusionComparison:
 
     def _scores(self, name: str, model: nn.Module, dtype: torch.dtype | None) -> dict[str, float]:
         evaluation = self._data.evaluation
-        return evaluate(self._task, model, track(evaluation, f"evaluating: {name}", len(evaluation)), dtype)
+        shown = track(evaluation, f"evaluating: {name}", len(evaluation))
+        return evaluate(self._task, model, shown, dtype, self.losses.setdefault(name, []))
 
     def _draw(self, model: nn.Module, device: torch.device) -> list[Any]:
         config = self._config
@@ -108,15 +114,17 @@ class DiffusionComparison:
         release_encoders(pipeline)
         return images
 
-    def report(self, baseline: str, run: Run) -> None:
+    def report(self, baseline: str, run: Run, compared: Mapping[str, Comparison]) -> None:
         """Print the table, and write it and the pictures beside the export and into its model card.
 
         Args:
             baseline: the model that the others are compared with.
             run: whose export it is.
+            compared: how losses differ, by the name of the model.
         """
         images, losses = run.beside("images.png"), run.beside("losses.png")
-        show_results(self._rows, run.beside("results.json"), ("loss", "output_mse"))
+        rows = [replace(row, comparison=compared.get(row.name)) for row in self._rows]
+        show_results(rows, run.beside("results.json"), ("loss", "output_mse"))
         print("output_mse: squared distance of the outputs from those of the fine-tuned float model, at equal noise")
         show_grid(self._images, self._data.captions, images)
         bins = [f"loss_bin_{number}" for number in range(self._task.bins)]

@@ -22,6 +22,7 @@ from recipes import tasks
 from recipes.common import training
 from recipes.common.callbacks import checkpoints_in
 from recipes.common.fine_tuned import FineTunedWeights
+from recipes.common.gate import Gate
 from recipes.common.progress import stage, track
 from recipes.common.results import ResultRow, inspect_totals, show_end, show_results
 from recipes.common.run import Run
@@ -78,11 +79,12 @@ def compare(
     checkpoints = run.beside("checkpoints")
     how = training.FitSettings(settings, config.trainer, config.seed)
     scores: dict[str, dict[str, float]] = {}
+    losses: dict[str, list[float]] = {}
 
     def judge(name: str, judged: nn.Module, device: torch.device, dtype: torch.dtype | None = None) -> None:
         held_out = DataLoader(examples.evaluation, settings.batch_size, collate_fn=examples.collate)
         shown = track(held_out, f"evaluating: {name}", len(held_out))
-        scores[name] = tasks.evaluate(task, judged.to(device), shown, dtype)
+        scores[name] = tasks.evaluate(task, judged.to(device), shown, dtype, losses.setdefault(name, []))
 
     def freeze(trained: nn.Module) -> None:
         inputs = map(task.inputs, batches)
@@ -102,6 +104,8 @@ def compare(
         with TemporaryDirectory() as folder:
             qat.export(quantized, folder)
             judge(QUANTIZED, qat.load(folder), run.served_on, spec.torch_dtype)
+    gate = Gate(losses, TUNED, QUANTIZED, TRAINED, settings)
+    gate.before_training()
 
     distilled = replace(task, distillation_weight=settings.distillation_weight, temperature=settings.temperature)
     callbacks = [
@@ -123,6 +127,7 @@ def compare(
     with stage("verifying"):
         verified = qat.verify(run.output, fresh_process=True)
     judge(TRAINED, qat.load(run.output), run.served_on, spec.torch_dtype)
+    gate.after_training()
 
     size = sum(file.stat().st_size for file in run.output.glob("model*.safetensors"))
     facts = {
@@ -131,6 +136,6 @@ def compare(
         QUANTIZED: (size, settings.steps, settings.float_learning_rate),  # the same layout
         TRAINED: (size, settings.steps, settings.learning_rate),
     }
-    rows = [ResultRow(name, scores[name], *facts[name]) for name in scores]
+    rows = [ResultRow(name, scores[name], *facts[name], gate.found.get(name)) for name in scores]
     show_results(rows, run.beside("results.json"), list(scores[FLOAT]))
     show_end(run, verified)

@@ -15,6 +15,7 @@ from rich.table import Table
 
 import qat
 from qat.files.manifest import CARD_NAME
+from recipes.common.gate import Comparison
 
 if TYPE_CHECKING:
     from recipes.common.run import Run
@@ -39,6 +40,8 @@ class ResultRow:
     """Optimizer steps of training on top of the model that the recipe started from."""
     learning_rate: float | None = None
     """The peak learning rate of those steps; None where there were none."""
+    comparison: Comparison | None = None
+    """How its loss differs from another row's, where they are compared."""
 
 
 def show_results(rows: Sequence[ResultRow], path: Path, metrics: Sequence[str]) -> None:

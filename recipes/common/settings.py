@@ -10,7 +10,7 @@ import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, Self, TypeAlias
 
 from pydantic import (
     AfterValidator,
@@ -28,7 +28,7 @@ import qat
 from qat.observers import Best, ObserverChoice
 from qat.quantizers import AnyAlgorithm
 from qat.spec import QuantSpec
-from qat.training.schedule import QuantizationSchedule
+from qat.training.schedule import Decay, QuantizationSchedule
 
 __all__ = [
     "ComparisonConfig",
@@ -70,8 +70,12 @@ class OptimizationSettings(BaseModel):
     """Learning rate of learned scales; none: a tenth of the weights'."""
     weight_decay: float = Field(default=0.0, ge=0)
     """Weight decay of the weights; scales never have any."""
-    warmup_steps: int = Field(default=10, ge=0)
-    """Steps in which the learning rate rises from 0 to its peak."""
+    warmup_steps: int | None = Field(default=None, ge=0)
+    """Steps in which the learning rate rises from 0 to its peak; none: a twentieth of all."""
+    decay: Decay = "cosine"
+    """How the learning rate goes from its peak to the last step: to 0 as a cosine or linearly, or constant."""
+    average: float | None = Field(default=None, gt=0, lt=1)
+    """Decay of a moving average of the weights, about the last 1 / (1 - decay) steps, which replaces them; none: no."""
     gradient_clip: float | None = Field(default=1.0, gt=0)
     """Largest norm of the gradient; none: no limit."""
     distillation_weight: float = Field(default=0.0, ge=0, le=1)
@@ -166,6 +170,17 @@ class RecipeConfig(BaseModel):
         if (spec := info.data.get("spec")) and spec.activation_type and not schedule.calibration_batches:
             raise ValueError("calibration_batches: must be above 0, for spec quantizes activations")
         return schedule
+
+    @model_validator(mode="after")
+    def _first_weights_fit(self) -> Self:
+        """What the library says when training begins, before anything slow."""
+        until, steps = self.schedule.first_weights_until, getattr(self, "optimization", OptimizationSettings()).steps
+        types = {self.spec.weights, *(getattr(over, "weights", over) for over in self.spec.overrides.values())}
+        if until is not None and until >= steps:
+            raise ValueError(f"schedule.first_weights_until: must be below optimization.steps ({steps}), got {until}")
+        if until is not None and "int2" not in types:
+            raise ValueError("schedule.first_weights: is for int2 weights, which spec does not ask for: leave it out")
+        return self
 
 
 class ComparisonConfig(RecipeConfig):

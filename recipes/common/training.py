@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 import qat
 from qat.layers import quantized_layers
 from qat.training.task import QuantizedTask, Task
-from recipes.common.callbacks import SeedNoise, StepProgress, mixed_seed, step_of
+from recipes.common.callbacks import SeedNoise, StepProgress, averages, mixed_seed, step_of
 from recipes.common.config import ConfigError
 from recipes.common.progress import stage
 from recipes.common.settings import OptimizationSettings, TrainerSettings
@@ -128,6 +128,7 @@ def fit(
         scale_learning_rate=optimization.scale_learning_rate,
         weight_decay=optimization.weight_decay,
         warmup_steps=optimization.warmup_steps,
+        decay=optimization.decay,
         teacher=teacher if optimization.distillation_weight > 0 else None,
     )
     trainer = _trainer(
@@ -138,7 +139,12 @@ def fit(
         limit_train_batches=optimization.steps * settings.trainer.accumulate_grad_batches,
         gradient_clip_val=optimization.gradient_clip,
         # Noise is seeded last, after callbacks that calibrate with batches.
-        callbacks=[StepProgress(name), *callbacks, *([] if noise is None else [SeedNoise(noise, seed)])],
+        callbacks=[
+            StepProgress(name),
+            *callbacks,
+            *averages(optimization, callbacks),
+            *([] if noise is None else [SeedNoise(noise, seed)]),
+        ],
         enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
     )
     trainer.fit(module, batches, ckpt_path=None if resume is None else str(resume), weights_only=True)

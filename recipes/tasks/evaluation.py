@@ -25,7 +25,11 @@ Batch: TypeAlias = Mapping[str, Any]
 
 @torch.no_grad()
 def evaluate(
-    task: Task, model: nn.Module, batches: Iterable[Batch], dtype: torch.dtype | None = None
+    task: Task,
+    model: nn.Module,
+    batches: Iterable[Batch],
+    dtype: torch.dtype | None = None,
+    losses: list[float] | None = None,
 ) -> dict[str, float]:
     """Judge a model by a task over batches, in evaluation mode, on the device where the model is.
 
@@ -36,6 +40,7 @@ def evaluate(
         model: any module that takes the task's inputs: float, prepared, frozen or reloaded.
         batches: what the task takes; wrap the iterable to show progress.
         dtype: what floating inputs are cast to (see `move`), for a model that serves in a narrow dtype; none: nothing.
+        losses: a list that gets the task's loss of each batch, to compare models batch by batch.
 
     Returns:
         Metric name to value.
@@ -53,7 +58,10 @@ def evaluate(
         for batch in batches:
             seen = True
             moved = move(batch, device)
-            task.update(metrics, model(**move(task.inputs(moved), device, dtype)), moved)
+            outputs = model(**move(task.inputs(moved), device, dtype))
+            task.update(metrics, outputs, moved)
+            if losses is not None:
+                losses.append(float(task.loss(outputs, moved)))
     finally:
         for module, training in modes:  # one by one: a part that the user keeps in evaluation mode stays there
             module.training = training

@@ -1,0 +1,69 @@
+"""What callbacks that average weights need of a prepared module.
+
+An average of masters and of the moves of learned ranges is a model like any other: it is fake-quantized as a whole, so
+validation judges it as it would be served, and freezing packs it. The starts of ranges, scales and statistics of
+activations are buffers. They are no numbers to average, but must be copied as they are.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging, WeightAveraging
+from torch import nn
+
+from qat.errors import TrainingError
+from qat.layers import quantized_layers
+from qat.training.schedule import QuantizationSchedule
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
+__all__ = ["part_scales", "require_order", "require_same_kind"]
+
+
+def require_order(trainer: Trainer, callback: Callback) -> None:
+    """Raise `TrainingError` when a callback that averages weights would copy the module before it is prepared."""
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    for other in callbacks[: callbacks.index(callback)]:
+        if isinstance(other, StochasticWeightAveraging | WeightAveraging):
+            raise TrainingError(
+                f"callbacks: {type(other).__name__} copies the module: it must come after QuantizationAwareTraining"
+            )
+
+
+def require_same_kind(trainer: Trainer, model: nn.Module, schedule: QuantizationSchedule) -> None:
+    """Raise `TrainingError` when an average would mix what does not go together."""
+    state = any(
+        any(True for _ in child.buffers()) for _, layer in quantized_layers(model) for child in layer.children()
+    )
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    if schedule.first_weights and any(isinstance(other, StochasticWeightAveraging) for other in callbacks):
+        raise TrainingError(
+            "callbacks: StochasticWeightAveraging starts by epochs, but first_weights changes ranges at a step: use "
+            f"EMAWeightAveraging(use_buffers=False, update_starting_at_step={schedule.first_weights_until})"
+        )
+    for other in _averages(trainer):
+        name, from_step = type(other).__name__, schedule.first_weights_until or 0
+        if other._use_buffers and state:
+            raise TrainingError(
+                f"callbacks: {name} would average buffers, such as starts of ranges and statistics: pass it "
+                "use_buffers=False, which copies them"
+            )
+        if any(other.should_update(step_idx=step) for step in range(from_step)):
+            raise TrainingError(
+                f"callbacks: {name} averages from before first_weights_until={from_step}, when ranges were those of "
+                f"another type: let it start there (EMAWeightAveraging(update_starting_at_step={from_step}))"
+            )
+
+
+def part_scales(trainer: Trainer, model: nn.Module) -> None:
+    """Give each activation a scale of its own, so that a module and its copy have the same number of buffers."""
+    if _averages(trainer):
+        for _, layer in quantized_layers(model):
+            for quantizer in layer.activation_quantizers():
+                quantizer.part()
+
+
+def _averages(trainer: Trainer) -> list[WeightAveraging]:
+    return [other for other in trainer.callbacks if isinstance(other, WeightAveraging)]  # type: ignore[attr-defined]
