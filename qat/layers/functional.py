@@ -81,6 +81,7 @@ def fake_quantized(weight: Tensor, quantized: Quantized, quantizer: WeightQuanti
     ``weight`` is the effective master weight, ``(out, in)``; ``quantized`` is what the quantizer made of it.
     """
     value, scale, shift = quantized
+    weight, scale, shift = quantizer.through(weight, scale, shift)
     options = _Options(quantizer.qtype, quantizer.dtype, quantizer.masked)
     return _FakeQuantized.apply(value, weight, scale, shift, options)  # type: ignore[no-any-return,no-untyped-call]
 
@@ -174,6 +175,7 @@ def quantized_linear(
         learned, key = activation.learned_scale(), activation.qtype.key
         codes = activation.quantize(x, learned)
     value, scale, shift = quantized
+    weight, scale, shift = quantizer.through(weight, scale, shift)
     dtype = quantizer.dtype if value.dtype is quantizer.qtype.storage else value.dtype
     if autocast_dtype(x) is not None:
         x = x.to(dtype)
