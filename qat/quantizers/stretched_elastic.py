@@ -44,7 +44,8 @@ class StretchedRange(LearnedRange):
 
     def quantize(self, weight: Tensor, out_dtype: torch.dtype) -> Quantized:
         """Quantize by the moved alpha."""
-        return self.by_served(weight, *self.served(weight, self.high_move, self.high_move), out_dtype)
+        low_move = self.high_move.view_as(self.high_move)  # a compiler refuses one tensor as two arguments
+        return self.by_served(weight, *self.served(weight, low_move, self.high_move), out_dtype)
 
 
 class StretchedElastic(Algorithm):
