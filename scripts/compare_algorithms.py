@@ -37,8 +37,8 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
 
 def divergence(logits: Tensor, wanted: Tensor) -> Tensor:
     """Mean KL of the predictions to those of the float model, ``(..., classes)``."""
-    pair = (part.float().flatten(0, -2).log_softmax(-1) for part in (logits, wanted))
-    return torch.nn.functional.kl_div(*pair, log_target=True, reduction="batchmean")
+    ours, theirs = (part.float().flatten(0, -2).log_softmax(-1) for part in (logits, wanted))
+    return torch.nn.functional.kl_div(ours, theirs, log_target=True, reduction="batchmean")
 
 
 def judge(case: Case, model: Any, wanted: Tensor) -> tuple[float, float]:
