@@ -33,7 +33,10 @@ _HOMES = {
     "qat.loading": ("load",),
     "qat.observers": ("Absmax", "Best", "Mse", "Percentile"),
     "qat.preparation": ("PrepareReport", "parameter_groups", "prepare"),
-    "qat.quantizers": ("Algorithm", "AnyAlgorithm", "Automatic", "LearnedAffine", "StraightThrough", "WeightQuantizer"),
+    "qat.quantizers": (
+        *("Algorithm", "AnyAlgorithm", "Automatic", "DualLSQ", "LearnedAffine", "LearnedClipping", "StraightThrough"),
+        *("StretchedElastic", "WeightQuantizer"),
+    ),
     "qat.spec": ("LayerSpec", "QuantSpec"),
     "qat.training.callback": ("QuantizationAwareTraining",),
     "qat.training.cage": ("cage_step",),

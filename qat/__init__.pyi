@@ -26,8 +26,11 @@ from qat.preparation import prepare as prepare
 from qat.quantizers import Algorithm as Algorithm
 from qat.quantizers import AnyAlgorithm as AnyAlgorithm
 from qat.quantizers import Automatic as Automatic
+from qat.quantizers import DualLSQ as DualLSQ
 from qat.quantizers import LearnedAffine as LearnedAffine
+from qat.quantizers import LearnedClipping as LearnedClipping
 from qat.quantizers import StraightThrough as StraightThrough
+from qat.quantizers import StretchedElastic as StretchedElastic
 from qat.quantizers import WeightQuantizer as WeightQuantizer
 from qat.spec import LayerSpec as LayerSpec
 from qat.spec import QuantSpec as QuantSpec

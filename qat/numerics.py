@@ -242,19 +242,19 @@ class QType(ABC):
         return codes if out_dtype is self.storage else self.decode(codes, scale, shift, dtype).to(out_dtype)
 
     def scale_gradients(
-        self, weight: Tensor, scale: Tensor, shift: Tensor | None, grad: Tensor
+        self, weight: Tensor, scale: Tensor, shift: Tensor | None, grad: Tensor, margin: float = 0.0
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         """Straight-through gradients of ``v = s q(w) - z`` with respect to scale and shift, and the masked ``grad``.
 
-        With ``x = (w + z) / s`` and ``in`` where x lies within the codes' range (LSQ, Esser et al. 2020, eq. 3; LSQ+,
-        Bhalgat et al. 2020, eq. 5-6): ``dv/ds = q - x in``, ``dv/dz = in - 1``, ``dv/dw = in``.
+        With ``x = (w + z) / s`` and ``in`` where x lies at most ``margin`` outside the codes' range (LSQ, Esser et al.
+        2020, eq. 3; LSQ+, Bhalgat et al. 2020, eq. 5-6): ``dv/ds = q - x in``, ``dv/dz = in - 1``, ``dv/dw = in``.
 
         Returns:
             ``grad_scale`` and ``grad_shift`` (float32, ``(groups, 1)``; None without a shift), and ``grad * in``.
         """
         x = self._positions(weight, scale, shift).masked_fill(scale == 0, 0)
         rows = self.grouped(grad).float()
-        inside = (x >= self.code_min) & (x <= self.code_max)
+        inside = (x >= self.code_min - margin) & (x <= self.code_max + margin)
         clamped = x.clamp(self.code_min, self.code_max)
         codes = clamped.to(self.storage).float() if self.floating else clamped.round()
         grad_scale = (rows * (codes - torch.where(inside, x, 0.0))).sum(1, keepdim=True)

@@ -113,6 +113,7 @@ def prepare(
         quantizer = algorithm.make(weight, types.weights, types.dtype)
         if not isinstance(quantizer, WeightQuantizer):
             raise StateError(f"algorithm: {algorithm!r} must make a WeightQuantizer, made {quantizer!r}")
+        quantizer.smooth = algorithm.gradient == "stable" and types.weights.fused and not types.weights.floating
         if algorithm.float8_backward and types.activations is not None:
             quantizer.float8_backward = types.weights.floating and types.activations.floating
         inputs = outputs = None
@@ -154,6 +155,8 @@ def _check_use(algorithm: Algorithm, names: list[str], quantizers: list[WeightQu
     fault = None
     if algorithm.float8_backward and not any(quantizer.float8_backward for quantizer in quantizers):
         fault = "float8_backward=True needs layers with float8 weights and float8 activations: set both to 'float8'"
+    if algorithm.gradient == "stable" and not any(quantizer.smooth for quantizer in quantizers):
+        fault = "gradient='stable' needs layers with integer codes: its formula is that of a grid of equal steps"
     if algorithm.learn_activations and not any(map(algorithm.learns_activations, names)):
         fault = "learn_activations=True needs layers with quantized activations that are not among static_activations"
     for pattern in algorithm.static_activations:

@@ -44,7 +44,8 @@ ORDER: tuple[frozenset[str], ...] = tuple(
         "files",
         "formats",
         "hosts",
-        "agreement allocation blocks calibration checks folding freezing inspection optimizers preparation probing runs serving",
+        "agreement allocation blocks calibration checks codes_only folding freezing inspection moments optimizers "
+        "preparation probing reconstruction runs serving starting",
         "exporting loading verification integrations",
         "training",
         "cli __main__",
@@ -74,7 +75,7 @@ HOST_FILES = {
 TYPE_NAMES = frozenset({"int8", "float8", "int4", "int2"})
 TYPE_FILES = ("qat/spec.py", "qat/formats/quanto")  # where a type's name is turned into an object
 
-MOST_LIBRARY_LINES = 13_249
+MOST_LIBRARY_LINES = 13_733
 MOST_LINES = 400
 MOST_RECIPE_LINES = 150  # of a recipe itself
 

@@ -55,7 +55,7 @@ class ZeroPoint(Affine):
         return (scale.float() * steps).to(dtype).reshape(codes.shape)
 
     def scale_gradients(
-        self, weight: Tensor, scale: Tensor, shift: Tensor | None, grad: Tensor
+        self, weight: Tensor, scale: Tensor, shift: Tensor | None, grad: Tensor, margin: float = 0.0
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         rows, codes = self.grouped(weight.detach()).float() / scale, self.grouped(self.encode(weight, scale, shift))
         steps, given = codes.float() - shift, self.grouped(grad).float()

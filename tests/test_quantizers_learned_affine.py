@@ -370,5 +370,23 @@ def test_compiled_and_eager_training_have_the_same_bits(qtype: QType) -> None:
 
 
 def test_settings_are_checked() -> None:
-    with pytest.raises(ValidationError, match="'minmax' or 'clip'"):
+    with pytest.raises(ValidationError, match="'minmax', 'clip' or 'lsq'"):
         LearnedAffine.model_validate({"start": "middle"})
+
+
+@pytest.mark.parametrize("qtype", QTYPES.values(), ids=QTYPES)
+def test_the_start_of_lsq_is_the_papers(qtype: QType) -> None:
+    weight = torch.randn(6, 256, generator=torch.Generator().manual_seed(0)) + 0.1
+    _, scale, shift = LearnedAffine(start="lsq").make(weight, qtype, torch.float32).quantize(weight, torch.float32)
+    rows = weight.double().view(scale.shape[0], -1)
+    center = rows.mean(1, keepdim=True) if qtype.name in AFFINE else torch.zeros(())
+    codes = {"int8": 127, "float8": 448, "int4": 7.5, "int2": 1.5}[qtype.name]
+    wanted = 2 * (rows - center).abs().mean(1, keepdim=True) / codes**0.5
+    torch.testing.assert_close(scale.double(), wanted, rtol=1e-5, atol=0)
+    if shift is not None:
+        torch.testing.assert_close(shift.double(), wanted * codes - center, rtol=1e-5, atol=1e-6)
+
+
+def test_a_margin_without_a_mask_is_refused() -> None:
+    with pytest.raises(qat.SpecError, match=r"mask_margin \(0.5\) needs mask_saturated=True"):
+        LearnedAffine(mask_margin=0.5, mask_saturated=False)

@@ -85,6 +85,7 @@ def fake_quantized(weight: Tensor, quantized: Quantized, quantizer: WeightQuanti
     ``weight`` is the effective master weight, ``(out, in)``; ``quantized`` is what the quantizer made of it.
     """
     value, scale, shift = quantized
+    weight, scale, shift = quantizer.through(weight, scale, shift)
     options = _Options(quantizer.qtype, quantizer.dtype, quantizer.masked)
     return _FakeQuantized.apply(value, weight, scale, shift, options)  # type: ignore[no-any-return,no-untyped-call]
 
@@ -200,6 +201,7 @@ def quantized_linear(
         learned, key = activation.learned_scale(), activation.qtype.key
         codes = activation.quantize(x, learned)
     value, scale, shift = quantized
+    weight, scale, shift = quantizer.through(weight, scale, shift)
     coded = value.dtype is quantizer.qtype.storage
     dtype = quantizer.dtype if coded else value.dtype
     if coded and output is not None and x.numel() and output.learned_scale() is None:

@@ -10,13 +10,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from fnmatch import fnmatchcase
-from typing import Any, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
 from qat import kernels
 from qat.numerics import FrozenWeight, QType, qtype_of
+from qat.quantizers.gradients import masked_beyond, smooth_rounding
 from qat.spec import NamedArguments
 
 __all__ = ["TYPE_KEY", "Algorithm", "Quantized", "QuantizerModule", "WeightQuantizer"]
@@ -58,17 +59,20 @@ class WeightQuantizer(QuantizerModule, ABC):
 
     ``qtype`` is the type that it quantizes to, ``served`` the one that it will be frozen to: training may begin with
     another, and a state dict then holds it (`qat.training.annealing`). ``dtype`` is the serving dtype. ``masked`` stops
-    the gradient of weights outside the codes' range, which is needed once a range clips. ``float8_backward`` is
-    `Algorithm.float8_backward`, where weight and input are float8.
+    the gradient of weights outside the codes' range, which is needed once a range clips; with a ``margin``, those
+    farther outside than that many steps. ``float8_backward`` is `Algorithm.float8_backward`, where weight and input are
+    float8. ``smooth`` is `Algorithm.gradient`, where codes are integers.
     """
 
     float8_backward = False
+    smooth = False
 
-    def __init__(self, qtype: QType, dtype: torch.dtype, *, masked: bool = False) -> None:
+    def __init__(self, qtype: QType, dtype: torch.dtype, *, masked: bool = False, margin: float = 0.0) -> None:
         super().__init__()
         self.qtype = self.served = qtype
         self.dtype = dtype
-        self.masked = masked
+        self.margin = margin if masked else 0.0
+        self.masked = masked and not margin  # with a margin, `through` does it
 
     @abstractmethod
     def quantize(self, weight: Tensor, out_dtype: torch.dtype) -> Quantized:
@@ -84,6 +88,20 @@ class WeightQuantizer(QuantizerModule, ABC):
         _, scale, shift = self.quantize(weight, self.dtype)
         fixed = None if shift is None else shift.detach()
         return Quantized(self.qtype.encode(weight, scale.detach(), fixed), scale, shift)
+
+    def through(self, weight: Tensor, scale: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Weight, scale and shift as a layer's backward sees them: what it finds for them goes on to the arguments.
+
+        ``scale`` and ``shift`` are those that `quantize` returned for ``weight``. From the three that come back, the
+        layer computes the value again, with the same bits. A quantizer with gradients of its own, or one that rounds
+        something else than ``weight``, puts its function in between here.
+        """
+        if self.smooth:
+            weight = smooth_rounding(weight, scale, shift, self.qtype)
+        if not self.margin:
+            return weight, scale, shift
+        weight = masked_beyond(weight, scale, shift, self.qtype, self.margin)
+        return weight, scale.detach(), None if shift is None else shift.detach()
 
     def by_scale(self, weight: Tensor, scale: Tensor, shift: Tensor | None, out_dtype: torch.dtype) -> Quantized:
         """Fake-quantize by a scale and a shift, float32, ``(groups, 1)``, not yet rounded to the serving dtype."""
@@ -131,6 +149,8 @@ class Algorithm(NamedArguments):
     """Names the algorithm in a configuration file; a subclass has a literal here."""
     float8_backward: bool = False
     """Multiply gradients in float8 too, where weights and inputs are float8: faster, and no longer exact."""
+    gradient: Literal["straight_through", "stable"] = "straight_through"
+    """Of the rounding to integer codes: 1, or StableQAT's, which is smaller the nearer a weight is to its code."""
     learn_activations: bool = False
     """Learn the scales of activations from where calibration left them (LSQ), with the rate of learned ranges."""
     static_activations: tuple[str, ...] = ()
