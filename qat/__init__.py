@@ -35,8 +35,10 @@ _HOMES = {
     "qat.quantizers": ("Algorithm", "AnyAlgorithm", "LearnedAffine", "StraightThrough", "WeightQuantizer"),
     "qat.spec": ("LayerSpec", "QuantSpec"),
     "qat.training.callback": ("QuantizationAwareTraining",),
+    "qat.training.distillation": ("Distillation", "Distiller"),
     "qat.training.schedule": ("QuantizationSchedule",),
     "qat.training.task": ("QuantizedTask",),
+    "qat.training.teacher": ("CachedLogits", "cache_logits"),
     "qat.verification": ("VerifyReport", "verify"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}

@@ -164,7 +164,7 @@ def test_the_whole_line(spec: list[str], small: list[str], tmp_path: Path, capsy
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["--optimization.distillation-weight", "0.5"],
+        ["--optimization.distillation.weight", "0.5"],
         ["--trainer.gradient-checkpointing", "--trainer.accumulate-grad-batches", "2"],
         ["--trainer.precision", "bf16-mixed"],
     ],
