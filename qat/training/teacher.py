@@ -149,7 +149,7 @@ class CachedLogits:
             self.classes: int = index["classes"]
             self._per_token: bool = index["per_token"]
             self._rows: dict[str, tuple[int, int, int]] = index["rows"]  # digest to file, start and end
-        except (OSError, ValueError, LookupError) as error:
+        except (OSError, ValueError, LookupError, TypeError) as error:
             raise LoadError(
                 f"teacher: {str(directory)!r} holds no cached logits ({type(error).__name__}: {error}): write them "
                 "with qat.cache_logits"
