@@ -35,9 +35,9 @@ def bert(seed: int = 0, attention: str = "eager", dropout: float = 0.0) -> BertF
 
 
 def hooks_of_ours(model: nn.Module) -> list[Any]:
-    """Forward hooks that a distillation left behind; transformers has its own."""
+    """Forward hooks that a distillation left behind; transformers and prepared models have others."""
     hooks = [hook for module in model.modules() for hook in module._forward_hooks.values()]
-    return [hook for hook in hooks if getattr(hook, "__module__", "").startswith("qat.")]
+    return [hook for hook in hooks if getattr(hook, "__module__", "").startswith("qat.training")]
 
 
 def close(left: Tensor, right: Tensor) -> bool:
