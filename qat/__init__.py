@@ -40,8 +40,10 @@ _HOMES = {
     "qat.spec": ("LayerSpec", "QuantSpec"),
     "qat.training.callback": ("QuantizationAwareTraining",),
     "qat.training.cage": ("cage_step",),
+    "qat.training.distillation": ("Distillation", "Distiller"),
     "qat.training.schedule": ("QuantizationSchedule", "rate_factor"),
     "qat.training.task": ("QuantizedTask",),
+    "qat.training.teacher": ("CachedLogits", "cache_logits"),
     "qat.verification": ("VerifyReport", "verify"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}

@@ -36,9 +36,13 @@ from qat.spec import LayerSpec as LayerSpec
 from qat.spec import QuantSpec as QuantSpec
 from qat.training.cage import cage_step as cage_step
 from qat.training.callback import QuantizationAwareTraining as QuantizationAwareTraining
+from qat.training.distillation import Distillation as Distillation
+from qat.training.distillation import Distiller as Distiller
 from qat.training.schedule import QuantizationSchedule as QuantizationSchedule
 from qat.training.schedule import rate_factor as rate_factor
 from qat.training.task import QuantizedTask as QuantizedTask
+from qat.training.teacher import CachedLogits as CachedLogits
+from qat.training.teacher import cache_logits as cache_logits
 from qat.verification import VerifyReport as VerifyReport
 from qat.verification import verify as verify
 

@@ -17,7 +17,7 @@ import qat
 from qat.report import run_command
 from recipes import command
 from recipes.common.config import load_config
-from recipes.common.settings import ComparisonConfig, LogitOptimization
+from recipes.common.settings import ComparisonConfig, OptimizationSettings
 from recipes.data.text import TextData
 
 REFERENCE = Path(__file__).parent / "reference"
@@ -28,14 +28,14 @@ class Config(ComparisonConfig):
 
     data: TextData = TextData(evaluation_blocks=128)
     """The text to train and to evaluate on."""
-    optimization: LogitOptimization = LogitOptimization(steps=80, learning_rate=5e-5, float_learning_rate=3e-5)
+    optimization: OptimizationSettings = OptimizationSettings(steps=80, learning_rate=5e-5, float_learning_rate=3e-5)
     """Steps, learning rates, distillation (from the fine-tuned float model, where there is one)."""
 
 
 def main(argv: Sequence[str]) -> None:
     config = load_config(Config, argv, str(Config.__doc__), prog=f"{command('causal_lm')} [config.yaml]")
     from recipes.common.experiment import Examples, compare  # these take seconds: a wrong option is told before
-    from recipes.common.models import load_language_model
+    from recipes.common.models import load_language_model, load_teacher
     from recipes.common.progress import quiet_libraries, stage
     from recipes.common.run import begin
     from recipes.data.text import load_blocks
@@ -43,11 +43,13 @@ def main(argv: Sequence[str]) -> None:
 
     quiet_libraries()
     run, source = begin("causal_lm", config), config.model or str(REFERENCE)
-    model, tokenizer = load_language_model(source, trust_remote_code=config.trust_remote_code)
+    trust = config.trust_remote_code
+    model, tokenizer = load_language_model(source, trust_remote_code=trust)
+    teacher = load_teacher(config, lambda path: load_language_model(path, trust_remote_code=trust)[0])
     qat.inspect(model, config.spec, target=config.target)  # here a spec that does not fit is an error, before the data
     with stage("tokenizing"):
         train, evaluation = load_blocks(config.data, tokenizer)
-    compare(config, run, model, tokenizer, CausalLanguageModelling(), Examples(train, evaluation))
+    compare(config, run, model, tokenizer, CausalLanguageModelling(), Examples(train, evaluation), teacher)
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ class Config(ClassifierConfig):
 def main(argv: Sequence[str]) -> None:
     config = load_config(Config, argv, str(Config.__doc__), prog=f"{command('image_classification')} [config.yaml]")
     from recipes.common.experiment import Examples, compare  # these take seconds: a wrong option is told before
-    from recipes.common.models import load_classifier
+    from recipes.common.models import load_classifier, load_teacher
     from recipes.common.progress import quiet_libraries, stage
     from recipes.common.run import begin
     from recipes.data.labelled_images import ImageBatch, load_labelled_images
@@ -47,11 +47,13 @@ def main(argv: Sequence[str]) -> None:
         found = load_labelled_images(config.data)
     print(found)
     new = found.classes if config.new_head else None
-    model, processor = load_classifier(source, "image", new_classes=new, trust_remote_code=config.trust_remote_code)
+    trust = config.trust_remote_code
+    model, processor = load_classifier(source, "image", new_classes=new, trust_remote_code=trust)
+    teacher = load_teacher(config, lambda path: load_classifier(path, "image", trust_remote_code=trust)[0])
     found = for_model(found, model.config.id2label, repr(config.data.source or "digits"))
     qat.inspect(model, config.spec, target=config.target)
     examples = Examples(found.train, found.evaluation, ImageBatch(processor))
-    compare(config, run, model, processor, Classification(classes=len(found.classes)), examples)
+    compare(config, run, model, processor, Classification(classes=len(found.classes)), examples, teacher)
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ class Config(ClassifierConfig):
 def main(argv: Sequence[str]) -> None:
     config = load_config(Config, argv, str(Config.__doc__), prog=f"{command('sequence_classification')} [config.yaml]")
     from recipes.common.experiment import Examples, compare  # these take seconds: a wrong option is told before
-    from recipes.common.models import load_classifier
+    from recipes.common.models import load_classifier, load_teacher
     from recipes.common.progress import quiet_libraries, stage
     from recipes.common.run import begin
     from recipes.data.labelled_text import TextBatch, load_labelled_texts
@@ -47,12 +47,14 @@ def main(argv: Sequence[str]) -> None:
         found = load_labelled_texts(config.data)
     print(found)
     new = found.classes if config.new_head else None
-    model, tokenizer = load_classifier(source, "sequence", new_classes=new, trust_remote_code=config.trust_remote_code)
+    trust = config.trust_remote_code
+    model, tokenizer = load_classifier(source, "sequence", new_classes=new, trust_remote_code=trust)
+    teacher = load_teacher(config, lambda path: load_classifier(path, "sequence", trust_remote_code=trust)[0])
     found = for_model(found, model.config.id2label, repr(config.data.source or "the standard library"))
     qat.inspect(model, config.spec, target=config.target)
     collate = TextBatch(tokenizer, config.data.max_length, getattr(model.config, "max_position_embeddings", None))
     task, examples = Classification(classes=len(found.classes)), Examples(found.train, found.evaluation, collate)
-    compare(config, run, model, tokenizer, task, examples)
+    compare(config, run, model, tokenizer, task, examples, teacher)
 
 
 if __name__ == "__main__":

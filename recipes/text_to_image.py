@@ -18,6 +18,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import torch
+from pydantic import field_validator
 
 import qat
 from qat.quantizers import AnyAlgorithm
@@ -28,6 +29,7 @@ from recipes.common.diffusion_config import DiffusionConfig, source_of
 from recipes.common.settings import OptimizationSettings
 
 TUNED, QUANTIZED, TRAINED = "float, fine-tuned", "fine-tuned, then quantized", "quantization-aware training"
+SQUARED = qat.Distillation(loss="squared")
 
 
 class Config(DiffusionConfig):
@@ -36,11 +38,21 @@ class Config(DiffusionConfig):
     algorithm: AnyAlgorithm = qat.LearnedAffine()
     """How scales are found; post-training quantization takes what it begins with."""
     optimization: OptimizationSettings = OptimizationSettings(
-        batch_size=32, learning_rate=1e-4, float_learning_rate=5e-5, scale_learning_rate=5e-4, distillation_weight=1.0
+        batch_size=32, learning_rate=1e-4, float_learning_rate=5e-5, scale_learning_rate=5e-4, distillation=SQUARED
     )
     """Steps, learning rates, distillation from the fine-tuned float model."""
     target: Literal["diffusers", "quanto"] | None = None
     """Who will load the export; none: diffusers, or quanto where activations are quantized, which diffusers cannot."""
+
+    @field_validator("optimization")
+    @classmethod
+    def _compares_predictions(cls, optimization: OptimizationSettings) -> OptimizationSettings:
+        if optimization.distillation.loss != "squared":
+            raise ValueError(
+                f"distillation.loss: must be 'squared', for noise and velocity have no classes, got "
+                f"{optimization.distillation.loss!r}"
+            )
+        return optimization
 
 
 def main(argv: Sequence[str]) -> None:
@@ -50,7 +62,7 @@ def main(argv: Sequence[str]) -> None:
     from recipes.common.diffusion import diffusion_data, inspected
     from recipes.common.fine_tuned import FineTunedWeights
     from recipes.common.gate import Gate
-    from recipes.common.models import load_pipeline, require_packages
+    from recipes.common.models import load_pipeline, load_teacher, require_packages
     from recipes.common.progress import quiet_libraries, stage
     from recipes.common.results import show_end
     from recipes.common.run import begin
@@ -63,7 +75,8 @@ def main(argv: Sequence[str]) -> None:
     run, spec, settings, schedule = begin("text_to_image", config), config.spec, config.optimization, config.schedule
     target = config.target or ("quanto" if spec.activation_type else "diffusers")
     pipeline, folder = load_pipeline(source_of(config), trust_remote_code=config.trust_remote_code)
-    model = pipeline.transformer
+    model, trust = pipeline.transformer, config.trust_remote_code
+    teacher = load_teacher(config, lambda path: load_pipeline(path, trust_remote_code=trust)[0].transformer)
     qat.inspect(model, spec, target=target)  # here a spec that does not fit is an error, before anything is encoded
     # Activations are calibrated by what the real sampler brings, at all timesteps.
     sampled = schedule.calibration_batches if spec.activation_type else 0
@@ -97,9 +110,9 @@ def main(argv: Sequence[str]) -> None:
     if sampled:
         qat.prepare(model, spec, algorithm=config.algorithm, **prepared_for)
         calibrate(model, data.sampled, run.device)
-    task, rate = Diffusion(settings.distillation_weight), settings.learning_rate
-    how |= {"learning_rate": rate, "callbacks": callbacks, "teacher": tuned, "resume": config.resume}
-    trainer = fit("training", model.cpu(), task, data.batches, **how)
+    rate = settings.learning_rate
+    how |= {"learning_rate": rate, "callbacks": callbacks, "teacher": teacher or tuned, "resume": config.resume}
+    trainer = fit("training", model.cpu(), Diffusion(), data.batches, **how)
     calibrate_and_freeze(model, data.sampled, sampled, run.device)
     if not trainer.is_global_zero:
         return  # of several processes, one goes on

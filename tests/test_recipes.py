@@ -171,7 +171,7 @@ def test_the_whole_line(spec: list[str], small: list[str], tmp_path: Path, capsy
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["--optimization.distillation-weight", "0.5"],
+        ["--optimization.distillation.weight", "0.5"],
         ["--optimization.average", "0.5", "--optimization.decay", "linear", "--schedule.cage", "1"],
         ["--spec.weights", "int2", "--schedule.first-weights", "int4", "--schedule.first-weights-until", "1"],
         ["--trainer.gradient-checkpointing", "--trainer.accumulate-grad-batches", "2"],

@@ -38,7 +38,7 @@ class Echo:
     def inputs(self, batch: Any) -> dict[str, Any]:
         return {"input": batch}
 
-    def loss(self, outputs: Any, batch: Any, teacher_outputs: Any = None) -> torch.Tensor:
+    def loss(self, outputs: Any, batch: Any) -> torch.Tensor:
         self.seen.append(batch.flatten().tolist())
         loss: torch.Tensor = outputs.square().mean()
         return loss
@@ -102,7 +102,7 @@ class Watched(nn.Linear):
 def test_a_teacher_leaves_the_device_after_the_fit() -> None:
     quiet_libraries()
     teacher, batches = Watched(), training.training_batches(torch.ones(8, 1), 4)  # type: ignore[arg-type]
-    optimization = OptimizationSettings(steps=2, warmup_steps=0, distillation_weight=1.0)
+    optimization = OptimizationSettings(steps=2, warmup_steps=0)
     settings = training.FitSettings(optimization, TrainerSettings(accelerator="cpu"), 0)
     training.fit("training", nn.Linear(1, 1), Echo(), batches, learning_rate=1e-3, settings=settings, teacher=teacher)
     assert teacher.moved == ["cpu", "cpu", "back"]

@@ -102,7 +102,7 @@ class Recipe(Strict):
     """What is quantized."""
     algorithm: Annotated[Absmax | Learned, Field(discriminator="kind")] = Learned(scale_lr=0.7)
     """How scales are found."""
-    optimization: OptimizationSettings = OptimizationSettings(batch_size=32, distillation_weight=1.0)
+    optimization: OptimizationSettings = OptimizationSettings(batch_size=32, weight_decay=0.1)
     """How long and how fast."""
 
 
@@ -111,7 +111,7 @@ class Recipe(Strict):
     [
         (
             "optimization: {steps: 200}",
-            {"optimization": OptimizationSettings(steps=200, batch_size=32, distillation_weight=1.0)},
+            {"optimization": OptimizationSettings(steps=200, batch_size=32, weight_decay=0.1)},
         ),
         (
             "spec: {activations: int8, overrides: {c: float}}",

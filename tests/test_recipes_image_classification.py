@@ -64,7 +64,7 @@ def test_the_default_is_w8a8() -> None:
 
 
 def test_the_whole_line(small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    image_classification.main([*small, "--optimization.distillation-weight", "0.5"])
+    image_classification.main([*small, "--optimization.distillation.weight", "0.5"])
     shown = capsys.readouterr().out
     assert shown.startswith("16 examples to train on, 4 to evaluate on, 2 classes\n")
     assert "reloaded in a fresh process, compared and found equal" in shown

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from recipes.tasks import CausalLanguageModelling, evaluate
-from recipes.tasks.causal_lm import causal_lm_loss, distillation_loss
+from recipes.tasks.causal_lm import causal_lm_loss
 
 
 def by_hand(logits: Tensor, labels: Tensor) -> float:
@@ -58,44 +58,13 @@ def test_the_loss_is_float32_for_narrow_logits(dtype: torch.dtype, logits: Tenso
     assert float(loss) == pytest.approx(by_hand(logits.to(dtype), labels), rel=1e-6)
 
 
-@pytest.mark.parametrize("temperature", [1.0, 2.5])
-def test_the_divergence_is_the_definition(temperature: float, logits: Tensor, labels: Tensor) -> None:
-    teacher = torch.randn_like(logits)
-    p = (teacher.double() / temperature).softmax(-1)
-    q = (logits.double() / temperature).softmax(-1)
-    each = (p * (p / q).log()).sum(-1)[:, :-1]
-    expected = each[labels[:, 1:] != -100].mean() * temperature**2
-    assert float(distillation_loss(logits, teacher, labels, temperature)) == pytest.approx(float(expected), rel=1e-5)
-
-
-def test_no_gradient_reaches_the_teacher(logits: Tensor, labels: Tensor) -> None:
-    teacher = torch.randn_like(logits).requires_grad_()
-    student = logits.requires_grad_()
-    distillation_loss(student, teacher, labels).backward()
-    assert teacher.grad is None
-    assert student.grad is not None
-
-
-@pytest.mark.parametrize("weight", [0.0, 0.25, 1.0])
-def test_the_distillation_weight_mixes(weight: float, logits: Tensor, labels: Tensor) -> None:
-    teacher = torch.randn_like(logits)
-    batch = {"input_ids": labels.clamp(min=0), "labels": labels}
-    loss = CausalLanguageModelling(distillation_weight=weight, temperature=2.0).loss(logits, batch, teacher)
-    divergence = distillation_loss(logits, teacher, labels, 2.0)
-    torch.testing.assert_close(loss, (1 - weight) * causal_lm_loss(logits, labels) + weight * divergence)
-
-
-def test_distillation_without_a_teacher_is_an_error(logits: Tensor, labels: Tensor) -> None:
-    with pytest.raises(ValueError, match=r"distillation_weight=0\.5 needs a teacher's outputs"):
-        CausalLanguageModelling(distillation_weight=0.5).loss(logits, {"input_ids": labels})
-
-
-@pytest.mark.parametrize(
-    "field", [{"distillation_weight": 1.5}, {"distillation_weight": -0.1}, {"temperature": 0.0}], ids=str
-)
-def test_impossible_values_are_refused(field: dict[str, float]) -> None:
-    with pytest.raises(ValueError, match=next(iter(field))):
-        CausalLanguageModelling(**field)
+def test_a_distillation_compares_the_positions_that_the_loss_counts(logits: Tensor, labels: Tensor) -> None:
+    task, batch = CausalLanguageModelling(), {"input_ids": labels.clamp(min=0), "labels": labels}
+    found, counted = task.predictions(SimpleNamespace(logits=logits), batch)
+    assert found is logits
+    assert counted.tolist() == [[*(row[1:] != -100).tolist(), False] for row in labels]
+    _, counted = task.predictions(logits, {"input_ids": labels})
+    assert counted.shape == labels.shape
 
 
 def test_labels_default_to_the_inputs_and_stay_out_of_the_forward(logits: Tensor) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -11,7 +12,9 @@ from torch import Tensor, nn
 
 from qat.errors import TrainingError
 from qat.preparation import parameter_groups
+from qat.training.distillation import Distillation, Distiller, Predictions
 from qat.training.schedule import Decay, planned_steps, rate_factor
+from qat.training.teacher import CachedLogits
 
 if TYPE_CHECKING:
     from torchmetrics import MetricCollection
@@ -22,13 +25,17 @@ __all__ = ["QuantizedTask", "Task", "require_finite"]
 class Task(Protocol):
     """What `QuantizedTask` needs of a task: any class with these four methods will do.
 
+    It may have a fifth, ``predictions(outputs, batch)``, which a distillation asks for: what of a model's outputs is
+    compared with the teacher's, ``(..., classes)``, and which rows count, ``(...)`` bool, or None for all. Without it
+    the logits are compared, in all rows that are no padding.
+
     A task never calls the model. A batch is what the data loader gives; its tensors lie on the model's device.
 
     >>> from torchmetrics import MeanMetric, MetricCollection
     >>> class Regression:
     ...     def inputs(self, batch):
     ...         return {"input": batch["x"]}
-    ...     def loss(self, outputs, batch, teacher_outputs=None):
+    ...     def loss(self, outputs, batch):
     ...         return (outputs - batch["y"]).square().mean()
     ...     def metrics(self):
     ...         return MetricCollection({"loss": MeanMetric()})
@@ -40,13 +47,12 @@ class Task(Protocol):
     def inputs(self, batch: Any) -> dict[str, Any]:
         """Return the keyword arguments that the model's forward takes for this batch."""
 
-    def loss(self, outputs: Any, batch: Any, teacher_outputs: Any = None) -> Tensor:
+    def loss(self, outputs: Any, batch: Any) -> Tensor:
         """Return the training loss: a scalar tensor, float32, with a gradient.
 
         Args:
             outputs: what the model returned for `inputs`.
             batch: the batch that they were made from.
-            teacher_outputs: what a teacher returned for the same inputs; None without a teacher.
         """
 
     def metrics(self) -> MetricCollection:
@@ -77,6 +83,11 @@ class QuantizedTask(LightningModule):
         warmup_steps: optimizer steps from 0 to the full rate; default a twentieth of all.
         decay: how the rate goes after them: see `rate_factor`.
         teacher: a float model, kept out of checkpoints and training; a fit leaves it on the CPU, as it does the model.
+            Or `CachedLogits`.
+        distillation: what is compared with the teacher; default: KL alone, without the task's own loss.
+
+    Raises:
+        TrainingError: there is a distillation and no teacher, or see `Distiller`.
     """
 
     def __init__(
@@ -89,7 +100,8 @@ class QuantizedTask(LightningModule):
         weight_decay: float = 0.0,
         warmup_steps: int | None = None,
         decay: Decay = "cosine",
-        teacher: nn.Module | None = None,
+        teacher: nn.Module | CachedLogits | None = None,
+        distillation: Distillation | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -100,8 +112,10 @@ class QuantizedTask(LightningModule):
         self.warmup_steps = warmup_steps
         self.decay: Decay = decay
         self._steps: float | None = None  # of the whole fit, once it is known
-        # In a list, so that it is no submodule: neither trained nor saved nor wrapped by a strategy.
-        self._teacher = [] if teacher is None else [teacher.eval().requires_grad_(False)]
+        if teacher is None and distillation is not None:
+            raise TrainingError(f"distillation: needs a teacher, got none for {distillation!r}: give teacher=")
+        # No module, so that the teacher is no submodule: neither trained nor saved nor wrapped by a strategy.
+        self._distiller = None if teacher is None else Distiller(model, teacher, distillation)
         self.evaluation_metrics = task.metrics()
 
     def model_inputs(self, batch: Any) -> dict[str, Any]:
@@ -109,13 +123,16 @@ class QuantizedTask(LightningModule):
         return self.task.inputs(batch)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """The task's loss."""
-        inputs = self.model_inputs(batch)
-        guidance = None
-        for teacher in self._teacher:
-            with torch.no_grad():
-                guidance = teacher.to(self.device)(**inputs)
-        loss = self.task.loss(self.model(**inputs), batch, guidance)
+        """The task's loss, the distance from the teacher, or both."""
+        inputs, distiller = self.model_inputs(batch), self._distiller
+        if distiller is None or (weight := distiller.distillation.weight) == 0.0:
+            loss = self.task.loss(self.model(**inputs), batch)
+        else:
+            own: Callable[[Any, Any], Any] | None = getattr(self.task, "predictions", None)
+            compared: Predictions | None = None if own is None else lambda outputs: own(outputs, batch)
+            outputs, loss = distiller(inputs, compared)
+            if weight < 1.0:
+                loss = (1.0 - weight) * self.task.loss(outputs, batch) + weight * loss
         self.log("train_loss", loss, prog_bar=True)
         return loss
 
@@ -125,8 +142,8 @@ class QuantizedTask(LightningModule):
 
     def on_fit_end(self) -> None:
         """Move the teacher back to the CPU, where Lightning hands the model back too."""
-        for teacher in self._teacher:
-            teacher.cpu()
+        if self._distiller is not None and isinstance(self._distiller.teacher, nn.Module):
+            self._distiller.teacher.cpu()
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Add the batch to the task's metrics."""

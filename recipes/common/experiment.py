@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -56,7 +56,13 @@ class Examples:
 
 
 def compare(
-    config: ComparisonConfig, run: Run, model: nn.Module, processor: Any, task: LogitTask, examples: Examples
+    config: ComparisonConfig,
+    run: Run,
+    model: nn.Module,
+    processor: Any,
+    task: LogitTask,
+    examples: Examples,
+    teacher: nn.Module | qat.CachedLogits | None = None,
 ) -> None:
     """Train, export, verify, and print the table of the four models.
 
@@ -67,6 +73,7 @@ def compare(
         processor: what the export keeps beside the model: a tokenizer or an image processor.
         task: loss and metrics; distillation is taken from the configuration.
         examples: to train and to judge on.
+        teacher: to distil from; none: the fine-tuned float model, or the float one where none is trained.
 
     Raises:
         QatError: as the library, for what does not fit together or went wrong.
@@ -90,6 +97,10 @@ def compare(
         inputs = map(task.inputs, batches)
         training.calibrate_and_freeze(trained, inputs, schedule.calibration_batches, run.device)
 
+    if isinstance(teacher, nn.Module):  # one that does not fit is told before the fine-tuning
+        how_far = settings.distillation.model_copy(update={"attention_maps": 0.0})
+        with torch.no_grad():
+            qat.Distiller(model, teacher, how_far)(example)
     judge(FLOAT, model, run.device)
     float_size = sum(parameter.numel() for parameter in model.parameters()) * spec.torch_dtype.itemsize
     tuned = copy.deepcopy(model)
@@ -107,14 +118,13 @@ def compare(
     gate = Gate(losses, TUNED, QUANTIZED, TRAINED, settings)
     gate.before_training()
 
-    distilled = replace(task, distillation_weight=settings.distillation_weight, temperature=settings.temperature)
     callbacks = [
         qat.QuantizationAwareTraining(spec, config.algorithm, schedule, **prepared_for),
         *checkpoints_in(checkpoints, config.trainer),
     ]
-    options: dict[str, Any] = {"callbacks": callbacks, "teacher": tuned, "resume": config.resume}
+    options: dict[str, Any] = {"callbacks": callbacks, "teacher": teacher or tuned, "resume": config.resume}
     rate = settings.learning_rate
-    trainer = training.fit("training", model, distilled, batches, learning_rate=rate, settings=how, **options)
+    trainer = training.fit("training", model, task, batches, learning_rate=rate, settings=how, **options)
     freeze(model)
     if not trainer.is_global_zero:
         return  # of several processes, one goes on

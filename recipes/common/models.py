@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -11,9 +11,11 @@ import torch
 from torch import nn
 
 import qat
+from qat.training.teacher import INDEX
 from recipes.common.config import ConfigError
+from recipes.common.settings import RecipeConfig
 
-__all__ = ["load_classifier", "load_language_model", "load_pipeline", "require_packages"]
+__all__ = ["load_classifier", "load_language_model", "load_pipeline", "load_teacher", "require_packages"]
 
 
 def require_packages(extras: Mapping[str, str]) -> None:
@@ -31,6 +33,22 @@ def require_packages(extras: Mapping[str, str]) -> None:
             f"this recipe needs {', '.join(missing)}, not installed here: run "
             f"pip install 'qat[{','.join(dict.fromkeys(missing.values()))}]'"
         )
+
+
+def load_teacher(config: RecipeConfig, load: Callable[[str], nn.Module]) -> nn.Module | qat.CachedLogits | None:
+    """Load the teacher that a configuration names: a model, or the logits that `qat.cache_logits` wrote.
+
+    Args:
+        config: of the run.
+        load: makes a model of a directory or hub name, as the recipe makes its own.
+
+    Raises:
+        LoadError: it cannot be loaded.
+    """
+    if config.teacher is None:
+        return None
+    cached = (Path(config.teacher) / INDEX).is_file()
+    return qat.CachedLogits(config.teacher) if cached else load(config.teacher)
 
 
 def load_language_model(source: str, *, trust_remote_code: bool = False) -> tuple[Any, Any]:

@@ -28,11 +28,11 @@ import qat
 from qat.observers import Best, ObserverChoice
 from qat.quantizers import AnyAlgorithm
 from qat.spec import QuantSpec
+from qat.training.distillation import Distillation
 from qat.training.schedule import Decay, QuantizationSchedule
 
 __all__ = [
     "ComparisonConfig",
-    "LogitOptimization",
     "ModelSource",
     "OptimizationSettings",
     "RecipeConfig",
@@ -78,15 +78,8 @@ class OptimizationSettings(BaseModel):
     """Decay of a moving average of the weights, about the last 1 / (1 - decay) steps, which replaces them; none: no."""
     gradient_clip: float | None = Field(default=1.0, gt=0)
     """Largest norm of the gradient; none: no limit."""
-    distillation_weight: float = Field(default=0.0, ge=0, le=1)
-    """Share of the loss that is the distance from what a float teacher says."""
-
-
-class LogitOptimization(OptimizationSettings):
-    """The same for models that return logits, where a teacher's distribution can be softened."""
-
-    temperature: float = Field(default=1.0, gt=0)
-    """Temperature of the distillation."""
+    distillation: Distillation = Distillation()
+    """What is learned from a float teacher, the fine-tuned model if there is one; by default all of the loss."""
 
 
 class TrainerSettings(BaseModel):
@@ -119,6 +112,8 @@ class RecipeConfig(BaseModel):
 
     model: ModelSource | None = None
     """The float model: a local directory or a hub name; none: the reference model beside the recipes."""
+    teacher: ModelSource | None = None
+    """The float model to distil from; none: the fine-tuned model, or the float one where none is trained."""
     trust_remote_code: bool = False
     """Run code that comes with the model, from its directory or from the hub, for models that need it."""
     spec: QuantSpec = QuantSpec(weights="int4")
@@ -188,7 +183,7 @@ class ComparisonConfig(RecipeConfig):
 
     algorithm: AnyAlgorithm = qat.Automatic()
     """How scales are found."""
-    optimization: LogitOptimization = LogitOptimization()
+    optimization: OptimizationSettings = OptimizationSettings()
     """Steps, learning rates, distillation (from the fine-tuned float model, where there is one)."""
     float_baseline: bool = True
     """Also fine-tune the float model and quantize it after training, for comparison."""
@@ -201,9 +196,18 @@ class ClassifierConfig(ComparisonConfig):
 
     spec: QuantSpec = QuantSpec(weights="int8", activations="int8")
     """What is quantized."""
-    optimization: LogitOptimization = LogitOptimization(
+    optimization: OptimizationSettings = OptimizationSettings(
         steps=100, batch_size=32, learning_rate=1e-4, float_learning_rate=1e-4
     )
     """Steps, learning rates, distillation (from the fine-tuned float model, where there is one)."""
     new_head: bool = False
     """Replace the model's output layer by an untrained one for the classes of the data."""
+
+    @model_validator(mode="after")
+    def _the_teacher_is_trained(self) -> Self:
+        if self.new_head and not self.float_baseline and not self.teacher and self.optimization.distillation.weight:
+            raise ValueError(
+                "new_head: the output layer of a new head is untrained, so the float model is no teacher: leave "
+                "float_baseline on, give a teacher, or set optimization.distillation.weight to 0"
+            )
+        return self

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,7 +88,7 @@ def fit(
     learning_rate: float,
     settings: FitSettings,
     callbacks: Sequence[lightning.Callback] = (),
-    teacher: nn.Module | None = None,
+    teacher: nn.Module | qat.CachedLogits | None = None,
     resume: Path | None = None,
     noise: torch.Generator | None = None,
 ) -> lightning.Trainer:
@@ -104,7 +105,7 @@ def fit(
         learning_rate: the peak rate of the weights.
         settings: what all fits of a run have in common.
         callbacks: Lightning's; checkpoints are written only when one of them does.
-        teacher: a float model to distil from, used where the task has a distillation term.
+        teacher: what to distil from, where the settings give distillation a weight.
         resume: a checkpoint to go on from; only tensors and plain data are read from it.
         noise: what the batches draw their noise from, if they do; seeded here, otherwise in each process.
 
@@ -116,6 +117,7 @@ def fit(
         TrainingError: the loss became non-finite, or the data ended before all steps were done.
     """
     optimization, seed, first_step = settings.optimization, settings.seed, step_of(resume)
+    teacher = teacher if optimization.distillation.weight > 0 else None
     lightning.seed_everything(mixed_seed(seed, first_step) if first_step else seed, verbose=False)
     model.train()
     if settings.trainer.gradient_checkpointing:
@@ -129,7 +131,8 @@ def fit(
         weight_decay=optimization.weight_decay,
         warmup_steps=optimization.warmup_steps,
         decay=optimization.decay,
-        teacher=teacher if optimization.distillation_weight > 0 else None,
+        teacher=teacher,
+        distillation=None if teacher is None else optimization.distillation,
     )
     trainer = _trainer(
         settings.trainer,
@@ -147,7 +150,9 @@ def fit(
         ],
         enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
     )
-    trainer.fit(module, batches, ckpt_path=None if resume is None else str(resume), weights_only=True)
+    maps = teacher is not None and optimization.distillation.attention_maps > 0
+    with _attention_maps(model, teacher) if maps else nullcontext():
+        trainer.fit(module, batches, ckpt_path=None if resume is None else str(resume), weights_only=True)
     if trainer.global_step < optimization.steps:
         raise qat.TrainingError(
             f"optimization.steps: {name} ended after {trainer.global_step} of {optimization.steps} steps: give every "
@@ -172,6 +177,22 @@ def calibrate_and_freeze(model: nn.Module, batches: Iterable[Batch], count: int,
     with stage("calibrating and freezing" if activations else "freezing"):
         calibrate(model, itertools.islice(batches, count), device)
         qat.freeze(model.cpu())
+
+
+@contextmanager
+def _attention_maps(*models: Any) -> Iterator[None]:
+    """Let models of transformers compute attention in the form that returns its probabilities."""
+    if not all(hasattr(model, "set_attn_implementation") for model in models):
+        names = ", ".join(type(model).__name__ for model in models)
+        raise ConfigError(f"optimization.distillation.attention_maps: no model of transformers: {names}: set it to 0")
+    before = [model.config._attn_implementation for model in models]
+    try:
+        for model in models:
+            model.set_attn_implementation("eager")
+        yield
+    finally:
+        for model, name in zip(models, before, strict=True):
+            model.set_attn_implementation(name)
 
 
 def _checkpoint_activations(model: nn.Module) -> None:

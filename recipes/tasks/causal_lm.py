@@ -1,7 +1,7 @@
 """Causal language modelling: predict the next token.
 
-The loss is the mean cross entropy of every position but the last against the token that follows. With a teacher, a
-share of the loss is the divergence of the student's next-token distribution from the teacher's.
+The loss is the mean cross entropy of every position but the last against the token that follows. A distillation
+compares the same positions.
 """
 
 from __future__ import annotations
@@ -9,15 +9,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.text import Perplexity
 
 from recipes.tasks.evaluation import Batch
-from recipes.tasks.logits import LogitTask, divergence, logits_of
+from recipes.tasks.logits import LogitTask, logits_of
 
-__all__ = ["CausalLanguageModelling", "causal_lm_loss", "distillation_loss"]
+__all__ = ["CausalLanguageModelling", "causal_lm_loss"]
 
 IGNORE = -100  # the label of positions that do not count, as in torch and transformers
 
@@ -40,27 +41,9 @@ def causal_lm_loss(logits: Tensor, labels: Tensor) -> Tensor:
     )
 
 
-def distillation_loss(logits: Tensor, teacher_logits: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
-    """Return KL(teacher || student) of the next-token distributions, mean over the positions that count, in float32.
-
-    Args:
-        logits: (batch, length, vocabulary), the student's.
-        teacher_logits: the same shape; no gradient flows into it.
-        labels: (batch, length); -100 where a position does not count.
-        temperature: above 1 softens both distributions (see `recipes.tasks.logits.divergence`).
-
-    >>> import torch
-    >>> logits, labels = torch.randn(2, 3, 5), torch.ones(2, 3, dtype=torch.long)
-    >>> abs(float(distillation_loss(logits, logits.clone(), labels))) < 1e-6
-    True
-    """
-    counted = labels[:, 1:] != IGNORE
-    return divergence(logits[:, :-1][counted], teacher_logits[:, :-1][counted], temperature)
-
-
 @dataclass(frozen=True)
 class CausalLanguageModelling(LogitTask):
-    """Next-token prediction, optionally distilled from a teacher; judged by loss and perplexity.
+    """Next-token prediction, judged by loss and perplexity.
 
     Batches hold ``input_ids`` (batch, length); ``labels`` default to them; anything else goes to the model.
     """
@@ -69,9 +52,10 @@ class CausalLanguageModelling(LogitTask):
         """Return `causal_lm_loss`."""
         return causal_lm_loss(logits, _labels(batch))
 
-    def distance(self, logits: Tensor, teacher_logits: Tensor, batch: Batch) -> Tensor:
-        """Return `distillation_loss`."""
-        return distillation_loss(logits, teacher_logits, _labels(batch), self.temperature)
+    def counted(self, batch: Batch) -> Tensor:
+        """Return which positions have a next label that counts: (batch, length), never the last one."""
+        following = _labels(batch)[:, 1:] != IGNORE
+        return torch.cat([following, torch.zeros_like(following[:, :1])], 1)
 
     def metrics(self) -> MetricCollection:
         """Return ``loss`` (nats a token, mean over all tokens seen) and ``perplexity``, its exponential."""

@@ -1,7 +1,6 @@
 """Classification: choose one class for an example, an image or a text.
 
-The loss is the mean cross entropy. With a teacher, a share of the loss is the divergence of the student's distribution
-over the classes from the teacher's. Accuracy says how often the model is right. Macro F1 counts every class alike,
+The loss is the mean cross entropy. Accuracy says how often the model is right. Macro F1 counts every class alike,
 however rare. The calibration error says whether the model is as sure as it should be, which quantization can change
 while the accuracy stays.
 """
@@ -17,14 +16,14 @@ from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError, MulticlassF1Score
 
 from recipes.tasks.evaluation import Batch
-from recipes.tasks.logits import LogitTask, divergence, logits_of
+from recipes.tasks.logits import LogitTask, logits_of
 
 __all__ = ["Classification"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Classification(LogitTask):
-    """One class of several, optionally distilled from a teacher.
+    """One class of several.
 
     Batches hold ``labels`` (batch,), integers below ``classes``; anything else goes to the model, whose logits are
     (batch, classes).
@@ -43,17 +42,12 @@ class Classification(LogitTask):
 
     def __post_init__(self) -> None:
         """Reject values that no loss and no metric can be made of."""
-        super().__post_init__()
         if self.classes < 2:
             raise ValueError(f"classes: must be at least 2, got {self.classes}")
 
     def cross_entropy(self, logits: Tensor, batch: Batch) -> Tensor:
         """Return the mean cross entropy over the examples, in float32."""
         return functional.cross_entropy(logits.float(), batch["labels"])
-
-    def distance(self, logits: Tensor, teacher_logits: Tensor, batch: Batch) -> Tensor:
-        """Return the divergence from the teacher, mean over the examples, in float32."""
-        return divergence(logits, teacher_logits, self.temperature)
 
     def metrics(self) -> MetricCollection:
         """Return ``loss`` (nats an example), ``accuracy``, ``macro_f1`` and ``calibration_error``.

@@ -1,9 +1,9 @@
 """Diffusion: say of noised latents which way the noise lies, whatever the scheduler means by that.
 
 The loss is the mean squared error against the batch's target (noise, velocity, sample or flow: the data's affair),
-computed in float32 whatever the model's dtype. With a teacher, a share of the loss is the error against what the
-teacher says of the same noised latents: a target without the noise that the true one has, since the teacher's answer
-is an average over all images that could have become these latents.
+computed in float32 whatever the model's dtype. A distillation compares with what the teacher says of the same noised
+latents: a target without the noise that the true one has, since the teacher's answer is an average over all images that
+could have become these latents.
 
 How hard the task is depends on the timestep, and so does what quantization costs. So the loss is also kept by timestep
 bin; and where batches carry a reference model's outputs, the error against these, which is zero for that model itself,
@@ -25,14 +25,12 @@ __all__ = ["Diffusion", "prediction"]
 
 @dataclass(frozen=True)
 class Diffusion:
-    """Prediction of noise, velocity, sample or flow, optionally distilled from a teacher; judged by timestep, too.
+    """Prediction of noise, velocity, sample or flow; judged by timestep, too.
 
     Batches hold ``inputs`` (the model's keyword arguments), ``target`` (batch, ...), ``fraction`` (batch,), the place
     of each timestep in [0, 1), and where models are compared ``reference``, of the target's shape or the output's.
     """
 
-    distillation_weight: float = 0.0
-    """The share w of the distillation term: loss = (1 - w) * MSE(target) + w * MSE(teacher)."""
     bins: int = 10
     """Equal parts of the timesteps, each with a loss of its own."""
     compares: bool = False
@@ -40,8 +38,6 @@ class Diffusion:
 
     def __post_init__(self) -> None:
         """Reject values that no loss can be made of."""
-        if not 0.0 <= self.distillation_weight <= 1.0:
-            raise ValueError(f"distillation_weight: must be between 0 and 1, got {self.distillation_weight}")
         if self.bins < 1:
             raise ValueError(f"bins: must be at least 1, got {self.bins}")
 
@@ -49,16 +45,13 @@ class Diffusion:
         """Return the model's keyword arguments."""
         return dict(batch["inputs"])
 
-    def loss(self, outputs: Any, batch: Batch, teacher_outputs: Any = None) -> Tensor:
-        """Return the error against the target, mixed with that against the teacher where its weight is above 0."""
-        target, weight = batch["target"], self.distillation_weight
-        found = prediction(outputs, target)
-        if weight == 0.0:
-            return _squared_error(found, target).mean()
-        if teacher_outputs is None:
-            raise ValueError(f"distillation_weight={weight} needs a teacher's outputs, got none: pass a teacher")
-        distance = _squared_error(found, prediction(teacher_outputs, target).detach()).mean()
-        return (1.0 - weight) * _squared_error(found, target).mean() + weight * distance
+    def loss(self, outputs: Any, batch: Batch) -> Tensor:
+        """Return the mean squared error against the target."""
+        return _squared_error(prediction(outputs, batch["target"]), batch["target"]).mean()
+
+    def predictions(self, outputs: Any, batch: Batch) -> tuple[Tensor, None]:
+        """Return what a distillation compares: noise, velocity, sample or flow, all of it."""
+        return prediction(outputs, batch["target"]), None
 
     def metrics(self) -> MetricCollection:
         """Return ``loss``, one ``loss_bin_0`` ... for each part of the timesteps (not a number where none fell), and,
