@@ -33,6 +33,7 @@ _HOMES = {
     "qat.observers": ("Absmax", "Best", "Mse", "Percentile"),
     "qat.preparation": ("PrepareReport", "parameter_groups", "prepare"),
     "qat.quantizers": ("Algorithm", "AnyAlgorithm", "LearnedAffine", "StraightThrough", "WeightQuantizer"),
+    "qat.reconstruction": ("ReconstructionReport", "reconstruct"),
     "qat.spec": ("LayerSpec", "QuantSpec"),
     "qat.training.callback": ("QuantizationAwareTraining",),
     "qat.training.schedule": ("QuantizationSchedule",),

@@ -25,6 +25,8 @@ from qat.quantizers import AnyAlgorithm as AnyAlgorithm
 from qat.quantizers import LearnedAffine as LearnedAffine
 from qat.quantizers import StraightThrough as StraightThrough
 from qat.quantizers import WeightQuantizer as WeightQuantizer
+from qat.reconstruction import ReconstructionReport as ReconstructionReport
+from qat.reconstruction import reconstruct as reconstruct
 from qat.spec import LayerSpec as LayerSpec
 from qat.spec import QuantSpec as QuantSpec
 from qat.training.callback import QuantizationAwareTraining as QuantizationAwareTraining

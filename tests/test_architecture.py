@@ -44,7 +44,8 @@ ORDER: tuple[frozenset[str], ...] = tuple(
         "files",
         "formats",
         "hosts",
-        "blocks optimizers probing runs inspection preparation checks calibration folding freezing serving",
+        "blocks optimizers probing runs inspection preparation checks calibration folding freezing serving"
+        " reconstruction",
         "exporting loading verification integrations",
         "training",
         "cli __main__",
