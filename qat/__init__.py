@@ -23,6 +23,7 @@ from qat import errors
 
 _HOMES = {
     "qat.calibration": ("CalibrationReport", "calibrate"),
+    "qat.codes_only": ("FixCodesReport", "fix_codes"),
     "qat.errors": tuple(errors.__all__),
     "qat.exporting": ("ExportReport", "export"),
     "qat.folding": ("FoldReport", "fold_outliers"),

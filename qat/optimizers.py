@@ -24,7 +24,7 @@ from qat.errors import TrainingError, listed
 from qat.layers import quantized_layers
 from qat.tensors import matrices
 
-__all__ = ["learned_ranges", "no_training", "refuse_decay", "unchanged", "watch"]
+__all__ = ["forget_training", "learned_ranges", "no_training", "refuse_decay", "unchanged", "watch"]
 
 REMEDY = (
     "build the optimizer from qat.parameter_groups(module, lr, scale_lr, weight_decay) after qat.prepare (with "
@@ -49,6 +49,12 @@ def watch(model: nn.Module) -> None:
 @functools.cache
 def _register() -> None:
     register_optimizer_step_pre_hook(_before_step)
+
+
+def forget_training(model: nn.Module) -> None:
+    """What trains has changed: take fingerprints anew before the next step."""
+    _first.pop(model, None)
+    _checked.clear()
 
 
 @contextmanager

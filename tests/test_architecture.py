@@ -45,7 +45,7 @@ ORDER: tuple[frozenset[str], ...] = tuple(
         "formats",
         "hosts",
         "blocks optimizers probing runs inspection preparation checks calibration folding freezing serving"
-        " reconstruction",
+        " codes_only reconstruction",
         "exporting loading verification integrations",
         "training",
         "cli __main__",

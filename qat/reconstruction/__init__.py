@@ -147,6 +147,8 @@ def reconstruct(
     groups = {name: _groups(model, name, block, lr, scale_lr, vectors) for name, block in named.items()}
     _require_one_process(model)
     layers = [layer for _, layer in quantized_layers(model)]
+    if not all(matrices(layer) for layer in layers):
+        raise StateError("model: has codes only, and no float weights to train: call qat.reconstruct before fix_codes")
     for layer in layers:
         for quantizer in layer.activation_quantizers():
             quantizer.require_scale()
