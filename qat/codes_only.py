@@ -2,7 +2,8 @@
 
 The end-to-end phase of EfficientQAT (Chen et al. 2024, https://arxiv.org/abs/2407.11062, section 3.3), best after
 `qat.reconstruct`. A float32 master takes 16 bytes a weight with its gradient and AdamW's two moments; a code takes one.
-So models train whose masters do not fit. What it trades away: no weight can move to another code any more.
+So models train whose masters do not fit; what was exported can be loaded and trained on, without any master. What it
+trades away: no weight can move to another code any more.
 
 The value is ``s q - z``, by the arithmetic of serving, so ``dv/ds = q`` and ``dv/dz = -1``. The layer hands the codes
 to `quantized_linear` in place of a master, with a type that encodes codes as themselves.
@@ -16,17 +17,21 @@ from dataclasses import dataclass, fields
 from typing import Any, Self
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from qat.checks import require_finite
 from qat.errors import StateError, listed
-from qat.layers import QLinear, QuantizedLayer, quantized_layers
+from qat.files.evidence import forget_frozen, frozen_record, is_frozen
+from qat.formats import FrozenLayer
+from qat.hosts import get_target
+from qat.layers import Mode, QLinear, QuantizedLayer, quantized_layers
 from qat.layers.functional import quantized_linear
 from qat.numerics import FrozenWeight, QType
+from qat.observers import Best
 from qat.optimizers import forget_training
-from qat.preparation import prepared_as
-from qat.quantizers import Quantized, WeightQuantizer
-from qat.tensors import matrices
+from qat.preparation import Prepared, mark_prepared, prepared_as
+from qat.quantizers import Algorithm, AnyAlgorithm, Quantized, WeightQuantizer
 
 __all__ = ["FixCodesReport", "fix_codes"]
 
@@ -159,7 +164,7 @@ class FixCodesReport:
 
     layers: tuple[str, ...]
     nbytes_before: int
-    """Bytes of the masters."""
+    """Bytes of the masters; 0 of a frozen model, which has none."""
     nbytes: int
     """Bytes of codes, scales and shifts, one byte a code."""
 
@@ -171,20 +176,22 @@ class FixCodesReport:
 
 
 def fix_codes(model: nn.Module, *, vectors: bool = False) -> FixCodesReport:
-    """Replace the masters of a prepared model by their codes, in place: only scales and shifts train from now on.
+    """Replace the masters of a model by their codes, in place: only scales and shifts train from now on.
 
-    The model computes what it computed before, bit for bit in its weights, and `qat.freeze` gives exactly these codes
-    with the trained scales and shifts. All other parameters stop to require a gradient. Build the optimizer afterwards,
-    with `qat.parameter_groups`; EfficientQAT takes ``scale_lr=1e-5`` at large models. Checkpoints of the model hold
-    codes. They load into a model that went through the same calls.
+    The weights of a prepared model are what they were, bit for bit. `qat.freeze` gives exactly these codes with the
+    trained scales and shifts. All other parameters stop to require a gradient. Build the optimizer afterwards, with
+    `qat.parameter_groups`. Checkpoints of the model hold codes. They load into a model that went through the same
+    calls.
 
     Args:
-        model: a prepared model.
-        vectors: let norms and biases train, too.
+        model: a prepared model; or a frozen one, as `qat.load` gives it, with float activations. What stayed float in
+            that one is in the serving dtype.
+        vectors: let norms and biases that require a gradient train on.
 
     Raises:
-        StateError: the model was not prepared, is frozen, has layers on the meta device or without a master, a layer
-            that is not an `nn.Linear`, or inf or NaN in a layer. Nothing is changed then.
+        StateError: the model was not prepared or frozen; it has layers on the meta device or without a master, a layer
+            that is not an `nn.Linear`, or inf or NaN in a layer; or it is frozen with quantized activations, or by an
+            algorithm of your own. Nothing is changed then.
 
     >>> from qat import LearnedAffine, QuantSpec, parameter_groups, prepare
     >>> model = nn.Sequential(nn.Linear(256, 64), nn.ReLU(), nn.Linear(64, 16))
@@ -194,20 +201,34 @@ def fix_codes(model: nn.Module, *, vectors: bool = False) -> FixCodesReport:
     >>> [group["name"] for group in parameter_groups(model, lr=1e-4)]
     ['scales']
     """
-    prepared_as(model)
+    before = 0
+    if isinstance(model, nn.Module) and is_frozen(model):
+        _thaw(model)
+    else:
+        before = _replace_masters(model)
     layers = list(quantized_layers(model))
-    _require_masters(layers)
-    before = sum(p.nbytes for _, layer in layers for p in matrices(layer).values())
-    for _, layer in layers:
-        _let_go(layer)
     scales = {id(p) for _, layer in layers for p in layer.quantizer_parameters()}
     for parameter in model.parameters():
         if id(parameter) not in scales and not (vectors and parameter.ndim < 2):
             parameter.requires_grad_(False)
     forget_training(model)
-    quantizers = [layer.weight_quantizer for _, layer in layers]
-    after = sum(b.nbytes for quantizer in quantizers for b in quantizer.buffers())
+    after = sum(b.nbytes for _, layer in layers for b in layer.weight_quantizer.buffers())
     return FixCodesReport(tuple(name for name, _ in layers), before, after)
+
+
+@torch.no_grad()
+def _replace_masters(model: nn.Module) -> int:
+    """Let the layers of a prepared model hold codes, one after another; the bytes of the masters."""
+    prepared_as(model)
+    layers = list(quantized_layers(model))
+    _require_masters(layers)
+    nbytes = 0
+    for _, layer in layers:
+        master = layer.effective_weight(layer)
+        weight, _ = layer.weight_quantizer.freeze(master)
+        nbytes += master.nbytes
+        _hold_codes(layer, weight, master.dtype)
+    return nbytes
 
 
 def _require_masters(layers: list[tuple[str, QuantizedLayer]]) -> None:
@@ -223,13 +244,44 @@ def _require_masters(layers: list[tuple[str, QuantizedLayer]]) -> None:
         require_finite(name, layer)
 
 
-@torch.no_grad()
-def _let_go(layer: QuantizedLayer) -> None:
-    """Replace the master of one layer."""
-    weight, _ = layer.weight_quantizer.freeze(layer.effective_weight(layer))
-    master = layer._parameters.pop("weight")
-    assert isinstance(master, nn.Parameter)
+def _hold_codes(layer: Any, weight: FrozenWeight, dtype: torch.dtype) -> None:
+    """Turn a linear layer with all attributes of a `QLinear` into one with these codes, which computes in ``dtype``."""
+    del layer._parameters["weight"]
     layer.__class__ = CodesLinear
-    assert isinstance(layer, CodesLinear)
-    layer.master_dtype = master.dtype
+    layer.master_dtype = dtype
     layer.weight_quantizer = FixedCodes(weight).train(layer.training)
+
+
+def _thaw(model: nn.Module) -> None:
+    """Let the layers of a frozen model hold codes that they were frozen with, and the model be a prepared one."""
+    record = frozen_record(model)
+    format = get_target(record.target).format
+    if active := [name for name, layer in record.layers.items() if layer.activations is not None]:
+        raise StateError(
+            f"model: is frozen, and {len(active)} layers quantize activations ({listed(active, 3)}); no file says which "
+            "inputs arrive quantized: prepare and calibrate a float model"
+        )
+    try:
+        algorithm = TypeAdapter[Algorithm](AnyAlgorithm).validate_python({"kind": record.algorithm})
+    except ValidationError as error:
+        raise StateError(
+            f"model: was frozen by {record.algorithm!r}, no algorithm of the library: prepare it"
+        ) from error
+    fresh = {id(model.get_submodule(name)): _thawed(format.read(model.get_submodule(name))) for name in record.layers}
+    for parent in list(model.modules()):
+        for key, child in parent._modules.items():
+            parent._modules[key] = fresh.get(id(child), child)
+    forget_frozen(model)
+    own = (record.notes, record.left_float, tuple(record.layers))
+    mark_prepared(model, Prepared(record.spec, algorithm, record.target, Best(), *own))
+
+
+def _thawed(frozen: FrozenLayer) -> nn.Module:
+    out_features, in_features = frozen.weight.shape
+    layer: Any = nn.Linear(in_features, out_features, bias=frozen.bias is not None, device="meta")
+    if frozen.bias is not None:
+        layer.bias = nn.Parameter(frozen.bias, requires_grad=False)
+    layer.input_quantizer = layer.output_quantizer = None
+    layer.mode, layer.reached = Mode(), False
+    _hold_codes(layer.eval(), frozen.weight, frozen.weight.dtype)
+    return layer  # type: ignore[no-any-return]

@@ -16,7 +16,7 @@ import qat
 from qat.codes_only import CodesLinear
 from qat.errors import QatError, StateError
 from qat.layers import quantized_layers
-from tests.helpers import DTYPES, WEIGHT_TYPES, kept_by, tiny_model, tokens
+from tests.helpers import DTYPES, WEIGHT_TYPES, LearnedStep, kept_by, tiny_model, tokens
 
 
 def prepared(weights: Any = "int4", dtype: Any = "float32", **arguments: Any) -> nn.Sequential:
@@ -189,6 +189,60 @@ def test_after_reconstruction_of_a_language_model(tmp_path: Path) -> None:
     qat.verify(tmp_path / "out", model)
 
 
+@pytest.mark.parametrize("weights", WEIGHT_TYPES)
+def test_what_was_exported_trains_on_from_its_codes(weights: str, tmp_path: Path) -> None:
+    model = prepared(weights, "bfloat16")
+    codes = codes_of(model)
+    qat.freeze(model)
+    qat.export(model, tmp_path / "first")
+
+    def architecture() -> nn.Module:
+        return nn.Sequential(nn.Linear(256, 64), nn.LayerNorm(64), nn.ReLU(), nn.Linear(64, 8))
+
+    loaded = qat.load(tmp_path / "first", model=architecture())
+    y = loaded(X.bfloat16())
+    report = qat.fix_codes(loaded)
+    assert report.layers == ("0", "3")
+    # Of a layer's sum of products, rounded to 8 bits, only the order may differ.
+    assert (loaded(X.bfloat16()) - y).abs().max() <= 2**-6 * y.abs().max()
+    optimizer = torch.optim.AdamW(qat.parameter_groups(loaded, lr=1e-2, scale_lr=1e-2))
+    loaded(X.bfloat16()).square().mean().backward()
+    optimizer.step()
+    assert all(torch.equal(found.float(), codes[name].float()) for name, found in codes_of(loaded).items())
+    qat.freeze(loaded)
+    qat.export(loaded, tmp_path / "second")
+    qat.verify(tmp_path / "second", loaded, model=architecture())
+
+
+def test_a_language_model_from_the_stock_loader_trains_on(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    spec = qat.QuantSpec(weights="int4", dtype="bfloat16")
+    qat.prepare(model, spec, algorithm=qat.LearnedAffine(), target="transformers")
+    qat.freeze(model)
+    qat.export(model, tmp_path / "first")
+    loaded = qat.load(tmp_path / "first")
+    qat.fix_codes(loaded)
+    optimizer = torch.optim.AdamW(qat.parameter_groups(loaded, lr=1e-2))
+    loaded(tokens(), labels=tokens()).loss.backward()
+    optimizer.step()
+    qat.freeze(loaded)
+    qat.export(loaded, tmp_path / "second")
+    qat.verify(tmp_path / "second", loaded)
+
+
+def test_frozen_models_that_cannot_train_on_are_refused() -> None:
+    model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 8))
+    qat.calibrate(model, [X[:, :64]], spec=qat.QuantSpec(weights="int8", activations="int8"))
+    qat.freeze(model)
+    with pytest.raises(StateError, match="2 layers quantize activations"):
+        qat.fix_codes(model)
+    model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 8))
+    qat.prepare(model, qat.QuantSpec(weights="int4"), algorithm=LearnedStep())
+    qat.freeze(model)
+    with pytest.raises(StateError, match="was frozen by 'learned_step'"):
+        qat.fix_codes(model)
+
+
 def _nan(model: nn.Sequential) -> None:
     model[3].weight.data[0, 0] = torch.nan
 
@@ -197,12 +251,11 @@ def _nan(model: nn.Sequential) -> None:
     ("change", "message"),
     [
         (qat.fix_codes, "2 layers have codes only, since an earlier qat.fix_codes"),
-        (qat.freeze, "is frozen already"),
         (_nan, "layer '3' holds inf or NaN"),
         (lambda model: setattr(model[3], "__class__", type("Mine", (type(model[3]),), {})), "1 layers are no plain"),
         (lambda model: model.to("meta"), "2 layers are on the meta device"),
     ],
-    ids=["twice", "frozen", "nan", "subclass", "meta"],
+    ids=["twice", "nan", "subclass", "meta"],
 )
 def test_what_cannot_be_fixed_is_refused(change: Any, message: str) -> None:
     model = prepared()
