@@ -258,8 +258,8 @@ def _thaw(model: nn.Module) -> None:
     format = get_target(record.target).format
     if active := [name for name, layer in record.layers.items() if layer.activations is not None]:
         raise StateError(
-            f"model: is frozen, and {len(active)} layers quantize activations ({listed(active, 3)}); no file says which "
-            "inputs arrive quantized: prepare and calibrate a float model"
+            f"model: is frozen, and {len(active)} layers quantize activations ({listed(active, 3)}); no file says "
+            "which inputs arrive quantized: prepare and calibrate a float model"
         )
     try:
         algorithm = TypeAdapter[Algorithm](AnyAlgorithm).validate_python({"kind": record.algorithm})
