@@ -24,6 +24,7 @@ from qat import errors
 _HOMES = {
     "qat.allocation": ("LayerChoice", "SearchReport", "search"),
     "qat.calibration": ("CalibrationReport", "calibrate"),
+    "qat.codes_only": ("FixCodesReport", "fix_codes"),
     "qat.errors": tuple(errors.__all__),
     "qat.exporting": ("ExportReport", "export"),
     "qat.folding": ("FoldReport", "fold_outliers"),
@@ -37,6 +38,7 @@ _HOMES = {
         *("Algorithm", "AnyAlgorithm", "Automatic", "DualLSQ", "LearnedAffine", "LearnedClipping", "StraightThrough"),
         *("StretchedElastic", "WeightQuantizer"),
     ),
+    "qat.reconstruction": ("ReconstructionReport", "reconstruct"),
     "qat.spec": ("LayerSpec", "QuantSpec"),
     "qat.training.callback": ("QuantizationAwareTraining",),
     "qat.training.cage": ("cage_step",),

@@ -5,6 +5,8 @@ from qat.allocation import SearchReport as SearchReport
 from qat.allocation import search as search
 from qat.calibration import CalibrationReport as CalibrationReport
 from qat.calibration import calibrate as calibrate
+from qat.codes_only import FixCodesReport as FixCodesReport
+from qat.codes_only import fix_codes as fix_codes
 from qat.errors import *  # noqa: F403
 from qat.exporting import ExportReport as ExportReport
 from qat.exporting import export as export
@@ -32,6 +34,8 @@ from qat.quantizers import LearnedClipping as LearnedClipping
 from qat.quantizers import StraightThrough as StraightThrough
 from qat.quantizers import StretchedElastic as StretchedElastic
 from qat.quantizers import WeightQuantizer as WeightQuantizer
+from qat.reconstruction import ReconstructionReport as ReconstructionReport
+from qat.reconstruction import reconstruct as reconstruct
 from qat.spec import LayerSpec as LayerSpec
 from qat.spec import QuantSpec as QuantSpec
 from qat.training.cage import cage_step as cage_step

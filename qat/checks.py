@@ -50,7 +50,7 @@ def unreached_layers(model: nn.Module) -> list[str]:
 def require_range(model: nn.Module, layers: list[tuple[str, QuantizedLayer]], rules: Rules) -> None:
     """Raise `StateError` where float16 cannot hold a number of a model that will be served in it."""
     largest = torch.finfo(torch.float16).max
-    quantizers = tuple(f"{name}.{side}_quantizer." for name, _ in layers for side in ("input", "output"))
+    quantizers = tuple(f"{name}.{side}_quantizer." for name, _ in layers for side in ("weight", "input", "output"))
     for name, tensor in stored_tensors(model):
         if not tensor.is_floating_point() or tensor.is_meta or not tensor.numel() or name.startswith(quantizers):
             continue

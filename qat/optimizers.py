@@ -11,7 +11,8 @@ Freezing compares them. A fingerprint is a sum over bits, exact on every device;
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -23,7 +24,7 @@ from qat.errors import TrainingError, listed
 from qat.layers import quantized_layers
 from qat.tensors import matrices
 
-__all__ = ["learned_ranges", "refuse_decay", "unchanged", "watch"]
+__all__ = ["forget_training", "learned_ranges", "no_training", "refuse_decay", "unchanged", "watch"]
 
 REMEDY = (
     "build the optimizer from qat.parameter_groups(module, lr, scale_lr, weight_decay) after qat.prepare (with "
@@ -48,6 +49,25 @@ def watch(model: nn.Module) -> None:
 @functools.cache
 def _register() -> None:
     register_optimizer_step_pre_hook(_before_step)
+
+
+def forget_training(model: nn.Module) -> None:
+    """What trains has changed: take fingerprints anew before the next step."""
+    _first.pop(model, None)
+    _checked.clear()
+
+
+@contextmanager
+def no_training(model: nn.Module) -> Iterator[None]:
+    """Steps within the block prepare ``model`` for training: fingerprints are taken before the first step after it."""
+    fresh = model not in _first
+    if fresh:
+        _first[model] = {}
+    try:
+        yield
+    finally:
+        if fresh:
+            del _first[model]
 
 
 def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:

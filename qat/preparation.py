@@ -27,7 +27,15 @@ from qat.runs import note_runs, observe_runs
 from qat.spec import QuantSpec
 from qat.tensors import matrices
 
-__all__ = ["PrepareReport", "Prepared", "forget_prepared", "parameter_groups", "prepare", "prepared_as"]
+__all__ = [
+    "PrepareReport",
+    "Prepared",
+    "forget_prepared",
+    "mark_prepared",
+    "parameter_groups",
+    "prepare",
+    "prepared_as",
+]
 
 _ATTRIBUTE = "_qat_prepared"
 _HOOKS = "_qat_hooks"
@@ -141,13 +149,18 @@ def prepare(
         )
     notes = (*report.notes, *remarks, *(f"untied: {name}" for name in untied))
     layers = tuple(name for name, _ in quantized_layers(model))
-    setattr(model, _ATTRIBUTE, Prepared(spec, algorithm, target, observer, notes, report.left_float, layers))
-    complete = functools.partial(_complete_float_checkpoint, algorithm)
+    mark_prepared(model, Prepared(spec, algorithm, target, observer, notes, report.left_float, layers))
+    return PrepareReport(report, layers, tuple(untied), tuple(remarks))
+
+
+def mark_prepared(model: nn.Module, prepared: Prepared) -> None:
+    """Note how a model was prepared, and look at its loads, runs and optimizers from now on."""
+    setattr(model, _ATTRIBUTE, prepared)
+    complete = functools.partial(_complete_float_checkpoint, prepared.algorithm)
     loaded = (model, *(layer for _, layer in quantized_layers(model)))  # a part of a model may be loaded by itself
     hooks = [module.register_load_state_dict_pre_hook(complete) for module in loaded]  # type: ignore[no-untyped-call]
     setattr(model, _HOOKS, hooks + observe_runs(model))
     watch(model)
-    return PrepareReport(report, layers, tuple(untied), tuple(remarks))
 
 
 def _check_use(algorithm: Algorithm, names: list[str], quantizers: list[WeightQuantizer]) -> None:

@@ -18,7 +18,7 @@ from torch import nn
 from qat.errors import StateError
 from qat.spec import QuantSpec
 
-__all__ = ["FrozenRecord", "LayerEvidence", "frozen_record", "is_frozen", "record_frozen"]
+__all__ = ["FrozenRecord", "LayerEvidence", "forget_frozen", "frozen_record", "is_frozen", "record_frozen"]
 
 _ATTRIBUTE = "_qat_frozen"
 
@@ -76,6 +76,14 @@ def record_frozen(model: nn.Module, record: FrozenRecord, *, may_save: bool = Fa
     for module in () if may_save else model.modules():
         if hasattr(type(module), "save_pretrained"):
             object.__setattr__(module, "save_pretrained", functools.partial(_saving_refused, type(module).__name__))
+
+
+def forget_frozen(model: nn.Module) -> None:
+    """Take back what `record_frozen` did."""
+    delattr(model, _ATTRIBUTE)
+    for module in model.modules():
+        if getattr(vars(module).get("save_pretrained"), "func", None) is _saving_refused:
+            del vars(module)["save_pretrained"]
 
 
 def _saving_refused(name: str, *_: Any, **__: Any) -> NoReturn:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -101,6 +102,10 @@ class Host:
 
     def set_dtype(self, model: Any, dtype: torch.dtype) -> None:
         """Tell the model's configuration which dtype its weights have now."""
+
+    def without_cache(self, model: Any) -> AbstractContextManager[None]:
+        """Within the block, a model keeps nothing of a call for the next one, unless the call asks for it."""
+        return nullcontext()
 
     def ties(self, model: Any) -> Mapping[str, str] | None:
         """Names of tensors that the library ties again on load, with the name each is tied to; None: it ties none."""

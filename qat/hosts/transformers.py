@@ -13,8 +13,8 @@ from __future__ import annotations
 import copy
 import importlib
 import json
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,6 +74,17 @@ class _Transformers(Host):
         config = getattr(model, "config", None)
         if hasattr(config, "sub_configs"):
             _set_config_dtype(config, dtype)
+
+    @contextmanager
+    def without_cache(self, model: Any) -> Iterator[None]:
+        kept = getattr(model.config, "use_cache", None)
+        if kept:
+            model.config.use_cache = False
+        try:
+            yield
+        finally:
+            if kept:
+                model.config.use_cache = kept
 
     def ties(self, model: Any) -> Mapping[str, str] | None:
         ties = getattr(model, "all_tied_weights_keys", None)
