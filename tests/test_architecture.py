@@ -39,12 +39,14 @@ ORDER: tuple[frozenset[str], ...] = tuple(
         "numerics",
         "kernels",
         "observers",
+        "starts",
         "quantizers",
         "layers",
         "files",
         "formats",
         "hosts",
-        "blocks optimizers probing runs inspection preparation checks calibration folding freezing serving",
+        "blocks optimizers probing runs inspection preparation checks calibration folding freezing serving "
+        "moments starting",
         "exporting loading verification integrations",
         "training",
         "cli __main__",
@@ -63,7 +65,7 @@ PLAIN_RECIPE_PACKAGES: dict[str, frozenset[str]] = {
     | {"datasets", "numpy", "PIL", "sklearn"},
 }
 
-KERNEL_PARTS = frozenset({"kernels", "quantizers", "layers"})
+KERNEL_PARTS = frozenset({"kernels", "starts", "quantizers", "layers"})
 MODEL_LIBRARIES = frozenset({"transformers", "diffusers"})
 # Where what belongs to one format, or to one library, may stand.
 QUANTO_FILES = ("qat/formats/quanto", "qat/integrations/")
@@ -256,7 +258,7 @@ def test_only_training_imports_lightning_at_its_top() -> None:
     assert not violations, listing(violations)
 
 
-def test_kernels_are_called_by_quantizers_and_layers_alone() -> None:
+def test_kernels_are_called_by_starts_quantizers_and_layers_alone() -> None:
     violations = [
         found
         for found in internal_imports()

@@ -91,6 +91,14 @@ class WeightQuantizer(QuantizerModule, ABC):
         value = kernels.fake_quantize_weight(weight.detach(), scale.detach(), fixed, *options)
         return Quantized(value, scale, shift)
 
+    def awaited_start(self) -> str | None:
+        """The start in `qat.starts.DATA_STARTS` that waits for data; `restart` then takes it. None: nothing waits."""
+        return None
+
+    def restart(self, low: Tensor | None, high: Tensor) -> None:
+        """Begin with another range, float32, ``(groups, 1)``; only where a start is awaited."""
+        raise NotImplementedError(f"{type(self).__name__}: awaits no start, so it takes none")
+
     @torch.no_grad()
     def freeze(self, weight: Tensor) -> tuple[FrozenWeight, Tensor]:
         """The final codes, and the value that the fake-quantized forward used, in the serving dtype."""

@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from qat import kernels
 from qat.numerics import QType, moved_range, round_to
 from qat.quantizers.base import Algorithm, Quantized, WeightQuantizer
-from qat.quantizers.clipping import clipped_range
+from qat.starts import DATA_STARTS, RANGE_STARTS
 
 __all__ = ["LearnedAffine"]
 
@@ -63,18 +63,46 @@ class LearnedRange(WeightQuantizer):
     low_move: nn.Parameter | None
     high_move: nn.Parameter
 
+    started: Tensor
+
     def __init__(
-        self, low: Tensor | None, high: Tensor, qtype: QType, dtype: torch.dtype, *, masked: bool = True
+        self,
+        low: Tensor | None,
+        high: Tensor,
+        qtype: QType,
+        dtype: torch.dtype,
+        *,
+        masked: bool = True,
+        data_start: str | None = None,
     ) -> None:
         super().__init__(qtype, dtype, masked=masked)
-        # A range too narrow for the serving dtype is none: zero marks a group that follows its weights.
-        scale, _ = qtype.scale_shift(low, high)
-        flat = round_to(scale, dtype) == 0
-        self.register_buffer("low_start", None if low is None else low.masked_fill(flat, 0.0))
-        self.register_buffer("high_start", high.masked_fill(flat, 0.0))
+        self.register_buffer("low_start", None if low is None else torch.zeros_like(low))
+        self.register_buffer("high_start", torch.zeros_like(high))
         self.low_move = None if low is None else nn.Parameter(torch.zeros_like(low))
         self.high_move = nn.Parameter(torch.zeros_like(high))
+        self.data_start = data_start
+        if data_start is not None:
+            self.register_buffer("started", torch.zeros((), dtype=torch.bool, device=high.device))
+        self._begin(low, high)
+
+    def _begin(self, low: Tensor | None, high: Tensor) -> None:
+        # A range too narrow for the serving dtype is none: zero marks a group that follows its weights.
+        flat = round_to(self.qtype.scale_shift(low, high)[0], self.dtype) == 0
+        if low is not None and self.low_start is not None:
+            self.low_start.copy_(low.masked_fill(flat, 0.0))
+        self.high_start.copy_(high.masked_fill(flat, 0.0))
         self._note_flat()
+
+    @torch.no_grad()
+    def restart(self, low: Tensor | None, high: Tensor) -> None:
+        """Begin with a range that data gave, float32, ``(groups, 1)``. Parameters stay zero and the same objects."""
+        self._begin(low, high)
+        self.started.fill_(True)
+
+    def awaited_start(self) -> str | None:
+        """The start that data has yet to give. None where it has, or where training has moved the range before."""
+        waits = self.data_start is not None and not bool(self.started)
+        return self.data_start if waits and not any(bool(p.any()) for p in self.parameters()) else None
 
     def _flat(self) -> Tensor:
         return self.high_start == (0.0 if self.low_start is None else self.low_start)
@@ -117,13 +145,16 @@ class LearnedAffine(Algorithm):
     """
 
     kind: Literal["learned_affine"] = "learned_affine"
-    start: Literal["minmax", "clip"] = "clip"
-    """The ranges to begin with: the weight's own, or those with the smallest squared weight error."""
+    start: Literal["minmax", "clip", "hqq", "seq", "output", "gptq", "best"] = "clip"
+    """What to begin with (`qat.starts`); the last three need data, and are ``clip`` until `qat.calibrate` ran."""
     mask_saturated: bool = True
     """Stop the gradient of weights outside the range, as LSQ does."""
 
     def make(self, weight: Tensor, qtype: QType, dtype: torch.dtype) -> LearnedRange:
         """A quantizer whose ranges start from ``weight`` as it is now.
+
+        Raises:
+            SpecError: ``start="seq"`` for a type of other than 2 bits.
 
         >>> import qat
         >>> model = nn.Sequential(nn.Linear(256, 64))
@@ -131,8 +162,7 @@ class LearnedAffine(Algorithm):
         >>> [group["name"] for group in qat.parameter_groups(model, lr=2e-4)]
         ['weights', 'vectors', 'scales']
         """
-        if self.start == "minmax" or weight.is_meta:
-            ends = qtype.weight_range(weight)
-        else:
-            ends = clipped_range(weight, qtype, dtype)
-        return LearnedRange(*ends, qtype, dtype, masked=self.mask_saturated)
+        data_start = self.start if self.start in DATA_STARTS else None
+        find = RANGE_STARTS["clip" if data_start else self.start]
+        ends = qtype.weight_range(weight) if weight.is_meta else find(weight, qtype, dtype)
+        return LearnedRange(*ends, qtype, dtype, masked=self.mask_saturated, data_start=data_start)
