@@ -370,5 +370,5 @@ def test_compiled_and_eager_training_have_the_same_bits(qtype: QType) -> None:
 
 
 def test_settings_are_checked() -> None:
-    with pytest.raises(ValidationError, match="'minmax' or 'clip'"):
+    with pytest.raises(ValidationError, match="'minmax', 'clip'"):
         LearnedAffine.model_validate({"start": "middle"})

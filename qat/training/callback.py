@@ -32,6 +32,7 @@ from qat.preparation import prepare, prepared_as
 from qat.quantizers import Algorithm, StraightThrough
 from qat.quantizers.activation import ActivationQuantizer
 from qat.spec import QuantSpec
+from qat.starting import awaiting
 from qat.training.batches import calibrate_on_training_data
 from qat.training.checkpoints import refuse_float_optimizer, refuse_masters
 from qat.training.schedule import QuantizationSchedule
@@ -198,16 +199,23 @@ class QuantizationAwareTraining(Callback):
             refuse_float_optimizer(pl_module, checkpoint)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Give uncalibrated activations their first scales; a resumed run already has them."""
+        """Give uncalibrated activations their first scales, and weights their start; a resumed run already has them."""
         model, count = self.model_of(pl_module), self.schedule.calibration_batches
-        if _uncalibrated(model):
-            if not self.schedule.sets_scales(trainer.global_step):
+        uncalibrated, waiting = _uncalibrated(model), awaiting(model)
+        if uncalibrated or waiting:
+            if uncalibrated and not self.schedule.sets_scales(trainer.global_step):
                 raise CalibrationError(
                     "schedule: activations are quantized but nothing sets their scales: set calibration_batches above "
                     "0 or observe_from=0, or call qat.calibrate before the fit"
                 )
             if count > 0:
                 logger.info("%s", calibrate_on_training_data(trainer, pl_module, model, count, self.model_inputs))
+            elif waiting:
+                logger.warning(
+                    "%d layers begin with the start 'clip', for theirs needs data: set calibration_batches above 0, or "
+                    "call qat.calibrate before the fit",
+                    len(waiting),
+                )
         self._switch(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:

@@ -33,7 +33,8 @@ class QuantizationSchedule(NamedArguments):
     hold_scales_from: int | None = Field(default=None, ge=0)
     """From this step on, learned scales and ranges stay as they are, and the weights settle to them; none: never."""
     calibration_batches: int = Field(default=16, ge=0)
-    """Batches for the calibration before the first step; recipes use as many before freezing. Only with activations."""
+    """Batches for the calibration before the first step; recipes use as many before freezing. Only with activations,
+    or with weights whose start needs data."""
 
     @model_validator(mode="after")
     def _window_is_ordered(self) -> Self:
