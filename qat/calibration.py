@@ -1,6 +1,7 @@
-"""`calibrate`: scales for activations, from data.
+"""`calibrate`: scales for activations, and starts of weights that need it, from data.
 
-Two passes. The first runs the batches with activations left float, while observers record. Then the rule takes a scale
+Starts come first (`qat.starting`), since scales of activations follow the weights. Scales take two passes.
+The first runs the batches with activations left float, while observers record. Then the rule takes a scale
 from each observer, and says how far off the layer's output will be: a layer that cannot bear it keeps float
 activations. Where layers quantize their outputs, a second pass runs the batches through the model *as it will be
 served*, and notes which inputs arrive already quantized (`qat.serving`). Those layers are marked, so that training
@@ -11,9 +12,10 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -30,6 +32,7 @@ from qat.quantizers.activation import ActivationQuantizer
 from qat.runs import note_runs, runs, stop_watch
 from qat.serving import Call, as_served, first_call, input_scales, mark_arriving, require_served, snapshot
 from qat.spec import QuantSpec
+from qat.starting import StartReport, awaiting, find_starts
 from qat.tensors import map_tensors, model_device
 
 __all__ = ["ActivationReport", "CalibrationReport", "calibrate"]
@@ -63,10 +66,17 @@ class CalibrationReport:
     """Layers whose input comes quantized from its producer, so that their own input scale is not used."""
     kept_float: tuple[str, ...] = ()
     """Layers whose output would be too far off, so that their inputs and outputs stay float."""
+    starts: dict[str, StartReport] = field(default_factory=dict)
+    """Layer name to what its weight begins with, where data decided that."""
 
     def __str__(self) -> str:
-        if not self.layers:
+        if not self.layers and not self.starts:
             return "nothing to calibrate: no layer has quantized activations"
+        starts = Counter(found.start for found in self.starts.values())
+        of_weights = "starts of weights: " + ", ".join(f"{n} {name}" for name, n in sorted(starts.items()))
+        return "; ".join([of_weights] * bool(starts) + [self._of_activations()] * bool(self.layers))
+
+    def _of_activations(self) -> str:
         kept = f"; {len(self.kept_float)} layers keep float activations" if self.kept_float else ""
         arriving = f"{len(self.arriving)} inputs arrive quantized"
         return f"calibrated {len(self.layers)} layers on {self.batches} batches; {arriving}{kept}"
@@ -77,9 +87,17 @@ class CalibrationReport:
         return {name: (x.scale, y[0].scale if y else None) for name, (x, *y) in self.layers.items()}
 
     def table(self) -> str:
-        """A line for each layer: scale, error, saturation and utilization of its input and its output."""
-        width = max(map(len, self.layers), default=0)
-        lines = [f"{'layer':{width}}  {'':6}  {'scale':>9}  {'error':>8}  {'beyond':>8}  {'used':>5}    calls"]
+        """A line for each layer: scale, error, saturation and utilization of its input and its output.
+
+        Before them, where data decided it, what each weight begins with: the relative squared error of the output by
+        min-max weights and by the start that was chosen.
+        """
+        width = max(map(len, (*self.layers, *self.starts)), default=0)
+        lines = [f"{'weight':{width}}  {'start':6}  {'min-max':>8}  {'error':>8}"] * bool(self.starts)
+        lines += [f"{n:{width}}  {s.start:6}  {s.before:8.1e}  {s.after:8.1e}" for n, s in self.starts.items()]
+        if not self.layers:
+            return "\n".join(lines)
+        lines += [f"{'layer':{width}}  {'':6}  {'scale':>9}  {'error':>8}  {'beyond':>8}  {'used':>5}    calls"]
         for name, sides in self.layers.items():
             for side, found in zip(("input", "output"), sides, strict=False):
                 note = "  float" if name in self.kept_float else ""
@@ -103,6 +121,8 @@ def calibrate(
 ) -> CalibrationReport:
     """Set the scale of every quantized activation from ``batches``. In place; without gradients; in evaluation mode.
 
+    Weights whose start needs data (`qat.LearnedAffine.start`) get it first, unless they have it or training moved them.
+
     With a ``spec`` the model is a float one and is prepared first. Then `qat.freeze` and `qat.export` give a quantized
     model without training. The first calibration of a model also decides which layers keep float activations: those
     whose output would be further off than the rule's ``largest_error`` (`qat.Best`). Later ones leave that as it was
@@ -117,8 +137,8 @@ def calibrate(
         target: who will load the export, as in `qat.prepare`; only with ``spec``.
         algorithm: how scales of weights are found, as in `qat.prepare`; only with ``spec``.
         forward: runs the model once for a batch, ``forward(model, batch)``: a generate loop, a pipeline that holds the
-            model, or what makes its inputs. It is called twice for each batch where outputs are quantized. What it
-            returns is not used.
+            model, or what makes its inputs. It is called twice for each batch where outputs are quantized, and once
+            more for each round of layers whose weights get a start. What it returns is not used.
         progress: show a bar on the standard error stream.
 
     Raises:
@@ -153,6 +173,34 @@ def calibrate(
 
 
 def _calibrate(
+    model: nn.Module, batches: Iterable[Any], forward: Callable[[nn.Module, Any], Any] | None, progress: bool
+) -> CalibrationReport:
+    waiting = awaiting(model)
+    if not waiting:
+        return _calibrate_activations(model, batches, forward, progress)
+    kept = [batch if forward else map_tensors(torch.Tensor.cpu, batch) for batch in batches]
+
+    def go(count: int | None) -> int:
+        chosen = kept[:count]
+        for number, batch in enumerate(counted(chosen, "inputs of layers", progress and count is None)):
+            _run(model, batch, number, forward)
+        return len(chosen)
+
+    try:
+        with kept_modes(model), torch.no_grad():
+            started = find_starts(model.eval(), waiting, go)
+    finally:
+        stop_watch()  # which a failure or an interrupt may have left
+    try:
+        started.apply()
+        report = _calibrate_activations(model, kept, forward, progress)
+    except BaseException:
+        started.undo()
+        raise
+    return replace(report, batches=len(kept), starts=started.reports)
+
+
+def _calibrate_activations(
     model: nn.Module, batches: Iterable[Any], forward: Callable[[nn.Module, Any], Any] | None, progress: bool
 ) -> CalibrationReport:
     layers = {name: layer for name, layer in quantized_layers(model) if layer.input_quantizer is not None}

@@ -62,7 +62,7 @@ class _FixedCodes(QType):
         return self.base.decode(codes, scale, shift, dtype)
 
     def scale_gradients(
-        self, weight: Tensor, scale: Tensor, shift: Tensor | None, grad: Tensor
+        self, weight: Tensor, scale: Tensor, shift: Tensor | None, grad: Tensor, margin: float = 0.0
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         rows = self.grouped(grad).float()
         grad_scale = (rows * self.grouped(weight).float()).sum(1, keepdim=True)

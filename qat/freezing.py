@@ -135,12 +135,14 @@ def _remarks(model: nn.Module, allow_unreached: bool, allow_reads: bool) -> list
         )
     if read is not None and not allow_reads:
         raise StateError(f"{read}, or pass allow_reads=True if the outputs do not depend on them")
-    first = [name for name, layer in layers.items() if layer.weight_quantizer.qtype != layer.weight_quantizer.served]
+    first = [
+        name for name, layer in layers.items() if layer.weight_quantizer.qtype != layer.weight_quantizer.final_qtype
+    ]
     if first:
-        quantizer = layers[first[0]].weight_quantizer
+        quantizer = quantizers[first[0]]
         raise StateError(
             f"model: {len(first)} layers still train as {quantizer.qtype.name} ({listed(first, 4)}), but are to be "
-            f"frozen as {quantizer.served.name}: train on, past the schedule's first_weights_until"
+            f"frozen as {quantizer.final_qtype.name}: train on, past the schedule's first_weights_until"
         )
     for name, layer in layers.items():
         require_finite(name, layer)

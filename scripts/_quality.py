@@ -105,7 +105,7 @@ def fit(
     loss = torch.zeros(())
     for batch in itertools.islice(batches, steps):
         loss = loss_of(model, batch)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()

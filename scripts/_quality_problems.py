@@ -32,15 +32,15 @@ class Problem:
         """What the model is called with; floating inputs in ``dtype``."""
         raise NotImplementedError
 
-    def loss(self, outputs: Any, batch: Any) -> Tensor:
+    def loss(self, outputs: Any, batch: Any) -> Any:
         """The task's loss."""
         raise NotImplementedError
 
-    def divergence(self, outputs: Any, goal: Any) -> Tensor:
+    def divergence(self, outputs: Any, goal: Any) -> Any:
         """How far outputs are from those of a teacher."""
         raise NotImplementedError
 
-    def changed(self, outputs: Any, goal: Any) -> Tensor:
+    def changed(self, outputs: Any, goal: Any) -> Any:
         """Share of predictions that are others."""
         raise NotImplementedError
 
@@ -86,11 +86,11 @@ class LanguageModel(Problem):
     def loss(self, outputs: Any, batch: Tensor) -> Tensor:
         return functional.cross_entropy(outputs.logits[:, :-1].flatten(0, 1).float(), batch[:, 1:].flatten())
 
-    def divergence(self, outputs: Any, goal: Any) -> Tensor:
+    def divergence(self, outputs: Any, goal: Any) -> Any:
         mine, theirs = (found.logits[:, :-1].flatten(0, 1).float().log_softmax(-1) for found in (outputs, goal))
         return functional.kl_div(mine, theirs, reduction="batchmean", log_target=True)
 
-    def changed(self, outputs: Any, goal: Any) -> Tensor:
+    def changed(self, outputs: Any, goal: Any) -> Any:
         return (outputs.logits.argmax(-1) != goal.logits.argmax(-1)).float().mean()
 
 
@@ -117,14 +117,14 @@ class Classifier(Problem):
         given = {name: value for name, value in batch.items() if name != "labels"}
         return {n: v.to(dtype) if dtype and v.is_floating_point() else v for n, v in given.items()}
 
-    def loss(self, outputs: Any, batch: Any) -> Tensor:
+    def loss(self, outputs: Any, batch: Any) -> Any:
         return functional.cross_entropy(outputs.logits.float(), batch["labels"])
 
-    def divergence(self, outputs: Any, goal: Any) -> Tensor:
+    def divergence(self, outputs: Any, goal: Any) -> Any:
         mine, theirs = (found.logits.float().log_softmax(-1) for found in (outputs, goal))
         return functional.kl_div(mine, theirs, reduction="batchmean", log_target=True)
 
-    def changed(self, outputs: Any, goal: Any) -> Tensor:
+    def changed(self, outputs: Any, goal: Any) -> Any:
         return (outputs.logits.argmax(-1) != goal.logits.argmax(-1)).float().mean()
 
 
@@ -157,14 +157,14 @@ class Diffusion(Problem):
         moved: dict[str, Any] = self._move(batch["inputs"], torch.device(self.device), dtype)
         return moved
 
-    def loss(self, outputs: Any, batch: Any) -> Tensor:
+    def loss(self, outputs: Any, batch: Any) -> Any:
         return (self._prediction(outputs, batch["target"]).float() - batch["target"].float()).square().mean()
 
-    def divergence(self, outputs: Any, goal: Any) -> Tensor:
+    def divergence(self, outputs: Any, goal: Any) -> Any:
         mine, theirs = (found[0] if isinstance(found, tuple) else found.sample for found in (outputs, goal))
         return (mine.float() - theirs.float()).square().mean()
 
-    def changed(self, outputs: Any, goal: Any) -> Tensor:
+    def changed(self, outputs: Any, goal: Any) -> Any:
         return torch.zeros(())
 
 

@@ -39,6 +39,7 @@ ORDER: tuple[frozenset[str], ...] = tuple(
         "numerics",
         "kernels",
         "observers",
+        "starts",
         "quantizers",
         "layers",
         "files",
@@ -64,7 +65,7 @@ PLAIN_RECIPE_PACKAGES: dict[str, frozenset[str]] = {
     | {"datasets", "numpy", "PIL", "sklearn"},
 }
 
-KERNEL_PARTS = frozenset({"kernels", "quantizers", "layers"})
+KERNEL_PARTS = frozenset({"kernels", "starts", "quantizers", "layers"})
 MODEL_LIBRARIES = frozenset({"transformers", "diffusers"})
 # Where what belongs to one format, or to one library, may stand.
 QUANTO_FILES = ("qat/formats/quanto", "qat/integrations/")
@@ -257,7 +258,7 @@ def test_only_training_imports_lightning_at_its_top() -> None:
     assert not violations, listing(violations)
 
 
-def test_kernels_are_called_by_quantizers_and_layers_alone() -> None:
+def test_kernels_are_called_by_starts_quantizers_and_layers_alone() -> None:
     violations = [
         found
         for found in internal_imports()

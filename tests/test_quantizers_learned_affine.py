@@ -370,7 +370,7 @@ def test_compiled_and_eager_training_have_the_same_bits(qtype: QType) -> None:
 
 
 def test_settings_are_checked() -> None:
-    with pytest.raises(ValidationError, match="'minmax', 'clip' or 'lsq'"):
+    with pytest.raises(ValidationError, match="'minmax', 'clip'"):
         LearnedAffine.model_validate({"start": "middle"})
 
 

@@ -84,7 +84,7 @@ def test_a_range_starts_again_from_the_weight_as_it_is() -> None:
     optimizer.step()
     end_first_type(model, [optimizer])
     assert values_of(model[0]) == 4
-    fresh = LEARNED.make(model[0].weight.detach(), model[0].weight_quantizer.served, torch.float32)
+    fresh = LEARNED.make(model[0].weight.detach(), model[0].weight_quantizer.final_qtype, torch.float32)
     assert_equal_state(model[0].weight_quantizer, fresh)
     assert not any(p in optimizer.state for p in model[0].weight_quantizer.parameters())
     assert model[0].weight in optimizer.state

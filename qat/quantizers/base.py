@@ -57,9 +57,9 @@ class QuantizerModule(nn.Module):
 class WeightQuantizer(QuantizerModule, ABC):
     """How one weight is scaled; abstract. Subclasses implement `quantize`.
 
-    ``qtype`` is the type that it quantizes to, ``served`` the one that it will be frozen to: training may begin with
-    another, and a state dict then holds it (`qat.training.annealing`). ``dtype`` is the serving dtype. ``masked`` stops
-    the gradient of weights outside the codes' range, which is needed once a range clips; with a ``margin``, those
+    ``qtype`` is the type that it quantizes to, ``final_qtype`` the one that it will be frozen to: training may begin
+    with another, and a state dict then holds it (`qat.training.annealing`). ``dtype`` is the serving dtype. ``masked``
+    stops the gradient of weights outside the codes' range, which is needed once a range clips; with a ``margin``, those
     farther outside than that many steps. ``float8_backward`` is `Algorithm.float8_backward`, where weight and input are
     float8. ``smooth`` is `Algorithm.gradient`, where codes are integers.
     """
@@ -69,7 +69,7 @@ class WeightQuantizer(QuantizerModule, ABC):
 
     def __init__(self, qtype: QType, dtype: torch.dtype, *, masked: bool = False, margin: float = 0.0) -> None:
         super().__init__()
-        self.qtype = self.served = qtype
+        self.qtype = self.final_qtype = qtype
         self.dtype = dtype
         self.margin = margin if masked else 0.0
         self.masked = masked and not margin  # with a margin, `through` does it
@@ -114,6 +114,14 @@ class WeightQuantizer(QuantizerModule, ABC):
         value = kernels.fake_quantize_weight(weight.detach(), scale.detach(), fixed, *options)
         return Quantized(value, scale, shift)
 
+    def awaited_start(self) -> str | None:
+        """The start in `qat.starts.DATA_STARTS` that waits for data; `restart` then takes it. None: nothing waits."""
+        return None
+
+    def restart(self, low: Tensor | None, high: Tensor) -> None:
+        """Begin with another range, float32, ``(groups, 1)``; only where a start is awaited."""
+        raise NotImplementedError(f"{type(self).__name__}: awaits no start, so it takes none")
+
     @torch.no_grad()
     def freeze(self, weight: Tensor) -> tuple[FrozenWeight, Tensor]:
         """The final codes, and the value that the fake-quantized forward used, in the serving dtype."""
@@ -129,12 +137,12 @@ class WeightQuantizer(QuantizerModule, ABC):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.qtype != self.served:
+        if self.qtype != self.final_qtype:
             destination[f"{prefix}{TYPE_KEY}"] = torch.tensor(list(self.qtype.key.encode()), dtype=torch.uint8)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         found = state_dict.pop(f"{prefix}{TYPE_KEY}", None)
-        self.qtype = self.served if found is None else qtype_of(bytes(found.tolist()).decode())
+        self.qtype = self.final_qtype if found is None else qtype_of(bytes(found.tolist()).decode())
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:

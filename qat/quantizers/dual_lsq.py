@@ -21,7 +21,7 @@ from qat.errors import SpecError
 from qat.numerics import QType, qtype_of
 from qat.operators import operator
 from qat.quantizers.base import Algorithm, Quantized
-from qat.quantizers.learned_affine import LearnedRange, Start, start_range
+from qat.quantizers.learned_affine import LearnedRange, start_range
 
 __all__ = ["DualLSQ"]
 
@@ -97,7 +97,7 @@ class DualLSQ(Algorithm):
     """Two learned ranges for each group: one finds the codes, the other one gives their values."""
 
     kind: Literal["dual_lsq"] = "dual_lsq"
-    start: Start = "clip"
+    start: Literal["minmax", "clip", "lsq"] = "clip"
     """The range that both begin with: the weight's own, that with the smallest squared weight error, or LSQ's."""
 
     def make(self, weight: Tensor, qtype: QType, dtype: torch.dtype) -> DualRange:

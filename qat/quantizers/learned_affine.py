@@ -12,7 +12,7 @@ that gives their gradients. A range clips, so weights outside it get no gradient
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self, TypeAlias
+from typing import Any, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -22,11 +22,9 @@ from torch.autograd.function import once_differentiable
 from qat import kernels
 from qat.numerics import QType, moved_range, round_to
 from qat.quantizers.base import Algorithm, Quantized, WeightQuantizer
-from qat.quantizers.clipping import clipped_range
+from qat.starts import DATA_STARTS, RANGE_STARTS
 
-__all__ = ["LearnedAffine", "LearnedRange", "Start", "start_range", "step_size_range"]
-
-Start: TypeAlias = Literal["minmax", "clip", "lsq"]
+__all__ = ["LearnedAffine", "LearnedRange", "start_range"]
 
 
 class _ServedRange(torch.autograd.Function):
@@ -67,6 +65,8 @@ class LearnedRange(WeightQuantizer):
     low_move: nn.Parameter | None
     high_move: nn.Parameter
 
+    started: Tensor
+
     def __init__(
         self,
         low: Tensor | None,
@@ -76,16 +76,36 @@ class LearnedRange(WeightQuantizer):
         *,
         masked: bool = True,
         margin: float = 0.0,
+        data_start: str | None = None,
     ) -> None:
         super().__init__(qtype, dtype, masked=masked, margin=margin)
-        # A range too narrow for the serving dtype is none: zero marks a group that follows its weights.
-        scale, _ = qtype.scale_shift(low, high)
-        flat = round_to(scale, dtype) == 0
-        self.register_buffer("low_start", None if low is None else low.masked_fill(flat, 0.0))
-        self.register_buffer("high_start", high.masked_fill(flat, 0.0))
+        self.register_buffer("low_start", None if low is None else torch.zeros_like(low))
+        self.register_buffer("high_start", torch.zeros_like(high))
         self.low_move = None if low is None else nn.Parameter(torch.zeros_like(low))
         self.high_move = nn.Parameter(torch.zeros_like(high))
+        self.data_start = data_start
+        if data_start is not None:
+            self.register_buffer("started", torch.zeros((), dtype=torch.bool, device=high.device))
+        self._begin(low, high)
+
+    def _begin(self, low: Tensor | None, high: Tensor) -> None:
+        # A range too narrow for the serving dtype is none: zero marks a group that follows its weights.
+        flat = round_to(self.qtype.scale_shift(low, high)[0], self.dtype) == 0
+        if low is not None and self.low_start is not None:
+            self.low_start.copy_(low.masked_fill(flat, 0.0))
+        self.high_start.copy_(high.masked_fill(flat, 0.0))
         self._note_flat()
+
+    @torch.no_grad()
+    def restart(self, low: Tensor | None, high: Tensor) -> None:
+        """Begin with a range that data gave, float32, ``(groups, 1)``. Parameters stay zero and the same objects."""
+        self._begin(low, high)
+        self.started.fill_(True)
+
+    def awaited_start(self) -> str | None:
+        """The start that data has yet to give. None where it has, or where training has moved the range before."""
+        waits = self.data_start is not None and not bool(self.started)
+        return self.data_start if waits and not any(bool(p.any()) for p in self.parameters()) else None
 
     def _flat(self) -> Tensor:
         return self.high_start == (0.0 if self.low_start is None else self.low_start)
@@ -128,28 +148,9 @@ class LearnedRange(WeightQuantizer):
         return self.quantize(weight, self.qtype.storage)
 
 
-def step_size_range(weight: Tensor, qtype: QType) -> tuple[Tensor | None, Tensor]:
-    """LSQ's start (Esser et al. 2020, section 2.1), as ends: ``s = 2 mean|w| / sqrt(Qp)``, float32, ``(groups, 1)``.
-
-    An affine type has it around its group's mean, with half its steps as Qp. At 8 bits this range is several times
-    the largest magnitude of a normally distributed row: the paper's start is for few bits.
-
-    >>> from qat.formats import QUANTO
-    >>> step_size_range(torch.tensor([[-3.0, 1.0, 1.0, 1.0]]), QUANTO.qtypes["int2"])
-    (tensor([[-3.6742]]), tensor([[3.6742]]))
-    """
-    rows = qtype.grouped(weight.detach()).float()
-    center = rows.mean(1, keepdim=True) if qtype.has_shift else torch.zeros_like(rows[:, :1])
-    size = 2 * (rows - center).abs().mean(1, keepdim=True)
-    half = size * (qtype.steps / 2 if qtype.has_shift else qtype.steps) ** 0.5
-    return (center - half, center + half) if qtype.has_shift else (None, half)
-
-
-def start_range(start: Start, weight: Tensor, qtype: QType, dtype: torch.dtype) -> tuple[Tensor | None, Tensor]:
+def start_range(start: str, weight: Tensor, qtype: QType, dtype: torch.dtype) -> tuple[Tensor | None, Tensor]:
     """The ends of the range that a learned one begins with; a weight without numbers gives their shapes."""
-    if start == "minmax" or weight.is_meta:
-        return qtype.weight_range(weight)
-    return step_size_range(weight, qtype) if start == "lsq" else clipped_range(weight, qtype, dtype)
+    return qtype.weight_range(weight) if weight.is_meta else RANGE_STARTS[start](weight, qtype, dtype)
 
 
 class LearnedAffine(Algorithm):
@@ -159,8 +160,8 @@ class LearnedAffine(Algorithm):
     """
 
     kind: Literal["learned_affine"] = "learned_affine"
-    start: Start = "clip"
-    """The ranges to begin with: the weight's own, those with the smallest squared weight error, or LSQ's."""
+    start: Literal["minmax", "clip", "lsq", "hqq", "seq", "output", "gptq", "best"] = "clip"
+    """What to begin with (`qat.starts`); the last three need data, and are ``clip`` until `qat.calibrate` ran."""
     mask_saturated: bool = True
     """Stop the gradient of weights outside the range, as LSQ does."""
     mask_margin: float = Field(default=0.0, ge=0)
@@ -175,11 +176,16 @@ class LearnedAffine(Algorithm):
     def make(self, weight: Tensor, qtype: QType, dtype: torch.dtype) -> LearnedRange:
         """A quantizer whose ranges start from ``weight`` as it is now.
 
+        Raises:
+            SpecError: ``start="seq"`` for a type of other than 2 bits.
+
         >>> import qat
         >>> model = nn.Sequential(nn.Linear(256, 64))
         >>> _ = qat.prepare(model, qat.QuantSpec(weights="int2"), algorithm=LearnedAffine())
         >>> [group["name"] for group in qat.parameter_groups(model, lr=2e-4)]
         ['weights', 'vectors', 'scales']
         """
-        ends = start_range(self.start, weight, qtype, dtype)
-        return LearnedRange(*ends, qtype, dtype, masked=self.mask_saturated, margin=self.mask_margin)
+        data_start = self.start if self.start in DATA_STARTS else None
+        ends = start_range("clip" if data_start else self.start, weight, qtype, dtype)
+        options: dict[str, Any] = {"masked": self.mask_saturated, "margin": self.mask_margin}
+        return LearnedRange(*ends, qtype, dtype, **options, data_start=data_start)

@@ -53,7 +53,7 @@ def begin_with(model: nn.Module, weights: WeightType) -> None:
     first = format.types(weights, None, prepared.spec.torch_dtype).weights
     layers = [layer for _, layer in quantized_layers(model) if _can_begin(layer, first)]
     if not layers:
-        found = sorted({layer.weight_quantizer.served.name for _, layer in quantized_layers(model)})
+        found = sorted({layer.weight_quantizer.final_qtype.name for _, layer in quantized_layers(model)})
         raise TrainingError(
             f"first_weights: {weights!r} is for layers of fewer bits and the same groups, but this model has only "
             f"{', '.join(found)}: prepare layers of a smaller type, or leave first_weights out"
@@ -67,10 +67,10 @@ def end_first_type(model: nn.Module, optimizers: Iterable[Optimizer] = ()) -> No
     What ``optimizers`` remember of learned ranges that start again, such as momentum, is forgotten.
     """
     layers = [layer for _, layer in quantized_layers(model)]
-    changed = [layer for layer in layers if layer.weight_quantizer.qtype != layer.weight_quantizer.served]
+    changed = [layer for layer in layers if layer.weight_quantizer.qtype != layer.weight_quantizer.final_qtype]
     if not changed:
         return
-    _change([(layer, layer.weight_quantizer.served) for layer in changed], prepared_as(model).algorithm)
+    _change([(layer, layer.weight_quantizer.final_qtype) for layer in changed], prepared_as(model).algorithm)
     for optimizer in optimizers:
         for layer in changed:
             for parameter in layer.weight_quantizer.parameters():
@@ -78,7 +78,7 @@ def end_first_type(model: nn.Module, optimizers: Iterable[Optimizer] = ()) -> No
 
 
 def _can_begin(layer: QuantizedLayer, first: QType) -> bool:
-    served, (_, in_features) = layer.weight_quantizer.served, layer.effective_weight(layer).shape
+    served, (_, in_features) = layer.weight_quantizer.final_qtype, layer.effective_weight(layer).shape
     same = served.has_shift == first.has_shift and served.group_size(in_features) == first.group_size(in_features)
     return same and served.bits < first.bits
 

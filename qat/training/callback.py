@@ -32,6 +32,7 @@ from qat.preparation import prepare, prepared_as
 from qat.quantizers import Algorithm, Automatic
 from qat.quantizers.activation import ActivationQuantizer
 from qat.spec import QuantSpec
+from qat.starting import awaiting
 from qat.training.annealing import begin_with, end_first_type
 from qat.training.averaging import part_scales, require_order, require_same_kind
 from qat.training.batches import calibrate_on_training_data
@@ -200,17 +201,24 @@ class QuantizationAwareTraining(Callback):
             refuse_float_optimizer(pl_module, checkpoint)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Give uncalibrated activations their first scales; a resumed run already has them."""
+        """Give uncalibrated activations their first scales, and weights their start; a resumed run already has them."""
         model, count = self.model_of(pl_module), self.schedule.calibration_batches
         self._refuse_schedule(trainer, model)
-        if _uncalibrated(model):
-            if not self.schedule.sets_scales(trainer.global_step):
+        uncalibrated, waiting = _uncalibrated(model), awaiting(model)
+        if uncalibrated or waiting:
+            if uncalibrated and not self.schedule.sets_scales(trainer.global_step):
                 raise CalibrationError(
                     "schedule: activations are quantized but nothing sets their scales: set calibration_batches above "
                     "0 or observe_from=0, or call qat.calibrate before the fit"
                 )
             if count > 0:
                 logger.info("%s", calibrate_on_training_data(trainer, pl_module, model, count, self.model_inputs))
+            elif waiting:
+                logger.warning(
+                    "%d layers begin with the start 'clip', for theirs needs data: set calibration_batches above 0, or "
+                    "call qat.calibrate before the fit",
+                    len(waiting),
+                )
         part_scales(trainer, model)
         self._change_types(trainer, model)
         self._pulls = pull_after_steps(trainer, model, self.schedule)

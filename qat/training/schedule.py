@@ -92,7 +92,8 @@ class QuantizationSchedule(NamedArguments):
     cage_from: float = Field(default=0.8, ge=0, lt=1)
     """Share of the steps after which the pull rises from 0; it has its full strength in the last step."""
     calibration_batches: int = Field(default=16, ge=0)
-    """Batches for the calibration before the first step; recipes use as many before freezing. Only with activations."""
+    """Batches for the calibration before the first step; recipes use as many before freezing. Only with activations,
+    or with weights whose start needs data."""
 
     @model_validator(mode="after")
     def _window_is_ordered(self) -> Self:

@@ -110,8 +110,8 @@ class Gate:
             return
         changes = [f"optimization.learning_rate (now {settings.learning_rate:g}: try a third, and three times as much)"]
         changes.append("the algorithm (learned_affine starts with clipped ranges)")
-        if settings.distillation_weight < 1:
-            changes.append(f"optimization.distillation_weight (now {settings.distillation_weight:g}: try 1)")
+        if settings.distillation.weight < 1:
+            changes.append(f"optimization.distillation.weight (now {settings.distillation.weight:g}: try 1)")
         changes.append(f"optimization.steps (now {settings.steps}: try four times as many)")
         self._say(
             self._trained,

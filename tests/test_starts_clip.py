@@ -8,7 +8,7 @@ import torch
 from qat.formats import QUANTO
 from qat.numerics import QType
 from qat.quantizers import LearnedAffine
-from qat.quantizers.clipping import clipped_range, weight_error
+from qat.starts.clip import clipped_range, weight_error
 from tests.helpers import DTYPES, awkward_weight, one_sided_weight, same_bits
 
 QTYPES = QUANTO.qtypes
@@ -42,7 +42,7 @@ def test_the_clipped_range_of_a_normal_group_is_near_the_best_uniform_quantizer(
 def test_chunks_of_rows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = awkward_weight(37, 256)
     whole = clipped_range(weight, QTYPES["int4"], torch.bfloat16)
-    monkeypatch.setattr("qat.quantizers.clipping._CHUNK_ELEMENTS", 1000)  # three rows
+    monkeypatch.setattr("qat.starts.base.CHUNK_ELEMENTS", 1000)  # three rows
     chunked = clipped_range(weight, QTYPES["int4"], torch.bfloat16)
     assert whole[0] is not None
     assert chunked[0] is not None

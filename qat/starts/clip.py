@@ -1,4 +1,4 @@
-"""Clipped start ranges: for each group the two ends that give the smallest squared weight error.
+"""Clipped ranges: for each group the two ends that give the smallest squared weight error.
 
 At 2 bits the range from min to max spends its four values on outliers: for 128 normally distributed weights it spans
 ±2.6 σ, where ±1.5 σ has less than half the squared error. The search moves both ends towards the group's mean, first
@@ -10,15 +10,17 @@ Weight error is not output error. It sees no data, and what it gains has to be m
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from qat import kernels
 from qat.numerics import QType
+from qat.starts.base import Ends, chunks, finish
 
-__all__ = ["clipped_range", "weight_error"]
+__all__ = ["clipped_range", "search", "weight_error"]
 
-_CHUNK_ELEMENTS = 1 << 22  # 16 MiB of float32, and a few copies: far below the weight itself in a large model
 _TOGETHER = tuple(1 - 0.05 * step for step in range(1, 17))  # down to 0.2 of the range
 _ALONE = (0.1, 0.05, 0.025)
 
@@ -38,7 +40,7 @@ def weight_error(weight: Tensor, low: Tensor | None, high: Tensor, qtype: QType,
 
 
 @torch.no_grad()
-def clipped_range(weight: Tensor, qtype: QType, dtype: torch.dtype) -> tuple[Tensor | None, Tensor]:
+def clipped_range(weight: Tensor, qtype: QType, dtype: torch.dtype) -> Ends:
     """The ends of each group's range that give the smallest `weight_error` found, which is never above min-max's.
 
     Low end (None for symmetric types) and high end: float32, ``(groups, 1)``. The weight is read in chunks of rows.
@@ -48,31 +50,33 @@ def clipped_range(weight: Tensor, qtype: QType, dtype: torch.dtype) -> tuple[Ten
     >>> bool(high <= 0.4)
     True
     """
-    rows = max(1, _CHUNK_ELEMENTS // max(1, weight.shape[1]))
-    found = [_search(chunk, qtype, dtype) for chunk in torch.split(weight.detach(), rows)]
-    lows = [low for low, _ in found if low is not None]
-    return torch.cat(lows) if lows else None, torch.cat([high for _, high in found])
+
+    def of_chunk(part: Tensor) -> Ends:
+        return search(part, qtype, lambda low, high: weight_error(part, low, high, qtype, dtype))
+
+    return finish([of_chunk(part) for part in chunks(weight)])
 
 
-def _search(weight: Tensor, qtype: QType, dtype: torch.dtype) -> tuple[Tensor | None, Tensor]:
+def search(weight: Tensor, qtype: QType, error: Callable[[Tensor | None, Tensor], Tensor]) -> Ends:
+    """The ends with the smallest ``error(low, high)``, ``(groups, 1)``, of those that the search tries."""
     low, high = qtype.weight_range(weight)
     center = torch.zeros_like(high) if low is None else qtype.grouped(weight).float().mean(1, keepdim=True)
     ones = torch.ones_like(high)
 
-    def ends(low_factor: Tensor, high_factor: Tensor) -> tuple[Tensor | None, Tensor]:
+    def ends(low_factor: Tensor, high_factor: Tensor) -> Ends:
         # Written so that a factor of 1 gives the very end.
         return (
             None if low is None else low + (center - low) * (1 - low_factor),
             high + (center - high) * (1 - high_factor),
         )
 
-    best = (ones, ones, weight_error(weight, low, high, qtype, dtype))
+    best = (ones, ones, error(low, high))
 
     def attempt(low_factor: Tensor, high_factor: Tensor) -> None:
         nonlocal best
-        error = weight_error(weight, *ends(low_factor, high_factor), qtype, dtype)
-        better = error < best[2]  # never where the error is not a number
-        candidate = (low_factor, high_factor, error)
+        found = error(*ends(low_factor, high_factor))
+        better = found < best[2]  # never where the error is not a number
+        candidate = (low_factor, high_factor, found)
         best = tuple(torch.where(better, new, old) for new, old in zip(candidate, best, strict=True))  # type: ignore[assignment]
 
     for factor in _TOGETHER:

@@ -1,0 +1,176 @@
+"""Starts of weights that need data: the model runs in float, and each layer's range begins where its output asks for.
+
+Nothing changes before all layers have their start: the inputs of every layer are those of the float model, and a
+failure leaves the model as it was. Until then starts wait on the CPU, with a compensated weight a layer in the dtype
+of its master.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from qat.errors import CalibrationError, listed
+from qat.layers import QuantizedLayer, quantized_layers
+from qat.moments import BUDGET, Moments, rounds
+from qat.probing import Readers
+from qat.runs import note_runs, runs
+from qat.starts import DATA_STARTS, RANGE_STARTS, Ends, Start, output_error
+from qat.tensors import matrices
+
+__all__ = ["StartReport", "Started", "awaiting", "find_starts"]
+
+logger = logging.getLogger("qat")
+
+
+@dataclass(frozen=True)
+class StartReport:
+    """What one layer's weight begins with."""
+
+    start: str
+    """Name of the start that was chosen; ``clip`` where no batch reached the layer."""
+    before: float
+    """Squared error of the layer's output by min-max weights, relative to the output's squares; NaN: unreached."""
+    after: float
+    """The same by this start, on the same batches."""
+
+
+def awaiting(model: nn.Module) -> dict[str, QuantizedLayer]:
+    """The layers whose weight waits for data to start with; none once training has moved any of the model's ranges."""
+    layers = dict(quantized_layers(model))
+    waiting = {name: layer for name, layer in layers.items() if layer.weight_quantizer.awaited_start() is not None}
+    moved = waiting and any(bool(p.any()) for layer in layers.values() for p in layer.weight_quantizer.parameters())
+    return {} if moved else waiting
+
+
+class Started:
+    """Starts that were found: `apply` gives them to their layers, `undo` takes them back."""
+
+    def __init__(self, layers: Mapping[str, QuantizedLayer]) -> None:
+        self._layers = layers
+        self._found: dict[str, tuple[Ends, Tensor | None]] = {}
+        self._before: dict[str, dict[str, Tensor]] = {}
+        self.reports: dict[str, StartReport] = {}
+        self.unreached: list[str] = []
+
+    @torch.no_grad()
+    def find(self, name: str, moments: Tensor | None) -> None:
+        """Find the start of one layer."""
+        layer = self._layers[name]
+        quantizer, weight = layer.weight_quantizer, layer.effective_weight(layer).detach()
+        if moments is None:
+            self.reports[name] = StartReport("clip", math.nan, math.nan)
+            self.unreached.append(name)
+            return
+        wanted, arguments = quantizer.awaited_start(), (quantizer.qtype, quantizer.dtype)
+        assert wanted is not None
+        wanted = wanted if _writable(layer, weight) else "output"
+        with torch.autocast(weight.device.type, enabled=False):
+            start = DATA_STARTS[wanted](weight, *arguments, moments)
+            minmax = Start("minmax", RANGE_STARTS["minmax"](weight, *arguments), weight)
+            before, after = (output_error(one, weight, *arguments, moments) for one in (minmax, start))
+            rows = weight.float()
+            squares = float(((rows @ moments) * rows).sum(dtype=torch.float64))
+        self.reports[name] = StartReport(
+            start.name, before / squares if squares else 0.0, after / squares if squares else 0.0
+        )
+        self._found[name] = start.ends, None if start.weight is weight else start.weight.cpu()
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        """Give all layers their starts; what they had before waits on the CPU."""
+        for name, (ends, new) in self._found.items():
+            quantizer = self._layers[name].weight_quantizer
+            before = {key: value.clone().cpu() for key, value in quantizer.state_dict().items()}
+            quantizer.restart(*ends)
+            self._swap(name, new)
+            self._before[name] = before
+        if self.unreached:
+            logger.warning(
+                "no batch reached %d layers, which keep the start 'clip': %s",
+                len(self.unreached),
+                listed(self.unreached, 8),
+            )
+
+    @torch.no_grad()
+    def undo(self) -> None:
+        """Give all layers back what they had before."""
+        for name, state in self._before.items():
+            self._layers[name].weight_quantizer.load_state_dict(state)
+            self._swap(name, self._found[name][1])
+        self._before.clear()
+
+    def _swap(self, name: str, new: Tensor | None) -> None:
+        if new is not None:
+            weight = self._layers[name].effective_weight(self._layers[name]).detach()
+            old = weight.cpu() if weight.device.type != "cpu" else weight.clone()
+            weight.copy_(new)
+            new.copy_(old)
+
+
+def find_starts(
+    model: nn.Module,
+    layers: Mapping[str, QuantizedLayer],
+    run: Callable[[int | None], int],
+    budget: int = BUDGET,
+) -> Started:
+    """The starts of ``layers``. ``run(n)`` runs the first n batches, or all, in evaluation mode; says how many it ran.
+
+    Raises:
+        CalibrationError: there are no batches, one gives inf or NaN, or weights are sharded; nothing was changed.
+    """
+    for name, layer in layers.items():
+        weight = layer.effective_weight(layer)
+        if type(weight.detach()) is not Tensor or weight.ndim != 2 or weight.is_meta:
+            raise CalibrationError(
+                f"model: the weight of layer {name!r} is not whole on one device, so no start can be found for it: "
+                "call qat.calibrate before the model is sharded, or use a start that needs no data, such as 'clip'"
+            )
+    started = Started(layers)
+    with _in_float(model):
+        readers = Readers(layers)
+        try:
+            count = run(1)
+        finally:
+            groups = readers.groups()
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            groups = []  # ranks whose batches tell different things would wait for each other
+        if not count:
+            raise CalibrationError(
+                "batches: calibration needs at least one batch, got none: pass some training batches"
+            )
+        sizes = {name: layer.effective_weight(layer).shape[1] for name, layer in layers.items()}
+        pending = list(rounds(sizes, groups, budget))
+        while pending:
+            units = pending.pop(0)
+            with Moments(layers, units) as moments:
+                run(None)
+            for unit in units:
+                found = moments.take(unit)
+                for name in unit:
+                    if name not in moments.apart:
+                        started.find(name, found)
+                del found
+            pending += [*rounds({name: sizes[name] for name in moments.apart}, [], budget)]
+    return started
+
+
+@contextmanager
+def _in_float(model: nn.Module) -> Iterator[None]:
+    with ExitStack() as stack:
+        stack.callback(note_runs, model, runs(model))  # these are no runs as it will be served
+        for _, layer in quantized_layers(model):
+            stack.callback(setattr, layer, "mode", layer.mode)
+            layer.mode = layer.mode._replace(weights=False, activations=False, observe=False)
+        yield
+
+
+def _writable(layer: QuantizedLayer, weight: Tensor) -> bool:
+    """Whether the effective weight is a view of a parameter, and not computed from several."""
+    return any(weight.untyped_storage()._cdata == p.untyped_storage()._cdata for p in matrices(layer).values())

@@ -1,0 +1,54 @@
+"""The best of all starts: for each layer the one with the smallest served output error on calibration batches.
+
+Every start is good at something else, and none always wins. So each is made, and judged by what it is for.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qat.numerics import QType
+from qat.starts.base import Start, output_error
+from qat.starts.clip import clipped_range
+from qat.starts.gptq import compensated_weight
+from qat.starts.hqq import half_quadratic_range
+from qat.starts.minmax import whole_range
+from qat.starts.output import output_start
+from qat.starts.seq import balanced_range, fits
+
+__all__ = ["best_start", "gptq_start"]
+
+
+def best_start(weight: Tensor, qtype: QType, dtype: torch.dtype, moments: Tensor) -> Start:
+    """The best of all ranges, and the same after GPTQ, whichever has the smaller `output_error`.
+
+    >>> from qat.formats import QUANTO
+    >>> weight, int2 = torch.tensor([[0.4, 0.4, 0.0, 3.0]]), QUANTO.qtypes["int2"]
+    >>> best_start(weight, int2, torch.float32, torch.ones(4, 4)).name
+    'gptq'
+    """
+    ranges = _best_range(weight, qtype, dtype, moments)
+    return _best([ranges, _compensated(ranges, qtype, dtype, moments)], weight, qtype, dtype, moments)
+
+
+def gptq_start(weight: Tensor, qtype: QType, dtype: torch.dtype, moments: Tensor) -> Start:
+    """GPTQ within the best of all ranges."""
+    return _compensated(_best_range(weight, qtype, dtype, moments), qtype, dtype, moments)
+
+
+def _compensated(start: Start, qtype: QType, dtype: torch.dtype, moments: Tensor) -> Start:
+    return Start("gptq", start.ends, compensated_weight(start.weight, qtype, dtype, moments, start.ends))
+
+
+def _best_range(weight: Tensor, qtype: QType, dtype: torch.dtype, moments: Tensor) -> Start:
+    ranges = {"clip": clipped_range, "minmax": whole_range, "hqq": half_quadratic_range}
+    if fits(qtype):
+        ranges["seq"] = balanced_range
+    starts = [Start(name, find(weight, qtype, dtype), weight) for name, find in ranges.items()]
+    return _best([*starts, output_start(weight, qtype, dtype, moments)], weight, qtype, dtype, moments)
+
+
+def _best(starts: list[Start], weight: Tensor, qtype: QType, dtype: torch.dtype, moments: Tensor) -> Start:
+    errors = [output_error(start, weight, qtype, dtype, moments) for start in starts]
+    return starts[errors.index(min(errors))]  # the first of equals

@@ -1,0 +1,101 @@
+"""GPTQ: weights are rounded one column after another, and the columns that follow make up for the error.
+
+Frantar et al. 2022, https://arxiv.org/abs/2210.17323, eq. 2 and 3 with algorithm 1. With U the upper Cholesky factor of
+the inverse of H + damping, column j of a row w in order gives
+
+    e_j = (w_j - served(w_j)) / U_jj        w_k -= e_j U_jk for k > j
+
+The range of each group is fixed before, so columns come in the order of falling H_jj ("activation order") whatever
+their groups. The master weight to begin with is the compensated weight just before its rounding.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qat.numerics import QType, round_to
+from qat.starts.base import Ends, chunks
+
+__all__ = ["compensated_weight"]
+
+_DAMPING = 0.01  # of the mean of the diagonal
+_BLOCK = 128
+
+
+@torch.no_grad()
+def compensated_weight(weight: Tensor, qtype: QType, dtype: torch.dtype, moments: Tensor, ends: Ends) -> Tensor:
+    """A master weight, like ``weight``, whose codes by the range ``ends`` make a smaller output error.
+
+    ``weight`` is ``(out, in)``, ``moments`` float32, ``(in, in)``, ``ends`` float32, ``(groups, 1)``. Groups without a
+    range keep their weights.
+
+    >>> from qat.formats import QUANTO
+    >>> int2, weight = QUANTO.qtypes["int2"], torch.tensor([[0.4, 0.4]])  # both round to 0, their sum to 1
+    >>> ends = torch.tensor([[0.0]]), torch.tensor([[3.0]])
+    >>> compensated = compensated_weight(weight, int2, torch.float32, torch.ones(2, 2), ends)
+    >>> compensated.round()
+    tensor([[0., 1.]])
+    """
+    order = torch.argsort(moments.diagonal(), descending=True, stable=True)
+    factor = inverse_factor(moments[order][:, order])
+    scale, shift = qtype.serve(*qtype.scale_shift(*ends), dtype, weight.shape[1])
+    flat = round_to(qtype.scale_shift(*ends)[0], dtype) == 0
+    per_row = scale.shape[0] // weight.shape[0]
+    scales, shifts, flats = (None if x is None else x.view(-1, per_row) for x in (scale, shift, flat))
+    assert scales is not None
+    assert flats is not None
+    groups = (order // (weight.shape[1] // per_row)).tolist()
+    made, at = [], 0
+    for part in chunks(weight):
+        own = slice(at, at + len(part))
+        columns = _Columns(qtype, dtype, scales[own], None if shifts is None else shifts[own], flats[own])
+        found = torch.empty_like(part)
+        found[:, order] = columns.compensate(part[:, order], factor, groups)
+        made.append(found)
+        at += len(part)
+    return torch.cat(made)
+
+
+def inverse_factor(moments: Tensor) -> Tensor:
+    """The upper Cholesky factor of the inverse of ``moments`` with damping, which grows until there is one."""
+    size = moments.diagonal().mean()
+    size = torch.where(size > 0, size, torch.ones_like(size))  # no input at all: nothing is compensated
+    damping = _DAMPING
+    for _ in range(6):
+        damped = moments.clone()
+        damped.diagonal().add_(damping * size)
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not failed:
+            upper: Tensor
+            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            if not failed and bool(upper.isfinite().all()):
+                return upper
+        damping *= 10
+    return torch.eye(len(moments), device=moments.device)
+
+
+class _Columns:
+    def __init__(self, qtype: QType, dtype: torch.dtype, scales: Tensor, shifts: Tensor | None, flats: Tensor) -> None:
+        self.qtype, self.dtype, self.scales, self.shifts, self.flats = qtype, dtype, scales, shifts, flats
+        # How many copies of a column make a group; one where a type has no fixed group size.
+        self.copies = qtype.group_size(1) or 1
+
+    def served(self, column: Tensor, group: int) -> Tensor:
+        scale, shift = self.scales[:, group, None], None if self.shifts is None else self.shifts[:, group, None]
+        copies = column[:, None].expand(-1, self.copies)
+        return self.qtype.fake_quantize(copies, scale, shift, self.dtype, torch.float32)[:, 0]
+
+    def compensate(self, weight: Tensor, factor: Tensor, groups: list[int]) -> Tensor:
+        """Masters of ``weight``, whose columns are in order; ``groups`` says the group of each."""
+        rest, made = weight.float().clone(), torch.empty_like(weight)
+        for start in range(0, len(groups), _BLOCK):
+            end = min(start + _BLOCK, len(groups))
+            errors = rest.new_empty(len(rest), end - start)
+            for j in range(start, end):
+                own = torch.where(self.flats[:, groups[j]], weight[:, j], rest[:, j].to(weight.dtype))
+                made[:, j] = own
+                errors[:, j - start] = (rest[:, j] - self.served(own, groups[j])) / factor[j, j]
+                rest[:, j + 1 : end].addr_(errors[:, j - start], factor[j, j + 1 : end], alpha=-1)
+            rest[:, end:].addmm_(errors, factor[start:end, end:], alpha=-1)
+        return made
