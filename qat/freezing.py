@@ -135,9 +135,8 @@ def _remarks(model: nn.Module, allow_unreached: bool, allow_reads: bool) -> list
         )
     if read is not None and not allow_reads:
         raise StateError(f"{read}, or pass allow_reads=True if the outputs do not depend on them")
-    first = [
-        name for name, layer in layers.items() if layer.weight_quantizer.qtype != layer.weight_quantizer.final_qtype
-    ]
+    quantizers = {name: layer.weight_quantizer for name, layer in layers.items()}
+    first = [name for name, own in quantizers.items() if own.qtype != own.final_qtype]
     if first:
         quantizer = quantizers[first[0]]
         raise StateError(

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor, nn
 
 import qat
@@ -30,6 +31,8 @@ class Arm:
     """Further fields of the algorithm."""
     loss: str = "kl"
     """``task``, or ``kl`` to the fine-tuned float model."""
+    weight: float = 1.0
+    """Share of the distance from that model."""
     hidden: float = 0.0
     """Weight of the relative squared error of the blocks' outputs."""
     tuned: bool = True
@@ -38,10 +41,14 @@ class Arm:
     """Rate of learned ranges relative to that of the weights."""
     decay: str = "cosine"
     fold: bool = False
+    reconstruct: tuple[int, float] = (0, 0.0)
+    """Steps of block-wise reconstruction a block before, and their rate relative to that of the weights."""
+    cage: float = 0.0
     rates: dict[str, tuple[float, ...]] = field(default_factory=dict)
     """By type; else `RATES`."""
 
 
+DATA = ("output", "gptq", "best")
 FLOAT_RATES = (1e-5, 3e-5, 1e-4)
 RATES = {
     "int8": (1e-5, 3e-5, 1e-4),
@@ -60,8 +67,27 @@ ARMS: dict[str, Arm] = {
     "straight-through, kl, folded": Arm(algorithm="straight_through", fold=True),
     "straight-through, kl, learned scales": Arm(algorithm="straight_through", options={"learn_activations": True}),
     "straight-through, kl, hidden, folded": Arm(algorithm="straight_through", fold=True, hidden=1.0),
+    "mixed, folded": Arm(algorithm="straight_through", fold=True, weight=0.5),
     "learned": Arm(),
     "learned, hidden": Arm(hidden=1.0),
+    "best": Arm(hidden=1.0, options={"start": "best"}),
+    "gptq": Arm(hidden=1.0, options={"start": "gptq"}),
+    "output": Arm(hidden=1.0, options={"start": "output"}),
+    "hqq": Arm(hidden=1.0, options={"start": "hqq"}),
+    "reconstructed 2": Arm(hidden=1.0, options={"start": "best"}, reconstruct=(2, 1.0)),
+    "reconstructed 100": Arm(hidden=1.0, options={"start": "best"}, reconstruct=(100, 1.0)),
+    "reconstructed 400": Arm(hidden=1.0, options={"start": "best"}, reconstruct=(400, 1.0)),
+    "clip, reconstructed 400": Arm(hidden=1.0, reconstruct=(400, 1.0)),
+    "best, scales x 1": Arm(hidden=1.0, options={"start": "best"}, scale_rate=1.0),
+    "best, scales x 0.1": Arm(hidden=1.0, options={"start": "best"}, scale_rate=0.1),
+    "best, hidden x 3": Arm(hidden=3.0, options={"start": "best"}),
+    "best, stable": Arm(hidden=1.0, options={"start": "best", "gradient": "stable"}),
+    "best, quest": Arm(hidden=1.0, options={"start": "best", "mask_margin": 0.5}),
+    "dual": Arm(hidden=1.0, algorithm="dual_lsq"),
+    "seq": Arm(hidden=1.0, algorithm="stretched_elastic"),
+    "clipping": Arm(hidden=1.0, algorithm="learned_clipping"),
+    "best, cage": Arm(hidden=1.0, options={"start": "best"}, cage=10.0),
+    "best, mixed": Arm(hidden=1.0, options={"start": "best"}, weight=0.5),
 }
 
 
@@ -88,25 +114,21 @@ def fit(
     groups: list[dict[str, Any]],
     batches: Iterator[Any],
     steps: int,
-    decay: str,
+    decay: Any,
     loss_of: Callable[[nn.Module, Any], Tensor],
+    cage: float = 0.0,
 ) -> float:
-    """Train for ``steps``; the rate warms up for a twentieth of them. Returns the last loss."""
-    from math import cos, pi
-
-    warmup = max(1, steps // 20)
-
-    def factor(step: int) -> float:
-        part = max(0.0, (step - warmup) / max(1, steps - warmup))
-        return min(1.0, (step + 1) / warmup) * (1.0 if decay == "constant" else (1 + cos(pi * part)) / 2)
-
+    """Train for ``steps``. Returns the last loss."""
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: qat.rate_factor(step, steps, decay=decay))
     loss = torch.zeros(())
-    for batch in itertools.islice(batches, steps):
+    pull = qat.QuantizationSchedule(cage=cage)
+    for step, batch in enumerate(itertools.islice(batches, steps)):
         loss = loss_of(model, batch)
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
+        if cage:
+            qat.cage_step(model, optimizer, pull.cage_at(step, steps))
         schedule.step()
         optimizer.zero_grad()
     return float(loss.detach())
@@ -118,6 +140,12 @@ def fine_tune(model: nn.Module, problem: Problem, steps: int, seed: int, rate: f
     groups = [{"params": list(model.parameters()), "lr": rate}]
     fit(model, groups, problem.batches(seed), steps, decay, problem.task_loss)
     return model.eval()
+
+
+def made(arm: Arm) -> qat.Algorithm:
+    """The algorithm of an arm."""
+    found: qat.Algorithm = TypeAdapter(qat.AnyAlgorithm).validate_python({"kind": arm.algorithm, **arm.options})
+    return found
 
 
 def prepared(model: nn.Module, run: Run, arm: Arm, problem: Problem) -> tuple[nn.Module, list[dict[str, Any]]]:
@@ -139,44 +167,28 @@ def prepared(model: nn.Module, run: Run, arm: Arm, problem: Problem) -> tuple[nn
 
         arm_torchao(model, run.weights, "bfloat16")
         return model, [{"params": list(model.parameters()), "lr": run.rate}]
-    kinds: dict[str, Any] = {"straight_through": qat.StraightThrough, "learned_affine": qat.LearnedAffine}
     inputs = [problem.inputs(batch) for batch in calibration]
     if arm.fold:
         qat.fold_outliers(model, inputs, spec=run.spec, target=problem.target)
-    qat.prepare(model, run.spec, algorithm=kinds[arm.algorithm](**arm.options), target=problem.target)
-    if run.activations:
+    qat.prepare(model, run.spec, algorithm=made(arm), target=problem.target)
+    if run.activations or arm.options.get("start") in DATA:
         qat.calibrate(model, inputs)
+    steps, rate = arm.reconstruct
+    if steps:
+        rate *= run.rate
+        qat.reconstruct(model, inputs, steps=steps, lr=rate, scale_lr=arm.scale_rate * rate, seed=run.seed)
     return model, qat.parameter_groups(model, lr=run.rate, scale_lr=arm.scale_rate * run.rate)
 
 
-def distilled(teacher: nn.Module, hidden: float, problem: Problem) -> Callable[[nn.Module, Any], Tensor]:
-    """KL to ``teacher``, and the relative squared error of what blocks give."""
-    from qat.blocks import find_blocks
-
-    def capture(model: nn.Module, kept: list[Tensor]) -> None:
-        for block in find_blocks(model).values():
-            block.register_forward_hook(
-                lambda _, __, out, kept=kept: kept.append(out[0] if isinstance(out, tuple) else out)
-            )
-
-    theirs: list[Tensor] = []
-    mine: list[Tensor] = []
-    hooked: list[nn.Module] = []
-    if hidden:
-        capture(teacher, theirs)
+def distilled(student: nn.Module, teacher: nn.Module, arm: Arm, problem: Problem) -> Callable[[nn.Module, Any], Tensor]:
+    """The distance from ``teacher``, mixed with the task's own loss."""
+    kind = "squared" if problem.target == "diffusers" else "kl"
+    how = qat.Distillation.model_validate({"loss": kind, "weight": arm.weight, "hidden_states": arm.hidden})
+    distiller = qat.Distiller(student, teacher, how)
 
     def loss_of(model: nn.Module, batch: Any) -> Tensor:
-        if hidden and model not in hooked:
-            capture(model, mine)
-            hooked.append(model)
-        mine.clear()
-        theirs.clear()
-        with torch.no_grad():
-            goal = teacher(**problem.inputs(batch))
-        loss = problem.divergence(model(**problem.inputs(batch)), goal)
-        for one, other in zip(mine, theirs, strict=True):
-            loss = loss + hidden / len(mine) * (one - other).square().mean() / other.square().mean()
-        return loss
+        outputs, distance = distiller(problem.inputs(batch))
+        return distance if arm.weight == 1 else arm.weight * distance + (1 - arm.weight) * problem.loss(outputs, batch)
 
     return loss_of
 
@@ -189,8 +201,8 @@ def train(run: Run, problem: Problem, tuned: nn.Module) -> dict[str, Any]:
     model, groups = prepared(model, run, arm, problem)
     model.train()
     teacher = copy.deepcopy(tuned).eval().requires_grad_(False)
-    loss_of = problem.task_loss if arm.loss == "task" else distilled(teacher, arm.hidden, problem)
-    last = fit(model, groups, problem.batches(run.seed), run.steps, arm.decay, loss_of)
+    loss_of = problem.task_loss if arm.loss == "task" else distilled(model, teacher, arm, problem)
+    last = fit(model, groups, problem.batches(run.seed), run.steps, arm.decay, loss_of, arm.cage)
     return served(model.eval(), arm, problem, tuned) | {"last": last}
 
 
@@ -201,7 +213,7 @@ def post_training(run: Run, problem: Problem, tuned: nn.Module) -> dict[str, Any
     model = copy.deepcopy(tuned)
     qat.prepare(model, run.spec, algorithm=algorithm, target=problem.target)
     inputs = [problem.inputs(batch) for batch in itertools.islice(problem.batches(run.seed + 1000), 16)]
-    if run.activations or start in ("best", "gptq", "output"):
+    if run.activations or start in DATA:
         qat.calibrate(model, inputs)
     return served(model, Arm(), problem, tuned)
 

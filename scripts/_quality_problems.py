@@ -44,7 +44,7 @@ class Problem:
         """Share of predictions that are others."""
         raise NotImplementedError
 
-    def task_loss(self, model: nn.Module, batch: Any) -> Tensor:
+    def task_loss(self, model: nn.Module, batch: Any) -> Any:
         """Of one training step."""
         return self.loss(model(**self.inputs(batch)), batch)
 

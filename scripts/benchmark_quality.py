@@ -26,7 +26,8 @@ from torch import nn
 from scripts._quality import ARMS, FLOAT_RATES, RATES, Run, evaluate, fine_tune, post_training, train
 from scripts._quality_problems import problem
 
-PTQ = ("PTQ minmax", "PTQ clip")
+PTQ = ("PTQ minmax", "PTQ clip", "PTQ hqq", "PTQ output", "PTQ gptq", "PTQ best")
+BASES = PTQ[:3]  # the best of which R* is measured from
 Key = tuple[Any, ...]
 _problem: Any = None
 _folder = Path()
@@ -181,7 +182,10 @@ def table(
                 for name in PTQ
                 if (name, *pair, n, seeds - 1, 0.0) in runs.rows
             }
-            best = min(ptq.values(), key=lambda found: statistics.mean(row["loss"] for row in found))
+            best = min(
+                (ptq[name] for name in BASES if name in ptq),
+                key=lambda found: statistics.mean(row["loss"] for row in found),
+            )
             for arm in (*ptq, *arms):
                 rate = 0.0 if arm in ptq else runs.best(arm, *pair, n)
                 mine = [runs.rows.get((arm, *pair, n, seed, rate)) for seed in range(seeds)]

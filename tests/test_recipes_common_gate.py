@@ -65,7 +65,7 @@ def test_it_says_early_that_there_is_nothing_to_gain(capsys: pytest.CaptureFixtu
 def test_it_says_what_to_change_when_training_ended_worse(capsys: pytest.CaptureFixture[str]) -> None:
     trained, quantized = noisy(16, 0.2, 0.05, 4)
     losses = {"tuned": [loss - 1 for loss in quantized], "quantized": quantized}
-    said = gate(losses, learning_rate=3e-4, steps=80, distillation_weight=0.5)
+    said = gate(losses, learning_rate=3e-4, steps=80, distillation={"weight": 0.5})
     said.before_training()
     assert capsys.readouterr().out == ""
     losses["trained"] = trained
@@ -75,15 +75,15 @@ def test_it_says_what_to_change_when_training_ended_worse(capsys: pytest.Capture
     for change in (
         "learning_rate (now 0.0003",
         "learned_affine",
-        "distillation_weight (now 0.5: try 1)",
+        "distillation.weight (now 0.5: try 1)",
         "80: try four",
     ):
         assert change in line
     assert said.found["trained"].remark == line
     assert said.found["quantized"].remark is None
-    full = gate(losses, distillation_weight=1.0)
+    full = gate(losses)
     full.after_training()
-    assert "distillation_weight" not in capsys.readouterr().out
+    assert "distillation.weight" not in capsys.readouterr().out
 
 
 def test_it_says_nothing_of_a_gain_or_of_models_that_were_not_judged(capsys: pytest.CaptureFixture[str]) -> None:

@@ -171,7 +171,7 @@ def test_a_delayed_start_works_with_decay_and_a_teacher(tmp_path: Path) -> None:
     seen = []
     for callbacks in ([], [quantization(INT4, qat.LearnedAffine(), start_step=3, hold_scales_from=6)]):
         torch.manual_seed(3)
-        options = {"task": CausalLanguageModelling(distillation_weight=1.0), "teacher": TinyLanguageModel()}
+        options = {"teacher": TinyLanguageModel()}
         losses, distilled = Losses(), module(**options)
         quiet_trainer(tmp_path, *callbacks, losses, max_epochs=2).fit(distilled, text(), text())
         seen.append(losses.seen)

@@ -226,9 +226,8 @@ class QuantizedLayer(nn.Module):
         ``prefix`` is the layer's name in the checkpoint, with a dot at its end, or empty.
         """
         quantizer = self.weight_quantizer
-        made = algorithm.make(weight, quantizer.final_qtype, quantizer.dtype).state_dict(
-            prefix=f"{prefix}weight_quantizer."
-        )
+        fresh = algorithm.make(weight, quantizer.final_qtype, quantizer.dtype)
+        made = fresh.state_dict(prefix=f"{prefix}weight_quantizer.")
         for name in ("input_quantizer", "output_quantizer"):
             old: ActivationQuantizer | None = getattr(self, name)
             if old is not None:
