@@ -7,9 +7,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from recipes import causal_lm, text_to_image
+import qat
+from recipes import causal_lm, image_classification, text_to_image
 from recipes.common.config import ConfigError, load_config
+from recipes.common.models import load_teacher
 from recipes.common.settings import RecipeConfig
+from tests.test_training_teacher import Tokens, batch
 
 
 @pytest.mark.parametrize("source", ["gpt2", "owner/model-1.0_b"])
@@ -73,3 +76,35 @@ def test_a_resolved_configuration_names_its_recipe(tmp_path: Path) -> None:
     assert load_config(text_to_image.Config, [str(path)], "A test.") == config
     with pytest.raises(ConfigError, match="must be 'causal_lm'"):
         load_config(causal_lm.Config, [str(path)], "A test.")
+
+
+def test_recipes_distil_by_default_and_a_part_of_it_keeps_the_rest() -> None:
+    assert load_config(causal_lm.Config, [], "A test.").optimization.distillation == qat.Distillation()
+    part = ["--optimization.distillation.weight", "0.5"]
+    found = load_config(text_to_image.Config, part, "A test.").optimization.distillation
+    assert found == qat.Distillation(loss="squared", weight=0.5)
+
+
+def test_predictions_without_classes_have_no_divergence() -> None:
+    with pytest.raises(ConfigError, match=r"distillation\.loss: must be 'squared', for noise and velocity .* got 'kl'"):
+        load_config(text_to_image.Config, ["--optimization.distillation.loss", "kl"], "A test.")
+
+
+def test_an_untrained_head_is_no_teacher(tmp_path: Path) -> None:
+    untrained = ["--new-head", "--no-float-baseline"]
+    with pytest.raises(ConfigError, match="new_head: the output layer of a new head is untrained"):
+        load_config(image_classification.Config, untrained, "A test.")
+    for remedy in (["--optimization.distillation.weight", "0"], ["--teacher", str(tmp_path)]):
+        load_config(image_classification.Config, [*untrained, *remedy], "A test.")
+
+
+def test_a_teacher_is_a_model_or_cached_logits(tmp_path: Path) -> None:
+    def load(path: str) -> Tokens:
+        assert path == str(tmp_path)
+        return Tokens()
+
+    assert load_teacher(RecipeConfig(), load) is None
+    assert isinstance(load_teacher(RecipeConfig(teacher=str(tmp_path)), load), Tokens)
+    qat.cache_logits(Tokens(), [batch()], tmp_path / "cache")
+    cached = RecipeConfig(teacher=str(tmp_path / "cache"))
+    assert isinstance(load_teacher(cached, load), qat.CachedLogits)

@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import lightning
 import pytest
 import torch
 from lightning.pytorch import Callback
@@ -13,6 +14,7 @@ from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from torchmetrics import MetricCollection
 
 import qat
 from qat.training.losses import divergence
@@ -208,3 +210,54 @@ def test_preparing_is_reported_to_the_log(tmp_path: Path, caplog: pytest.LogCapt
     assert len(messages) == 2
     assert messages[0] == "prepared 2 layers"
     assert messages[1].startswith("calibrated 2 layers on 4 batches")
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.25, 1.0])
+def test_the_weight_mixes_the_distillation_with_the_loss_of_the_task(weight: float, tmp_path: Path) -> None:
+    teacher = TinyLanguageModel()
+    distilled = module(teacher=teacher, distillation=qat.Distillation(weight=weight, temperature=2.0))
+    batch = next(iter(text()))
+    logits = distilled.model(batch["input_ids"]).detach()
+    far = divergence(logits[:, :-1], teacher(batch["input_ids"])[:, :-1], temperature=2.0)
+    expected = (1 - weight) * distilled.task.loss(logits, batch) + weight * far
+    losses: list[Tensor] = []
+
+    class Recorder(lightning.Callback):
+        def on_before_backward(self, trainer: Any, pl_module: Any, loss: Tensor) -> None:
+            losses.append(loss.detach())
+
+    quiet_trainer(tmp_path, Recorder(), max_steps=1, limit_val_batches=0).fit(distilled, text(), text())
+    torch.testing.assert_close(losses, [expected])
+
+
+def test_a_task_without_predictions_is_distilled_by_its_logits(tmp_path: Path) -> None:
+    class Plain:
+        def inputs(self, batch: Any) -> dict[str, Any]:
+            return {"input_ids": batch["input_ids"]}
+
+        def loss(self, outputs: Any, batch: Any) -> Tensor:
+            raise AssertionError("with weight 1 the labels do not count")
+
+        def metrics(self) -> MetricCollection:
+            return MetricCollection({})
+
+    teacher = TinyLanguageModel()
+    distilled = module(task=Plain(), teacher=teacher)
+    ids = next(iter(text()))["input_ids"]
+    expected = divergence(distilled.model(ids), teacher(ids)).detach()
+    trainer = quiet_trainer(tmp_path, max_steps=1, limit_val_batches=0)
+    trainer.fit(distilled, text(), text())
+    torch.testing.assert_close(trainer.callback_metrics["train_loss"], expected)
+
+
+def test_a_distillation_needs_a_teacher() -> None:
+    with pytest.raises(qat.TrainingError, match=r"distillation: needs a teacher, got none for Distillation"):
+        module(distillation=qat.Distillation())
+
+
+def test_cached_logits_teach_a_fit(tmp_path: Path) -> None:
+    batches = [{"input_ids": batch["input_ids"]} for batch in text()]
+    cached = qat.cache_logits(TinyLanguageModel(), batches, tmp_path / "cache", top_k=4)
+    trainer = quiet_trainer(tmp_path, quantization(INT8), max_steps=2, limit_val_batches=0)
+    trainer.fit(module(teacher=cached), text(), text())
+    assert float(trainer.callback_metrics["train_loss"]) > 0

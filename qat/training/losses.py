@@ -3,7 +3,7 @@
 A language model's logits are the largest tensors of a step. A softmax in float32 takes twice their bfloat16 size, and
 autograd on the plain formula keeps several. So `divergence` goes through a few rows at a time and keeps nothing but
 the logits; backward computes the rows again and fills the gradient. It holds the student's logits, the teacher's and
-the gradient once each, and about eight float32 temporaries of ``CHUNK`` elements. It pays with a second softmax.
+the gradient once each, and float32 temporaries of ``CHUNK`` elements. It pays with a second softmax.
 
 Nothing here waits for a device. Rows that do not count add nothing to value or gradient, whatever they hold.
 """
