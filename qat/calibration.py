@@ -24,6 +24,7 @@ from torch import nn
 from qat.checks import loses_scales
 from qat.errors import CalibrationError, StateError, listed
 from qat.layers import QuantizedLayer, quantized_layers
+from qat.moments import BUDGET
 from qat.preparation import prepare, prepared_as
 from qat.probing import Readers, kept_modes, run, running
 from qat.progress import counted
@@ -188,7 +189,7 @@ def _calibrate(
 
     try:
         with kept_modes(model), torch.no_grad():
-            started = find_starts(model.eval(), waiting, go)
+            started = find_starts(model.eval(), waiting, go, BUDGET)
     finally:
         stop_watch()  # which a failure or an interrupt may have left
     try:

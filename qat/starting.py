@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from qat.errors import CalibrationError, listed
 from qat.layers import QuantizedLayer, quantized_layers
-from qat.moments import BUDGET, Moments, rounds
+from qat.moments import Moments, rounds
 from qat.probing import Readers
 from qat.runs import note_runs, runs
 from qat.starts import DATA_STARTS, RANGE_STARTS, Ends, Start, output_error
@@ -118,9 +118,10 @@ def find_starts(
     model: nn.Module,
     layers: Mapping[str, QuantizedLayer],
     run: Callable[[int | None], int],
-    budget: int = BUDGET,
+    budget: int,
 ) -> Started:
     """The starts of ``layers``. ``run(n)`` runs the first n batches, or all, in evaluation mode; says how many it ran.
+    ``budget`` is the bytes of second moments that may be held at a time; one matrix always may.
 
     Raises:
         CalibrationError: there are no batches, one gives inf or NaN, or weights are sharded; nothing was changed.

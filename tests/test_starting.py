@@ -1,0 +1,189 @@
+"""Starts from data in a model: what is chosen, that it holds, and that what was trained is left alone."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import qat
+from qat.errors import CalibrationError, SpecError
+from qat.layers import quantized_layers
+from qat.starting import awaiting
+from tests.helpers import same_bits, tiny_model, tokens
+from tests.training_modules import UserModule, layers_of, loader, quantization, quiet_trainer
+
+INT2 = qat.QuantSpec(weights="int2", dtype="float32")
+
+
+class Sparse(nn.Module):
+    """Only `used` is used, and only if it is asked for both are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.used, self.after, self.other = nn.Linear(256, 64), nn.Linear(64, 32), nn.Linear(256, 64)
+
+    def forward(self, x: Tensor, both: bool = False) -> Tensor:
+        y = self.used(x) + (self.other(x) if both else 0)
+        return self.after(y.relu())
+
+
+def batches(count: int = 3) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    mixing = torch.randn(16, 256, generator=generator)
+    return [torch.randn(40, 16, generator=generator) @ mixing for _ in range(count)]
+
+
+def started(start: str = "best", spec: qat.QuantSpec = INT2, **options: Any) -> tuple[nn.Module, Any]:
+    model = Sparse()
+    report = qat.calibrate(model, batches(), spec=spec, algorithm=qat.LearnedAffine(start=start), **options)  # type: ignore[arg-type]
+    return model, report
+
+
+def output_errors(model: nn.Module) -> list[float]:
+    """Of `used` and of the whole model, against the float model."""
+    x, wanted = torch.cat(batches()).double(), Sparse()
+    with torch.no_grad():
+        value = model.used.weight_quantizer.quantize(model.used.weight, torch.float32).value.double()  # type: ignore[union-attr, operator]
+        error = (x @ (value - wanted.used.weight.double()).t()).square().sum(1).mean()
+        return [float(error), float((model(x.float()) - wanted(x.float())).square().mean())]
+
+
+@pytest.mark.parametrize("start", ["output", "gptq", "best"])
+@pytest.mark.parametrize("weights", ["int8", "float8", "int4", "int2"])
+def test_outputs_are_closer_to_float_than_with_clip(weights: str, start: str, caplog: pytest.LogCaptureFixture) -> None:
+    spec = qat.QuantSpec.model_validate({"weights": weights, "dtype": "float32"})
+    model, report = started(start, spec)
+    before = Sparse()
+    qat.prepare(before, spec, algorithm=qat.LearnedAffine())
+    assert all(found < other for found, other in zip(output_errors(model), output_errors(before), strict=True))
+    assert list(report.starts) == ["used", "after", "other"]
+    for name in ("used", "after"):
+        found = report.starts[name]
+        assert found.after < found.before
+        assert found.start == start or start == "best"
+    x = torch.cat(batches())
+    share = output_errors(model)[0] / float((x @ Sparse().used.weight.detach().t()).square().sum(1).mean())
+    assert report.starts["used"].after == pytest.approx(share, rel=1e-3)
+    assert report.starts["other"].start == "clip"
+    assert math.isnan(report.starts["other"].after)
+    assert "no batch reached 1 layers, which keep the start 'clip': other" in caplog.text
+    assert model.other.weight_quantizer.awaited_start() == start  # type: ignore[union-attr, operator]
+    lines = report.table().splitlines()
+    assert [line.split()[:2] for line in lines[1:]] == [[name, report.starts[name].start] for name in report.starts]
+    assert str(report).startswith("starts of weights: 1 clip, ")
+
+
+def test_a_second_calibration_and_a_trained_model_are_left_alone() -> None:
+    model, _ = started("gptq")
+    kept = copy.deepcopy(model.state_dict())
+    parameters = [id(p) for p in model.parameters()]
+    report = qat.calibrate(model, batches(1))
+    assert list(report.starts) == ["other"]  # which was not reached before
+    assert all(same_bits(tensor, model.state_dict()[name]) for name, tensor in kept.items())
+    report = qat.calibrate(model, [{"x": batches(1)[0], "both": True}])
+    assert report.starts["other"].start == "gptq"
+    assert str(qat.calibrate(model, batches())) == "nothing to calibrate: no layer has quantized activations"
+    assert [id(p) for p in model.parameters()] == parameters
+    trained = Sparse()
+    qat.prepare(trained, INT2, algorithm=qat.LearnedAffine(start="best"))
+    assert [*awaiting(trained)] == ["used", "after", "other"]
+    with torch.no_grad():
+        trained.after.weight_quantizer.high_move.add_(0.01)  # type: ignore[union-attr, operator]
+    kept = copy.deepcopy(trained.state_dict())
+    assert not qat.calibrate(trained, batches()).starts
+    assert all(same_bits(tensor, trained.state_dict()[name]) for name, tensor in kept.items())
+
+
+def test_a_start_is_independent_of_rounds_and_of_shared_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for budget in (4 << 30, 1):
+        monkeypatch.setattr("qat.calibration.BUDGET", budget)
+        model = tiny_model("llama")
+        inputs = [{"input_ids": tokens(4, 16, seed=seed)} for seed in range(3)]
+        qat.calibrate(model, inputs, spec=INT2, algorithm=qat.LearnedAffine(start="best"), target="transformers")
+        found.append(model.state_dict())
+    assert all(same_bits(tensor, found[1][name]) for name, tensor in found[0].items())
+
+
+def test_before_data_ranges_are_those_of_clip_and_a_checkpoint_holds_what_came() -> None:
+    clip, waiting = Sparse(), Sparse()
+    qat.prepare(clip, INT2, algorithm=qat.LearnedAffine())
+    qat.prepare(waiting, INT2, algorithm=qat.LearnedAffine(start="best"))
+    assert all(same_bits(tensor, waiting.state_dict()[name]) for name, tensor in clip.state_dict().items())
+    model, _ = started()
+    waiting.load_state_dict(model.state_dict())
+    assert [*awaiting(waiting)] == ["other"]
+    assert same_bits(waiting(batches()[0]), model(batches()[0]))
+    model.load_state_dict(Sparse().state_dict())  # a float checkpoint starts afresh
+    assert [*awaiting(model)] == ["used", "after", "other"]
+
+
+def test_activations_get_their_scales_after_the_weights_their_start() -> None:
+    model, report = started(spec=qat.QuantSpec(weights="int4", activations="int8", exclude=("other",)))
+    assert report.starts.keys() == report.layers.keys() == {"used", "after"}
+    assert report.batches == 3
+    assert "calibrated 2 layers on 3 batches" in str(report)
+    qat.freeze(model)
+
+
+@pytest.mark.parametrize("spec", [INT2, qat.QuantSpec(weights="int4", activations="int8")], ids=["weights", "both"])
+def test_a_calibration_that_fails_changes_nothing(spec: qat.QuantSpec) -> None:
+    model = Sparse()
+    qat.prepare(model, spec, algorithm=qat.LearnedAffine(start="gptq"))
+    kept, training = copy.deepcopy(model.state_dict()), [module.training for module in model.modules()]
+    faults: list[tuple[list[Any], str]] = [
+        ([], "at least one batch"),
+        ([*batches(), torch.ones(2, 3)], "cannot run batch 3"),
+        ([torch.full((2, 256), math.nan)], "inf or NaN"),
+    ]
+    if spec.activations:  # found only after the weights have their start
+        faults.append((batches(), "1 layers were never reached"))
+    for given, message in faults:
+        with pytest.raises(CalibrationError, match=message):
+            qat.calibrate(model, given)
+        assert all(same_bits(tensor, model.state_dict()[name]) for name, tensor in kept.items())
+        assert [module.training for module in model.modules()] == training
+        assert all(layer.mode.weights for _, layer in quantized_layers(model))
+
+
+def test_seq_is_refused_before_anything_changes() -> None:
+    model = Sparse()
+    with pytest.raises(SpecError, match="start='seq'"):
+        qat.prepare(model, qat.QuantSpec(weights="int2", overrides={"after": "int4"}), algorithm=_seq())
+    assert not [*quantized_layers(model)]
+    assert qat.prepare(model, INT2, algorithm=_seq()).layers == ("used", "after", "other")
+
+
+def _seq() -> qat.LearnedAffine:
+    return qat.LearnedAffine(start="seq")
+
+
+@pytest.mark.parametrize("count", [2, 0])
+def test_a_fit_gives_weights_their_start_from_its_own_batches(
+    count: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    spec = qat.QuantSpec(weights="int4")
+    algorithm = qat.LearnedAffine(start="output")
+    module, wanted = UserModule(), UserModule()
+    wanted.load_state_dict(module.state_dict())
+    callback = quantization(spec, algorithm, calibration_batches=count)
+    with caplog.at_level(logging.INFO, "qat"):
+        quiet_trainer(tmp_path, callback, max_steps=1).fit(module, loader())
+    assert ("begin with the start 'clip'" in caplog.text) == (count == 0)
+    qat.prepare(wanted.model, spec, algorithm=algorithm)
+    if count:
+        qat.calibrate(wanted.model, [x for x, _ in [*loader()][:count]])
+    starts = [
+        [layer.weight_quantizer.high_start for layer in layers_of(one)]  # type: ignore[attr-defined]
+        for one in (module, wanted)
+    ]
+    assert all(torch.equal(*pair) for pair in zip(*starts, strict=True))
+    assert any(bool(layer.weight_quantizer.high_move.any()) for layer in layers_of(module))  # type: ignore[attr-defined]
