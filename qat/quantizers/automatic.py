@@ -35,5 +35,5 @@ class Automatic(Algorithm):
         >>> type(model[0].weight_quantizer).__name__
         'LearnedRange'
         """
-        algorithm = StraightThrough() if qtype.bits >= _WIDE else LearnedAffine()
+        algorithm = StraightThrough() if qtype.bits >= _WIDE else LearnedAffine(start="best")
         return algorithm.make(weight, qtype, dtype)
