@@ -2,7 +2,7 @@
 
     python -m recipes.causal_lm [config.yaml] [--spec.weights int2 --optimization.steps 200 ...]
 
-Trains the same float model twice on the same batches in the same order: as it is, and with fake quantization. Then
+Fine-tunes a float model, and goes on from there with fake quantization, on the same batches in the same order. Then
 compares four models on held-out text: the float one, the fine-tuned one, that one quantized after training, and the
 quantization-aware one, which is frozen, exported, verified in a fresh process and judged *as reloaded*.
 """

@@ -2,10 +2,10 @@
 
     python -m recipes.image_classification [config.yaml] [--spec.weights int4 --optimization.steps 200 ...]
 
-Trains the same float vision transformer twice on the same batches in the same order: as it is, and with fake
-quantization of weights and activations. Then compares four models on held-out images: the float one, the fine-tuned
-one, that one quantized after training, and the quantization-aware one, which is frozen, exported, verified in a fresh
-process and judged *as reloaded*.
+Fine-tunes a float vision transformer, and goes on from there with fake quantization of weights and activations, on the
+same batches in the same order. Then compares four models on held-out images: the float one, the fine-tuned one, that
+one quantized after training, and the quantization-aware one, which is frozen, exported, verified in a fresh process
+and judged *as reloaded*.
 """
 
 from __future__ import annotations

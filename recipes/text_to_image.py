@@ -2,8 +2,8 @@
 
     python -m recipes.text_to_image [config.yaml] [--spec.weights int2 --optimization.steps 200 ...]
 
-Encodes images and captions once with a pipeline, whose encoders then leave the memory, and trains its transformer
-twice on the same batches with the same noise: as it is, and with fake quantization, distilled from the first. Then
+Encodes images and captions once with a pipeline, whose encoders then leave the memory, and fine-tunes its transformer.
+From there it trains it with fake quantization, distilled from the fine-tuned one, on the same batches and noise. Then it
 compares the float model, the fine-tuned one, that one quantized after training, and the quantization-aware one, which
 is frozen, exported, verified in a fresh process and judged *as reloaded*: by numbers, and by the images they draw.
 """
@@ -94,6 +94,7 @@ def main(argv: Sequence[str]) -> None:
     comparison = DiffusionComparison(config, data, spec.torch_dtype, tuned, run.device)
     comparison.judge("float", model, run.device, 0, None, draws=False)
     comparison.judge(TUNED, tuned, run.device, settings.steps, rate)
+    model.load_state_dict(tuned.state_dict())  # training with quantization goes on from there
     quantized = copy.deepcopy(tuned)
     qat.prepare(quantized, spec, algorithm=config.algorithm, **prepared_for)
     calibrate_and_freeze(quantized, data.sampled, sampled, run.device)

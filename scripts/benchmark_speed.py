@@ -71,7 +71,9 @@ def arm_float(model: nn.Module, qtype: str, serving: str) -> None:
 
 
 def arm_qat(model: nn.Module, qtype: str, serving: str) -> None:
-    qat.prepare(model, qat.QuantSpec.model_validate({"weights": qtype, "dtype": serving}))
+    qat.prepare(
+        model, qat.QuantSpec.model_validate({"weights": qtype, "dtype": serving}), algorithm=qat.StraightThrough()
+    )
 
 
 def arm_learned(model: nn.Module, qtype: str, serving: str) -> None:

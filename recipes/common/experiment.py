@@ -1,6 +1,6 @@
 """One float model, four results: what the recipes do whose models return logits.
 
-The same float model is trained twice on the same batches in the same order: as it is, and with fake quantization. Four
+A float model is fine-tuned. From there it is trained with fake quantization, on the same batches in the same order. Four
 models are judged on held-out examples: the float one, the fine-tuned one, that one quantized after training, and the
 quantization-aware one, which is frozen, exported, verified in a fresh process and judged *as reloaded*.
 """
@@ -109,6 +109,7 @@ def compare(
         if not kept.restore(tuned):
             kept.save(tuned, training.fit("fine-tuning", tuned, task, batches, learning_rate=rate, settings=how))
         judge(TUNED, tuned, run.device)
+        model.load_state_dict(tuned.state_dict())  # training with quantization goes on from there
         quantized = copy.deepcopy(tuned).cpu()
         qat.prepare(quantized, spec, **prepared_for)
         freeze(quantized)
