@@ -3,7 +3,7 @@
     python -m recipes.text_to_image [config.yaml] [--spec.weights int2 --optimization.steps 200 ...]
 
 Encodes images and captions once with a pipeline, whose encoders then leave the memory, and fine-tunes its transformer.
-From there it trains it with fake quantization, distilled from the fine-tuned one, on the same batches and noise. Then it
+From there it trains with fake quantization, distilled from the fine-tuned one, on the same batches and noise. Then it
 compares the float model, the fine-tuned one, that one quantized after training, and the quantization-aware one, which
 is frozen, exported, verified in a fresh process and judged *as reloaded*: by numbers, and by the images they draw.
 """

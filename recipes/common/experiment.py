@@ -1,6 +1,6 @@
 """One float model, four results: what the recipes do whose models return logits.
 
-A float model is fine-tuned. From there it is trained with fake quantization, on the same batches in the same order. Four
+A float model is fine-tuned. From there it trains with fake quantization, on the same batches in the same order. Four
 models are judged on held-out examples: the float one, the fine-tuned one, that one quantized after training, and the
 quantization-aware one, which is frozen, exported, verified in a fresh process and judged *as reloaded*.
 """
