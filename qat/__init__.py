@@ -35,7 +35,7 @@ _HOMES = {
     "qat.observers": ("Absmax", "Best", "Mse", "Percentile"),
     "qat.preparation": ("PrepareReport", "parameter_groups", "prepare"),
     "qat.quantizers": (
-        *("Algorithm", "AnyAlgorithm", "Automatic", "DualLSQ", "LearnedAffine", "LearnedClipping", "StraightThrough"),
+        *("Algorithm", "AnyAlgorithm", "DualLSQ", "LearnedAffine", "LearnedClipping", "StraightThrough"),
         *("StretchedElastic", "WeightQuantizer"),
     ),
     "qat.reconstruction": ("ReconstructionReport", "reconstruct"),

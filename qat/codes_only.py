@@ -117,11 +117,11 @@ class FixedCodes(WeightQuantizer):
         """The codes themselves."""
         return Quantized(self.codes, *self._served())
 
-    def freeze(self, weight: Tensor) -> tuple[FrozenWeight, Tensor]:
+    def final_codes(self, weight: Tensor) -> FrozenWeight:
         """These codes, as weights of the type that they are of."""
-        frozen, value = super().freeze(weight)
+        frozen = super().final_codes(weight)
         assert isinstance(self.qtype, _FixedCodes)
-        return FrozenWeight(frozen.codes, frozen.scale, frozen.shift, self.qtype.base), value
+        return FrozenWeight(frozen.codes, frozen.scale, frozen.shift, self.qtype.base)
 
 
 class CodesLinear(QLinear):

@@ -20,7 +20,7 @@ from qat.inspection import InspectReport, inspect
 from qat.layers import layer_class, quantized_layers
 from qat.observers import Best, ObserverChoice
 from qat.optimizers import watch
-from qat.quantizers import Algorithm, Automatic, WeightQuantizer
+from qat.quantizers import Algorithm, StraightThrough, WeightQuantizer
 from qat.quantizers.activation import ActivationQuantizer, LearnedScale
 from qat.quantizers.base import TYPE_KEY
 from qat.runs import note_runs, observe_runs
@@ -89,7 +89,7 @@ def prepare(
     Args:
         model: a float model. Its parameters stay the same objects, under the same names.
         spec: what to quantize, and the serving dtype.
-        algorithm: how scales are found; default `Automatic`.
+        algorithm: how scales are found; default `StraightThrough`.
         target: who will load the export; decides what can be expressed.
         observer: the rule that takes scales of activations from data; default `Best`. Only with activations.
         example_inputs: one batch, to find layers whose input the stock kernels cannot read; see `qat.inspect`.
@@ -102,7 +102,7 @@ def prepare(
     >>> prepare(model, QuantSpec(weights="int4")).layers
     ('0', '2')
     """
-    algorithm = algorithm or Automatic()
+    algorithm = algorithm or StraightThrough()
     if not isinstance(algorithm, Algorithm):
         raise StateError(f"algorithm: must be an Algorithm such as StraightThrough(), got {shown(algorithm)}")
     if type(model).__name__ in ("OptimizedModule", "DataParallel", "DistributedDataParallel"):

@@ -62,7 +62,7 @@ class QuantizedLayer(nn.Module):
     weight_quantizer: WeightQuantizer
     input_quantizer: ActivationQuantizer | None
     output_quantizer: ActivationQuantizer | None
-    learns_activations: bool
+    learns_activations = False
     mode: Mode
     reached: bool
     """Whether the layer ran with its quantized weight, outside compiled code, since it was prepared or loaded."""

@@ -6,7 +6,6 @@ from typing import Annotated, TypeAlias
 
 from pydantic import Field
 
-from qat.quantizers.automatic import Automatic
 from qat.quantizers.base import Algorithm, Quantized, QuantizerModule, WeightQuantizer
 from qat.quantizers.dual_lsq import DualLSQ
 from qat.quantizers.learned_affine import LearnedAffine
@@ -17,7 +16,6 @@ from qat.quantizers.stretched_elastic import StretchedElastic
 __all__ = [
     "Algorithm",
     "AnyAlgorithm",
-    "Automatic",
     "DualLSQ",
     "LearnedAffine",
     "LearnedClipping",
@@ -29,6 +27,6 @@ __all__ = [
 ]
 
 AnyAlgorithm: TypeAlias = Annotated[
-    Automatic | StraightThrough | LearnedAffine | StretchedElastic | DualLSQ | LearnedClipping,
+    StraightThrough | LearnedAffine | StretchedElastic | DualLSQ | LearnedClipping,
     Field(discriminator="kind"),
 ]

@@ -29,7 +29,7 @@ from qat.layers import Mode, layer_class, quantized_layers
 from qat.observers import Best, ObserverChoice
 from qat.optimizers import REMEDY, learned_ranges, refuse_decay, watch
 from qat.preparation import prepare, prepared_as
-from qat.quantizers import Algorithm, Automatic
+from qat.quantizers import Algorithm, StraightThrough
 from qat.quantizers.activation import ActivationQuantizer
 from qat.spec import QuantSpec
 from qat.starting import awaiting
@@ -51,7 +51,7 @@ class QuantizationAwareTraining(Callback):
 
     Args:
         spec: what to quantize.
-        algorithm: how scales are found; default `Automatic`.
+        algorithm: how scales are found; default `StraightThrough`.
         schedule: when; default: from the first step.
         target: who will load the export.
         attribute: the attribute of the LightningModule that holds the model to prepare (its metrics, a teacher and the
@@ -91,7 +91,7 @@ class QuantizationAwareTraining(Callback):
         example_inputs: Any = None,
     ) -> None:
         self.spec = spec
-        self.algorithm = algorithm or Automatic()
+        self.algorithm = algorithm or StraightThrough()
         self.schedule = schedule or QuantizationSchedule()
         self.target = target
         self.attribute = attribute

@@ -111,7 +111,7 @@ def compare(
         judge(TUNED, tuned, run.device)
         model.load_state_dict(tuned.state_dict())  # training with quantization goes on from there
         quantized = copy.deepcopy(tuned).cpu()
-        qat.prepare(quantized, spec, **prepared_for)
+        qat.prepare(quantized, spec, algorithm=config.algorithm, **prepared_for)
         freeze(quantized)
         with TemporaryDirectory() as folder:
             qat.export(quantized, folder)

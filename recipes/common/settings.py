@@ -181,7 +181,7 @@ class RecipeConfig(BaseModel):
 class ComparisonConfig(RecipeConfig):
     """What recipes let a user choose that compare four models by their logits (`recipes.common.experiment`)."""
 
-    algorithm: AnyAlgorithm = qat.Automatic()
+    algorithm: AnyAlgorithm = qat.StraightThrough()
     """How scales are found."""
     optimization: OptimizationSettings = OptimizationSettings()
     """Steps, learning rates, distillation (from the fine-tuned float model, where there is one)."""
