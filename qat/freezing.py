@@ -38,6 +38,7 @@ from qat.preparation import Prepared, forget_prepared, prepared_as
 from qat.progress import counted
 from qat.quantizers.activation import ActivationQuantizer
 from qat.runs import read_without_call
+from qat.starting import awaiting
 from qat.tensors import await_numbers, digest, model_device, stored_tensors
 
 __all__ = ["FreezeReport", "freeze", "frozen_copy"]
@@ -157,6 +158,12 @@ def _remarks(model: nn.Module, allow_unreached: bool, allow_reads: bool) -> list
     for warning in unchanged(model, unreached):
         logger.warning("%s", warning)
     notes = [] if read is None else [read]
+    if waiting := awaiting(model):
+        notes.append(
+            f"{len(waiting)} layers are frozen as they start with 'clip', for their own start needs data: call "
+            f"qat.calibrate(model, batches) before ({listed(list(waiting), 4)})"
+        )
+        logger.warning("%s", notes[-1])
     if unreached:
         notes.append(f"{len(unreached)} layers were frozen although they never ran quantized: {listed(unreached, 4)}")
     return notes

@@ -89,6 +89,7 @@ class Started:
             quantizer = self._layers[name].weight_quantizer
             before = {key: value.clone().cpu() for key, value in quantizer.state_dict().items()}
             quantizer.restart(*ends)
+            quantizer.compensated = new is not None
             self._swap(name, new)
             self._before[name] = before
         if self.unreached:
@@ -103,6 +104,7 @@ class Started:
         """Give all layers back what they had before."""
         for name, state in self._before.items():
             self._layers[name].weight_quantizer.load_state_dict(state)
+            self._layers[name].weight_quantizer.compensated = False
             self._swap(name, self._found[name][1])
         self._before.clear()
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import qat
-from qat.errors import CalibrationError, SpecError
+from qat.errors import CalibrationError, SpecError, StateError, TrainingError
 from qat.layers import quantized_layers
 from qat.starting import awaiting
 from tests.helpers import same_bits, tiny_model, tokens
@@ -187,3 +187,29 @@ def test_a_fit_gives_weights_their_start_from_its_own_batches(
     ]
     assert all(torch.equal(*pair) for pair in zip(*starts, strict=True))
     assert any(bool(layer.weight_quantizer.high_move.any()) for layer in layers_of(module))  # type: ignore[attr-defined]
+
+
+def test_blocks_are_not_reconstructed_towards_compensated_weights() -> None:
+    model, _ = started("gptq")
+    with pytest.raises(StateError, match="its start \\(gptq or best\\) has changed the float weights"):
+        qat.reconstruct(model, batches(), steps=1, blocks=["used"])
+
+
+@pytest.mark.parametrize(
+    "schedule", [{"start_step": 1}, {"first_weights": "int4", "first_weights_until": 1}], ids=["float", "int4"]
+)
+def test_a_schedule_that_begins_with_other_weights_refuses_a_start_from_data(
+    schedule: dict[str, Any], tmp_path: Path
+) -> None:
+    callback = quantization(INT2, qat.LearnedAffine(start="best"), **schedule)
+    with pytest.raises(TrainingError, match="have a start that needs data"):
+        quiet_trainer(tmp_path, callback, max_steps=2).fit(UserModule(), loader())
+
+
+def test_freezing_says_which_layers_lack_the_data_of_their_start(caplog: pytest.LogCaptureFixture) -> None:
+    model = Sparse()
+    qat.prepare(model, INT2, algorithm=qat.LearnedAffine(start="best"))
+    model(torch.ones(1, 256), both=True)
+    with caplog.at_level(logging.WARNING):
+        qat.freeze(model)
+    assert "3 layers are frozen as they start with 'clip'" in caplog.text

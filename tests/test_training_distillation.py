@@ -248,3 +248,11 @@ def test_hidden_states_need_blocks_that_return_tensors() -> None:
 def test_impossible_values_are_refused(field: dict[str, Any], message: str) -> None:
     with pytest.raises(SpecError, match=message):
         qat.Distillation(**field)
+
+
+def test_a_copy_has_the_same_teacher() -> None:
+    student, teacher = nn.Linear(4, 3), nn.Linear(4, 3)
+    distiller = qat.Distiller(student, teacher)
+    again = copy.deepcopy(distiller)
+    assert again.teacher is teacher
+    assert again.student is not student

@@ -149,6 +149,11 @@ def reconstruct(
     layers = [layer for _, layer in quantized_layers(model)]
     if not all(matrices(layer) for layer in layers):
         raise StateError("model: has codes only, and no float weights to train: call qat.reconstruct before fix_codes")
+    if any(layer.weight_quantizer.compensated for layer in layers):
+        raise StateError(
+            "model: its start (gptq or best) has changed the float weights that blocks are to follow: prepare it with "
+            "start='output' or 'clip'"
+        )
     for layer in layers:
         for quantizer in layer.activation_quantizers():
             quantizer.require_scale()

@@ -24,9 +24,13 @@ def best_start(weight: Tensor, qtype: QType, dtype: torch.dtype, moments: Tensor
     """The best of all ranges, and the same after GPTQ, whichever has the smaller `output_error`.
 
     >>> from qat.formats import QUANTO
-    >>> weight, int2 = torch.tensor([[0.4, 0.4, 0.0, 3.0]]), QUANTO.qtypes["int2"]
-    >>> best_start(weight, int2, torch.float32, torch.ones(4, 4)).name
-    'gptq'
+    >>> weight, int2, moments = torch.randn(4, 8), QUANTO.qtypes["int2"], torch.eye(8) + 1
+    >>> minmax = Start("minmax", whole_range(weight, int2, torch.float32), weight)
+    >>> best, found = best_start(weight, int2, torch.float32, moments), []
+    >>> for start in (minmax, best):
+    ...     found.append(output_error(start, weight, int2, torch.float32, moments))
+    >>> found[1] <= found[0]
+    True
     """
     ranges = _best_range(weight, qtype, dtype, moments)
     return _best([ranges, _compensated(ranges, qtype, dtype, moments)], weight, qtype, dtype, moments)

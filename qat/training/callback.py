@@ -227,6 +227,12 @@ class QuantizationAwareTraining(Callback):
     def _refuse_schedule(self, trainer: Trainer, model: nn.Module) -> None:
         until = self.schedule.first_weights_until
         require_same_kind(trainer, model, self.schedule)
+        waiting = awaiting(model) if self.schedule.calibration_batches else {}
+        if waiting and (until is not None or self.schedule.start_step):
+            raise TrainingError(
+                f"schedule: {len(waiting)} layers have a start that needs data, which is for the weights before the first "
+                "step and the final type: leave first_weights and start_step out, or use start='clip'"
+            )
         if until is None:
             return
         steps = planned_steps(trainer)

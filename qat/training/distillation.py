@@ -7,6 +7,7 @@ there during the two forwards only: what gradient checkpointing computes again i
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, Literal, Self
@@ -116,6 +117,15 @@ class Distiller:
                     f"hidden_states: the teacher must have the student's {ours} blocks, got {theirs}: give a teacher "
                     "of the same depth, or hidden_states=0"
                 )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Distiller:
+        """A copy with the same teacher: an average of weights copies the module that holds this."""
+        if isinstance(self.teacher, nn.Module):
+            memo |= {id(module): module for module in self.teacher.modules()}
+        new = object.__new__(type(self))
+        memo[id(self)] = new
+        vars(new).update(copy.deepcopy(vars(self), memo))
+        return new
 
     def __call__(self, inputs: Mapping[str, Any], predictions: Predictions | None = None) -> tuple[Any, Tensor]:
         """The student's outputs, and its distance from the teacher: a scalar, float32.

@@ -125,6 +125,8 @@ class QuantizedTask(LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """The task's loss, the distance from the teacher, or both."""
         inputs, distiller = self.model_inputs(batch), self._distiller
+        if distiller is not None:
+            distiller.student = self.model  # which may have been wrapped since
         if distiller is None or (weight := distiller.distillation.weight) == 0.0:
             loss = self.task.loss(self.model(**inputs), batch)
         else:

@@ -109,7 +109,7 @@ class Gate:
         if found is None or not found.worse:
             return
         changes = [f"optimization.learning_rate (now {settings.learning_rate:g}: try a third, and three times as much)"]
-        changes.append("the algorithm (learned_affine starts with clipped ranges)")
+        changes.append("the algorithm (learned_affine, with start best)")
         if settings.distillation.weight < 1:
             changes.append(f"optimization.distillation.weight (now {settings.distillation.weight:g}: try 1)")
         changes.append(f"optimization.steps (now {settings.steps}: try four times as many)")

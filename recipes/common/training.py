@@ -175,7 +175,8 @@ def calibrate_and_freeze(model: nn.Module, batches: Iterable[Batch], count: int,
     """
     activations = any(layer.input_quantizer is not None for _, layer in quantized_layers(model))
     with stage("calibrating and freezing" if activations else "freezing"):
-        calibrate(model, itertools.islice(batches, count), device)
+        if count:
+            calibrate(model, itertools.islice(batches, count), device)
         qat.freeze(model.cpu())
 
 
