@@ -230,8 +230,8 @@ class QuantizationAwareTraining(Callback):
         waiting = awaiting(model) if self.schedule.calibration_batches else {}
         if waiting and (until is not None or self.schedule.start_step):
             raise TrainingError(
-                f"schedule: {len(waiting)} layers have a start that needs data, which is for the weights before the first "
-                "step and the final type: leave first_weights and start_step out, or use start='clip'"
+                f"schedule: {len(waiting)} layers have a start that needs data, which is for the weights before the "
+                "first step and for the final type: leave first_weights and start_step out, or use start='clip'"
             )
         if until is None:
             return
