@@ -187,7 +187,7 @@ def distilled(student: nn.Module, teacher: nn.Module, arm: Arm, problem: Problem
     distiller = qat.Distiller(student, teacher, how)
 
     def loss_of(model: nn.Module, batch: Any) -> Tensor:
-        outputs, distance = distiller(problem.inputs(batch))
+        outputs, distance = distiller(problem.inputs(batch), problem.compared)
         return distance if arm.weight == 1 else arm.weight * distance + (1 - arm.weight) * problem.loss(outputs, batch)
 
     return loss_of

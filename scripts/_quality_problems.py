@@ -44,6 +44,10 @@ class Problem:
         """Share of predictions that are others."""
         raise NotImplementedError
 
+    def compared(self, outputs: Any) -> tuple[Tensor, None]:
+        """What of outputs is compared with a teacher's, of every example."""
+        return outputs.logits, None
+
     def task_loss(self, model: nn.Module, batch: Any) -> Any:
         """Of one training step."""
         return self.loss(model(**self.inputs(batch)), batch)
@@ -166,6 +170,9 @@ class Diffusion(Problem):
 
     def changed(self, outputs: Any, goal: Any) -> Any:
         return torch.zeros(())
+
+    def compared(self, outputs: Any) -> tuple[Tensor, None]:
+        return outputs[0] if isinstance(outputs, tuple) else outputs.sample, None
 
 
 def problem(name: str, device: str, held_out: int) -> Problem:
