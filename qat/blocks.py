@@ -22,7 +22,7 @@ def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
         model: float or prepared.
 
     Raises:
-        SpecError: there is no list of two or more blocks.
+        SpecError: there is no list of blocks; one block counts in an ``nn.ModuleList``, not in an ``nn.Sequential``.
 
     >>> block = lambda: nn.Sequential(nn.Linear(4, 4), nn.ReLU())
     >>> list(find_blocks(nn.ModuleDict({"layers": nn.ModuleList([block(), block()]), "head": nn.Linear(4, 2)})))
@@ -33,13 +33,14 @@ def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
         if not isinstance(module, nn.ModuleList | nn.Sequential) or any(name.startswith(f"{b}.") for b in blocks):
             continue
         children = dict(module.named_children())
-        alike = len({type(child) for child in children.values()}) == 1 and len(children) > 1
+        alike = len({type(child) for child in children.values()}) == 1
+        alike = alike and (len(children) > 1 or isinstance(module, nn.ModuleList))
         if alike and all(not _is_layer(child) and any(map(_is_layer, child.modules())) for child in children.values()):
             blocks |= {f"{name}.{key}" if name else key: child for key, child in children.items()}
     if not blocks:
         lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList | nn.Sequential)]
         raise SpecError(
-            f"model: {type(model).__name__} has no list of two or more blocks of one class that hold linear layers "
+            f"model: {type(model).__name__} has no list of blocks of one class that hold linear layers "
             f"(lists: {listed(lists, 4) or 'none'}): name the blocks yourself"
         )
     return blocks

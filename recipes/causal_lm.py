@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import qat
+from qat.quantizers import AnyAlgorithm
 from qat.report import run_command
 from recipes import command
 from recipes.common.config import load_config
@@ -28,7 +29,15 @@ class Config(ComparisonConfig):
 
     data: TextData = TextData(evaluation_blocks=128)
     """The text to train and to evaluate on."""
-    optimization: OptimizationSettings = OptimizationSettings(steps=80, learning_rate=5e-5, float_learning_rate=3e-5)
+    algorithm: AnyAlgorithm = qat.LearnedAffine(start="best")
+    """How scales are found; 8-bit weights need no more than `straight_through`."""
+    optimization: OptimizationSettings = OptimizationSettings(
+        steps=80,
+        learning_rate=5e-5,
+        float_learning_rate=3e-5,
+        scale_learning_rate=1.5e-4,
+        distillation=qat.Distillation(hidden_states=1.0),
+    )
     """Steps, learning rates, distillation (from the fine-tuned float model, where there is one)."""
 
 

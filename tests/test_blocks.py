@@ -30,6 +30,10 @@ def test_experts_inside_a_block_are_no_blocks() -> None:
     assert list(find_blocks(model)) == ["layers.0", "layers.1"]
 
 
+def test_a_model_of_one_block_has_one() -> None:
+    assert list(find_blocks(nn.ModuleDict({"layers": nn.ModuleList([Block()])}))) == ["layers.0"]
+
+
 def test_encoder_and_decoder_both_count() -> None:
     model = nn.ModuleDict({part: nn.ModuleList([Block(), Block()]) for part in ("encoder", "decoder")})
     assert list(find_blocks(model)) == ["encoder.0", "encoder.1", "decoder.0", "decoder.1"]
@@ -40,10 +44,10 @@ def test_encoder_and_decoder_both_count() -> None:
     [
         nn.Linear(4, 4),
         nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)),
-        nn.ModuleDict({"layers": nn.ModuleList([Block()])}),
+        nn.Sequential(Block()),
     ],
-    ids=["layer", "list of layers", "one block"],
+    ids=["layer", "list of layers", "sequence of one"],
 )
 def test_a_model_without_blocks_is_refused(model: nn.Module) -> None:
-    with pytest.raises(SpecError, match="no list of two or more blocks of one class"):
+    with pytest.raises(SpecError, match="no list of blocks of one class"):
         find_blocks(model)
