@@ -79,7 +79,8 @@ def test_a_resolved_configuration_names_its_recipe(tmp_path: Path) -> None:
 
 
 def test_recipes_distil_by_default_and_a_part_of_it_keeps_the_rest() -> None:
-    assert load_config(causal_lm.Config, [], "A test.").optimization.distillation == qat.Distillation()
+    found = load_config(causal_lm.Config, [], "A test.").optimization.distillation
+    assert found == qat.Distillation(hidden_states=1.0)
     part = ["--optimization.distillation.weight", "0.5"]
     found = load_config(text_to_image.Config, part, "A test.").optimization.distillation
     assert found == qat.Distillation(loss="squared", weight=0.5)
