@@ -26,7 +26,7 @@ class Case:
 
     model: Any
     collate: Callable[[Sequence[int]], Batch]
-    """Makes a batch of the examples with these numbers."""
+    """Makes a batch of the examples with these numbers; those of classifiers hold ``labels`` too."""
     examples: int
     held_out: list[Batch]
     labels: Tensor
@@ -37,12 +37,14 @@ class Case:
     def batches(self, seed: int) -> list[Batch]:
         """A draw of batches to calibrate on."""
         order = torch.randperm(self.examples, generator=torch.Generator().manual_seed(seed + 1))
-        return [self.collate(part.tolist()) for part in torch.split(order[: BATCH * BATCHES], BATCH)]
+        found = [self.collate(part.tolist()) for part in torch.split(order[: BATCH * BATCHES], BATCH)]
+        return [{key: value for key, value in batch.items() if key != "labels"} for batch in found]
 
     @torch.no_grad()
     def logits(self, model: Any) -> Tensor:
         """Of the held-out examples, float32 ``(predictions, classes)``."""
-        found = [model(**batch).logits.float() for batch in self.held_out]
+        given = [{key: value for key, value in batch.items() if key != "labels"} for batch in self.held_out]
+        found = [model(**batch).logits.float() for batch in given]
         return torch.cat([part.flatten(0, -2) for part in found])
 
     def loss(self, logits: Tensor) -> float:
@@ -98,7 +100,7 @@ def encoder(device: str) -> Case:
 def _classifier(model: Any, found: Any, collate: Any, device: str) -> Case:
     def batch(rows: Any, numbers: Sequence[int]) -> Batch:
         made = collate([rows[number] for number in numbers])
-        return {key: value.to(device) for key, value in made.items() if key != "labels"}
+        return {key: value.to(device) for key, value in made.items()}
 
     held_out = [
         range(start, min(start + BATCH, len(found.evaluation))) for start in range(0, len(found.evaluation), BATCH)

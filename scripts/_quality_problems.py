@@ -103,9 +103,7 @@ class Classifier(Problem):
 
         case = (vision_transformer if which == "vit" else encoder)(device)
         self.model, self.device, self._case = case.model, device, case
-        sizes = [next(iter(batch.values())).shape[0] for batch in case.held_out]
-        parts = zip(case.held_out, torch.split(case.labels, sizes), strict=True)
-        self.held_out = [{**batch, "labels": labels} for batch, labels in parts]
+        self.held_out = case.held_out
 
     def batches(self, seed: int) -> Iterator[Any]:
         generator = torch.Generator().manual_seed(seed)

@@ -142,6 +142,8 @@ def main(
         runs.make([Run("FT", "float", None, n, 0, rate) for n in steps for rate in FLOAT_RATES], {})
         rates = {n: runs.best("FT", "float", None, n) or FLOAT_RATES[1] for n in steps}
         runs.make([Run("FT", "float", None, n, seed, rates[n]) for n in steps for seed in range(seeds)], rates)
+        if missing := [n for n in steps if ("FT", "float", None, n, 0, rates[n]) not in runs.rows]:
+            raise RuntimeError(f"fine-tuning of {missing} steps failed, so nothing can be measured: see {rows}")
         first = [Run(ptq, *pair, n, s, 0.0) for pair in pairs for n in steps for s in range(seeds) for ptq in PTQ]
         for arm in arms:
             for pair in pairs:
@@ -194,7 +196,8 @@ def table(
                     continue
                 above = [row["loss"] - f["loss"] for row, f, _ in found]
                 closed = [(p["loss"] - row["loss"]) / (p["loss"] - f["loss"]) for row, f, p in found]
-                values = [statistics.mean(row[name] for row, _, _ in found) for name in ("loss", "kl", "changed")]
+                names = ("loss", "kl", "changed")  # old rows of a diffusion model have no predictions
+                values = [statistics.mean(row.get(name, 0.0) for row, _, _ in found) for name in names]
                 cells = [
                     "_".join(filter(None, pair)),
                     str(n),
