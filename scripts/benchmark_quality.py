@@ -3,7 +3,8 @@
 R* = (L[PTQ(FT)] - L[QAT]) / (L[PTQ(FT)] - L[FT]). FT is the float model after fine-tuning for as many steps on the
 same batches, with a sweep of rates of its own; PTQ(FT) is its best post-training quantization among min-max, clipping
 and HQQ. Every arm has a sweep on seed 0; its best rate then runs on all seeds. Judged is the reloaded export, in
-bfloat16, on held-out data. A row goes to ``--rows`` as soon as it is there, and a second call goes on from them::
+bfloat16, on held-out data. A row goes to ``--rows`` as soon as it is there, and a second call goes on from them.
+`show_quality` makes the table and a plot of such a file::
 
     python -m scripts.benchmark_quality --device cuda --types int4 int2 --steps 80 400 --rows rows.jsonl
 """
@@ -11,7 +12,6 @@ bfloat16, on held-out data. A row goes to ``--rows`` as soon as it is there, and
 from __future__ import annotations
 
 import json
-import statistics
 import time
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -25,9 +25,8 @@ from torch import nn
 
 from scripts._quality import ARMS, FLOAT_RATES, RATES, Run, evaluate, fine_tune, post_training, train
 from scripts._quality_problems import problem
+from scripts.show_quality import PTQ, draw, table
 
-PTQ = ("PTQ minmax", "PTQ clip", "PTQ hqq", "PTQ output", "PTQ gptq", "PTQ best")
-BASES = PTQ[:3]  # the best of which R* is measured from
 Key = tuple[Any, ...]
 _problem: Any = None
 _folder = Path()
@@ -114,6 +113,7 @@ def main(
     held_out: int = 512,
     rows: Path = Path("quality.jsonl"),
     sweep: bool = True,
+    plot: Path | None = None,
 ) -> None:
     """Train every arm and print a table.
 
@@ -128,6 +128,7 @@ def main(
         held_out: Blocks to judge by.
         rows: A file of lines of JSON, one a run.
         sweep: Try all rates on seed 0; else each arm's middle one.
+        plot: A PNG of R* against steps.
     """
     rows.parent.mkdir(parents=True, exist_ok=True)
     folder = rows.with_suffix(".models")
@@ -160,64 +161,9 @@ def main(
             if (rate := runs.best(arm, *pair, n)) is not None
         ]
         runs.make(again, rates)
-    print(table(runs, pairs, steps, arms, seeds, rates))
-
-
-def table(
-    runs: Runs,
-    pairs: list[tuple[str, str | None]],
-    steps: tuple[int, ...],
-    arms: tuple[str, ...],
-    seeds: int,
-    rates: dict[int, float],
-) -> str:
-    """Markdown: mean and standard error over the seeds of R* and of the distance from FT."""
-    lines = [
-        "| type | steps | arm | rate | loss | R* | above FT | KL | changed |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for pair in pairs:
-        for n in steps:
-            floats = [runs.rows["FT", "float", None, n, seed, rates[n]] for seed in range(seeds)]
-            ptq = {
-                name: [runs.rows[name, *pair, n, seed, 0.0] for seed in range(seeds)]
-                for name in PTQ
-                if (name, *pair, n, seeds - 1, 0.0) in runs.rows
-            }
-            best = min(
-                (ptq[name] for name in BASES if name in ptq),
-                key=lambda found: statistics.mean(row["loss"] for row in found),
-            )
-            for arm in (*ptq, *arms):
-                rate = 0.0 if arm in ptq else runs.best(arm, *pair, n)
-                mine = [runs.rows.get((arm, *pair, n, seed, rate)) for seed in range(seeds)]
-                found = [(row, f, p) for row, f, p in zip(mine, floats, best, strict=True) if row]
-                if not found:
-                    continue
-                above = [row["loss"] - f["loss"] for row, f, _ in found]
-                closed = [(p["loss"] - row["loss"]) / (p["loss"] - f["loss"]) for row, f, p in found]
-                names = ("loss", "kl", "changed")  # old rows of a diffusion model have no predictions
-                values = [statistics.mean(row.get(name, 0.0) for row, _, _ in found) for name in names]
-                cells = [
-                    "_".join(filter(None, pair)),
-                    str(n),
-                    arm,
-                    f"{rate:g}",
-                    f"{values[0]:.4f}",
-                    _mean(closed, "{:.3f}"),
-                    _mean(above, "{:+.4f}"),
-                    f"{values[1]:.4f}",
-                    f"{values[2]:.3%}",
-                ]
-                lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def _mean(values: list[float], form: str) -> str:
-    mean = form.format(statistics.mean(values))
-    if len(values) < 2:
-        return mean
-    return f"{mean} ± {form.format(statistics.stdev(values) / len(values) ** 0.5).lstrip('+')}"
+    print(table(runs.rows.values()))
+    if plot is not None:
+        draw(runs.rows.values(), plot)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,154 @@
+r"""The table and the plot of `benchmark_quality`'s rows: R* of every arm, with standard errors over paired seeds.
+
+R* compares runs of one seed with each other: the fine-tuned model, its post-training quantization, the trained one. So
+the order of the batches, which moves all three, cancels. An arm's rate is the best one on seed 0::
+
+    python -m scripts.show_quality docs/results/quality_starts_h200.jsonl --types int2 int4 \\
+        --plot docs/results/quality.png
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+__all__ = ["PTQ", "draw", "table"]
+
+PTQ = ("PTQ minmax", "PTQ clip", "PTQ hqq", "PTQ output", "PTQ gptq", "PTQ best")
+BASES = PTQ[:3]  # the best of which R* is measured from
+Row = dict[str, Any]
+Setting = tuple[str, str | None, int]
+
+
+class Arm:
+    """The runs of one arm at its best rate, each with the fine-tuned and the quantized model of its seed."""
+
+    def __init__(self, rows: list[Row], floats: dict[int, Row], base: dict[int, Row]) -> None:
+        first = [row for row in rows if row["seed"] == 0]
+        self.rate = min(first, key=lambda row: row["loss"])["rate"] if first else 0.0
+        self.rows = {row["seed"]: row for row in rows if row["rate"] == self.rate}
+        seeds = sorted(self.rows.keys() & floats.keys() & base.keys())
+        self.above = [self.rows[n]["loss"] - floats[n]["loss"] for n in seeds]
+        self.closed = [(base[n]["loss"] - self.rows[n]["loss"]) / (base[n]["loss"] - floats[n]["loss"]) for n in seeds]
+
+    def mean(self, name: str) -> float:
+        """Over the seeds; 0 where rows do not have it."""
+        return statistics.mean(row.get(name, 0.0) for row in self.rows.values())
+
+
+def arms_of(rows: Iterable[Row]) -> dict[Setting, dict[str, Arm]]:
+    """By type and number of steps, post-training quantization first."""
+    found: dict[Setting, dict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
+    tuned: dict[int, list[Row]] = defaultdict(list)
+    for row in rows:
+        if "error" in row:
+            continue
+        if row["arm"] == "FT":
+            tuned[row["steps"]].append(row)
+        else:
+            found[row["weights"], row["activations"], row["steps"]][row["arm"]].append(row)
+    result: dict[Setting, dict[str, Arm]] = {}
+    for setting, by_arm in found.items():
+        bases = [{row["seed"]: row for row in by_arm[name]} for name in BASES if by_arm.get(name)]
+        if not bases or setting[2] not in tuned:
+            continue
+        base = min(bases, key=lambda of: statistics.mean(row["loss"] for row in of.values()))
+        floats = Arm(tuned[setting[2]], {}, {}).rows
+        order = sorted(by_arm, key=lambda name: PTQ.index(name) if name in PTQ else len(PTQ))
+        result[setting] = {name: Arm(by_arm[name], floats, base) for name in order if by_arm[name]}
+    return dict(sorted(result.items(), key=lambda item: (item[0][0], item[0][1] or "", item[0][2])))
+
+
+def table(rows: Iterable[Row]) -> str:
+    """Markdown: mean and standard error over the seeds of R* and of the distance from FT."""
+    lines = [
+        "| type | steps | arm | rate | seeds | loss | R* | above FT | KL | changed |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for (weights, activations, steps), arms in arms_of(rows).items():
+        for name, arm in arms.items():
+            if not arm.closed:
+                continue
+            cells = [
+                "_".join(filter(None, (weights, activations))),
+                str(steps),
+                name,
+                f"{arm.rate:g}",
+                str(len(arm.closed)),
+                f"{arm.mean('loss'):.4f}",
+                _mean(arm.closed, "{:.3f}"),
+                _mean(arm.above, "{:+.4f}"),
+                f"{arm.mean('kl'):.4f}",
+                f"{arm.mean('changed'):.3%}",
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def draw(rows: Iterable[Row], path: Path) -> None:
+    """A plot of R* against steps, one panel a type; bars are standard errors.
+
+    Arms of one length are left out, and of post-training quantization all but the best.
+    """
+    from matplotlib.figure import Figure
+
+    curves: dict[str, dict[str, dict[int, list[float]]]] = defaultdict(lambda: defaultdict(dict))
+    for (weights, activations, steps), arms in arms_of(rows).items():
+        for name, arm in arms.items():
+            if arm.closed:
+                curves["_".join(filter(None, (weights, activations)))][name][steps] = arm.closed
+    if not curves:
+        raise ValueError(f"rows: hold no arm with a fine-tuned and a quantized model, so {path} cannot be drawn")
+    figure = Figure(figsize=(5.5 * len(curves), 5), layout="constrained")
+    axes = figure.subplots(1, len(curves), squeeze=False)[0]
+    for axis, (kind, by_arm) in zip(axes, curves.items(), strict=True):
+        axis.set(title=kind, xlabel="steps", ylabel="R*", xscale="log", ylim=(0, 1))
+        for name, points in by_arm.items():
+            if len(points) < 2 or name in PTQ[:-1]:
+                continue
+            steps = sorted(points)
+            means = [statistics.mean(points[n]) for n in steps]
+            bars = [_error(points[n]) for n in steps]
+            style = "--" if name in PTQ else "-"
+            axis.errorbar(steps, means, bars, label=name, marker="o", markersize=3, linestyle=style, capsize=2)
+        lengths = sorted({n for points in by_arm.values() for n in points})
+        axis.set_xticks(lengths, [str(n) for n in lengths], minor=False)
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize="x-small")
+    figure.savefig(path, dpi=110)
+
+
+def _error(values: list[float]) -> float:
+    return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+
+
+def _mean(values: list[float], form: str) -> str:
+    mean = form.format(statistics.mean(values))
+    return mean if len(values) < 2 else f"{mean} ± {form.format(_error(values)).lstrip('+')}"
+
+
+def main(rows: Path, /, types: tuple[str, ...] = (), plot: Path | None = None) -> None:
+    """Print the table of a file of rows.
+
+    Args:
+        rows: A file of lines of JSON, as `benchmark_quality` writes it.
+        types: Of weights alone, such as int4; default all, those with activations too.
+        plot: A PNG of R* against steps.
+    """
+    found = [json.loads(line) for line in rows.read_text().splitlines()]
+    if types:
+        found = [r for r in found if r["arm"] == "FT" or (r["weights"] in types and r["activations"] is None)]
+    print(table(found))
+    if plot is not None:
+        draw(found, plot)
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
