@@ -3,7 +3,7 @@ r"""The table and the plot of `benchmark_quality`'s rows: R* of every arm, with 
 R* compares runs of one seed with each other: the fine-tuned model, its post-training quantization, the trained one. So
 the order of the batches, which moves all three, cancels. An arm's rate is the best one on seed 0::
 
-    python -m scripts.show_quality docs/results/quality_starts_h200.jsonl --types int2 int4 \\
+    python -m scripts.show_quality docs/results/quality_starts_h200.jsonl --types int2 int4 \
         --plot docs/results/quality.png
 """
 
@@ -39,7 +39,7 @@ class Arm:
 
     def mean(self, name: str) -> float:
         """Over the seeds; 0 where rows do not have it."""
-        return statistics.mean(row.get(name, 0.0) for row in self.rows.values())
+        return float(statistics.mean(row.get(name, 0.0) for row in self.rows.values()))
 
 
 def arms_of(rows: Iterable[Row]) -> dict[Setting, dict[str, Arm]]:
@@ -112,13 +112,13 @@ def draw(rows: Iterable[Row], path: Path) -> None:
         for name, points in by_arm.items():
             if len(points) < 2 or name in PTQ[:-1]:
                 continue
-            steps = sorted(points)
-            means = [statistics.mean(points[n]) for n in steps]
-            bars = [_error(points[n]) for n in steps]
+            lengths = sorted(points)
+            means = [statistics.mean(points[n]) for n in lengths]
+            bars = [_error(points[n]) for n in lengths]
             style = "--" if name in PTQ else "-"
-            axis.errorbar(steps, means, bars, label=name, marker="o", markersize=3, linestyle=style, capsize=2)
-        lengths = sorted({n for points in by_arm.values() for n in points})
-        axis.set_xticks(lengths, [str(n) for n in lengths], minor=False)
+            axis.errorbar(lengths, means, bars, label=name, marker="o", markersize=3, linestyle=style, capsize=2)
+        ticks = sorted({n for points in by_arm.values() for n in points})
+        axis.set_xticks(ticks, [str(n) for n in ticks], minor=False)
         axis.minorticks_off()
         axis.grid(alpha=0.3)
         axis.legend(fontsize="x-small")
