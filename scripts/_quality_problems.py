@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from qat.training.losses import divergence
+
 RECIPES = Path(__file__).parents[1] / "recipes"
 BLOCK, BATCH = 256, 8  # 2,048 tokens a step
 
@@ -91,8 +93,7 @@ class LanguageModel(Problem):
         return functional.cross_entropy(outputs.logits[:, :-1].flatten(0, 1).float(), batch[:, 1:].flatten())
 
     def divergence(self, outputs: Any, goal: Any) -> Any:
-        mine, theirs = (found.logits[:, :-1].flatten(0, 1).float().log_softmax(-1) for found in (outputs, goal))
-        return functional.kl_div(mine, theirs, reduction="batchmean", log_target=True)
+        return divergence(outputs.logits[:, :-1], goal.logits[:, :-1])
 
 
 class Classifier(Problem):
@@ -120,8 +121,7 @@ class Classifier(Problem):
         return functional.cross_entropy(outputs.logits.float(), batch["labels"])
 
     def divergence(self, outputs: Any, goal: Any) -> Any:
-        mine, theirs = (found.logits.float().log_softmax(-1) for found in (outputs, goal))
-        return functional.kl_div(mine, theirs, reduction="batchmean", log_target=True)
+        return divergence(outputs.logits, goal.logits)
 
 
 class Diffusion(Problem):
