@@ -33,10 +33,10 @@ from qat.quantizers.activation import ActivationQuantizer
 from qat.runs import note_runs, runs, stop_watch
 from qat.serving import Call, as_served, first_call, input_scales, mark_arriving, require_served, snapshot
 from qat.spec import QuantSpec
-from qat.starting import StartReport, awaiting, find_starts
+from qat.starting import StartReport, awaiting, find_starts, in_float
 from qat.tensors import map_tensors, model_device
 
-__all__ = ["ActivationReport", "CalibrationReport", "calibrate"]
+__all__ = ["ActivationReport", "CalibrationReport", "calibrate", "calibrate_parts"]
 
 logger = logging.getLogger("qat")
 
@@ -72,7 +72,7 @@ class CalibrationReport:
 
     def __str__(self) -> str:
         if not self.layers and not self.starts:
-            return "nothing to calibrate: no layer has quantized activations"
+            return "nothing to calibrate: no layer has quantized activations, and no weight waits for its start"
         starts = Counter(found.start for found in self.starts.values())
         of_weights = "starts of weights: " + ", ".join(f"{n} {name}" for name, n in sorted(starts.items()))
         return "; ".join([of_weights] * bool(starts) + [self._of_activations()] * bool(self.layers))
@@ -122,7 +122,7 @@ def calibrate(
 ) -> CalibrationReport:
     """Set the scale of every quantized activation from ``batches``. In place; without gradients; in evaluation mode.
 
-    Weights whose start needs data (`qat.LearnedAffine.start`) get it first, unless they have it or training moved them.
+    Weights whose start needs data (`qat.LearnedAffine.start`) get it first, unless they have it or training has begun.
 
     With a ``spec`` the model is a float one and is prepared first. Then `qat.freeze` and `qat.export` give a quantized
     model without training. The first calibration of a model also decides which layers keep float activations: those
@@ -163,21 +163,28 @@ def calibrate(
             if value is not None:
                 raise StateError(f"{name}: belongs to a spec, got {value!r} without one: pass spec=, or leave it out")
         prepared_as(model)
-        return _calibrate(model, batches, forward, progress)
+        return calibrate_parts(model, batches, forward, progress)
     restore = snapshot(model)
     try:
         prepare(model, spec, algorithm=algorithm, target=target or "quanto")
-        return _calibrate(model, batches, forward, progress)
+        return calibrate_parts(model, batches, forward, progress)
     except BaseException:
         restore()
         raise
 
 
-def _calibrate(
-    model: nn.Module, batches: Iterable[Any], forward: Callable[[nn.Module, Any], Any] | None, progress: bool
+def calibrate_parts(
+    model: nn.Module,
+    batches: Iterable[Any],
+    forward: Callable[[nn.Module, Any], Any] | None = None,
+    progress: bool = False,
+    *,
+    starts: bool = True,
+    activations: bool = True,
 ) -> CalibrationReport:
-    waiting = awaiting(model)
-    if not waiting:
+    """`calibrate` for a prepared model, or only a part of it; without both parts it shows that batches can be run."""
+    waiting = awaiting(model) if starts else {}
+    if not waiting and activations:
         return _calibrate_activations(model, batches, forward, progress)
     kept = [batch if forward else map_tensors(torch.Tensor.cpu, batch) for batch in batches]
 
@@ -188,13 +195,17 @@ def _calibrate(
         return len(chosen)
 
     try:
-        with kept_modes(model), torch.no_grad():
-            started = find_starts(model.eval(), waiting, go, BUDGET)
+        with kept_modes(model), torch.no_grad(), in_float(model.eval()):
+            if not waiting:
+                return CalibrationReport(go(None), {}, ())
+            started = find_starts(waiting, go, BUDGET)
     finally:
         stop_watch()  # which a failure or an interrupt may have left
     try:
         started.apply()
-        report = _calibrate_activations(model, kept, forward, progress)
+        report = CalibrationReport(0, {}, ())
+        if activations:
+            report = _calibrate_activations(model, kept, forward, progress)
     except BaseException:
         started.undo()
         raise

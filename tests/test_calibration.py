@@ -202,7 +202,7 @@ def test_float32_batches_calibrate_a_model_that_is_served_narrow(dtype: str) -> 
 def test_a_weight_only_model_has_nothing_to_calibrate() -> None:
     report = calibrate(mlp(QuantSpec(dtype="float32")), [])
     assert (report.batches, report.scales, report.arriving) == (0, {}, ())
-    assert str(report) == "nothing to calibrate: no layer has quantized activations"
+    assert str(report) == "nothing to calibrate: no layer has quantized activations, and no weight waits for its start"
 
 
 def test_layers_without_activations_are_left_alone() -> None:

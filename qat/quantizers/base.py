@@ -120,6 +120,9 @@ class WeightQuantizer(QuantizerModule, ABC):
         """The start in `qat.starts.DATA_STARTS` that waits for data; `restart` then takes it. None: nothing waits."""
         return None
 
+    def stop_awaiting(self) -> None:
+        """Training goes on from what there is: no start is awaited any more."""
+
     def restart(self, low: Tensor | None, high: Tensor) -> None:
         """Begin with another range, float32, ``(groups, 1)``; only where a start is awaited."""
         raise NotImplementedError(f"{type(self).__name__}: awaits no start, so it takes none")
