@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -14,9 +15,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from qat.errors import CalibrationError, QatError, SpecError
-from qat.tensors import matrices
+from qat.tensors import map_tensors, matrices, model_device
 
-__all__ = ["Probe", "Readers", "Weights", "compiled_parts", "kept_modes", "run", "running"]
+__all__ = ["Probe", "Readers", "Weights", "compiled_parts", "kept_modes", "list_batches", "run", "run_batch", "running"]
 
 
 @contextmanager
@@ -189,3 +190,21 @@ def run(model: nn.Module, batch: Any) -> Any:
     if isinstance(batch, tuple | list):
         return model(*batch)
     return model(batch)
+
+
+def run_batch(model: nn.Module, batch: Any, number: int, forward: Callable[[nn.Module, Any], Any] | None) -> Any:
+    """What ``forward``, or the model on its own device, returns for a batch; see `running` for failures."""
+    with running(number, "" if forward is None else "mend the function forward"):
+        if forward is not None:
+            return forward(model, copy.copy(batch))  # which may take things out of it
+        device = model_device(model)
+        return run(model, map_tensors(lambda x: x.to(device), batch))
+
+
+def list_batches(batches: Iterable[Any], what: str) -> list[Any]:
+    """All batches; `CalibrationError` where they are a single one, or none for ``what`` they are needed for."""
+    if isinstance(batches, Mapping | torch.Tensor | str) or not isinstance(batches, Iterable):
+        raise CalibrationError(f"batches: must be several batches, got one {type(batches).__name__}: pass [batch]")
+    if not (found := list(batches)):
+        raise CalibrationError(f"batches: {what} needs at least one batch, got none: pass some training batches")
+    return found

@@ -19,7 +19,6 @@ class for the moment, with the quantizer that the algorithm makes: the arithmeti
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import functools
 from collections import defaultdict
@@ -33,10 +32,10 @@ from torch import Tensor, nn
 from qat.errors import CalibrationError
 from qat.formats import LayerTypes
 from qat.layers import layer_class
-from qat.probing import kept_modes, run, running
+from qat.probing import kept_modes, run_batch
 from qat.quantizers import Algorithm, LearnedAffine, StraightThrough, WeightQuantizer
 from qat.serving import snapshot
-from qat.tensors import map_tensors, model_device
+from qat.tensors import map_tensors
 
 __all__ = ["Score", "damages"]
 
@@ -140,11 +139,7 @@ class _Scorer:
     def answer(self, number: int) -> _Answer:
         """What the model says now to a batch."""
         batch = self.batches[number]
-        with running(number, "" if self.forward is None else "mend the function forward"):
-            if self.forward is not None:
-                return _Answer.of(self.forward(self.model, copy.copy(batch)), batch)
-            device = model_device(self.model)
-            return _Answer.of(run(self.model, map_tensors(lambda x: x.to(device), batch)), batch)
+        return _Answer.of(run_batch(self.model, batch, number, self.forward), batch)
 
     @torch.no_grad()
     def quantizers(self, name: str) -> dict[str, WeightQuantizer]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -27,7 +27,7 @@ from qat.hosts import inner_models
 from qat.layers import Mode, QuantizedLayer, quantized_layers
 from qat.optimizers import no_training
 from qat.preparation import parameter_groups, prepared_as
-from qat.probing import compiled_parts, kept_modes
+from qat.probing import compiled_parts, kept_modes, list_batches
 from qat.progress import counted
 from qat.reconstruction.recording import Call, Recorder, seeded, with_inputs
 from qat.runs import note_runs, runs, stop_watch
@@ -200,12 +200,7 @@ def _checked(
             raise SpecError(f"{name}: must be a number above 0, such as 1e-4, got {shown(rate)}")
     if inputs not in get_args(Inputs):
         raise SpecError(f"inputs: must be one of {get_args(Inputs)}, got {shown(inputs)}")
-    if isinstance(batches, Mapping | Tensor | str) or not isinstance(batches, Iterable):
-        raise CalibrationError(f"batches: must be several batches, got one {type(batches).__name__}: pass [batch]")
-    kept = list(batches)
-    if not kept:
-        raise CalibrationError("batches: reconstruction needs at least one batch, got none: pass training batches")
-    return kept
+    return list_batches(batches, "reconstruction")
 
 
 def _require_one_process(model: nn.Module) -> None:

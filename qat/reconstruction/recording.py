@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from qat.errors import CalibrationError, listed
-from qat.probing import run, running
-from qat.tensors import map_tensors, model_device
+from qat.probing import run_batch
+from qat.tensors import map_tensors
 
 __all__ = ["Call", "Recorder", "seeded", "with_inputs"]
 
@@ -49,8 +49,8 @@ def _hidden_states(outputs: Any) -> list[Tensor]:
     return [t for t in tensors if (t.ndim, t.shape[-1:]) == (tensors[0].ndim, tensors[0].shape[-1:])]
 
 
-class _StopError(Exception):
-    """Ends a forward of the model once the block is recorded."""
+class _StopError(BaseException):
+    """Ends a forward of the model once the block is recorded; no model takes it for an error of its own."""
 
 
 class Recorder:
@@ -93,17 +93,9 @@ class Recorder:
         return found
 
     def _run(self, number: int, hooks: Collection[Any]) -> None:
-        batch, remedy = self._batches[number], "" if self._forward is None else "mend the function forward"
         try:
-            with running(number, remedy), seeded(self._seed + number), torch.no_grad():
-                try:
-                    if self._forward is not None:
-                        self._forward(self._model, copy.copy(batch))  # which may take things out of it
-                    else:
-                        device = model_device(self._model)
-                        run(self._model, map_tensors(lambda x: x.to(device), batch))
-                except _StopError:
-                    pass
+            with seeded(self._seed + number), torch.no_grad(), suppress(_StopError):
+                run_batch(self._model, self._batches[number], number, self._forward)
         finally:
             for hook in hooks:
                 hook.remove()
