@@ -10,14 +10,13 @@ from qat.starts.best import best_start, gptq_start
 from qat.starts.clip import clipped_range
 from qat.starts.hqq import half_quadratic_range
 from qat.starts.lsq import step_size_range
-from qat.starts.minmax import whole_range
 from qat.starts.output import output_start
 from qat.starts.seq import balanced_range
 
 __all__ = ["DATA_STARTS", "RANGE_STARTS", "Ends", "Start", "output_error"]
 
 RANGE_STARTS: dict[str, RangeStart] = {
-    "minmax": whole_range,
+    "minmax": lambda weight, qtype, _: qtype.weight_range(weight),
     "clip": clipped_range,
     "lsq": step_size_range,
     "hqq": half_quadratic_range,
