@@ -243,7 +243,7 @@ def _groups(
     """Optimizer groups of what a block trains: nothing that other parts of the model use too."""
     layers = [layer for _, layer in quantized_layers(block)]
     masters = {id(p) for layer in layers for p in matrices(layer).values()}
-    outside = _parameters_outside(model, block)
+    outside = {id(p) for _, module in model.named_modules(memo={block}) for p in module._parameters.values()}
     groups = []
     for group in parameter_groups(block, lr, scale_lr):
         own = [p for p in group["params"] if id(p) not in outside]
@@ -257,18 +257,6 @@ def _groups(
             "belongs to this block alone: leave it out of blocks="
         )
     return groups
-
-
-def _parameters_outside(model: nn.Module, block: nn.Module) -> set[int]:
-    found: set[int] = set()
-    seen, left = {id(block)}, [model]
-    while left:
-        module = left.pop()
-        if id(module) not in seen:
-            seen.add(id(module))
-            found.update(id(p) for p in module._parameters.values())
-            left += module.children()
-    return found
 
 
 def _reconstruct(
