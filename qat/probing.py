@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from qat.errors import CalibrationError, QatError, SpecError
 from qat.tensors import map_tensors, matrices, model_device
 
-__all__ = ["Probe", "Readers", "Weights", "compiled_parts", "kept_modes", "list_batches", "run", "run_batch", "running"]
+__all__ = ["Probe", "Readers", "Weights", "compiled_parts", "kept_modes", "run", "run_batch", "running", "watched"]
 
 
 @contextmanager
@@ -167,6 +167,19 @@ def compiled_parts(model: nn.Module) -> tuple[str, ...]:
 
 
 @contextmanager
+def watched(modules: Mapping[str, nn.Module], note: Callable[[str, Any, Any], None]) -> Iterator[None]:
+    """Tell ``note`` of every call: the name of the module, its first argument and its output."""
+    with ExitStack() as stack:
+        for name, module in modules.items():
+
+            def hook(_: nn.Module, args: Any, kwargs: Any, y: Any, name: str = name) -> None:
+                note(name, next(iter((*args, *kwargs.values())), None), y)
+
+            stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
+        yield
+
+
+@contextmanager
 def running(number: int, remedy: str = "", what: str = "the model") -> Iterator[None]:
     """Say which batch a model cannot run, as `CalibrationError`; errors of ours pass."""
     try:
@@ -199,12 +212,3 @@ def run_batch(model: nn.Module, batch: Any, number: int, forward: Callable[[nn.M
             return forward(model, copy.copy(batch))  # which may take things out of it
         device = model_device(model)
         return run(model, map_tensors(lambda x: x.to(device), batch))
-
-
-def list_batches(batches: Iterable[Any], what: str) -> list[Any]:
-    """All batches; `CalibrationError` where they are a single one, or none for ``what`` they are needed for."""
-    if isinstance(batches, Mapping | torch.Tensor | str) or not isinstance(batches, Iterable):
-        raise CalibrationError(f"batches: must be several batches, got one {type(batches).__name__}: pass [batch]")
-    if not (found := list(batches)):
-        raise CalibrationError(f"batches: {what} needs at least one batch, got none: pass some training batches")
-    return found

@@ -22,10 +22,10 @@ from torch import nn
 from qat.allocation.damage import Score, damages
 from qat.allocation.knapsack import allocate
 from qat.allocation.state import State, batches_digest, model_digest
+from qat.data import list_batches
 from qat.errors import SpecError, StateError, shown
 from qat.hosts import get_target
 from qat.inspection import inspect
-from qat.probing import list_batches
 from qat.progress import counted
 from qat.quantizers import Algorithm
 from qat.spec import QuantSpec, WeightType

@@ -22,7 +22,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal, NamedTuple
 
@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from qat.errors import CalibrationError
 from qat.formats import LayerTypes
 from qat.layers import layer_class
-from qat.probing import kept_modes, run_batch
+from qat.probing import kept_modes, run_batch, watched
 from qat.quantizers import Algorithm, LearnedAffine, StraightThrough, WeightQuantizer
 from qat.serving import snapshot
 from qat.tensors import map_tensors
@@ -154,7 +154,7 @@ class _Scorer:
             made[types.weights.name] = quantizer.to(weight.device)
         return made
 
-    def require_reached(self, reached: Mapping[str, Any]) -> None:
+    def require_reached(self, reached: Container[str]) -> None:
         missed = [name for name in self.layers if name not in reached]
         if missed:
             raise CalibrationError(
@@ -164,11 +164,8 @@ class _Scorer:
 
     @torch.no_grad()
     def by_divergence(self) -> Iterator[tuple[str, dict[str, float]]]:
-        reached: dict[str, bool] = {}
-        with ExitStack() as stack:
-            for name, module in self.layers.items():
-                note = functools.partial(lambda name, *_: reached.update({name: True}), name)
-                stack.callback(module.register_forward_pre_hook(note).remove)
+        reached: set[str] = set()
+        with watched(self.layers, lambda name, *_: reached.add(name)):
             wanted = [self.answer(number) for number in range(len(self.batches))]
         self.require_reached(reached)
         size = sum(answer.size() for answer in wanted)

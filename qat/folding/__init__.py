@@ -22,14 +22,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from qat.data import list_batches
 from qat.errors import CalibrationError, SpecError, StateError, listed
-from qat.folding.groups import EXPONENTS, Group, candidates, power_of_two, require_finite, watched
+from qat.folding.groups import EXPONENTS, Group, candidates, power_of_two, require_finite
 from qat.folding.proof import Proof, agree, elements
 from qat.formats import LayerTypes
 from qat.hosts import get_target
 from qat.inspection import inspect
 from qat.observers import Best
-from qat.probing import kept_modes, list_batches, run, running
+from qat.probing import kept_modes, run, running, watched
 from qat.quantizers import StraightThrough
 from qat.quantizers.activation import ActivationQuantizer, fake_quantize_output
 from qat.spec import QuantSpec

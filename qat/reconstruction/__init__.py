@@ -22,12 +22,13 @@ import torch
 from torch import Tensor, nn
 
 from qat.blocks import find_blocks
+from qat.data import list_batches
 from qat.errors import CalibrationError, SpecError, StateError, TrainingError, listed, shown
 from qat.hosts import inner_models
 from qat.layers import Mode, QuantizedLayer, quantized_layers
 from qat.optimizers import no_training
 from qat.preparation import parameter_groups, prepared_as
-from qat.probing import compiled_parts, kept_modes, list_batches
+from qat.probing import compiled_parts, kept_modes
 from qat.progress import counted
 from qat.reconstruction.recording import Call, Recorder, seeded, with_inputs
 from qat.runs import note_runs, runs, stop_watch
