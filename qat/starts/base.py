@@ -24,6 +24,7 @@ __all__ = [
     "by_chunks",
     "chosen",
     "chunks",
+    "chunks_with_ends",
     "output_error",
     "quantized",
     "served",
@@ -55,6 +56,14 @@ def chunks(weight: Tensor) -> Iterator[Tensor]:
     """Blocks of rows, so that a search holds little more than the weight."""
     rows = max(1, CHUNK_ELEMENTS // max(1, weight.shape[1]))
     return iter(torch.split(weight.detach(), rows))
+
+
+def chunks_with_ends(weight: Tensor, ends: Ends) -> Iterator[tuple[Tensor, Ends]]:
+    """`chunks` of a weight, each with the ends of its own groups."""
+    (low, high), at = ends, 0
+    for part in chunks(weight):
+        own = slice(at, at := at + len(part) * (len(high) // len(weight)))
+        yield part, (None if low is None else low[own], high[own])
 
 
 def by_chunks(weight: Tensor, find: Callable[[Tensor], Ends]) -> Ends:
@@ -98,13 +107,10 @@ def output_error(start: Start, weight: Tensor, qtype: QType, dtype: torch.dtype,
     >>> round(output_error(start, weight, int8, torch.float32, torch.eye(2)), 4)
     0.09
     """
-    total, per_row, at = 0.0, start.ends[1].shape[0] // weight.shape[0], 0
-    for master, part in zip(chunks(start.weight), chunks(weight), strict=True):
-        own = slice(at * per_row, (at + len(part)) * per_row)
-        low, high = start.ends
-        error = served(master, (None if low is None else low[own], high[own]), qtype, dtype) - part.float()
+    total = 0.0
+    for (master, ends), part in zip(chunks_with_ends(start.weight, start.ends), chunks(weight), strict=True):
+        error = served(master, ends, qtype, dtype) - part.float()
         total += float(((error @ moments) * error).sum(dtype=torch.float64))
-        at += len(part)
     return max(total, 0.0)
 
 
