@@ -267,7 +267,6 @@ def _best(
 
 
 def _written(spec: QuantSpec, kinds: list[str], sizes: _Options, chosen: Mapping[str, str], single: bool) -> QuantSpec:
-    """The spec that says so."""
     searched = {name: kind for name, kind in chosen.items() if _is_searched(spec, name, sizes[name])}
     counts = Counter(kind for kind in searched.values() if kind != _FLOAT)
     base = counts.most_common(1)[0][0] if counts else kinds[0]

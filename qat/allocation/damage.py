@@ -137,7 +137,6 @@ class _Scorer:
         self.layers = {name: model.get_submodule(name) for name in candidates}
 
     def answer(self, number: int) -> _Answer:
-        """What the model says now to a batch."""
         batch = self.batches[number]
         return _Answer.of(run_batch(self.model, batch, number, self.forward), batch)
 

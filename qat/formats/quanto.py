@@ -156,7 +156,6 @@ class _Quanto(Format):
         ]
 
     def slots(self, types: LayerTypes, shape: tuple[int, int], bias: bool) -> dict[str, Slot]:
-        """See the module's docstring for the keys."""
         out_features, in_features = shape
         qtype, dtype = types.weights, types.dtype
         rows = out_features * in_features // (qtype.group_size(in_features) or in_features)
