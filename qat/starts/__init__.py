@@ -1,6 +1,7 @@
 """What training starts from: ranges of weights, and perhaps compensated weights. One file a start, one entry each here.
 
-Ranges are found from the weight alone, or from the layer's inputs on calibration batches too.
+Ranges are found from the weight alone, or from the layer's inputs on calibration batches too. Min-max needs no file:
+it is `QType.weight_range`.
 """
 
 from __future__ import annotations
