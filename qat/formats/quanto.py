@@ -325,7 +325,7 @@ class _Quanto(Format):
     def read(self, module: nn.Module) -> FrozenLayer:
         layer: Any = module
         types = self.declared(module)
-        parts = parts_of_tinygemm(layer.weight) if is_tinygemm_on_cpu(layer.weight) else None
+        parts = parts_of_tinygemm(layer.weight)
         if parts is None:
             weight = plain(layer.weight)
             scale = weight._scale.reshape(1, 1) if weight._scale.ndim == 0 else weight._scale
