@@ -22,18 +22,19 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from qat.data import list_batches
 from qat.errors import CalibrationError, SpecError, StateError, listed
-from qat.folding.groups import EXPONENTS, Group, candidates, power_of_two, require_finite, watched
+from qat.folding.groups import EXPONENTS, Group, candidates, power_of_two, require_finite
 from qat.folding.proof import Proof, agree, elements
 from qat.formats import LayerTypes
 from qat.hosts import get_target
 from qat.inspection import inspect
 from qat.observers import Best
-from qat.probing import kept_modes, run, running
+from qat.probing import kept_modes, run, running, watched
 from qat.quantizers import StraightThrough
 from qat.quantizers.activation import ActivationQuantizer, fake_quantize_output
 from qat.spec import QuantSpec
-from qat.tensors import model_device
+from qat.tensors import meta_names, model_device
 
 __all__ = ["FoldReport", "FoldedGroup", "fold_outliers"]
 
@@ -129,14 +130,9 @@ def fold_outliers(
             "spec: no layer quantizes activations, so there is nothing to fold for: name a type of activations, "
             "as QuantSpec(activations='int8')"
         )
-    empty = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
-    if empty:
+    if empty := meta_names(model):
         raise StateError(f"model: {empty[0]} is on the meta device and has no data: load the model's weights first")
-    if isinstance(batches, Mapping | Tensor) or not isinstance(batches, Iterable):
-        raise CalibrationError(f"batches: must be several batches, got one {type(batches).__name__}: pass [batch]")
-    batches = list(batches)
-    if not batches:
-        raise CalibrationError("batches: folding needs at least one batch, got none: pass some training batches")
+    batches = list_batches(batches, "folding")
     with kept_modes(model), torch.no_grad(), ExitStack() as undo:
         first = functools.partial(_run, model.eval(), batches[0], 0)
         norms, adaptive, linear = candidates(model, first, types)

@@ -18,7 +18,8 @@ from torch.utils._pytree import tree_leaves
 
 from qat.errors import CalibrationError
 from qat.files.examples import flatten_outputs
-from qat.folding.groups import EXPONENTS, Group, linear_layers, power_of_two, watched
+from qat.folding.groups import EXPONENTS, Group, linear_layers, power_of_two
+from qat.probing import watched
 from qat.tensors import TOLERANCE
 
 __all__ = ["Proof", "agree", "elements"]

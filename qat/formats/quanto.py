@@ -156,7 +156,6 @@ class _Quanto(Format):
         ]
 
     def slots(self, types: LayerTypes, shape: tuple[int, int], bias: bool) -> dict[str, Slot]:
-        """See the module's docstring for the keys."""
         out_features, in_features = shape
         qtype, dtype = types.weights, types.dtype
         rows = out_features * in_features // (qtype.group_size(in_features) or in_features)
@@ -326,7 +325,7 @@ class _Quanto(Format):
     def read(self, module: nn.Module) -> FrozenLayer:
         layer: Any = module
         types = self.declared(module)
-        parts = parts_of_tinygemm(layer.weight) if is_tinygemm_on_cpu(layer.weight) else None
+        parts = parts_of_tinygemm(layer.weight)
         if parts is None:
             weight = plain(layer.weight)
             scale = weight._scale.reshape(1, 1) if weight._scale.ndim == 0 else weight._scale
