@@ -124,6 +124,14 @@ class _Quanto(Format):
             return "kernel: int8 with bfloat16 raises on a CPU when the input is not contiguous within a row, as here"
         return None
 
+    def call_hazard(self, x: Tensor, *, keyword: bool) -> str | None:
+        """Inputs that quanto's hook does not see, and those whose product has another shape, or none on CUDA."""
+        if keyword:
+            return "optimum-quanto cannot quantize an input that is passed by keyword: call the layer by position"
+        if x.ndim not in (2, 3):
+            return f"optimum-quanto cannot multiply quantized inputs of {x.ndim} dimensions: give them 2 or 3"
+        return None
+
     def notices(self, layers: Iterable[tuple[LayerTypes, tuple[int, int], bool]]) -> list[Notice]:
         """Of the biases that a kernel loses, with the lines that mend it."""
         losing = sum(bias and _loses_bias_on_cuda(types, shape) for types, shape, bias in layers)
