@@ -183,9 +183,9 @@ class Called(nn.Module):
 @pytest.mark.parametrize(
     ("call", "reason"),
     [
-        (lambda layer, x: layer(input=x), "cannot quantize an input that is passed by keyword"),
-        (lambda layer, x: layer(x[0]), "cannot multiply quantized inputs of 1 dimensions"),
-        (lambda layer, x: layer(x[None, None]), "cannot multiply quantized inputs of 4 dimensions"),
+        (lambda layer, x: layer(input=x), "cannot quantize an input passed by keyword"),
+        (lambda layer, x: layer(x[0]), "cannot quantize an input of 1 dimensions"),
+        (lambda layer, x: layer(x[None, None]), "cannot quantize an input of 4 dimensions"),
     ],
     ids=["keyword", "one dimension", "four dimensions"],
 )

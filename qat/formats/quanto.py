@@ -125,12 +125,9 @@ class _Quanto(Format):
         return None
 
     def call_hazard(self, x: Tensor, *, keyword: bool) -> str | None:
-        """Inputs that quanto's hook does not see, and those whose product has another shape, or none on CUDA."""
-        if keyword:
-            return "optimum-quanto cannot quantize an input that is passed by keyword: call the layer by position"
-        if x.ndim not in (2, 3):
-            return f"optimum-quanto cannot multiply quantized inputs of {x.ndim} dimensions: give them 2 or 3"
-        return None
+        """Its hook sees no keywords. Of 1 or 4 dimensions, the product has another shape, or none on CUDA."""
+        fault = "passed by keyword" if keyword else None if x.ndim in (2, 3) else f"of {x.ndim} dimensions"
+        return fault and f"optimum-quanto cannot quantize an input {fault}: call it by position, with 2 or 3 dimensions"
 
     def notices(self, layers: Iterable[tuple[LayerTypes, tuple[int, int], bool]]) -> list[Notice]:
         """Of the biases that a kernel loses, with the lines that mend it."""
@@ -159,9 +156,7 @@ class _Quanto(Format):
         return [Notice(warning, "On a CUDA GPU", text)]
 
     def card_loading(self) -> list[str]:
-        return [
-            f"Without `qat`: `optimum.quanto.requantize` with `{self.map_name}` fills a float model built on the CPU."
-        ]
+        return [f"Without `qat`: `optimum.quanto.requantize` with `{self.map_name}` fills a float model built on CPU."]
 
     def slots(self, types: LayerTypes, shape: tuple[int, int], bias: bool) -> dict[str, Slot]:
         """See the module's docstring for the keys."""
