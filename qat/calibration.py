@@ -247,7 +247,7 @@ def _calibrate_activations(
     if far := [name for name in kept_float if name not in hazards]:
         logger.warning(
             "%d layers keep float activations, since their outputs would be too far off (qat.fold_outliers before may "
-            "help): %s",
+            "help, and serving in bfloat16 where it is float16): %s",
             len(far),
             listed(far, 8),
         )
