@@ -23,6 +23,7 @@ from torch import nn
 
 from qat.checks import loses_scales
 from qat.errors import CalibrationError, StateError, listed
+from qat.hosts import get_target
 from qat.layers import QuantizedLayer, quantized_layers
 from qat.moments import BUDGET
 from qat.preparation import prepare, prepared_as
@@ -66,7 +67,7 @@ class CalibrationReport:
     arriving: tuple[str, ...]
     """Layers whose input comes quantized from its producer, so that their own input scale is not used."""
     kept_float: tuple[str, ...] = ()
-    """Layers whose output would be too far off, so that their inputs and outputs stay float."""
+    """Layers that cannot bear quantized activations, or be called with them, so that inputs and outputs stay float."""
     starts: dict[str, StartReport] = field(default_factory=dict)
     """Layer name to what its weight begins with, where data decided that."""
 
@@ -110,6 +111,7 @@ class CalibrationReport:
         return "\n".join(lines)
 
 
+@torch.inference_mode(False)  # in which scales and parameters would be tensors that no training can use
 def calibrate(
     model: nn.Module,
     batches: Iterable[Any],
@@ -226,7 +228,7 @@ def _calibrate_activations(
             watched: AbstractContextManager[list[Call]] = first_call(model) if outputs else nullcontext([])
             with watched as calls:
                 seen = counted(batches, "calibrating", progress)
-                count, kept, groups = _observe(model, layers, seen, forward, keep=outputs)
+                count, kept, groups, hazards = _observe(model, layers, seen, forward, keep=outputs)
             fresh = [n for n, v in layers.items() if not all(q.initialized for q in v.activation_quantizers())]
             for layer in layers.values():
                 for quantizer in layer.activation_quantizers():
@@ -234,6 +236,9 @@ def _calibrate_activations(
             found = {name: tuple(map(_report, layer.activation_quantizers())) for name, layer in layers.items()}
             for name in fresh:
                 _choose(layers[name], found[name])
+            for name in hazards:
+                for quantizer in layers[name].activation_quantizers():
+                    quantizer.enabled = False
             arriving = []
             if outputs:  # else nothing leaves a layer quantized
                 arriving = _compare_with_served(
@@ -247,13 +252,15 @@ def _calibrate_activations(
             for quantizer, state in before:  # a part of the batches makes no scale
                 quantizer.load_state_dict(state)
             raise
+    for name, hazard in hazards.items():
+        logger.warning("%s keeps float activations: %s", name, hazard)
     kept_float = tuple(name for name, layer in layers.items() if layer.activation_qtype is None)
-    if kept_float:
+    if far := [name for name in kept_float if name not in hazards]:
         logger.warning(
             "%d layers keep float activations, since their outputs would be too far off (qat.fold_outliers before may "
-            "help): %s",
-            len(kept_float),
-            listed(kept_float, 8),
+            "help, and serving in bfloat16 where it is float16): %s",
+            len(far),
+            listed(far, 8),
         )
     return CalibrationReport(count, found, tuple(arriving), kept_float)
 
@@ -265,12 +272,12 @@ def _observe(
     forward: Callable[[nn.Module, Any], Any] | None,
     *,
     keep: bool,
-) -> tuple[int, list[Any], list[list[ActivationQuantizer]]]:
+) -> tuple[int, list[Any], list[list[ActivationQuantizer]], dict[str, str]]:
     quantizers = {name: tuple(layer.activation_quantizers()) for name, layer in layers.items()}
     for quantizer in sum(quantizers.values(), ()):
         quantizer.observer.reset()
         quantizer.arrives_quantized = False
-    count, kept, readers = 0, [], Readers(layers)
+    count, kept, readers = 0, [], Readers(layers, get_target(prepared_as(model).target).format.call_hazard)
     with ExitStack() as stack:
         stack.callback(readers.groups)
         stack.callback(note_runs, model, runs(model))  # observing is no run as it will be served
@@ -296,7 +303,7 @@ def _observe(
             f"batches: {len(missed)} layers were never reached in {count} batches (first: {missed[:3]}): pass batches "
             "that use them, or exclude those layers in the spec"
         )
-    return count, kept, groups
+    return count, kept, groups, readers.hazards
 
 
 def _join(layers: Mapping[str, QuantizedLayer], groups: list[list[str]]) -> list[list[ActivationQuantizer]]:
@@ -382,6 +389,6 @@ def _report(quantizer: ActivationQuantizer) -> ActivationReport:
 
 def _choose(layer: QuantizedLayer, found: tuple[ActivationReport, ...]) -> None:
     """Quantize the activations of a layer, or leave both float where its output would be too far off."""
-    error, lost = sum(side.error for side in found), loses_scales(layer)
+    error, lost = sum(side.error for side in found), loses_scales(layer, 2**-8)  # as bfloat16 rounds
     for quantizer in layer.activation_quantizers():
         quantizer.enabled = error <= quantizer.rule.largest_error and not lost

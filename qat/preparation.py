@@ -75,6 +75,7 @@ class PrepareReport:
         return "\n".join([str(self.inspection), *self.remarks, *(f"untied: {name}" for name in self.untied)])
 
 
+@torch.inference_mode(False)  # in which parameters would be tensors that no training can use
 def prepare(
     model: nn.Module,
     spec: QuantSpec,

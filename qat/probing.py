@@ -94,9 +94,12 @@ class Probe(TorchFunctionMode):
 
 
 class Readers:
-    """Which layers read the same tensor, in every call."""
+    """Which layers read the same tensor, in every call; ``hazard`` says what is wrong with an input, or None."""
 
-    def __init__(self, layers: Mapping[str, nn.Module]) -> None:
+    def __init__(self, layers: Mapping[str, nn.Module], hazard: Callable[..., str | None] | None = None) -> None:
+        self.hazards: dict[str, str] = {}
+        """Layer to what is wrong with one of its calls."""
+        self._hazard = hazard
         self._first: Any = WeakIdKeyDictionary()
         self._found: dict[str, set[str]] = {name: set() for name in layers}
         self._handles = [
@@ -106,6 +109,8 @@ class Readers:
 
     def _note(self, name: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = args[0] if args else kwargs["input"]
+        if self._hazard is not None and (hazard := self._hazard(x, keyword=not args)) is not None:
+            self.hazards.setdefault(name, hazard)
         self._found[name].add(self._first.setdefault(x, name))
 
     def groups(self) -> list[list[str]]:
@@ -181,9 +186,13 @@ def watched(modules: Mapping[str, nn.Module], note: Callable[[str, Any, Any], No
 
 @contextmanager
 def running(number: int, remedy: str = "", what: str = "the model") -> Iterator[None]:
-    """Say which batch a model cannot run, as `CalibrationError`; errors of ours pass."""
+    """Say which batch a model cannot run, as `CalibrationError`; errors of ours pass. Nothing compiled runs meanwhile.
+
+    Compiled code may ignore the hooks that look at a model, and cannot run frozen layers.
+    """
     try:
-        yield
+        with torch.compiler.set_stance("force_eager"):
+            yield
     except QatError:
         raise
     except Exception as error:  # whatever the code of a model, of a kernel or of a user raises

@@ -184,3 +184,28 @@ def test_wrong_arguments_are_told() -> None:
     with pytest.raises(StateError, match="prepared"):
         qat.calibrate(model, batches(), spec=INT8)
     assert qat.calibrate(model, batches()).batches == 3
+
+
+@pytest.mark.parametrize("target", ["quanto", "transformers"])
+def test_a_calibration_in_inference_mode_leaves_a_model_that_trains(target: str) -> None:
+    batch = {"input_ids": tokens()}
+    spec, learned = qat.QuantSpec(activations="int8", dtype="float32"), qat.StraightThrough(learn_activations=True)
+    for algorithm in (None, learned):
+        model = tiny_model("llama")
+        with torch.inference_mode():
+            qat.calibrate(model, [batch], spec=spec, target=target, algorithm=algorithm)
+        model(**batch, labels=batch["input_ids"]).loss.backward()
+        assert all(p.grad is not None for group in qat.parameter_groups(model, lr=1.0) for p in group["params"])
+
+
+def test_a_function_may_call_the_compiled_model() -> None:
+    batch = {"input_ids": tokens()}
+    reports = []
+    for compiles in (False, True):
+        model = tiny_model("llama")
+        called = torch.compile(model, backend="eager") if compiles else model
+        called(**batch)
+        spec = qat.QuantSpec(activations="int8", dtype="float32")
+        run: Callable[[Any, Any], object] = lambda _, b, called=called: called(**b)  # noqa: E731
+        reports.append(qat.calibrate(model, [batch], spec=spec, forward=run))
+    assert reports[0] == reports[1]

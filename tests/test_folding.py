@@ -243,3 +243,24 @@ def test_numbers_and_arrays_are_compared_and_an_output_without_either_is_refused
         assert not qat.fold_outliers(Odd(give), [x], spec=spec, strength=0.5).groups
     with pytest.raises(CalibrationError, match="returns a SimpleNamespace without tensors that could"):
         qat.fold_outliers(Odd(lambda h, y: SimpleNamespace(h=h, y=y)), [x], spec=spec)
+
+
+class Nothing(nn.Module):
+    """Two norms; a reader of one gets no rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.norm, self.empty = nn.LayerNorm(16), nn.LayerNorm(16)
+        self.reader, self.idle = nn.Linear(16, 8), nn.Linear(16, 8)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.reader(self.norm(x)), self.idle(self.empty(x[:0]))
+
+
+def test_norms_whose_readers_get_empty_tensors_stay_as_they_are() -> None:
+    model = Nothing()
+    report = qat.fold_outliers(model, [torch.randn(4, 16)], spec=INT8, strength=0.5)
+    assert [group.producer for group in report.groups] == ["norm"]
+    assert report.left_out == ("empty",)
+    assert torch.equal(model.empty.weight, torch.ones(16))

@@ -144,6 +144,7 @@ def fold_outliers(
             if group.readers.keys().isdisjoint(_readers(groups)):
                 groups.append(group)
         inputs = _Inputs(model, batches, _readers(groups) & types.keys())
+        groups = [group for group in groups if group.readers.keys() & inputs.rows]  # some may read empty tensors
         found = [_fold_best(group, inputs, types, strength, undo) for group in groups]
         for number, batch in enumerate(batches):
             if not agree(elements(_run(model, batch, number)), inputs.answers[number], groups):
