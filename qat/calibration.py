@@ -231,7 +231,7 @@ def _calibrate_activations(
                 if reason := _unbearable(layers[name], found[name]):
                     kept_float[name] = reason
                     layers[name].keep_float_activations()
-            arriving = []
+            arriving: list[str] = []
             if outputs:  # else nothing leaves a layer quantized
                 arriving, lost = _run_as_served(model, layers, kept, forward, fresh, progress)
                 kept_float |= lost

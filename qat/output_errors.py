@@ -42,7 +42,7 @@ class OutputErrors:
     def __enter__(self) -> Self:
         for name, layer in self._layers.items():
             hook = functools.partial(self._compare, name)
-            self._stack.callback(layer.register_forward_hook(hook, with_kwargs=True).remove)  # type: ignore[arg-type]
+            self._stack.callback(layer.register_forward_hook(hook, with_kwargs=True).remove)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -62,7 +62,7 @@ class OutputErrors:
                 kept.callback(setattr, thing, key, getattr(thing, key))
             layer.mode = layer.mode._replace(activations=True, observe=False)
             layer.output_quantizer, given.enabled = None, True
-            found = [_squares(y), _distance(layer.forward(x), y), *_beyond(x, given)]
+            found = [_distance(y, torch.zeros_like(y)), _distance(layer.forward(x), y), *_beyond(x, given)]
         if output is not None:
             quantized = output.qtype.fake_quantize_activation(y, output.serving_scale(), output.dtype)
             found += [_distance(quantized, y), *_beyond(y, output)]
@@ -86,12 +86,8 @@ class OutputErrors:
 
 
 def _distance(one: Tensor, other: Tensor) -> Tensor:
-    pairs = zip(one.reshape(-1).split(_CHUNK), other.reshape(-1).split(_CHUNK), strict=True)
+    pairs = zip(torch.split(one.reshape(-1), _CHUNK), torch.split(other.reshape(-1), _CHUNK), strict=True)
     return torch.stack([(a.float() - b.float()).square().sum(dtype=torch.float64) for a, b in pairs]).sum()
-
-
-def _squares(y: Tensor) -> Tensor:
-    return torch.stack([part.float().square().sum(dtype=torch.float64) for part in y.reshape(-1).split(_CHUNK)]).sum()
 
 
 def _beyond(x: Tensor, quantizer: ActivationQuantizer) -> tuple[Tensor, Tensor]:

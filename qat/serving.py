@@ -104,7 +104,7 @@ class ServedRun(TorchDispatchMode):
     """
 
     def __init__(self, model: nn.Module, names: Iterable[str]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.scales: dict[str, list[Tensor | None]] = {name: [] for name in names}
         """For each call of a layer, the scale that its input arrives with, or None."""
         self.lost: dict[str, str] = {}
@@ -121,7 +121,7 @@ class ServedRun(TorchDispatchMode):
         return self
 
     def __exit__(self, *args: Any) -> None:
-        super().__exit__(*args)
+        super().__exit__(*args)  # type: ignore[no-untyped-call]
         self._stack.close()
 
     def lost_anywhere(self) -> dict[str, str]:
