@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import qat
 from qat import QuantSpec
 from qat.errors import CalibrationError
+from qat.layers import quantized_layers
 
 
 @pytest.mark.parametrize("fault", [float("nan"), OSError("disk")], ids=["nan", "reading"])
@@ -53,25 +54,50 @@ class Between(nn.Module):
         return self.second(self.operation(self.first(x)))
 
 
-OPERATIONS: dict[str, tuple[Any, bool]] = {
-    "relu": (torch.relu, True),
-    "tanh": (torch.tanh, True),
-    "relu in place": (nn.ReLU(inplace=True), False),
-    "clamp in place": (lambda h: h.clamp_(min=0.2), False),
-    "where": (lambda h: torch.where(h > 0, h, 20.0), False),
+OPERATIONS: dict[str, tuple[Any, str]] = {
+    "relu": (torch.relu, ""),
+    "tanh": (torch.tanh, ""),
+    "views": (lambda h: h.view(4, -1, 64).transpose(0, 1).reshape(-1, 64)[:, torch.arange(64)], ""),
+    "masked": (lambda h: h.masked_fill(h > 1, -3.0), ""),
+    "relu in place": (nn.ReLU(inplace=True), "relu_"),
+    "clamp in place": (lambda h: h.clamp_(min=0.2), "clamp_"),
+    "sum in place": (lambda h: h.add_(1.0), "add_"),
+    "minus": (lambda h: -h, "neg"),
+    "minus in a view": (lambda h: torch.cat([-h[:, 32:], h[:, :32]], 1), "neg"),
+    "softmax": (lambda h: (10 * h).softmax(-1), "_softmax"),
 }
 
 
-@pytest.mark.parametrize(("operation", "served"), OPERATIONS.values(), ids=OPERATIONS)
-def test_an_operation_that_is_lost_when_served_is_refused(operation: Any, served: bool) -> None:
-    model, x = Between(operation), torch.randn(16, 32, generator=torch.Generator().manual_seed(1))
-    qat.prepare(model, QuantSpec(activations="int8", dtype="float32"))
-    if served:
-        qat.calibrate(model, [x])
-        return
-    with pytest.raises(CalibrationError, match=r"served, its outputs differ from those of training by \d+%.*in place"):
-        qat.calibrate(model, [x])
+@pytest.mark.parametrize("share", [1.0, 0.1], ids=["all", "small branch"])
+@pytest.mark.parametrize(("operation", "lost"), OPERATIONS.values(), ids=OPERATIONS)
+def test_a_layer_before_an_operation_that_is_lost_when_served_keeps_float_activations(
+    operation: Any, lost: str, share: float
+) -> None:
+    class Model(Between):
+        def forward(self, x: Tensor) -> Any:
+            return x + share * super().forward(x)
+
+    model, x = Model(operation), torch.randn(16, 32, generator=torch.Generator().manual_seed(1))
+    report = qat.calibrate(model, [x], spec=QuantSpec(activations="int8", dtype="float32"))
+    assert {name: reason.split("'")[1] for name, reason in report.kept_float.items()} == (
+        {"first": lost} if lost else {}
+    )
     assert not any(layer.mode.observe for layer in (model.first, model.second))
+    trained = model(x).detach()
+    qat.freeze(model)
+    with torch.no_grad():
+        served = model(x)
+    torch.testing.assert_close(served, trained, rtol=0, atol=1e-6 * float(trained.abs().max()))
+
+
+def test_an_operation_that_is_lost_only_since_training_is_refused() -> None:
+    model, x = Between(torch.relu), torch.randn(16, 32)
+    qat.calibrate(model, [x], spec=QuantSpec(activations="int8", dtype="float32"))
+    before = {name: layer.input_quantizer.scale.clone() for name, layer in quantized_layers(model)}
+    model.operation = nn.ReLU(inplace=True)
+    with pytest.raises(CalibrationError, match=r"layer 'first' meets the operation 'relu_', .*or exclude it"):
+        qat.calibrate(model, [2 * x])
+    assert all(torch.equal(layer.input_quantizer.scale, before[name]) for name, layer in quantized_layers(model))
 
 
 @pytest.mark.parametrize(

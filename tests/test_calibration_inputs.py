@@ -47,7 +47,8 @@ def test_empty_batches_alone_are_refused_and_set_nothing() -> None:
 def test_zeros_say_nothing_of_a_scale_so_the_layer_keeps_float_activations(kind: str) -> None:
     model, plain = mlp(), mlp()
     report = qat.calibrate(model, [torch.zeros(4, 16)], spec=spec(kind))
-    assert report.kept_float == ("0",)  # the biases give the others their values
+    # The biases give the others their values.
+    assert report.kept_float == {"0": "their inputs were zero in all batches, which says nothing of a scale"}
     assert all(scale is not None and scale > 0 for pair in report.scales.values() for scale in pair)
     for layer in (model, plain):
         layer[2].weight.data.zero_()  # which leaves its bias, in one code of an output
@@ -148,7 +149,7 @@ def test_scales_with_a_product_that_float16_cannot_hold_leave_the_layer_float() 
     spec = qat.QuantSpec(activations="int8", dtype="float16")
     x = torch.randn(64, 32) * 1e-2
     report = qat.calibrate(model, [x], spec=spec)
-    assert report.kept_float == ("0",)
+    assert report.kept_float == {"0": "float16 cannot hold the product of their scales"}
     wanted = model.eval()(x)
     qat.freeze(model)
     gap = (model(x.half()).float() - wanted).norm() / wanted.norm()
