@@ -115,7 +115,7 @@ def _calibrate(
         raise CalibrationError(f"batches, batch_size and length: must each be at least 1, got {numbers}")
     import torch
 
-    from qat.agreement import agreement, held_out
+    from qat.agreement import agreement, answers, held_out
     from qat.calibration import calibrate
     from qat.data import image_batches, text_batches
     from qat.exporting import export
@@ -148,11 +148,12 @@ def _calibrate(
         )
     inputs, others = held_out(inputs, batches)
     loaded.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    wanted = [found._replace(values=found.values.cpu()) for found in answers(loaded, others)]
     if fold:
         print(fold_outliers(loaded, inputs, spec=made, target=target))
     report = calibrate(loaded, inputs, spec=made, target=target, progress=True)
-    cost = agreement(loaded, others)
     freeze(loaded)
+    cost = agreement(loaded, others, wanted)
     example = {key: value[:1] for key, value in inputs[0].items()}
     export(loaded, output, processor=processor, example_inputs=example, overwrite=overwrite)
     if table:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 
 import qat
+from qat.agreement import Agreement, agreement
 from qat.cli import main
+from qat.files.evidence import is_frozen
 from qat.files.manifest import read_manifest
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -92,6 +95,21 @@ def test_a_users_mistake_is_one_line_and_code_2(
     assert message in err
     assert err.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_the_cost_is_that_of_the_frozen_model(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def watched(model: torch.nn.Module, *arguments: Any) -> Agreement:
+        assert is_frozen(model)
+        assert next(model.parameters()).dtype is torch.bfloat16  # as it is served
+        return agreement(model, *arguments)
+
+    monkeypatch.setattr("qat.agreement.agreement", watched)
+    given = ["--data", data, "--output", tmp_path / "out", "--batches", "1", "--batch-size", "2", "--device", "cpu"]
+    code, out, err = run(capsys, RECIPES / "reference_vit", *given)
+    assert code == 0, err
+    assert "against the float model on 1 held-out batches: KL 0.0" in out
 
 
 def test_an_output_that_exists_is_refused_before_any_work(
