@@ -137,7 +137,7 @@ def calibrate(
         model: a prepared model; with ``spec`` a float one.
         batches: each a tensor, a tuple or list of positional arguments, or a mapping of keyword arguments for
             ``model(...)``, on any device; with ``forward`` anything. Under ``torch.distributed`` each rank brings its
-            own share, and the ranges are reduced.
+            own share, and the ranges are reduced; where the batches of one fail, all raise and name its rank.
         spec: what to quantize, as in `qat.prepare`.
         target: who will load the export, as in `qat.prepare`; only with ``spec``.
         algorithm: how scales of weights are found, as in `qat.prepare`; only with ``spec``.
@@ -289,16 +289,18 @@ def _observe(
         quantizer.observer.reset()
         quantizer.arrives_quantized = False
     count, kept, readers = 0, [], Readers(layers, get_target(prepared_as(model).target).format.call_hazard)
-    with ExitStack() as stack, _float_activations(model, layers, observe=True):
+    with ExitStack() as stack, _together(), _float_activations(model, layers, observe=True):
         stack.callback(readers.groups)
         for batch in batches:
             _run(model, batch, count, forward)
             _require_finite(quantizers, count)
             count += 1
             kept.append(batch if forward else map_tensors(torch.Tensor.cpu, batch))
+        if count == 0:
+            raise CalibrationError(
+                "batches: calibration needs at least one batch, got none: pass some training batches"
+            )
     groups = _join(layers, readers.groups())
-    if count == 0:
-        raise CalibrationError("batches: calibration needs at least one batch, got none: pass some training batches")
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         for quantizer in sum(quantizers.values(), ()):
             quantizer.observer.reduce()
@@ -309,6 +311,24 @@ def _observe(
             "that use them, or exclude those layers in the spec"
         )
     return count, kept, groups, readers.hazards
+
+
+@contextmanager
+def _together() -> Iterator[None]:
+    """Where one of several processes fails within, all raise and name it: else the others would wait for it."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        yield
+        return
+    failed: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        failed = error
+    told: list[str | None] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(told, None if failed is None else str(failed) or type(failed).__name__)
+    for rank, fault in enumerate(told):
+        if fault is not None:
+            raise CalibrationError(f"rank {rank}: {fault}") from failed
 
 
 def _join(layers: Mapping[str, QuantizedLayer], groups: list[list[str]]) -> list[list[ActivationQuantizer]]:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -115,3 +119,50 @@ def test_batches_that_the_model_cannot_run_are_told(batches: Any, message: str) 
     qat.prepare(model, QuantSpec(activations="int8", dtype="float32"))
     with pytest.raises(CalibrationError, match=message):
         qat.calibrate(model, batches)
+
+
+SEVERAL = """
+import sys
+import torch
+from torch import nn
+
+import qat
+from qat.errors import CalibrationError
+
+rank = int(sys.argv[1])
+torch.distributed.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2)
+good = torch.ones(2, 16)
+for batches in ([good, torch.full((2, 16), float("nan"))], [good, torch.ones(2, 3)], [], [good]):
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
+    spec = qat.QuantSpec(activations="int8", dtype="float32")
+    try:
+        print(qat.calibrate(model, batches if rank else [good], spec=spec))
+    except CalibrationError as error:
+        print(error)
+        assert type(model[0]) is nn.Linear
+"""
+TOLD = (
+    "rank 1: batches: batch 1 gives inf or NaN, or numbers beyond 2^24, in the activations of layer '0'",
+    "rank 1: batches: the model cannot run batch 1 (RuntimeError",
+    "rank 1: batches: calibration needs at least one batch, got none: pass some training batches",
+    "calibrated 2 layers on 1 batches",
+)
+
+
+@pytest.mark.slow
+def test_all_processes_raise_what_one_of_them_found(tmp_path: Path) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    command = [sys.executable, "-W", "ignore", "-c", SEVERAL]
+    processes = [
+        subprocess.Popen([*command, str(rank), str(tmp_path / "store")], stdout=subprocess.PIPE, env=environment)
+        for rank in (0, 1)
+    ]
+    for process in processes:
+        try:
+            out, _ = process.communicate(timeout=240)
+        finally:
+            process.kill()
+        assert process.returncode == 0
+        lines = out.decode().splitlines()
+        assert len(lines) == len(TOLD)
+        assert all(line.startswith(told) for line, told in zip(lines, TOLD, strict=True))
