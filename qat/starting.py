@@ -24,7 +24,7 @@ from qat.runs import note_runs, runs
 from qat.starts import DATA_STARTS, RANGE_STARTS, Ends, Start, output_error
 from qat.tensors import matrices
 
-__all__ = ["StartReport", "Started", "awaiting", "find_starts"]
+__all__ = ["StartReport", "Started", "awaiting", "find_starts", "sharded"]
 
 logger = logging.getLogger("qat")
 
@@ -128,13 +128,11 @@ def find_starts(
     Raises:
         CalibrationError: there are no batches, one gives inf or NaN, or weights are sharded; nothing was changed.
     """
-    for name, layer in layers.items():
-        weight = layer.effective_weight(layer)
-        if type(weight.detach()) is not Tensor or weight.ndim != 2 or weight.is_meta:
-            raise CalibrationError(
-                f"model: the weight of layer {name!r} is not whole on one device, so no start can be found for it: "
-                "call qat.calibrate before the model is sharded, or use a start that needs no data, such as 'clip'"
-            )
+    for name in sharded(layers):
+        raise CalibrationError(
+            f"model: the weight of layer {name!r} is not whole on one device, so no start can be found for it: "
+            "call qat.calibrate before the model is sharded, or use a start that needs no data, such as 'clip'"
+        )
     started = Started(layers)
     with _in_float(model):
         readers = Readers(layers)
@@ -162,6 +160,12 @@ def find_starts(
                 del found
             pending += [*rounds({name: sizes[name] for name in moments.apart}, [], budget)]
     return started
+
+
+def sharded(layers: Mapping[str, QuantizedLayer]) -> list[str]:
+    """The layers whose weight is not whole on one device."""
+    weights = {name: layer.effective_weight(layer) for name, layer in layers.items()}
+    return [name for name, w in weights.items() if type(w.detach()) is not Tensor or w.ndim != 2 or w.is_meta]
 
 
 @contextmanager

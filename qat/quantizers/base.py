@@ -120,6 +120,9 @@ class WeightQuantizer(QuantizerModule, ABC):
         """The start in `qat.starts.DATA_STARTS` that waits for data; `restart` then takes it. None: nothing waits."""
         return None
 
+    def keep_start(self) -> None:
+        """Wait for no data any more, and begin with what it has."""
+
     def restart(self, low: Tensor | None, high: Tensor) -> None:
         """Begin with another range, float32, ``(groups, 1)``; only where a start is awaited."""
         raise NotImplementedError(f"{type(self).__name__}: awaits no start, so it takes none")
@@ -169,6 +172,15 @@ class Algorithm(NamedArguments):
     def learns_activations(self, name: str) -> bool:
         """Whether the activation scales of the layer called ``name`` are learned."""
         return self.learn_activations and not any(fnmatchcase(name, pattern) for pattern in self.static_activations)
+
+    def for_type(self, qtype: QType) -> Algorithm:
+        """The algorithm that makes the quantizers of layers of this type: itself, unless it chooses by type."""
+        return self
+
+    def __str__(self) -> str:
+        """Its name, with the options that are not the defaults."""
+        given = [f"{k}={v!r}" for k, v in self if v != type(self).model_fields[k].default]
+        return f"{type(self).__name__}({', '.join(given)})"
 
     @abstractmethod
     def make(self, weight: Tensor, qtype: QType, dtype: torch.dtype) -> WeightQuantizer:

@@ -12,7 +12,7 @@ that gives their gradients. A range clips, so weights outside it get no gradient
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeAlias
 
 import torch
 from pydantic import Field, model_validator
@@ -24,7 +24,10 @@ from qat.numerics import QType, moved_range, round_to
 from qat.quantizers.base import Algorithm, Quantized, WeightQuantizer
 from qat.starts import DATA_STARTS, RANGE_STARTS
 
-__all__ = ["LearnedAffine", "LearnedRange", "start_range"]
+__all__ = ["LearnedAffine", "LearnedRange", "StartName", "start_range"]
+
+StartName: TypeAlias = Literal["minmax", "clip", "lsq", "hqq", "seq", "output", "gptq", "best"]
+"""Names in `qat.starts`; the last three need data."""
 
 
 class _ServedRange(torch.autograd.Function):
@@ -102,9 +105,15 @@ class LearnedRange(WeightQuantizer):
         self._begin(low, high)
         self.started.fill_(True)
 
+    @torch.no_grad()
+    def keep_start(self) -> None:
+        """Begin with the range of ``clip``, as if data had given it."""
+        if self.data_start is not None:
+            self.started.fill_(True)
+
     def awaited_start(self) -> str | None:
         """The start that data has yet to give. None where it has, or where training has moved the range before."""
-        waits = self.data_start is not None and not bool(self.started)
+        waits = self.data_start is not None and not self.started.is_meta and not bool(self.started)
         return self.data_start if waits and not any(bool(p.any()) for p in self.parameters()) else None
 
     def _flat(self) -> Tensor:
@@ -160,7 +169,7 @@ class LearnedAffine(Algorithm):
     """
 
     kind: Literal["learned_affine"] = "learned_affine"
-    start: Literal["minmax", "clip", "lsq", "hqq", "seq", "output", "gptq", "best"] = "clip"
+    start: StartName = "clip"
     """What to begin with (`qat.starts`); the last three need data, and are ``clip`` until `qat.calibrate` ran."""
     mask_saturated: bool = True
     """Stop the gradient of weights outside the range, as LSQ does."""

@@ -29,10 +29,10 @@ from qat.layers import Mode, layer_class, quantized_layers
 from qat.observers import Best, ObserverChoice
 from qat.optimizers import REMEDY, learned_ranges, refuse_decay, watch
 from qat.preparation import prepare, prepared_as
-from qat.quantizers import Algorithm, StraightThrough
+from qat.quantizers import Algorithm, Automatic
 from qat.quantizers.activation import ActivationQuantizer
 from qat.spec import QuantSpec
-from qat.starting import awaiting
+from qat.starting import awaiting, sharded
 from qat.training.annealing import begin_with, end_first_type
 from qat.training.averaging import part_scales, require_order, require_same_kind
 from qat.training.batches import calibrate_on_training_data
@@ -51,7 +51,7 @@ class QuantizationAwareTraining(Callback):
 
     Args:
         spec: what to quantize.
-        algorithm: how scales are found; default `StraightThrough`.
+        algorithm: how scales are found; default `Automatic`, the best for the type of each layer.
         schedule: when; default: from the first step.
         target: who will load the export.
         attribute: the attribute of the LightningModule that holds the model to prepare (its metrics, a teacher and the
@@ -91,7 +91,7 @@ class QuantizationAwareTraining(Callback):
         example_inputs: Any = None,
     ) -> None:
         self.spec = spec
-        self.algorithm = algorithm or StraightThrough()
+        self.algorithm = algorithm or Automatic()
         self.schedule = schedule or QuantizationSchedule()
         self.target = target
         self.attribute = attribute
@@ -203,6 +203,8 @@ class QuantizationAwareTraining(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give uncalibrated activations their first scales, and weights their start; a resumed run already has them."""
         model, count = self.model_of(pl_module), self.schedule.calibration_batches
+        if isinstance(self.algorithm, Automatic):
+            self._keep_starts(model)
         self._refuse_schedule(trainer, model)
         uncalibrated, waiting = _uncalibrated(model), awaiting(model)
         if uncalibrated or waiting:
@@ -223,6 +225,15 @@ class QuantizationAwareTraining(Callback):
         self._change_types(trainer, model)
         self._pulls = pull_after_steps(trainer, model, self.schedule)
         self._switch(trainer, pl_module)
+
+    def _keep_starts(self, model: nn.Module) -> None:
+        """Where the default's start can get no data, training begins without: nobody has asked for that start."""
+        waiting, late = awaiting(model), self.schedule.settled_from > 0
+        if waiting and self.schedule.calibration_batches and (late or sharded(waiting)):
+            for layer in waiting.values():
+                layer.weight_quantizer.keep_start()
+            reason = "the schedule changes types or begins in float" if late else "weights are sharded"
+            logger.warning("%d layers begin with the start 'clip', for theirs needs data, and %s", len(waiting), reason)
 
     def _refuse_schedule(self, trainer: Trainer, model: nn.Module) -> None:
         until = self.schedule.first_weights_until
