@@ -193,8 +193,8 @@ def test_sharded_weights_are_refused() -> None:
     class Sharding:
         restore_checkpoint_after_setup = True
 
-    callback, model = quantization(INT2, **FIRST), Tiny()
-    qat.prepare(model, INT2)
+    callback, model = quantization(INT2, qat.StraightThrough(), **FIRST), Tiny()
+    qat.prepare(model, INT2, algorithm=qat.StraightThrough())
     trainer: Any = SimpleNamespace(estimated_stepping_batches=9, strategy=Sharding(), callbacks=[callback])
     with pytest.raises(qat.TrainingError, match="first_weights needs whole weights, which Sharding shards: use ddp"):
         callback._refuse_schedule(trainer, model)

@@ -214,7 +214,7 @@ class QuantizationAwareTraining(Callback):
                     "0 or observe_from=0, or call qat.calibrate before the fit"
                 )
             if count > 0:
-                logger.info("%s", calibrate_on_training_data(trainer, pl_module, model, count, self.model_inputs))
+                self._calibrate(trainer, pl_module, may_fail=isinstance(self.algorithm, Automatic) and not uncalibrated)
             elif waiting:
                 logger.warning(
                     "%d layers begin with the start 'clip', for theirs needs data: set calibration_batches above 0, or "
@@ -225,6 +225,17 @@ class QuantizationAwareTraining(Callback):
         self._change_types(trainer, model)
         self._pulls = pull_after_steps(trainer, model, self.schedule)
         self._switch(trainer, pl_module)
+
+    def _calibrate(self, trainer: Trainer, pl_module: LightningModule, may_fail: bool) -> None:
+        """Calibrate with the fit's own batches; a model that cannot run them ``may_fail`` with a warning."""
+        model, count = self.model_of(pl_module), self.schedule.calibration_batches
+        try:
+            logger.info("%s", calibrate_on_training_data(trainer, pl_module, model, count, self.model_inputs))
+        except CalibrationError as error:
+            # Of several processes one alone must not go on. An error without a cause is in the data.
+            if not may_fail or trainer.world_size > 1 or error.__cause__ is None:
+                raise
+            logger.warning("learned ranges begin with the start 'clip', for theirs needs data: %s", error)
 
     def _keep_starts(self, model: nn.Module) -> None:
         """Where the default's start can get no data, training begins without: nobody has asked for that start."""
