@@ -183,6 +183,27 @@ def test_the_default_needs_no_data(
     assert reason in told
 
 
+class Shard(Tensor):
+    """Stands for a weight that is not whole."""
+
+
+def test_sharded_weights_begin_without_data(caplog: pytest.LogCaptureFixture) -> None:
+    model = network()
+    qat.prepare(model, MIXED)
+    for _, layer in quantized_layers(model):
+        layer.weight = nn.Parameter(layer.weight.detach().as_subclass(Shard))
+    with pytest.raises(CalibrationError, match=r"layer '0' is not whole on one device, .*before the model is sharded"):
+        qat.calibrate(model, [X])
+    with caplog.at_level(logging.WARNING, logger="qat"):
+        quantization(MIXED)._keep_starts(model)
+    assert caplog.messages == [
+        "2 layers begin with the start 'clip', for theirs needs data, and weights are sharded",
+    ]
+    assert not awaiting(model)
+    quantization(MIXED)._keep_starts(model)
+    assert len(caplog.messages) == 1
+
+
 class Parts(nn.Module):
     """A model without a forward of its own."""
 
