@@ -1,25 +1,31 @@
-"""What quantization changes in a model's answers: a prepared model against itself in float, on batches held out.
+"""What quantization changes in a model's answers: the frozen model against the float one, on batches held out.
 
-The prepared model is both: its layers run once with fake quantization, as they will be served, and once without. So no
-second model is held. `qat calibrate` prints the result.
+The float model answers before it is prepared, and its answers wait in the memory of the CPU. So no second model is
+held, and what is judged is what is served. `qat calibrate` prints the result.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from qat.layers import Mode, quantized_layers
 from qat.probing import kept_modes, run
-from qat.runs import note_runs, runs
 from qat.tensors import map_tensors, model_device
 
-__all__ = ["Agreement", "agreement", "held_out"]
+__all__ = ["Agreement", "Answers", "agreement", "answers", "held_out"]
+
+
+class Answers(NamedTuple):
+    """What a model says of a batch."""
+
+    values: Tensor
+    """Float32, ``(predictions, classes)``."""
+    are_logits: bool
+    """Else they are hidden states."""
 
 
 @dataclass(frozen=True)
@@ -57,47 +63,40 @@ def held_out(batches: list[Any], wanted: int) -> tuple[list[Any], list[Any]]:
     return [b for i, b in enumerate(batches) if i not in chosen], [b for i, b in enumerate(batches) if i in chosen]
 
 
-@torch.no_grad()
-def agreement(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> Agreement:
-    """Run a prepared and calibrated model on ``batches``, each a mapping of arguments, quantized and in float.
+def answers(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> Iterator[Answers]:
+    """What a float or a frozen model says of ``batches``, each a mapping of arguments, one after the other.
 
     Outputs are ``logits``, ``(..., classes)``, or else ``last_hidden_state``. Positions that an ``attention_mask``
     leaves out do not count where every position has an output.
     """
+    device = model_device(model)
+    for batch in batches:
+        moved = map_tensors(lambda x: x.to(device), batch)
+        with kept_modes(model), torch.no_grad():
+            output = run(model.eval(), moved)
+        logits, mask = getattr(output, "logits", None), moved.get("attention_mask")
+        values: Tensor = output.last_hidden_state if logits is None else logits
+        if type(values) is not Tensor:  # quanto's own, where the last layer quantizes its output
+            values = values.dequantize()
+        if mask is not None and mask.shape == values.shape[:-1]:
+            values = values[mask.bool()]
+        yield Answers(values.float().reshape(-1, values.shape[-1]), logits is not None)
+
+
+@torch.no_grad()
+def agreement(model: nn.Module, batches: Sequence[Mapping[str, Tensor]], wanted: Iterable[Answers]) -> Agreement:
+    """How near a frozen model is to the float one, whose answers to the same ``batches`` are ``wanted``."""
     count = predictions = 0
     kl = same = gap = size = 0.0
-    device, layers = model_device(model), [layer for _, layer in quantized_layers(model)]
-    with ExitStack() as stack:
-        stack.enter_context(kept_modes(model))
-        stack.callback(note_runs, model, runs(model))
-        for layer in layers:
-            stack.callback(setattr, layer, "mode", layer.mode)
-            stack.callback(setattr, layer, "reached", layer.reached)
-        model.eval()
-        for batch in batches:
-            moved = map_tensors(lambda x: x.to(device), batch)
-            answers = []
-            for mode in (Mode(weights=False, activations=False), Mode()):
-                for layer in layers:
-                    layer.mode = mode
-                answers.append(_answers(run(model, moved), moved.get("attention_mask")))
-            (wanted, are_logits), (found, _) = answers
-            count += 1
-            gap += float((found - wanted).square().sum())
-            size += float(wanted.square().sum())
-            if are_logits:
-                log_p, log_q = wanted.log_softmax(-1), found.log_softmax(-1)
-                predictions += len(wanted)
-                kl += float((log_p.exp() * (log_p - log_q)).sum())
-                same += int((wanted.argmax(-1) == found.argmax(-1)).sum())
+    for (found, are_logits), (expected, _) in zip(answers(model, batches), wanted, strict=True):
+        expected = expected.to(found.device)
+        count += 1
+        gap += float((found - expected).square().sum())
+        size += float(expected.square().sum())
+        if are_logits:
+            log_p, log_q = expected.log_softmax(-1), found.log_softmax(-1)
+            predictions += len(expected)
+            kl += float((log_p.exp() * (log_p - log_q)).sum())
+            same += int((expected.argmax(-1) == found.argmax(-1)).sum())
     total = max(predictions, 1)
     return Agreement(count, predictions, kl / total, same / total, gap / max(size, 1e-30))
-
-
-def _answers(output: Any, mask: Tensor | None) -> tuple[Tensor, bool]:
-    """The rows of a model's output, float32, ``(predictions, classes)``, and whether they are logits."""
-    logits = getattr(output, "logits", None)
-    values: Tensor = output.last_hidden_state if logits is None else logits
-    if mask is not None and mask.shape == values.shape[:-1]:
-        values = values[mask.bool()]
-    return values.float().reshape(-1, values.shape[-1]), logits is not None

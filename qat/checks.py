@@ -71,8 +71,11 @@ def require_range(model: nn.Module, layers: list[tuple[str, QuantizedLayer]], ru
 
 
 @torch.no_grad()
-def loses_scales(layer: QuantizedLayer) -> bool:
-    """Whether the serving dtype cannot hold the product of input scale and weight scale, by which loaders scale."""
+def loses_scales(layer: QuantizedLayer, mean: float = 1.0) -> bool:
+    """Whether the serving dtype cannot hold the product of input scale and weight scale, by which loaders scale.
+
+    No row may be off by more than an eighth, nor the weight as a whole, in the root of its mean square, by ``mean``.
+    """
     activation, quantizer = layer.input_quantizer, layer.weight_quantizer
     if (
         quantizer.dtype is not torch.float16
@@ -85,9 +88,11 @@ def loses_scales(layer: QuantizedLayer) -> bool:
     if weight.is_meta or not activation.initialized:
         return False
     scale, x_scale = quantizer.quantize_to_codes(weight).scale, activation.serving_scale()
-    exact = scale.double() * x_scale.double()
-    lost = ((scale.half() * x_scale.half()).double() - exact).abs() > exact / 8
-    return bool((lost.flatten() & weight.bool().any(1)).any())
+    exact = (scale.double() * x_scale.double()).flatten()
+    off = ((scale.half() * x_scale.half()).double().flatten() / exact.clamp(min=1e-300) - 1).abs()
+    rows = weight.double().square().sum(1)
+    whole = (off.square() @ rows) / rows.sum().clamp(min=1e-300)
+    return bool(((off > 1 / 8) & (rows > 0)).any() | (whole > mean * mean))
 
 
 @torch.no_grad()

@@ -14,13 +14,13 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import tyro
 import yaml
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo, StructTypeInfo
 
-from qat.errors import CalibrationError, VerifyError
+from qat.errors import CalibrationError, SpecError, VerifyError
 from qat.report import quiet_libraries, run_command
 from qat.spec import QuantSpec
 
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 __all__ = ["main", "mapping_rule"]
 
 _W8A8 = QuantSpec(activations="int8")
+_DEFAULT: dict[str, Any] = {}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -80,6 +81,8 @@ def _calibrate(
     output: Path,
     spec: Annotated[QuantSpec, tyro.conf.OmitArgPrefixes] = _W8A8,
     target: Literal["quanto", "transformers"] = "transformers",
+    algorithm: dict[str, Any] = _DEFAULT,
+    observer: dict[str, Any] = _DEFAULT,
     batches: int = 16,
     batch_size: int = 8,
     length: int = 256,
@@ -98,6 +101,8 @@ def _calibrate(
         output: The directory to write.
         spec: What to quantize.
         target: Who will load the export.
+        algorithm: How scales of weights are found, as kind=learned_affine start=best; none: straight_through.
+        observer: The rule for scales of activations, as kind=percentile percentile=99.9; none: best.
         batches: Batches to calibrate on; fewer where there is less data. A quarter more is held out to compare.
         batch_size: Texts or images of a batch.
         length: Tokens of a text; never more than the model takes.
@@ -115,7 +120,7 @@ def _calibrate(
         raise CalibrationError(f"batches, batch_size and length: must each be at least 1, got {numbers}")
     import torch
 
-    from qat.agreement import agreement, held_out
+    from qat.agreement import agreement, answers, held_out
     from qat.calibration import calibrate
     from qat.data import image_batches, text_batches
     from qat.exporting import export
@@ -124,9 +129,16 @@ def _calibrate(
     from qat.freezing import freeze
     from qat.hosts import host_of
     from qat.hosts.pretrained import load_float
+    from qat.observers import ObserverChoice
+    from qat.preparation import prepare
+    from qat.quantizers import AnyAlgorithm
     from qat.verification import verify
 
     quiet_libraries()
+    choices = {
+        "algorithm": _chosen("algorithm", algorithm, AnyAlgorithm),
+        "observer": _chosen("observer", observer, ObserverChoice),
+    }
     check_destination(output.absolute(), overwrite)
     loaded: Any
     loaded, processor = load_float(model, trust_remote_code=trust_remote_code)
@@ -148,11 +160,13 @@ def _calibrate(
         )
     inputs, others = held_out(inputs, batches)
     loaded.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    wanted = [found._replace(values=found.values.cpu()) for found in answers(loaded, others)]
     if fold:
         print(fold_outliers(loaded, inputs, spec=made, target=target))
-    report = calibrate(loaded, inputs, spec=made, target=target, progress=True)
-    cost = agreement(loaded, others)
+    prepare(loaded, made, target=target, **choices)
+    report = calibrate(loaded, inputs, progress=True)
     freeze(loaded)
+    cost = agreement(loaded, others, wanted)
     example = {key: value[:1] for key, value in inputs[0].items()}
     export(loaded, output, processor=processor, example_inputs=example, overwrite=overwrite)
     if table:
@@ -161,6 +175,15 @@ def _calibrate(
     print(verify(output, loaded))
     print(cost if others else "not compared with the float model: there is one batch of data, and none to hold out")
     print(f"load it with qat.load({str(output)!r}), or as {str(output / 'README.md')!r} shows")
+
+
+def _chosen(option: str, values: dict[str, Any], choices: Any) -> Any:
+    """The member of a union that ``kind`` names, made of the other values; None without any."""
+    kinds = {choice.model_fields["kind"].default: choice for choice in get_args(get_args(choices)[0])}
+    kind = values.get("kind")
+    if values and (not isinstance(kind, str) or kind not in kinds):
+        raise SpecError(f"{option}: kind must be one of {', '.join(kinds)}, got {kind!r}: write --{option} kind=NAME")
+    return kinds[kind](**values) if values else None
 
 
 def _verify(directory: Path, /, json: bool = False) -> None:

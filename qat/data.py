@@ -1,13 +1,13 @@
-"""Batches for calibration from files of texts or images: `qat calibrate --data`.
+"""Batches as a caller gives them, and those for calibration from files of texts or images: `qat calibrate --data`.
 
-A few batches are wanted out of any amount of data. So ``datasets`` streams texts through a shuffle, and images are
-picked at even distances in the order of their names.
+Of files a few batches are wanted out of any amount of data. So ``datasets`` streams texts through a shuffle, and images
+are picked at even distances in the order of their names.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,20 @@ from torch import Tensor, tensor
 
 from qat.errors import CalibrationError, listed
 
-__all__ = ["image_batches", "text_batches"]
+__all__ = ["image_batches", "list_batches", "text_batches"]
 
 _TABLES = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 _BUFFER = 1000  # rows that are shuffled
 _CHARACTERS = 1 << 20  # of one text that are looked at
+
+
+def list_batches(batches: Iterable[Any], what: str) -> list[Any]:
+    """All batches; `CalibrationError` where they are a single one, or none for ``what`` they are needed for."""
+    if isinstance(batches, Mapping | Tensor | str) or not isinstance(batches, Iterable):
+        raise CalibrationError(f"batches: must be several batches, got one {type(batches).__name__}: pass [batch]")
+    if not (found := list(batches)):
+        raise CalibrationError(f"batches: {what} needs at least one batch, got none: pass some training batches")
+    return found
 
 
 def text_batches(

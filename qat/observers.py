@@ -109,11 +109,6 @@ class Observer(nn.Module):
         error = (found - points).double().square_() @ counts
         return (error / (points.double().square() @ counts).clamp(min=1e-300)).reshape(scales.shape)
 
-    def saturated(self, scale: Tensor, qtype: QType) -> Tensor:
-        """Share of what was seen, float64, that lies beyond the largest code of ``scale``."""
-        beyond = _edges(self.counts.device)[:-1] > scale * qtype.steps
-        return (self.counts * beyond).sum() / self.counts.sum().clamp(min=1).double()
-
     def reduce(self) -> None:
         """Make the statistics those of all ranks of the default process group."""
         for buffer in (self.counts, self.calls):

@@ -6,11 +6,13 @@ global hook before that step sees them all, and looks at an optimizer when its g
 
 Before the first step on a prepared model the hook also takes fingerprints of the masters and the learned ranges.
 Freezing compares them. A fingerprint is a sum over bits, exact on every device; it keeps no copy of the weights.
+From that step on no weight waits for a start from data, which would overwrite what training made of it.
 """
 
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -24,7 +26,18 @@ from qat.errors import TrainingError, listed
 from qat.layers import quantized_layers
 from qat.tensors import matrices
 
-__all__ = ["forget_training", "learned_ranges", "no_training", "refuse_decay", "unchanged", "watch"]
+__all__ = [
+    "begin_training",
+    "forget_training",
+    "learned_ranges",
+    "look_again",
+    "no_training",
+    "refuse_decay",
+    "unchanged",
+    "watch",
+]
+
+logger = logging.getLogger("qat")
 
 REMEDY = (
     "build the optimizer from qat.parameter_groups(module, lr, scale_lr, weight_decay) after qat.prepare (with "
@@ -54,7 +67,21 @@ def _register() -> None:
 def forget_training(model: nn.Module) -> None:
     """What trains has changed: take fingerprints anew before the next step."""
     _first.pop(model, None)
+    look_again()
+
+
+def look_again() -> None:
+    """Look at every optimizer before its next step, also at those that were looked at."""
     _checked.clear()
+
+
+def begin_training(model: nn.Module) -> list[str]:
+    """Let layers that quantize their weight await no start any more; the names of those that did."""
+    layers = {name: layer.weight_quantizer for name, layer in quantized_layers(model) if layer.mode.weights}
+    waiting = [name for name, quantizer in layers.items() if quantizer.awaited_start() is not None]
+    for name in waiting:
+        layers[name].stop_awaiting()
+    return waiting
 
 
 @contextmanager
@@ -80,6 +107,13 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     for model in list(_models):
         if any(id(p) in held for p in model.parameters()):
             refuse_decay(model, optimizer.param_groups)
+            if waited := begin_training(model):
+                logger.warning(
+                    "%d layers train from the start 'clip', for theirs needs data: call qat.calibrate(model, batches) "
+                    "before the first step: %s",
+                    len(waited),
+                    listed(waited, 4),
+                )
             if model not in _first:
                 _first[model] = {name: _fingerprint(p) for name, p in _trained(model).items()}
     _checked[optimizer] = groups

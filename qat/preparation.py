@@ -87,6 +87,7 @@ class PrepareReport:
         return "\n".join(lines)
 
 
+@torch.inference_mode(False)  # in which parameters would be tensors that no training can use
 def prepare(
     model: nn.Module,
     spec: QuantSpec,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import functools
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -14,9 +15,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from qat.errors import CalibrationError, QatError, SpecError
-from qat.tensors import matrices
+from qat.tensors import map_tensors, matrices, model_device
 
-__all__ = ["Probe", "Readers", "Weights", "compiled_parts", "kept_modes", "run", "running"]
+__all__ = ["Probe", "Readers", "Weights", "compiled_parts", "kept_modes", "run", "run_batch", "running", "watched"]
 
 
 @contextmanager
@@ -93,9 +94,12 @@ class Probe(TorchFunctionMode):
 
 
 class Readers:
-    """Which layers read the same tensor, in every call."""
+    """Which layers read the same tensor, in every call; ``hazard`` says what is wrong with an input, or None."""
 
-    def __init__(self, layers: Mapping[str, nn.Module]) -> None:
+    def __init__(self, layers: Mapping[str, nn.Module], hazard: Callable[..., str | None] | None = None) -> None:
+        self.hazards: dict[str, str] = {}
+        """Layer to what is wrong with one of its calls."""
+        self._hazard = hazard
         self._first: Any = WeakIdKeyDictionary()
         self._found: dict[str, set[str]] = {name: set() for name in layers}
         self._handles = [
@@ -105,6 +109,8 @@ class Readers:
 
     def _note(self, name: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = args[0] if args else kwargs["input"]
+        if self._hazard is not None and (hazard := self._hazard(x, keyword=not args)) is not None:
+            self.hazards.setdefault(name, hazard)
         self._found[name].add(self._first.setdefault(x, name))
 
     def groups(self) -> list[list[str]]:
@@ -166,10 +172,27 @@ def compiled_parts(model: nn.Module) -> tuple[str, ...]:
 
 
 @contextmanager
-def running(number: int, remedy: str = "", what: str = "the model") -> Iterator[None]:
-    """Say which batch a model cannot run, as `CalibrationError`; errors of ours pass."""
-    try:
+def watched(modules: Mapping[str, nn.Module], note: Callable[[str, Any, Any], None]) -> Iterator[None]:
+    """Tell ``note`` of every call: the name of the module, its first argument and its output."""
+    with ExitStack() as stack:
+        for name, module in modules.items():
+
+            def hook(_: nn.Module, args: Any, kwargs: Any, y: Any, name: str = name) -> None:
+                note(name, next(iter((*args, *kwargs.values())), None), y)
+
+            stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
         yield
+
+
+@contextmanager
+def running(number: int, remedy: str = "", what: str = "the model") -> Iterator[None]:
+    """Say which batch a model cannot run, as `CalibrationError`; errors of ours pass. Nothing compiled runs meanwhile.
+
+    Compiled code may ignore the hooks that look at a model, and cannot run frozen layers.
+    """
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            yield
     except QatError:
         raise
     except Exception as error:  # whatever the code of a model, of a kernel or of a user raises
@@ -189,3 +212,12 @@ def run(model: nn.Module, batch: Any) -> Any:
     if isinstance(batch, tuple | list):
         return model(*batch)
     return model(batch)
+
+
+def run_batch(model: nn.Module, batch: Any, number: int, forward: Callable[[nn.Module, Any], Any] | None) -> Any:
+    """What ``forward``, or the model on its own device, returns for a batch; see `running` for failures."""
+    with running(number, "" if forward is None else "mend the function forward"):
+        if forward is not None:
+            return forward(model, copy.copy(batch))  # which may take things out of it
+        device = model_device(model)
+        return run(model, map_tensors(lambda x: x.to(device), batch))

@@ -2,7 +2,8 @@
 
 quanto's layers hand on quantized tensors. The output of a layer stays quantized through relu, view, dropout and the
 like, and the next layer then ignores its own input scale and takes the producer's. Other operations between layers do
-other things to quantized tensors than to floats. Fake quantization sees floats alone, so a *frozen copy* runs.
+other things to quantized tensors than to floats: in place they are lost, softmax quantizes again, and -x has no code
+for the opposite of -128. Fake quantization sees floats alone, so a *frozen copy* runs.
 
 A generate loop or a pipeline holds the model itself and cannot be handed a copy. So the copy's layers and tensors
 stand in the model's own modules meanwhile (`as_served`).
@@ -10,57 +11,28 @@ stand in the model's own modules meanwhile (`as_served`).
 
 from __future__ import annotations
 
-import copy
 import functools
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any, NamedTuple
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 from qat.errors import CalibrationError
-from qat.files.examples import flatten_outputs
 from qat.freezing import frozen_copy
-from qat.layers import Mode, QuantizedLayer, quantized_layers
+from qat.layers import QuantizedLayer, quantized_layers
 from qat.preparation import prepared_as
-from qat.runs import note_runs, runs
 from qat.tensors import map_tensors
 
-__all__ = ["Call", "as_served", "first_call", "input_scales", "mark_arriving", "require_served", "snapshot"]
+__all__ = ["ServedRun", "as_served", "mark_arriving", "snapshot"]
 
 logger = logging.getLogger("qat")
 
 _CONTAINERS = tuple(key for key, value in vars(nn.Module()).items() if isinstance(value, dict | set))
-
-
-class Call(NamedTuple):
-    """The arguments of one call of a model, as they were before it."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-    def __call__(self, model: nn.Module) -> dict[str, Tensor]:
-        """Make the call again; the outputs by name. A call may change its arguments, as caches are."""
-        args, kwargs = copy.deepcopy((self.args, self.kwargs))
-        return flatten_outputs(model(*args, **kwargs))
-
-
-@contextmanager
-def first_call(model: nn.Module) -> Iterator[list[Call]]:
-    """A list that the first call of ``model`` within the block is put into."""
-    calls: list[Call] = []
-
-    def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not calls:
-            calls.append(Call(*copy.deepcopy(map_tensors(torch.Tensor.detach, (args, kwargs)))))
-
-    handle = model.register_forward_pre_hook(note, with_kwargs=True)
-    try:
-        yield calls
-    finally:
-        handle.remove()
 
 
 def snapshot(model: nn.Module) -> Callable[[], None]:
@@ -124,22 +96,106 @@ def as_served(model: nn.Module) -> Iterator[None]:
         restore()
 
 
-def input_scales(model: nn.Module, names: list[str], go: Callable[[], None]) -> dict[str, list[Tensor | None]]:
-    """For each call of a layer of a frozen model while ``go`` runs it: the scale its input arrives with, or None."""
-    seen: dict[str, list[Tensor | None]] = {name: [] for name in names}
+class ServedRun(TorchDispatchMode):
+    """What the calls of a model within the block show that stands for its frozen copy (`as_served`).
 
-    def note(name: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    Every operation on a quantized tensor, outside layers, is carried out on floats too. Where the results differ,
+    training would compute something else than is served.
+    """
+
+    def __init__(self, model: nn.Module, names: Iterable[str]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.scales: dict[str, list[Tensor | None]] = {name: [] for name in names}
+        """For each call of a layer, the scale that its input arrives with, or None."""
+        self.lost: dict[str, str] = {}
+        """The layers whose outputs reach an operation that is carried out otherwise on them, and its name."""
+        self._model, self._inside, self._stack = model, 0, ExitStack()
+
+    def __enter__(self) -> Self:
+        for name in self.scales:
+            layer = self._model.get_submodule(name)
+            before, after = functools.partial(self._before, name), functools.partial(self._after, name)
+            self._stack.callback(layer.register_forward_pre_hook(before, prepend=True, with_kwargs=True).remove)
+            self._stack.callback(layer.register_forward_hook(after, always_call=True).remove)
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *args: Any) -> None:
+        super().__exit__(*args)  # type: ignore[no-untyped-call]
+        self._stack.close()
+
+    def lost_anywhere(self) -> dict[str, str]:
+        """`lost` of all ranks of the default process group, so that all take the same layers out."""
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return self.lost
+        found: list[dict[str, str]] = [{}] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(found, self.lost)
+        return {name: operation for part in found for name, operation in part.items()}
+
+    def _before(self, name: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._inside += 1
         x = args[0] if args else kwargs["input"]
         if x.numel():
-            seen[name].append(getattr(x, "_scale", None))
+            self.scales[name].append(getattr(x, "_scale", None))
 
-    with ExitStack() as stack:
-        for name in names:
-            hook = functools.partial(note, name)
-            layer = model.get_submodule(name)
-            stack.callback(layer.register_forward_pre_hook(hook, prepend=True, with_kwargs=True).remove)
-        go()
-    return seen
+    def _after(self, name: str, _: nn.Module, args: Any, y: Any) -> None:
+        self._inside -= 1
+        if _is_quantized(y):
+            y._producers = frozenset([name])
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Carry out an operation, and see whether it is that of floats."""
+        kwargs = kwargs or {}
+        quantized = [leaf for leaf in tree_leaves((args, kwargs)) if _is_quantized(leaf)]
+        if self._inside or not quantized or torch.Tag.nondeterministic_seeded in func.tags:
+            return func(*args, **kwargs)
+        floats = tree_map(_as_float, (args, kwargs))
+        wanted = func(*floats[0], **floats[1])
+        result = func(*args, **kwargs)
+        producers = frozenset().union(*(getattr(leaf, "_producers", ()) for leaf in quantized))
+        for leaf in tree_leaves(result):
+            if _is_quantized(leaf):
+                leaf._producers = producers
+        pairs = [*zip(tree_leaves(wanted), tree_leaves(result), strict=True)]
+        if func._schema.is_mutable:  # on a dequantized copy of an argument, which is then lost
+            pairs += zip(tree_leaves(floats), tree_leaves((args, kwargs)), strict=True)
+        if _always_other(func, quantized[0]) or not all(map(_alike, *zip(*pairs, strict=True))):
+            name = func.overloadpacket.__name__
+            if not producers:
+                raise CalibrationError(
+                    f"model: the operation {name!r} between layers is carried out otherwise on quantized activations: "
+                    "exclude the layer before it, or leave outputs float (target 'transformers')"
+                )
+            self.lost |= dict.fromkeys(producers, name)
+        return result
+
+
+def _is_quantized(x: Any) -> bool:
+    return isinstance(x, Tensor) and type(x) is not Tensor and getattr(x, "_scale", None) is not None
+
+
+def _as_float(x: Any) -> Any:
+    if _is_quantized(x):
+        return x.dequantize()
+    return x.clone() if isinstance(x, Tensor) else x
+
+
+def _always_other(func: Any, x: Any) -> bool:
+    """Whether an operation on ``x`` is another one whatever the data that came so far."""
+    if func.overloadpacket is torch.ops.aten.neg:  # the code -128 has no opposite, and other data may reach it
+        return not x._data.dtype.is_floating_point
+    return func.overloadpacket is torch.ops.aten._softmax  # whose result is quantized again
+
+
+def _alike(wanted: Any, found: Any) -> bool:
+    """Whether two results are equal, but for rounding."""
+    if not isinstance(wanted, Tensor) or not wanted.is_floating_point() or not wanted.numel():
+        return True
+    other = found.dequantize() if _is_quantized(found) else found
+    if wanted.shape != other.shape:
+        return False
+    distance = (wanted.double() - other.double()).nan_to_num().square().sum()
+    return bool(distance <= (2 * torch.finfo(wanted.dtype).eps) ** 2 * wanted.double().nan_to_num().square().sum())
 
 
 @torch.no_grad()
@@ -163,35 +219,3 @@ def mark_arriving(layers: Mapping[str, QuantizedLayer], seen: Mapping[str, list[
                 len(scales),
             )
     return arriving
-
-
-@torch.no_grad()
-def require_served(
-    model: nn.Module, layers: Mapping[str, QuantizedLayer], call: Call, served: Mapping[str, Tensor]
-) -> None:
-    """Raise `CalibrationError` where ``served``, the frozen model's outputs of ``call``, are not those of training.
-
-    Then in-place operations on quantized tensors are lost, or softmax and where quantize again by a scale that does not
-    fit. What quantizing the activations changes at all is the measure.
-    """
-    outputs = {}
-    with ExitStack() as stack:
-        stack.callback(note_runs, model, runs(model))
-        for layer in layers.values():
-            stack.callback(setattr, layer, "mode", layer.mode)
-        for name, active in (("trained", True), ("float", False)):
-            for layer in layers.values():
-                layer.mode = Mode(activations=active)
-            outputs[name] = call(model)
-    gap = noise = size = 0.0
-    for key, trained in outputs["trained"].items():
-        if trained.is_floating_point() and key in served:
-            gap += float((served[key].double() - trained.double()).square().sum())
-            noise += float((outputs["float"][key].double() - trained.double()).square().sum())
-            size += float(trained.double().square().sum())
-    if gap > max(noise, 0.01 * size):
-        raise CalibrationError(
-            f"model: served, its outputs differ from those of training by {(gap / size) ** 0.5:.0%}: an operation "
-            "right after a quantized layer is not carried out on quantized activations (in place, softmax, where): "
-            "write it out of place or exclude the layer before it, or leave outputs float (target 'transformers')"
-        )

@@ -3,6 +3,9 @@
 Nothing changes before all layers have their start: the inputs of every layer are those of the float model, and a
 failure leaves the model as it was. Until then starts wait on the CPU, with a compensated weight a layer in the dtype
 of its master.
+
+Each rank runs its own batches. Second moments are summed over ranks (`qat.moments`), and weights are equal, so all
+ranks find equal starts and compensated weights, to which all their batches have told.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from qat.runs import note_runs, runs
 from qat.starts import DATA_STARTS, RANGE_STARTS, Ends, Start, output_error
 from qat.tensors import matrices
 
-__all__ = ["StartReport", "Started", "awaiting", "find_starts", "sharded"]
+__all__ = ["StartReport", "Started", "awaiting", "find_starts", "in_float"]
 
 logger = logging.getLogger("qat")
 
@@ -42,11 +45,14 @@ class StartReport:
 
 
 def awaiting(model: nn.Module) -> dict[str, QuantizedLayer]:
-    """The layers whose weight waits for data to start with; none once training has moved any of the model's ranges."""
-    layers = dict(quantized_layers(model))
-    waiting = {name: layer for name, layer in layers.items() if layer.weight_quantizer.awaited_start() is not None}
-    moved = waiting and any(bool(p.any()) for layer in layers.values() for p in layer.weight_quantizer.parameters())
-    return {} if moved else waiting
+    """The layers whose weight waits for data to start with; none once training has come to it.
+
+    `qat.optimizers` sees the steps of torch's optimizers. Of others, moved ranges tell.
+    """
+    layers = quantized_layers(model)
+    waiting = {name: layer for name, layer in layers if layer.weight_quantizer.awaited_start() is not None}
+    moves = (p for layer in waiting.values() for p in layer.weight_quantizer.parameters() if not p.is_meta)
+    return {} if any(bool(p.any()) for p in moves) else waiting
 
 
 class Started:
@@ -55,7 +61,7 @@ class Started:
     def __init__(self, layers: Mapping[str, QuantizedLayer]) -> None:
         self._layers = layers
         self._found: dict[str, tuple[Ends, Tensor | None]] = {}
-        self._before: dict[str, dict[str, Tensor]] = {}
+        self._before: dict[str, tuple[dict[str, Tensor], bool]] = {}
         self.reports: dict[str, StartReport] = {}
         self.unreached: list[str] = []
 
@@ -88,10 +94,11 @@ class Started:
         for name, (ends, new) in self._found.items():
             quantizer = self._layers[name].weight_quantizer
             before = {key: value.clone().cpu() for key, value in quantizer.state_dict().items()}
+            compensated = quantizer.compensated
             quantizer.restart(*ends)
-            quantizer.compensated = new is not None
+            quantizer.compensated |= new is not None  # or by an earlier start, of another type
             self._swap(name, new)
-            self._before[name] = before
+            self._before[name] = before, compensated
         if self.unreached:
             logger.warning(
                 "no batch reached %d layers, which keep the start 'clip': %s",
@@ -102,9 +109,9 @@ class Started:
     @torch.no_grad()
     def undo(self) -> None:
         """Give all layers back what they had before."""
-        for name, state in self._before.items():
+        for name, (state, compensated) in self._before.items():
             self._layers[name].weight_quantizer.load_state_dict(state)
-            self._layers[name].weight_quantizer.compensated = False
+            self._layers[name].weight_quantizer.compensated = compensated
             self._swap(name, self._found[name][1])
         self._before.clear()
 
@@ -117,59 +124,52 @@ class Started:
 
 
 def find_starts(
-    model: nn.Module,
     layers: Mapping[str, QuantizedLayer],
     run: Callable[[int | None], int],
     budget: int,
 ) -> Started:
-    """The starts of ``layers``. ``run(n)`` runs the first n batches, or all, in evaluation mode; says how many it ran.
+    """The starts of ``layers``. ``run(n)`` runs the first n batches, or all, `in_float`; it says how many it ran.
     ``budget`` is the bytes of second moments that may be held at a time; one matrix always may.
 
     Raises:
         CalibrationError: there are no batches, one gives inf or NaN, or weights are sharded; nothing was changed.
     """
-    for name in sharded(layers):
-        raise CalibrationError(
-            f"model: the weight of layer {name!r} is not whole on one device, so no start can be found for it: "
-            "call qat.calibrate before the model is sharded, or use a start that needs no data, such as 'clip'"
-        )
-    started = Started(layers)
-    with _in_float(model):
-        readers = Readers(layers)
-        try:
-            count = run(1)
-        finally:
-            groups = readers.groups()
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            groups = []  # ranks whose batches tell different things would wait for each other
-        if not count:
+    for name, layer in layers.items():
+        weight = layer.effective_weight(layer)
+        if type(weight.detach()) is not Tensor or weight.ndim != 2 or weight.is_meta:
             raise CalibrationError(
-                "batches: calibration needs at least one batch, got none: pass some training batches"
+                f"model: the weight of layer {name!r} is not whole on one device, so no start can be found for it: "
+                "call qat.calibrate before the model is sharded, or use a start that needs no data, such as 'clip'"
             )
-        sizes = {name: layer.effective_weight(layer).shape[1] for name, layer in layers.items()}
-        pending = list(rounds(sizes, groups, budget))
-        while pending:
-            units = pending.pop(0)
-            with Moments(layers, units) as moments:
-                run(None)
-            for unit in units:
-                found = moments.take(unit)
-                for name in unit:
-                    if name not in moments.apart:
-                        started.find(name, found)
-                del found
-            pending += [*rounds({name: sizes[name] for name in moments.apart}, [], budget)]
+    started = Started(layers)
+    readers = Readers(layers)
+    try:
+        count = run(1)
+    finally:
+        groups = readers.groups()
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        groups = []  # ranks whose batches tell different things would wait for each other
+    if not count:
+        raise CalibrationError("batches: calibration needs at least one batch, got none: pass some training batches")
+    sizes = {name: layer.effective_weight(layer).shape[1] for name, layer in layers.items()}
+    pending = list(rounds(sizes, groups, budget))
+    while pending:
+        units = pending.pop(0)
+        with Moments(layers, units) as moments:
+            run(None)
+        for unit in units:
+            found = moments.take(unit)
+            for name in unit:
+                if name not in moments.apart:
+                    started.find(name, found)
+            del found
+        pending += [*rounds({name: sizes[name] for name in moments.apart}, [], budget)]
     return started
 
 
-def sharded(layers: Mapping[str, QuantizedLayer]) -> list[str]:
-    """The layers whose weight is not whole on one device."""
-    weights = {name: layer.effective_weight(layer) for name, layer in layers.items()}
-    return [name for name, w in weights.items() if type(w.detach()) is not Tensor or w.ndim != 2 or w.is_meta]
-
-
 @contextmanager
-def _in_float(model: nn.Module) -> Iterator[None]:
+def in_float(model: nn.Module) -> Iterator[None]:
+    """Nothing is quantized, observed or noted in this block."""
     with ExitStack() as stack:
         stack.callback(note_runs, model, runs(model))  # these are no runs as it will be served
         for _, layer in quantized_layers(model):

@@ -26,7 +26,7 @@ from qat.report import run_command
 from recipes import command
 from recipes.common.config import load_config
 from recipes.common.diffusion_config import DiffusionConfig, source_of
-from recipes.common.settings import OptimizationSettings
+from recipes.common.settings import OptimizationSettings, data_start
 
 TUNED, QUANTIZED, TRAINED = "float, fine-tuned", "fine-tuned, then quantized", "quantization-aware training"
 SQUARED = qat.Distillation(loss="squared")
@@ -78,8 +78,8 @@ def main(argv: Sequence[str]) -> None:
     model, trust = pipeline.transformer, config.trust_remote_code
     teacher = load_teacher(config, lambda path: load_pipeline(path, trust_remote_code=trust)[0].transformer)
     qat.inspect(model, spec, target=target)  # here a spec that does not fit is an error, before anything is encoded
-    # Activations are calibrated by what the real sampler brings, at all timesteps.
-    sampled = schedule.calibration_batches if spec.activation_type else 0
+    # Activations and starts are calibrated by what the real sampler brings, at all timesteps.
+    sampled = schedule.calibration_batches if spec.activation_type or data_start(config.algorithm) else 0
     data = diffusion_data(pipeline, folder, config, run.device, settings.batch_size, sampled)
     del pipeline  # text encoders and autoencoder are out of memory while training
     print(inspected(model, spec, target, data.example))
@@ -110,7 +110,8 @@ def main(argv: Sequence[str]) -> None:
     ]
     if sampled:
         qat.prepare(model, spec, algorithm=config.algorithm, **prepared_for)
-        calibrate(model, data.sampled, run.device)
+        # Weights that begin to quantize later get their start then, from the batches of the fit.
+        calibrate(model, data.sampled, run.device, starts=not schedule.settled_from)
     rate = settings.learning_rate
     how |= {"learning_rate": rate, "callbacks": callbacks, "teacher": teacher or tuned, "resume": config.resume}
     trainer = fit("training", model.cpu(), Diffusion(), data.batches, **how)

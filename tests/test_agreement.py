@@ -1,4 +1,4 @@
-"""A prepared model against itself in float, on batches held out."""
+"""The frozen model against the float one, on batches held out."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import qat
-from qat.agreement import agreement, held_out
-from qat.layers import quantized_layers
+from qat.agreement import agreement, answers, held_out
 
 
 class Classifier(nn.Module):
@@ -31,10 +30,12 @@ def test_it_is_what_a_float_copy_says(name: str) -> None:
     torch.manual_seed(0)
     model = Classifier(name)
     floating = copy.deepcopy(model).double()
-    qat.prepare(model, qat.QuantSpec(weights="int4", dtype="float32"))
     mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
     batches = [{"x": torch.randn(2, 3, 128), "attention_mask": mask} for _ in range(3)]
-    found = agreement(model, batches)
+    wanted = list(answers(model, batches))
+    qat.prepare(model, qat.QuantSpec(weights="int4", dtype="float32"))
+    qat.freeze(model)
+    found = agreement(model, batches, wanted)
     kl, same, gap, size, total = 0.0, 0, 0.0, 0.0, 0
     for batch in batches:
         for row, counts in zip(batch["x"].reshape(-1, 128), mask.flatten(), strict=True):
@@ -58,14 +59,23 @@ def test_it_is_what_a_float_copy_says(name: str) -> None:
         assert str(found).startswith("against the float model on 3 held-out batches: relative error of outputs ")
 
 
-def test_the_model_is_left_as_it_was() -> None:
+def test_outputs_that_are_served_quantized_count_as_they_are_served() -> None:
+    torch.manual_seed(0)
+    model, batch = Classifier("logits"), {"x": torch.randn(64, 128)}
+    wanted = list(answers(model, [batch]))
+    qat.calibrate(model, [batch], spec=qat.QuantSpec(activations="float8", dtype="float32"))
+    qat.freeze(model)
+    with torch.no_grad():
+        served = model(**batch).logits
+    assert type(served) is not Tensor
+    gap = (served.dequantize() - wanted[0].values).square().sum() / wanted[0].values.square().sum()
+    assert agreement(model, [batch], wanted).error == pytest.approx(float(gap), rel=1e-5)
+
+
+def test_the_model_is_left_in_its_mode() -> None:
     model = Classifier("logits").train()
-    qat.prepare(model, qat.QuantSpec())
-    agreement(model, [{"x": torch.randn(2, 128)}])
+    list(answers(model, [{"x": torch.randn(2, 128)}]))
     assert model.training
-    for _, layer in quantized_layers(model):
-        assert layer.mode.weights
-        assert not layer.reached
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from optimum.quanto import quantization_map, requantize
+from optimum.quanto import qtypes, quantization_map, quantize_activation, requantize
 from torch import Tensor, nn
 
 import qat
@@ -124,11 +124,15 @@ def test_each_layer_computes_what_is_served_but_for_rare_moves_by_one_code(name:
         layer.register_forward_hook(lambda _, args, y, key=layer_name: read.update({key: (args[0], y)}))
     with torch.no_grad():
         model(input_ids=tokens(8))
-    moved = total = 0
+    moved = total = arrived = 0
     for layer_name, layer in quantized_layers(model):
         x, trained = read[layer_name]
-        if arrives_quantized(layer):
-            continue  # the frozen layer would quantize this float again
+        if arrives_quantized(layer):  # as quanto's own tensor; a float would be quantized again
+            assert layer.input_quantizer is not None
+            floats, qtype = x, qtypes["qint8" if kind == "int8" else "qfloat8_e4m3fn"]
+            x = quantize_activation(floats, qtype, layer.input_quantizer.scale)
+            assert torch.equal(x.dequantize(), floats)  # the very codes of its producer
+            arrived += 1
         with torch.no_grad():
             served = plain(frozen.get_submodule(layer_name)(x))
         assert layer.output_quantizer is not None
@@ -138,6 +142,7 @@ def test_each_layer_computes_what_is_served_but_for_rare_moves_by_one_code(name:
         moved += int((difference > 1e-5 * served.abs().max()).sum())
         total += difference.numel()
     assert moved <= 1e-4 * total
+    assert arrived == {("opt", "int8"): 2}.get((name, kind), 0)
 
 
 @pytest.mark.parametrize(
@@ -202,7 +207,7 @@ def test_float32_batches_calibrate_a_model_that_is_served_narrow(dtype: str) -> 
 def test_a_weight_only_model_has_nothing_to_calibrate() -> None:
     report = calibrate(mlp(QuantSpec(dtype="float32")), [])
     assert (report.batches, report.scales, report.arriving) == (0, {}, ())
-    assert str(report) == "nothing to calibrate: no layer has quantized activations"
+    assert str(report) == "nothing to calibrate: no layer has quantized activations, and no weight waits for its start"
 
 
 def test_layers_without_activations_are_left_alone() -> None:

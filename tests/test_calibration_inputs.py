@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -46,7 +47,8 @@ def test_empty_batches_alone_are_refused_and_set_nothing() -> None:
 def test_zeros_say_nothing_of_a_scale_so_the_layer_keeps_float_activations(kind: str) -> None:
     model, plain = mlp(), mlp()
     report = qat.calibrate(model, [torch.zeros(4, 16)], spec=spec(kind))
-    assert report.kept_float == ("0",)  # the biases give the others their values
+    # The biases give the others their values.
+    assert report.kept_float == {"0": "their inputs were zero in all batches, which says nothing of a scale"}
     assert all(scale is not None and scale > 0 for pair in report.scales.values() for scale in pair)
     for layer in (model, plain):
         layer[2].weight.data.zero_()  # which leaves its bias, in one code of an output
@@ -147,8 +149,58 @@ def test_scales_with_a_product_that_float16_cannot_hold_leave_the_layer_float() 
     spec = qat.QuantSpec(activations="int8", dtype="float16")
     x = torch.randn(64, 32) * 1e-2
     report = qat.calibrate(model, [x], spec=spec)
-    assert report.kept_float == ("0",)
+    assert report.kept_float == {"0": "float16 cannot hold the product of their scales"}
     wanted = model.eval()(x)
     qat.freeze(model)
     gap = (model(x.half()).float() - wanted).norm() / wanted.norm()
     assert gap < 0.01
+
+
+@pytest.mark.parametrize("weights", ["int8", "float8"])
+def test_scales_with_a_product_that_float16_rounds_coarsely_leave_the_layer_float(weights: Any) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 32, bias=False))
+    spec = qat.QuantSpec(weights=weights, activations="float8", dtype="float16")
+    x = torch.randn(64, 32) * 2e-2  # the product of scales is a denormal number, a few per cent off
+    assert qat.calibrate(model, [x], spec=spec).kept_float == ("0",)
+    trained = model.eval()(x)
+    qat.freeze(model)
+    assert (model(x.half()).float() - trained).norm() / trained.norm() < 2**-8
+
+
+class Called(nn.Module):
+    """A layer that is called in a way of its own."""
+
+    def __init__(self, call: Callable[[nn.Module, Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.call = nn.Linear(16, 16), call
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.call(self.layer, x)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("call", "reason"),
+    [
+        (lambda layer, x: layer(input=x), "cannot quantize an input passed by keyword"),
+        (lambda layer, x: layer(x[0]), "cannot quantize an input of 1 dimensions"),
+        (lambda layer, x: layer(x[None, None]), "cannot quantize an input of 4 dimensions"),
+    ],
+    ids=["keyword", "one dimension", "four dimensions"],
+)
+def test_layers_that_loaders_cannot_call_with_quantized_inputs_keep_float_activations(
+    call: Callable[[nn.Module, Tensor], Tensor], reason: str, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = Called(call)
+    for batches in ([X], [X, X]):
+        report = qat.calibrate(model, batches, spec=None if hasattr(model.layer, "mode") else spec(kind))
+        assert report.kept_float == ("layer",)
+    assert f"layer keeps float activations: optimum-quanto {reason}" in caplog.text
+    assert "too far off" not in caplog.text
+    trained = model.eval()(X).detach()
+    qat.freeze(model)
+    served = model(X)
+    assert served.shape == trained.shape
+    torch.testing.assert_close(served, trained)

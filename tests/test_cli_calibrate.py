@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 
 import qat
+from qat.agreement import Agreement, agreement
 from qat.cli import main
+from qat.files.evidence import is_frozen
 from qat.files.manifest import read_manifest
+from qat.preparation import prepare
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 CODE = "import os\n\n\ndef add(a, b):\n    return a + b\n\n\nfor name in os.listdir():\n    print(name, add(1, 2))\n"
@@ -79,8 +83,19 @@ def test_a_model_and_some_files_give_a_verified_export(
         ("reference_encoder", ["--data", "{tmp}", "--batches", "0"], "must each be at least 1, got (0, 8, 256)"),
         ("reference_encoder", ["--data", "{data}", "--exclude", "*.x"], "error: exclude: pattern '*.x' matches no"),
         ("reference_flux", ["--data", "{data}"], "is a pipeline of diffusers"),
+        (
+            "reference_vit",
+            ["--data", "{data}", "--algorithm", "start=best"],
+            "error: algorithm: kind must be one of straight_through, learned_affine, stretched_elastic, dual_lsq, "
+            "learned_clipping, got None: write --algorithm kind=NAME",
+        ),
+        (
+            "reference_vit",
+            ["--data", "{data}", "--observer", "kind=percentile", "percentile=101"],
+            "error: Percentile: percentile: Input should be less than or equal to 100, got 101",
+        ),
     ],
-    ids=["missing", "no image", "no text", "batches", "pattern", "pipeline"],
+    ids=["missing", "no image", "no text", "batches", "pattern", "pipeline", "algorithm", "observer"],
 )
 def test_a_users_mistake_is_one_line_and_code_2(
     model: str, options: list[str], message: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -92,6 +107,40 @@ def test_a_users_mistake_is_one_line_and_code_2(
     assert message in err
     assert err.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_the_cost_is_that_of_the_frozen_model(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def watched(model: torch.nn.Module, *arguments: Any) -> Agreement:
+        assert is_frozen(model)
+        assert next(model.parameters()).dtype is torch.bfloat16  # as it is served
+        return agreement(model, *arguments)
+
+    monkeypatch.setattr("qat.agreement.agreement", watched)
+    given = ["--data", data, "--output", tmp_path / "out", "--batches", "1", "--batch-size", "2", "--device", "cpu"]
+    code, out, err = run(capsys, RECIPES / "reference_vit", *given)
+    assert code == 0, err
+    assert "against the float model on 1 held-out batches: KL 0.0" in out
+
+
+def test_an_algorithm_and_a_rule_are_chosen(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rules: list[object] = []
+
+    def watched(model: torch.nn.Module, spec: qat.QuantSpec, **arguments: Any) -> Any:
+        rules.append(arguments["observer"])
+        return prepare(model, spec, **arguments)
+
+    monkeypatch.setattr("qat.preparation.prepare", watched)
+    given = ["--data", data, "--output", tmp_path / "out", "--batches", "1", "--batch-size", "2", "--device", "cpu"]
+    chosen = ["--algorithm", "kind=learned_affine", "start=gptq", "--observer", "kind=percentile", "percentile=99"]
+    code, out, err = run(capsys, RECIPES / "reference_vit", *given, *chosen, "--weights", "int4")
+    assert code == 0, err
+    assert "starts of weights: 25 gptq; calibrated 25 layers on 1 batches" in out
+    assert rules == [qat.Percentile(percentile=99)]
+    assert "learned_affine" in read_manifest(tmp_path / "out").frozen.algorithm
 
 
 def test_an_output_that_exists_is_refused_before_any_work(

@@ -243,3 +243,66 @@ def test_numbers_and_arrays_are_compared_and_an_output_without_either_is_refused
         assert not qat.fold_outliers(Odd(give), [x], spec=spec, strength=0.5).groups
     with pytest.raises(CalibrationError, match="returns a SimpleNamespace without tensors that could"):
         qat.fold_outliers(Odd(lambda h, y: SimpleNamespace(h=h, y=y)), [x], spec=spec)
+
+
+class Nothing(nn.Module):
+    """Two norms; a reader of one gets no rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.norm, self.empty = nn.LayerNorm(16), nn.LayerNorm(16)
+        self.reader, self.idle = nn.Linear(16, 8), nn.Linear(16, 8)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.reader(self.norm(x)), self.idle(self.empty(x[:0]))
+
+
+def test_norms_whose_readers_get_empty_tensors_stay_as_they_are() -> None:
+    model = Nothing()
+    report = qat.fold_outliers(model, [torch.randn(4, 16)], spec=INT8, strength=0.5)
+    assert [group.producer for group in report.groups] == ["norm"]
+    assert report.left_out == ("empty",)
+    assert torch.equal(model.empty.weight, torch.ones(16))
+
+
+def test_a_function_may_run_the_model_and_what_it_returns_need_not_say_anything() -> None:
+    model, expected = made(Block()), made(Block())
+    x = rows(outlier=30)
+
+    def forward(model: nn.Module, batch: dict[str, Tensor]) -> None:
+        model(batch.pop("x"))  # the caller's batch keeps it
+        model(rows(1))
+
+    report = qat.fold_outliers(model, [{"x": x}], spec=INT8, strength=0.5, forward=forward)
+    assert str(report) == "folded 2 of 2 groups"
+    qat.fold_outliers(expected, [torch.cat([x, rows(1)])], spec=INT8, strength=0.5)
+    assert unchanged(model, state(expected))
+
+
+def test_a_function_that_generates_proves_by_every_call_of_the_model() -> None:
+    model = with_outliers(tiny_model("llama"))
+    prompt = {"input_ids": tokens()}
+
+    def forward(model: Any, batch: Any) -> Any:
+        return model.generate(**batch, max_new_tokens=3, do_sample=False, pad_token_id=0)
+
+    wanted = outputs(model, prompt)
+    report = qat.fold_outliers(model, [prompt], spec=INT8, target="transformers", strength=0.5, forward=forward)
+    assert len(report.groups) == 6
+    assert all(same_bits(found, wanted[key]) for key, found in outputs(model, prompt).items())
+
+
+def test_a_function_that_shows_what_is_folded_prevents_the_fold() -> None:
+    model = made(Block())
+    report = qat.fold_outliers(
+        model, [rows()], spec=INT8, strength=0.5, forward=lambda model, x: model[0].norm(x) + model(x)
+    )
+    assert [group.producer for group in report.groups] == ["0.up"]
+
+
+def test_a_function_that_fails_or_never_calls_the_model_is_told() -> None:
+    with pytest.raises(CalibrationError, match=r"batch 0 \(KeyError: 'y'\): mend the function forward"):
+        qat.fold_outliers(made(Block()), [{}], spec=INT8, forward=lambda model, batch: model(batch["y"]))
+    with pytest.raises(CalibrationError, match=r"returns a list without tensors .* or return them from forward"):
+        qat.fold_outliers(made(Block()), [rows()], spec=INT8, forward=lambda model, batch: None)

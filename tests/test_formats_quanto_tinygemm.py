@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from qat import QuantSpec, freeze, prepare
 from qat.formats import QUANTO, quanto_tinygemm
-from qat.formats.quanto_tinygemm import is_tinygemm_on_cpu, plain_from_tinygemm, tinygemm_from_plain, unpacked
+from qat.formats.quanto_tinygemm import is_tinygemm_on_cpu, plain, tinygemm_from_plain, unpacked
 
 SHAPES = [(16, 256), (32, 256), (48, 256), (64, 384), (80, 256), (128, 512), (176, 256), (208, 640)]
 
@@ -32,7 +32,7 @@ def test_codes_scales_and_shifts_are_those_of_quantos_own_way(rows: int, columns
     weight = tinygemm(rows, columns).weight
     assert is_tinygemm_on_cpu(weight)
     assert quanto_tinygemm._block(rows, columns) is not None, "the fast way is not taken here"
-    found, wanted = plain_from_tinygemm(weight), weight.weight_qbits_tensor()
+    found, wanted = plain(weight), weight.weight_qbits_tensor()
     assert type(found) is type(wanted)
     assert (found.shape, found.stride(), found.qtype, found.axis) == (
         wanted.shape,
@@ -78,12 +78,12 @@ def test_values_are_those_of_quantos_own_way() -> None:
 
 def test_an_unknown_order_is_left_to_quanto(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = tinygemm(64, 256)
-    fast = parts(plain_from_tinygemm(layer.weight))
+    fast = parts(plain(layer.weight))
     monkeypatch.setattr(quanto_tinygemm, "_BLOCKS", (48,))  # neither processor's
     quanto_tinygemm._block.cache_clear()
     try:
         assert quanto_tinygemm._block(64, 256) is None
-        slow = parts(plain_from_tinygemm(layer.weight))
+        slow = parts(plain(layer.weight))
     finally:
         quanto_tinygemm._block.cache_clear()
     assert all(torch.equal(a, b) for a, b in zip(fast, slow, strict=True))

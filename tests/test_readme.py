@@ -1,12 +1,13 @@
-"""The README does what it says: its Python blocks run, its commands name things that exist.
+"""The README and the pages of docs/ do what they say: Python blocks run, commands name things that exist.
 
-Every ```python block runs, in order and in one namespace, as one script in a fresh process; its folder is empty but
-for the checkout's recipes, so that the reference checkpoint is found and nothing is written into the checkout. What
-is not meant to run is fenced as ```text.
+Fences are balanced on every page, and no code stands outside of them. Every ```python block runs, in order and in one
+namespace a page, as one script in a fresh process; its folder is empty but for the checkout's recipes, so that the
+reference checkpoint is found and nothing is written into the checkout. What is not meant to run is fenced as ```text.
 """
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import shlex
@@ -21,6 +22,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 FENCE = re.compile(r"^```(?P<language>\w+)[^\n]*\n(?P<text>.*?)^```\s*$", re.MULTILINE | re.DOTALL)
+PAGES = [path for pattern in ("*.md", "docs/**/*.md") for path in sorted(ROOT.glob(pattern))]
+STRAY = "line 2: a fence closes nothing, or opens without a language"
 OWN_FOLDERS = ("recipes", "scripts", "qat", "tests", "docs")
 
 
@@ -74,6 +77,37 @@ def missing_files(command: str) -> list[str]:
     return missing
 
 
+def is_code(line: str) -> bool:
+    """Whether a line of prose is a statement of Python, or a command."""
+    if line.startswith(("python -m ", "./scripts/", "qat ", "$ ")):
+        return True
+    try:
+        statements = ast.parse(line).body
+    except SyntaxError:
+        return False
+    return any(not isinstance(s, ast.Expr) or isinstance(s.value, ast.Call | ast.Await) for s in statements)
+
+
+def faults(markdown: str) -> list[str]:
+    """What a page holds in the wrong place: fences that do not pair, code outside of them, headings within text."""
+    found: list[str] = []
+    opened, before = 0, ""
+    for number, line in enumerate(markdown.splitlines(), 1):
+        if line.lstrip().startswith("```"):
+            named = line.strip() != "```"
+            if opened and named:
+                found.append(f"line {number}: a fence opens within the one of line {opened}")
+            elif not opened and not named:
+                found.append(f"line {number}: a fence closes nothing, or opens without a language")
+            opened = 0 if opened and not named else number
+        elif not opened and line.startswith("#") and before:
+            found.append(f"line {number}: a heading follows text without an empty line")
+        elif not opened and is_code(line):
+            found.append(f"line {number}: code stands outside a fence")
+        before = line.strip()
+    return found + [f"line {opened}: a fence never closes"] * bool(opened)
+
+
 def readme() -> str:
     return README.read_text(encoding="utf-8")
 
@@ -83,6 +117,32 @@ def test_blocks_keep_their_lines() -> None:
     found = blocks(text, "python")
     assert [block.line for block in found] == [4, 12]
     assert as_script(found).splitlines()[11] == "b = a"
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("Text.\n\n```python\na = 1\n```\n\n    python -m indented\n", []),
+        ("```python\na = 1\n", ["line 1: a fence never closes"]),
+        (
+            "Text.\n```\n",
+            [STRAY, "line 2: a fence never closes"],
+        ),
+        ("```text\nText.\n```python\na = 1\n```\n", ["line 3: a fence opens within the one of line 1"]),
+        ("Text.\nprint(report)\n", ["line 2: code stands outside a fence"]),
+        ("batches = [1]  # yours\n", ["line 1: code stands outside a fence"]),
+        ("python -m recipes.causal_lm\n", ["line 1: code stands outside a fence"]),
+        ("Text:\n## Heading\n", ["line 2: a heading follows text without an empty line"]),
+    ],
+    ids=["good", "open", "stray", "nested", "call", "assignment", "command", "heading"],
+)
+def test_what_stands_in_the_wrong_place_is_noticed(text: str, found: list[str]) -> None:
+    assert faults(text) == found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
+def test_fences_are_balanced_and_hold_all_code(page: Path) -> None:
+    assert not faults(page.read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize(
@@ -111,6 +171,10 @@ def test_both_commands_are_shown() -> None:
     assert "./scripts/test" in shown
 
 
+def test_the_readme_and_the_pages_show_library_examples() -> None:
+    assert {"README.md", "docs/usage.md"} <= set(WITH_PYTHON)
+
+
 def test_extras_exist() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     named = {
@@ -126,11 +190,13 @@ def test_links_lead_somewhere() -> None:
     assert not [link for link in links if not (ROOT / link).exists()]
 
 
+WITH_PYTHON = [str(page.relative_to(ROOT)) for page in PAGES if blocks(page.read_text(encoding="utf-8"), "python")]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("page", ["README.md", "docs/usage.md"])
+@pytest.mark.parametrize("page", WITH_PYTHON)
 def test_python_blocks_run(tmp_path: Path, page: str) -> None:
     python_blocks = blocks((ROOT / page).read_text(encoding="utf-8"), "python")
-    assert python_blocks, f"{page} shows no library example"
     (tmp_path / "recipes").symlink_to(ROOT / "recipes", target_is_directory=True)
     script = tmp_path / "page.py"
     script.write_text(as_script(python_blocks))

@@ -283,11 +283,11 @@ def test_the_device_is_the_one_of_this_process(monkeypatch: pytest.MonkeyPatch) 
 def test_calibration_happens_on_the_given_device(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
 
-    def calibrate(model: nn.Module, batches: Any) -> None:
+    def calibrate(model: nn.Module, batches: Any, **_: bool) -> None:
         seen.extend(tensor.device.type for tensor in model.parameters())
         seen.extend(tensor.device.type for batch in batches for tensor in batch.values())
 
-    monkeypatch.setattr(qat, "calibrate", calibrate)
+    monkeypatch.setattr(training, "calibrate_parts", calibrate)
     monkeypatch.setattr(qat, "freeze", lambda model: None)
     monkeypatch.setattr(nn.Module, "cpu", lambda model: seen.append("back"))
     batches = [{"input_ids": torch.zeros(1, 4)}] * 3

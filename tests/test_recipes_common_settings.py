@@ -55,6 +55,22 @@ def test_a_schedule_of_quantized_activations_has_batches_to_calibrate_with() -> 
         load_config(RecipeConfig, [*none, "--spec.activations", "int8"], "A test.")
 
 
+def test_a_start_that_needs_data_has_batches_and_whole_weights() -> None:
+    def refuse(*arguments: str, message: str) -> None:
+        with pytest.raises(ConfigError, match=message):
+            load_config(causal_lm.Config, arguments, "A test.")
+
+    none = ("--schedule.calibration-batches", "0")
+    refuse(*none, message=r"schedule.calibration_batches: must be above 0, for algorithm.start='best' needs data: set")
+    load_config(causal_lm.Config, [*none, "algorithm:learned-affine", "--algorithm.start", "clip"], "A test.")
+    load_config(text_to_image.Config, none, "A test.")
+    sharded = ("--trainer.strategy", "fsdp")
+    refuse(*sharded, message=r"trainer.strategy: 'fsdp' shards weights, and algorithm.start='best' needs whole ones")
+    load_config(causal_lm.Config, [*sharded, "algorithm:learned-affine", "--algorithm.start", "clip"], "A test.")
+    average = ("--optimization.average", "0.9", "--optimization.steps", "9", "--schedule.start-step", "9")
+    refuse(*average, message=r"optimization.average: begins at step 9, .* \(9\), so that nothing would be averaged")
+
+
 def test_a_file_is_for_the_recipe_that_it_names(tmp_path: Path) -> None:
     path = tmp_path / "a.yaml"
     path.write_text("recipe: text_to_image\nseed: 3\n")

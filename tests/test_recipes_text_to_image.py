@@ -47,6 +47,13 @@ def unverified(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(qat, "verify", lambda *_, **__: SimpleNamespace(checks=()))
 
 
+W8A8 = ["--spec.weights", "int8", "--spec.activations", "int8"]
+STARTED = [
+    *("--spec.weights", "int2", "--schedule.first-weights", "int4", "--schedule.first-weights-until", "1"),
+    *("algorithm:learned-affine", "--algorithm.start", "gptq"),
+]
+
+
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Flux pipeline with random weights."""
@@ -125,7 +132,10 @@ def test_the_whole_line(
 
 
 @pytest.mark.usefixtures("unverified")
-def test_student_teacher_and_both_arms_see_the_same_noise(small: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kinds", [W8A8, STARTED], ids=["activations", "starts within the fit"])
+def test_student_teacher_and_both_arms_see_the_same_noise(
+    kinds: list[str], small: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     seen: dict[str, list[list[Any]]] = {}
     fit = training.fit
 
@@ -137,7 +147,8 @@ def test_student_teacher_and_both_arms_see_the_same_noise(small: list[str], monk
             calls = seen.setdefault(role, [])
 
             def note(module: nn.Module, _: Any, kwargs: dict[str, Any], calls: list[Any] = calls) -> None:
-                if len(kwargs["hidden_states"]) == 4:  # the example to find layers with has two rows
+                trains = module.training or calls is not seen[name]  # and does not calibrate
+                if trains and len(kwargs["hidden_states"]) == 4:  # the example to find layers with has two rows
                     calls.append((kwargs["hidden_states"].tolist(), kwargs["timestep"].tolist()))
 
             hooks.append(module.register_forward_pre_hook(note, with_kwargs=True))
@@ -147,8 +158,8 @@ def test_student_teacher_and_both_arms_see_the_same_noise(small: list[str], monk
         return trainer
 
     monkeypatch.setattr(training, "fit", record)
-    monkeypatch.setattr(training, "calibrate", lambda model, batches, device: qat.calibrate(model, batches))
-    text_to_image.main([*small, "--spec.weights", "int8", "--spec.activations", "int8"])
+    text_to_image.main([*small, *kinds])
+    assert "'clip'" not in caplog.text  # all have their start
     assert len(seen["fine-tuning"]) == 3
     assert seen["fine-tuning"] == seen["training"] == seen["training: teacher"]
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import qat
 from qat.freezing import frozen_copy
 from qat.layers import QLinear, quantized_layers
-from qat.serving import as_served, first_call, snapshot
+from qat.serving import as_served, snapshot
 from qat.spec import QuantSpec
 
 
@@ -91,20 +91,3 @@ def test_a_snapshot_restores_classes_attributes_and_hooks() -> None:
     assert state(model) == before
     kept.remove()  # which finds its hook in the dictionary of before
     assert not model._forward_hooks
-
-
-def test_the_first_call_is_kept_as_it_was_before_the_call() -> None:
-    class Cached(nn.Linear):
-        def forward(self, x: Tensor, cache: dict[str, int]) -> Tensor:  # type: ignore[override]
-            cache["calls"] += 1
-            return super().forward(x) * cache["calls"]
-
-    model, cache, x = Cached(4, 4), {"calls": 0}, torch.ones(1, 4)
-    with torch.no_grad():
-        with first_call(model) as calls:
-            outputs = [model(x, cache=cache) for _ in range(3)]
-        assert len(calls) == 1
-        assert cache == {"calls": 3}
-        for _ in range(2):
-            assert torch.equal(calls[0](model)["output"], outputs[0])
-    assert not model._forward_pre_hooks

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 import qat
-from qat.errors import CalibrationError, SpecError, StateError, TrainingError
+from qat.errors import CalibrationError, SpecError, StateError
 from qat.layers import quantized_layers
 from qat.starting import awaiting
+from qat.training.annealing import begin_with, end_first_type
 from tests.helpers import same_bits, tiny_model, tokens
 from tests.training_modules import UserModule, layers_of, loader, quantization, quiet_trainer
 
@@ -90,7 +91,8 @@ def test_a_second_calibration_and_a_trained_model_are_left_alone() -> None:
     assert all(same_bits(tensor, model.state_dict()[name]) for name, tensor in kept.items())
     report = qat.calibrate(model, [{"x": batches(1)[0], "both": True}])
     assert report.starts["other"].start == "gptq"
-    assert str(qat.calibrate(model, batches())) == "nothing to calibrate: no layer has quantized activations"
+    nothing = "nothing to calibrate: no layer has quantized activations, and no weight waits for its start"
+    assert str(qat.calibrate(model, batches())) == nothing
     assert [id(p) for p in model.parameters()] == parameters
     trained = Sparse()
     qat.prepare(trained, INT2, algorithm=qat.LearnedAffine(start="best"))
@@ -195,15 +197,61 @@ def test_blocks_are_not_reconstructed_towards_compensated_weights() -> None:
         qat.reconstruct(model, batches(), steps=1, blocks=["used"])
 
 
-@pytest.mark.parametrize(
-    "schedule", [{"start_step": 1}, {"first_weights": "int4", "first_weights_until": 1}], ids=["float", "int4"]
-)
-def test_a_schedule_that_begins_with_other_weights_refuses_a_start_from_data(
-    schedule: dict[str, Any], tmp_path: Path
-) -> None:
-    callback = quantization(INT2, qat.LearnedAffine(start="best"), **schedule)
-    with pytest.raises(TrainingError, match="have a start that needs data"):
-        quiet_trainer(tmp_path, callback, max_steps=2).fit(UserModule(), loader())
+def trained_without_data(kind: str) -> nn.Module:
+    """A model whose masters one step has moved, and whose ranges none."""
+    model = Sparse()
+    qat.prepare(model, INT2, algorithm=qat.LearnedAffine(start="gptq"))
+    if kind == "frozen ranges":
+        for _, layer in quantized_layers(model):
+            layer.weight_quantizer.requires_grad_(False)
+    groups = qat.parameter_groups(model, lr=1e-3, scale_lr=0.0)
+    optimizer = torch.optim.SGD(groups[:1] if kind == "ranges that no optimizer holds" else groups)
+    model(batches(1)[0], both=True).sum().backward()
+    optimizer.step()
+    return model
+
+
+@pytest.mark.parametrize("kind", ["rate 0", "frozen ranges", "ranges that no optimizer holds"])
+def test_what_was_trained_never_starts_again(kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    model = trained_without_data(kind)
+    assert "3 layers train from the start 'clip', for theirs needs data: call qat.calibrate" in caplog.text
+    assert not any(bool(p.any()) for _, layer in quantized_layers(model) for p in layer.weight_quantizer.parameters())
+    loaded = Sparse()
+    qat.prepare(loaded, INT2, algorithm=qat.LearnedAffine(start="gptq"))
+    loaded.load_state_dict(model.state_dict())
+    for one in (model, loaded):
+        kept = copy.deepcopy(one.state_dict())
+        assert str(qat.calibrate(one, batches())).startswith("nothing to calibrate: ")
+        assert all(same_bits(tensor, one.state_dict()[name]) for name, tensor in kept.items())
+
+
+def test_a_fit_with_held_ranges_is_training_too(tmp_path: Path) -> None:
+    module = UserModule()
+    callback = quantization(INT2, qat.LearnedAffine(start="best"), hold_scales_from=0, calibration_batches=0)
+    quiet_trainer(tmp_path, callback, max_steps=1).fit(module, loader())
+    assert not awaiting(module.model)
+
+
+def test_a_change_of_type_in_a_loop_of_ones_own_takes_new_data() -> None:
+    model = Sparse()
+    qat.prepare(model, INT2, algorithm=qat.LearnedAffine(start="best"))
+    begin_with(model, "int4")
+    inputs = [{"x": batch, "both": True} for batch in batches()]
+    assert len(qat.calibrate(model, inputs).starts) == 3
+    optimizer = torch.optim.AdamW(qat.parameter_groups(model, lr=1e-3))
+
+    def step() -> None:
+        model(**inputs[0]).sum().backward()
+        optimizer.step()
+
+    step()
+    assert not awaiting(model)
+    end_first_type(model, [optimizer])
+    waiting = copy.deepcopy(model)
+    assert len(qat.calibrate(waiting, inputs).starts) == 3
+    step()  # without data, by an optimizer that has stepped before
+    assert not awaiting(model)
+    assert not qat.calibrate(model, inputs).starts
 
 
 def test_freezing_says_which_layers_lack_the_data_of_their_start(caplog: pytest.LogCaptureFixture) -> None:

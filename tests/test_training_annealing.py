@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import nn
 
 import qat
@@ -18,6 +18,7 @@ from qat.errors import SpecError
 from qat.training.annealing import begin_with, end_first_type
 from tests.training_modules import (
     INT8,
+    LateModule,
     ResumableLoader,
     Tiny,
     UserModule,
@@ -189,15 +190,31 @@ def test_a_change_after_the_end_is_refused(tmp_path: Path) -> None:
     assert module.losses == []
 
 
-def test_sharded_weights_are_refused() -> None:
-    class Sharding:
-        restore_checkpoint_after_setup = True
+class Sharding(SingleDeviceStrategy):
+    """Says that it shards; `setup` ends before it would."""
 
-    callback, model = quantization(INT2, qat.StraightThrough(), **FIRST), Tiny()
-    qat.prepare(model, INT2, algorithm=qat.StraightThrough())
-    trainer: Any = SimpleNamespace(estimated_stepping_batches=9, strategy=Sharding(), callbacks=[callback])
-    with pytest.raises(qat.TrainingError, match="first_weights needs whole weights, which Sharding shards: use ddp"):
-        callback._refuse_schedule(trainer, model)
+    restore_checkpoint_after_setup = True
+
+
+@pytest.mark.parametrize("make", [UserModule, LateModule], ids=["built before", "configure_model"])
+def test_sharded_weights_are_refused_in_setup(make: Any, tmp_path: Path) -> None:
+    starts = qat.LearnedAffine(start="best")
+    for callback, message in (
+        (quantization(INT2, **FIRST), "first_weights needs whole weights, which Sharding shards: use ddp"),
+        (quantization(INT2, starts), "the start of 3 layers needs whole weights, which Sharding shards: call qat.prep"),
+    ):
+        with pytest.raises(qat.TrainingError, match=message):
+            quiet_trainer(tmp_path, callback, Started(), strategy=Sharding("cpu")).fit(make(), loader())
+    module = UserModule()
+    qat.prepare(module.model, INT2, algorithm=starts)
+    qat.calibrate(module.model, [x for x, _ in loader(2)])
+    with pytest.raises(RuntimeError, match="setup is over"):
+        quiet_trainer(tmp_path, quantization(INT2, starts), Started(), strategy=Sharding("cpu")).fit(module, loader())
+
+
+class Started(Callback):
+    def on_fit_start(self, *_: Any) -> None:
+        raise RuntimeError("setup is over")
 
 
 def test_an_algorithm_that_learns_something_else_at_the_first_type_is_refused() -> None:

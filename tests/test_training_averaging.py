@@ -98,6 +98,25 @@ def test_averages_that_would_mix_are_refused(tmp_path: Path) -> None:
         quiet_trainer(tmp_path, callback, StochasticWeightAveraging(1e-3)).fit(UserModule(), loader())
     callback = quantization(INT4, qat.StraightThrough())
     quiet_trainer(tmp_path, callback, WeightAveraging(), max_steps=2).fit(UserModule(), loader())
+    callback = quantization(INT4, qat.LearnedAffine(start="gptq"), start_step=4)
+    with pytest.raises(qat.TrainingError, match=r"averages from before start_step=4, .*at_step=4\)"):
+        quiet_trainer(tmp_path, callback, averaging).fit(UserModule(), loader())
+
+
+@pytest.mark.parametrize("last", [{"update_starting_at_step": 3}, {"update_starting_at_epoch": 1}], ids=str)
+def test_an_average_of_nothing_is_refused(last: dict[str, int], tmp_path: Path) -> None:
+    """It would end the fit with the weights from before."""
+    module, options = UserModule(), {"update_every_n_steps": int("update_starting_at_step" in last)}
+    late = {name: value + 1 for name, value in last.items()}
+    averaging = EMAWeightAveraging(use_buffers=False, **options, **late)
+    rule = rf"nothing in the 4 steps of this fit .*update_starting_at_step is {late.get('update_starting_at_step')}\)"
+    with pytest.raises(qat.TrainingError, match=rule):
+        quiet_trainer(tmp_path, quantization(INT4), averaging, max_epochs=2).fit(module, loader(2))
+    assert module.losses == []
+    before = module.model.first.weight.detach().clone()
+    averaging = EMAWeightAveraging(decay=0.5, use_buffers=False, **options, **last)
+    quiet_trainer(tmp_path, quantization(INT4), averaging, max_epochs=2).fit(module, loader(2))
+    assert not torch.equal(module.model.first.weight, before)
 
 
 def test_held_scales_are_averaged_as_held(tmp_path: Path) -> None:

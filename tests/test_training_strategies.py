@@ -29,7 +29,7 @@ import json, sys
 from pathlib import Path
 import torch
 from lightning.pytorch.strategies import DDPStrategy
-from qat import Absmax, freeze
+from qat import Absmax, LearnedAffine, freeze
 from pydantic import TypeAdapter
 from qat.files.evidence import FrozenRecord, frozen_record
 from tests.training_modules import *
@@ -48,11 +48,17 @@ runs = {
     "calibrated": {},
     "observed": {"calibration_batches": 0, "observe_from": 0, "observe_until": 5},
     "learned": {"algorithm": LearnedStep()},
+    "started": {
+        "spec": QuantSpec(weights="int2", activations="int8", dtype="float32"),
+        "algorithm": LearnedAffine(start="gptq"),  # of masters too
+        "first_weights": "int4",
+        "first_weights_until": 2,
+    },
 }
 for name, run in runs.items():
     module = Lopsided()
     module.lasting = name != "observed"
-    callback = quantization(INT8_INT8, observer=Absmax(), **run)
+    callback = quantization(**{"spec": INT8_INT8, **run}, observer=Absmax())
     strategy = DDPStrategy(process_group_backend="gloo")
     trainer = quiet_trainer(directory, callback, strategy=strategy, devices=2)
     trainer.fit(module, loader(16))
@@ -70,7 +76,7 @@ def test_both_ranks_freeze_to_equal_digests(tmp_path: Path) -> None:
     command = [sys.executable, "-W", "ignore", str(script), str(tmp_path)]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    for name in ("calibrated", "observed", "learned"):
+    for name in ("calibrated", "observed", "learned", "started"):
         first, second = (json.loads((tmp_path / f"{name}-{rank}.json").read_text()) for rank in (0, 1))
         assert first == second, name
         assert first["layers"]["first"]["input_scale"] > 15 / 127, name  # rank 1's range; rank 0's stays below 5

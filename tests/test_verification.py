@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from optimum.quanto import QuantizedModelForCausalLM
 from pydantic import TypeAdapter
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
@@ -29,6 +30,7 @@ from tests.exports import (
     rewrite,
     small_llama,
 )
+from tests.helpers import same_bits
 
 LAYER = "model.layers.0.mlp.up_proj"
 
@@ -74,6 +76,21 @@ class TestStockLoadersGiveWhatWasFrozen:
         assert details["load"] == "QuantizedModelForCausalLM.from_pretrained"
         assert details["outputs"] == "1 output tensors equal, bit for bit"
         assert details["reference outputs"] == "1 output tensors equal, bit for bit"
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("kind", ["int8", "float8"])
+    def test_causal_language_model_with_activations(self, tmp_path: Path, kind: str, dtype: str) -> None:
+        model = frozen(small_llama(), weights=kind, dtype=dtype, activations=kind).eval()
+        export(model, tmp_path / "out", example_inputs={"input_ids": IDS})
+        served = QuantizedModelForCausalLM.from_pretrained(tmp_path / "out")
+        layer = served._wrapped.model.layers[0].mlp.up_proj
+        assert layer.activation_qtype.name == {"int8": "qint8", "float8": "qfloat8_e4m3fn"}[kind]
+        for seed in range(4):
+            ids = torch.randint(0, 96, (2, 12), generator=torch.Generator().manual_seed(seed))
+            with torch.no_grad():
+                assert same_bits(served(input_ids=ids).logits, model(input_ids=ids).logits)
+        (load,) = (check.detail for check in verify(tmp_path / "out", model).checks if check.name == "load")
+        assert load == "QuantizedModelForCausalLM.from_pretrained"
 
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("weights", TYPES)

@@ -16,14 +16,14 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
-import torch
 import yaml
 from torch import nn
 
 from qat.allocation.damage import Score, damages
 from qat.allocation.knapsack import allocate
 from qat.allocation.state import State, batches_digest, model_digest
-from qat.errors import CalibrationError, SpecError, StateError, shown
+from qat.data import list_batches
+from qat.errors import SpecError, StateError, shown
 from qat.hosts import get_target
 from qat.inspection import inspect
 from qat.progress import counted
@@ -128,7 +128,8 @@ def search(
         score: how the damage of a layer is measured. ``"kl"`` runs all batches for each layer and type: the divergence
             of the logits, or the squared distance of other outputs. ``"gradient"`` estimates the same from one
             gradient a batch. ``"output"`` is the squared error of the layer's own output, relative to its squares.
-        algorithm: how scales are found; default `Automatic`. Starts that need data are ``clip`` here.
+        algorithm: how scales are found; default `Automatic`. Scores are those of its start before training: of
+            ``clip``, where a start needs data.
         forward: runs the model once for a batch, ``forward(model, batch)``, and returns its outputs.
         state: a file for the damages. A second search by the same arguments goes on with it; ``budget``, ``types`` and
             ``forward`` may change.
@@ -140,6 +141,7 @@ def search(
         CalibrationError: there are no batches, the model cannot run one, a layer was never reached, or a damage is inf
             or NaN.
 
+    >>> import torch
     >>> model = nn.Sequential(nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 64))
     >>> report = search(model, QuantSpec(), [torch.randn(4, 128)], budget="int4", types=("int2", "int8"))
     >>> report.nbytes <= inspect(model, QuantSpec(weights="int4")).bytes_after
@@ -147,8 +149,6 @@ def search(
     """
     _check(model, types, score, algorithm)
     inspect(model, spec, target=target)  # says what is wrong with it
-    if isinstance(batches, Mapping | torch.Tensor | str) or not isinstance(batches, Iterable):
-        raise CalibrationError(f"batches: must be several batches, got one {type(batches).__name__}: pass [batch]")
     kinds = [kind for kind in types if kind != _FLOAT]
     sizes, plans, single = _options(model, spec, target, kinds, floats=_FLOAT in types)
     most, keys = _bytes(model, spec, target, budget), {name: get_target(target).host.layer_key(name) for name in sizes}
@@ -158,9 +158,7 @@ def search(
             f"budget: must be {smallest:,} bytes at least, for layers that stay float and the smallest of "
             f"{', '.join(types)} everywhere else; got {most:,}: give more, add a smaller type, or exclude less"
         )
-    batches = list(batches)
-    if not batches:
-        raise CalibrationError("batches: a search needs at least one batch, got none: pass some training batches")
+    batches = list_batches(batches, "a search")
     known = _state(model, spec, batches, target, score, algorithm, state)
     format = get_target(target).format
     wanted = {
@@ -270,7 +268,6 @@ def _best(
 
 
 def _written(spec: QuantSpec, kinds: list[str], sizes: _Options, chosen: Mapping[str, str], single: bool) -> QuantSpec:
-    """The spec that says so."""
     searched = {name: kind for name, kind in chosen.items() if _is_searched(spec, name, sizes[name])}
     counts = Counter(kind for kind in searched.values() if kind != _FLOAT)
     base = counts.most_common(1)[0][0] if counts else kinds[0]

@@ -19,11 +19,10 @@ class for the moment, with the quantizer that the algorithm makes: the arithmeti
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import functools
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal, NamedTuple
 
@@ -33,10 +32,10 @@ from torch import Tensor, nn
 from qat.errors import CalibrationError
 from qat.formats import LayerTypes
 from qat.layers import layer_class
-from qat.probing import kept_modes, run, running
+from qat.probing import kept_modes, run_batch, watched
 from qat.quantizers import Algorithm, Automatic, WeightQuantizer
 from qat.serving import snapshot
-from qat.tensors import map_tensors, model_device
+from qat.tensors import map_tensors
 
 __all__ = ["Score", "damages"]
 
@@ -138,13 +137,8 @@ class _Scorer:
         self.layers = {name: model.get_submodule(name) for name in candidates}
 
     def answer(self, number: int) -> _Answer:
-        """What the model says now to a batch."""
         batch = self.batches[number]
-        with running(number, "" if self.forward is None else "mend the function forward"):
-            if self.forward is not None:
-                return _Answer.of(self.forward(self.model, copy.copy(batch)), batch)
-            device = model_device(self.model)
-            return _Answer.of(run(self.model, map_tensors(lambda x: x.to(device), batch)), batch)
+        return _Answer.of(run_batch(self.model, batch, number, self.forward), batch)
 
     @torch.no_grad()
     def quantizers(self, name: str) -> dict[str, WeightQuantizer]:
@@ -158,7 +152,7 @@ class _Scorer:
             made[types.weights.name] = quantizer.to(weight.device)
         return made
 
-    def require_reached(self, reached: Mapping[str, Any]) -> None:
+    def require_reached(self, reached: Container[str]) -> None:
         missed = [name for name in self.layers if name not in reached]
         if missed:
             raise CalibrationError(
@@ -168,11 +162,8 @@ class _Scorer:
 
     @torch.no_grad()
     def by_divergence(self) -> Iterator[tuple[str, dict[str, float]]]:
-        reached: dict[str, bool] = {}
-        with ExitStack() as stack:
-            for name, module in self.layers.items():
-                note = functools.partial(lambda name, *_: reached.update({name: True}), name)
-                stack.callback(module.register_forward_pre_hook(note).remove)
+        reached: set[str] = set()
+        with watched(self.layers, lambda name, *_: reached.add(name)):
             wanted = [self.answer(number) for number in range(len(self.batches))]
         self.require_reached(reached)
         size = sum(answer.size() for answer in wanted)

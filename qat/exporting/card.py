@@ -7,7 +7,7 @@ float and why. People edit the card and add pictures, so the manifest keeps no h
 from __future__ import annotations
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 
 from qat.errors import listed
@@ -73,10 +73,9 @@ def _left_float(record: FrozenRecord) -> list[str]:
     """A table with one line for each reason; numbered blocks are one name."""
     if not record.left_float:
         return ["None: every linear layer is quantized."]
-    families: dict[str, dict[str, int]] = defaultdict(dict)
+    families: dict[str, Counter[str]] = defaultdict(Counter)
     for name, reason in record.left_float.items():
-        family = re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", name)
-        families[reason][family] = families[reason].get(family, 0) + 1
+        families[reason][re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", name)] += 1
     lines = ["| layers | reason |", "|---|---|"]
     for reason, names in families.items():
         shown = [f"`{name}`" + (f" ({count})" if count > 1 else "") for name, count in names.items()]

@@ -18,15 +18,15 @@ import hashlib
 import json
 import math
 import os
-import re
 import struct
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
+from pydantic import ByteSize, Field, TypeAdapter, ValidationError
 
 from qat.errors import ExportError, LoadError
 from qat.files.manifest import FileRecord, TensorRecord
@@ -62,8 +62,7 @@ DTYPE_NAMES: dict[torch.dtype, str] = {
     torch.float8_e4m3fn: "F8_E4M3",
     torch.float8_e5m2: "F8_E5M2",
 }
-_UNITS = {"": 1, "B": 1, **{f"{k}B": 1000 ** (i + 1) for i, k in enumerate("KMGT")}}
-_UNITS |= {f"{k}IB": 1024 ** (i + 1) for i, k in enumerate("KMGT")}
+_SIZE = TypeAdapter[int](Annotated[ByteSize, Field(ge=1)])
 
 
 @dataclass(frozen=True)
@@ -133,13 +132,12 @@ def parse_size(size: int | str) -> int:
     >>> parse_size("5GB"), parse_size("2 MiB"), parse_size(64)
     (5000000000, 2097152, 64)
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(size))
-    factor = _UNITS.get(match[2].upper()) if match else None
-    if match is None or factor is None or (number := int(float(match[1]) * factor)) < 1:
+    try:
+        return int(_SIZE.validate_python(str(size)))
+    except ValidationError:
         raise ExportError(
             f"max_shard_size must be a positive number of bytes or a text such as '5GB' or '500MiB'; got {size!r}"
-        )
-    return number
+        ) from None
 
 
 def plan_shards(entries: Iterable[TensorEntry], max_shard_size: int) -> tuple[Shard, ...]:

@@ -12,9 +12,10 @@ away: a proof holds for the operations that the batches show, and takes a few ru
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -22,18 +23,19 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from qat.data import list_batches
 from qat.errors import CalibrationError, SpecError, StateError, listed
-from qat.folding.groups import EXPONENTS, Group, candidates, power_of_two, require_finite, watched
+from qat.folding.groups import EXPONENTS, Group, candidates, power_of_two, require_finite
 from qat.folding.proof import Proof, agree, elements
 from qat.formats import LayerTypes
 from qat.hosts import get_target
 from qat.inspection import inspect
 from qat.observers import Best
-from qat.probing import kept_modes, run, running
+from qat.probing import kept_modes, run, running, watched
 from qat.quantizers import StraightThrough
 from qat.quantizers.activation import ActivationQuantizer, fake_quantize_output
 from qat.spec import QuantSpec
-from qat.tensors import model_device
+from qat.tensors import meta_names, model_device
 
 __all__ = ["FoldReport", "FoldedGroup", "fold_outliers"]
 
@@ -43,6 +45,7 @@ _REMEDY = (
 _STRENGTHS = (0.25, 0.5, 0.75, 1.0)
 _ROWS = 256  # of a layer's inputs, on which errors are measured
 _GAIN = 0.9  # an error falls to this at least, or the group stays as it is: a sample of rows is not exact
+_Forward = Callable[[nn.Module, Any], Any] | None
 _WIDE = (torch.float32, torch.float64)  # dtypes in which a sum with 1 can be told from a wrong one
 
 
@@ -89,6 +92,7 @@ def fold_outliers(
     spec: QuantSpec,
     target: str = "quanto",
     strength: float | Literal["best"] = "best",
+    forward: _Forward = None,
 ) -> FoldReport:
     """Move the scale of outlying channels into the weights that read them. In place, before `qat.prepare`.
 
@@ -105,6 +109,8 @@ def fold_outliers(
         strength: the alpha of SmoothQuant's ``s = max|x|^alpha / max|w|^(1 - alpha)``, above 0 and up to 1, for
             every group; the median of s is 1 here. "best": for each group what makes the smallest error of the
             outputs after it, which may be no fold.
+        forward: runs the model for a batch, as in `qat.calibrate`. Compared is what the model returns in each call, and
+            what ``forward`` returns.
 
     Raises:
         StateError: the model is prepared or frozen already, or has no data (meta device).
@@ -129,16 +135,11 @@ def fold_outliers(
             "spec: no layer quantizes activations, so there is nothing to fold for: name a type of activations, "
             "as QuantSpec(activations='int8')"
         )
-    empty = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
-    if empty:
+    if empty := meta_names(model):
         raise StateError(f"model: {empty[0]} is on the meta device and has no data: load the model's weights first")
-    if isinstance(batches, Mapping | Tensor) or not isinstance(batches, Iterable):
-        raise CalibrationError(f"batches: must be several batches, got one {type(batches).__name__}: pass [batch]")
-    batches = list(batches)
-    if not batches:
-        raise CalibrationError("batches: folding needs at least one batch, got none: pass some training batches")
+    batches = list_batches(batches, "folding")
     with kept_modes(model), torch.no_grad(), ExitStack() as undo:
-        first = functools.partial(_run, model.eval(), batches[0], 0)
+        first = functools.partial(_run, model.eval(), forward, batches[0], 0)
         norms, adaptive, linear = candidates(model, first, types)
         proof = Proof(model, first)
         groups = proof.proven(norms)
@@ -147,10 +148,11 @@ def fold_outliers(
         for group in proof.proven(linear):
             if group.readers.keys().isdisjoint(_readers(groups)):
                 groups.append(group)
-        inputs = _Inputs(model, batches, _readers(groups) & types.keys())
+        inputs = _Inputs(model, forward, batches, _readers(groups) & types.keys())
+        groups = [group for group in groups if group.readers.keys() & inputs.rows]  # some may read empty tensors
         found = [_fold_best(group, inputs, types, strength, undo) for group in groups]
         for number, batch in enumerate(batches):
-            if not agree(elements(_run(model, batch, number)), inputs.answers[number], groups):
+            if not agree(elements(_run(model, forward, batch, number)), inputs.answers[number], groups):
                 raise CalibrationError(
                     f"batches: folded, the model gives other outputs for batch {number}: pass that batch first, since "
                     "the first one proves what can be folded, or fold in float32, if the model is float16"
@@ -164,17 +166,22 @@ def _readers(groups: Iterable[Group]) -> set[str]:
     return {name for group in groups for name in group.readers}
 
 
-def _run(model: nn.Module, batch: Any, number: int) -> Any:
-    device = model_device(model)
-    with running(number, _REMEDY), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+def _run(model: nn.Module, forward: _Forward, batch: Any, number: int) -> Any:
+    device, remedy = model_device(model), "mend the function forward" if forward else _REMEDY
+    with running(number, remedy), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(0)
-        return run(model, batch)
+        if forward is None:
+            return run(model, batch)
+        answers: list[Any] = []
+        with watched({"": model}, lambda _, x, y: answers.append(y)):
+            returned = forward(model, copy.copy(batch))  # which may take things out of it
+        return [returned, *answers]
 
 
 class _Inputs:
     """What layers read over all batches: the largest magnitude of each channel, and some rows; and what came of it."""
 
-    def __init__(self, model: nn.Module, batches: Sequence[Any], names: set[str]) -> None:
+    def __init__(self, model: nn.Module, forward: _Forward, batches: Sequence[Any], names: set[str]) -> None:
         self.largest: dict[str, Tensor] = {}
         self.answers: list[dict[str, Tensor]] = []
         kept: dict[str, list[Tensor]] = defaultdict(list)
@@ -191,7 +198,7 @@ class _Inputs:
 
         with watched({name: model.get_submodule(name) for name in names}, note):
             for number, batch in enumerate(batches):
-                self.answers.append(elements(_run(model, batch, number)))
+                self.answers.append(elements(_run(model, forward, batch, number)))
         self.rows = {name: torch.cat(rows) for name, rows in kept.items()}
 
 

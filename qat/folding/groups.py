@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from qat.errors import CalibrationError
 from qat.layers import layer_class
+from qat.probing import watched
 
-__all__ = ["EXPONENTS", "Group", "candidates", "linear_layers", "power_of_two", "require_finite", "watched"]
+__all__ = ["EXPONENTS", "Group", "candidates", "linear_layers", "power_of_two", "require_finite"]
 
 EXPONENTS = 8
 """Largest exponent of a factor."""
@@ -105,19 +106,6 @@ def _weight(layer: nn.Module) -> Tensor:
 def _vectors(module: nn.Module) -> tuple[Tensor, ...]:
     found = (module._parameters.get(key) for key in ("weight", "bias"))
     return tuple(p.detach() for p in found if p is not None and p.ndim == 1)
-
-
-@contextmanager
-def watched(modules: Mapping[str, nn.Module], note: Callable[[str, Any, Any], None]) -> Iterator[None]:
-    """Tell ``note`` of every call: the name of the module, its first argument and its output."""
-    with ExitStack() as stack:
-        for name, module in modules.items():
-
-            def hook(_: nn.Module, args: Any, kwargs: Any, y: Any, name: str = name) -> None:
-                note(name, next(iter((*args, *kwargs.values())), None), y)
-
-            stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
-        yield
 
 
 def require_finite(name: str, x: Tensor, batch: int) -> None:

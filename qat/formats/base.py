@@ -142,6 +142,10 @@ class Format(ABC):
         """Why the format's kernels cannot read ``x`` as the input of such a layer, or None."""
         return None
 
+    def call_hazard(self, x: Tensor, *, keyword: bool) -> str | None:
+        """Why the format's layers cannot quantize the input ``x``, which is passed by ``keyword`` or not, or None."""
+        return None
+
     def notices(self, layers: Iterable[tuple[LayerTypes, tuple[int, int], bool]]) -> list[Notice]:
         """What a user should know of these layers: types, shape, and whether there is a bias."""
         return []

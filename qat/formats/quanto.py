@@ -124,6 +124,11 @@ class _Quanto(Format):
             return "kernel: int8 with bfloat16 raises on a CPU when the input is not contiguous within a row, as here"
         return None
 
+    def call_hazard(self, x: Tensor, *, keyword: bool) -> str | None:
+        """Its hook sees no keywords. Of 1 or 4 dimensions, the product has another shape, or none on CUDA."""
+        fault = "passed by keyword" if keyword else None if x.ndim in (2, 3) else f"of {x.ndim} dimensions"
+        return fault and f"optimum-quanto cannot quantize an input {fault}: call it by position, with 2 or 3 dimensions"
+
     def notices(self, layers: Iterable[tuple[LayerTypes, tuple[int, int], bool]]) -> list[Notice]:
         """Of the biases that a kernel loses, with the lines that mend it."""
         losing = sum(bias and _loses_bias_on_cuda(types, shape) for types, shape, bias in layers)
@@ -151,12 +156,9 @@ class _Quanto(Format):
         return [Notice(warning, "On a CUDA GPU", text)]
 
     def card_loading(self) -> list[str]:
-        return [
-            f"Without `qat`: `optimum.quanto.requantize` with `{self.map_name}` fills a float model built on the CPU."
-        ]
+        return [f"Without `qat`: `optimum.quanto.requantize` with `{self.map_name}` fills a float model built on CPU."]
 
     def slots(self, types: LayerTypes, shape: tuple[int, int], bias: bool) -> dict[str, Slot]:
-        """See the module's docstring for the keys."""
         out_features, in_features = shape
         qtype, dtype = types.weights, types.dtype
         rows = out_features * in_features // (qtype.group_size(in_features) or in_features)
@@ -326,7 +328,7 @@ class _Quanto(Format):
     def read(self, module: nn.Module) -> FrozenLayer:
         layer: Any = module
         types = self.declared(module)
-        parts = parts_of_tinygemm(layer.weight) if is_tinygemm_on_cpu(layer.weight) else None
+        parts = parts_of_tinygemm(layer.weight)
         if parts is None:
             weight = plain(layer.weight)
             scale = weight._scale.reshape(1, 1) if weight._scale.ndim == 0 else weight._scale

@@ -24,7 +24,6 @@ __all__ = [
     "is_tinygemm_on_cpu",
     "parts_of_tinygemm",
     "plain",
-    "plain_from_tinygemm",
     "tinygemm_from_plain",
     "unpacked",
 ]
@@ -50,8 +49,12 @@ def is_tinygemm_on_cpu(weight: Any) -> bool:
 
 def plain(weight: Any) -> Any:
     """A weight in the plain class, whatever kernel's class it is in."""
-    if is_tinygemm_on_cpu(weight):
-        return plain_from_tinygemm(weight)
+    if (parts := parts_of_tinygemm(weight)) is not None:
+        from optimum.quanto import WeightQBitsTensor
+
+        codes, *scales = parts
+        form = (weight._qtype, weight._axis, weight._group_size, weight.size(), weight.stride())
+        return WeightQBitsTensor(*form, codes.view(-1, weight._group_size), *scales)
     if hasattr(weight, "weight_qbits_tensor") and type(weight).__name__ != "WeightQBitsTensor":
         return weight.weight_qbits_tensor()
     if hasattr(weight, "weight_qbytes_tensor") and type(weight).__name__ != "WeightQBytesTensor":
@@ -59,21 +62,9 @@ def plain(weight: Any) -> Any:
     return weight
 
 
-def plain_from_tinygemm(weight: Any) -> Any:
-    """What ``weight.weight_qbits_tensor()`` gives, without its product with the identity matrix."""
-    from optimum.quanto import WeightQBitsTensor
-
-    if (parts := parts_of_tinygemm(weight)) is None:
-        return weight.weight_qbits_tensor()
-    codes, *scales = parts
-    form = (weight._qtype, weight._axis, weight._group_size, weight.size(), weight.stride())
-    return WeightQBitsTensor(*form, codes.view(-1, weight._group_size), *scales)
-
-
 def parts_of_tinygemm(weight: Any) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Codes, ``(out, in)``, scale and shift of a weight; None where the order of its codes is not known."""
-    block = _block(*weight._data.size())
-    if block is None:
+    """Codes, ``(out, in)``, scale and shift; None if the weight is not the kernel's or its order not known."""
+    if not is_tinygemm_on_cpu(weight) or (block := _block(*weight._data.size())) is None:
         return None
     scale, middle = (part.T.reshape(-1, 1) for part in weight._scale_shift.unbind(2))
     return _unpack(weight._data, block), scale, 8 * scale - middle

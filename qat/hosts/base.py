@@ -168,7 +168,10 @@ class Host:
         """What the spec asks for that the loader cannot express, each with its remedy."""
         if spec.outputs:
             return []
-        return ["quantize_outputs=False: this target's loader always quantizes outputs: leave it out"]
+        return [
+            "quantize_outputs=False: this target's loader is stock, and stock requantize quantizes every output: leave "
+            "it out; models of transformers can have float outputs with target='transformers', all other modules cannot"
+        ]
 
     def model_faults(self, model: nn.Module) -> list[str]:
         """Why the loader cannot load such a model at all, each with its remedy."""

@@ -101,11 +101,6 @@ class _Diffusers(Host):
         return "kept in float32 by the loader" if casts and not kept.isdisjoint(name.split(".")) else None
 
     def layer_key(self, name: str) -> str:
-        """The last part of the name.
-
-        >>> DIFFUSERS.layer_key("blocks.0.to_q")
-        'to_q'
-        """
         return name.rpartition(".")[2]
 
     def unstored(self, module: nn.Module) -> dict[str, Tensor | None]:

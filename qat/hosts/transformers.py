@@ -140,7 +140,6 @@ class _Transformers(Host):
         return {name: tensor.to(served[name].dtype) for name, tensor in build(torch.float32).items()}
 
     def float_layers(self, model: nn.Module, record: FrozenRecord) -> list[str]:
-        """By their full names."""
         linear = (name for name, module in model.named_modules() if isinstance(module, nn.Linear))
         return [name for name in linear if name not in record.layers]
 
@@ -181,7 +180,6 @@ class _Transformers(Host):
 
 
 def _set_config_dtype(config: Any, dtype: torch.dtype) -> None:
-    """Tell a configuration, and those within it, which dtype the weights have."""
     config.dtype = dtype
     for key in config.sub_configs:
         if getattr(config, key, None) is not None:

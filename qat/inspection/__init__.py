@@ -48,7 +48,6 @@ class _Facts:
         return [p for key, p in own if f"{name}.{key}" in self.rules.tied_keys or self.holders[id(p)] > 1]
 
     def types(self, layer: LayerSpec) -> LayerTypes:
-        """The types of a layer as objects."""
         outputs = self.spec.outputs
         return self.target.format.types(layer.weights, layer.activations, self.spec.torch_dtype, outputs)
 

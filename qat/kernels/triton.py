@@ -106,7 +106,7 @@ if triton is not None:
         return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
     @triton.jit
-    def _larger(a, b):  # type: ignore[no-untyped-def]
+    def larger(a, b):  # type: ignore[no-untyped-def]
         return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
     @triton.jit  # type: ignore[untyped-decorator]
@@ -141,10 +141,10 @@ if triton is not None:
             _, offset, exists = _tile(tl.program_id(0), step, groups, size, rows, columns)
             value = tl.load(weight + offset, mask=exists, other=0.0).to(tl.float32)
             low = _smaller(low, tl.where(exists, value, float("inf")))
-            high = _larger(high, tl.where(exists, value, float("-inf")))
+            high = larger(high, tl.where(exists, value, float("-inf")))
         low = tl.reduce(low, 1, _smaller)
-        high = tl.reduce(high, 1, _larger)
-        width = high - low if affine else _larger(-low, high)
+        high = tl.reduce(high, 1, larger)
+        width = high - low if affine else larger(-low, high)
         s, z = _served(width, low, affine, serving, steps, smallest, anchor)
         tl.store(scale + row, s, mask=row < groups)
         if affine:

@@ -16,7 +16,7 @@ from qat.kernels.triton_codes import mask_in_place, supports
 if triton is not None:
     import triton.language as tl
 
-    from qat.kernels.triton import code_at
+    from qat.kernels.triton import code_at, larger
 
 __all__ = ["float8_gradients", "supports"]
 
@@ -25,14 +25,10 @@ _TALL = 256  # rows of which one program finds the columns' largest magnitudes
 
 if triton is not None:
 
-    @triton.jit
-    def _larger(a, b):  # type: ignore[no-untyped-def]
-        return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
-
     @triton.jit  # type: ignore[untyped-decorator]
     def _largest(values, axis: tl.constexpr):  # type: ignore[no-untyped-def]
         """The bits of the largest, which are ordered as integers are, NaN above all."""
-        return tl.reduce(values, axis, _larger).to(tl.int32, bitcast=True)
+        return tl.reduce(values, axis, larger).to(tl.int32, bitcast=True)
 
     @triton.jit  # type: ignore[untyped-decorator]
     def _ranges_kernel(  # type: ignore[no-untyped-def]
@@ -51,7 +47,7 @@ if triton is not None:
                 bits = _largest(tl.abs(value * scale), 1)
                 tl.atomic_max(of_rows + row, bits, mask=row < rows, sem="relaxed")
             if by_column:
-                found = _larger(found, tl.abs(value))
+                found = larger(found, tl.abs(value))
         if by_column:
             tl.atomic_max(of_columns + column, _largest(found, 0), mask=column < size, sem="relaxed")
 

@@ -220,6 +220,11 @@ class QuantizedLayer(nn.Module):
         quantizer = self.input_quantizer
         return None if quantizer is None or not quantizer.enabled else quantizer.qtype
 
+    def keep_float_activations(self) -> None:
+        """Leave inputs and outputs float, in training and as served."""
+        for quantizer in self.activation_quantizers():
+            quantizer.enabled = False
+
     def fresh_state(self, prefix: str, weight: Tensor, algorithm: Algorithm) -> dict[str, Tensor]:
         """What a checkpoint would hold of quantizers newly made for an effective weight, on its device.
 

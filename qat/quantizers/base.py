@@ -120,8 +120,8 @@ class WeightQuantizer(QuantizerModule, ABC):
         """The start in `qat.starts.DATA_STARTS` that waits for data; `restart` then takes it. None: nothing waits."""
         return None
 
-    def keep_start(self) -> None:
-        """Wait for no data any more, and begin with what it has."""
+    def stop_awaiting(self) -> None:
+        """Training goes on from what there is: no start is awaited any more."""
 
     def restart(self, low: Tensor | None, high: Tensor) -> None:
         """Begin with another range, float32, ``(groups, 1)``; only where a start is awaited."""

@@ -69,6 +69,7 @@ class LearnedRange(WeightQuantizer):
     high_move: nn.Parameter
 
     started: Tensor
+    """Whether data gave the start, or training began without it; only where a start needs data."""
 
     def __init__(
         self,
@@ -105,16 +106,15 @@ class LearnedRange(WeightQuantizer):
         self._begin(low, high)
         self.started.fill_(True)
 
-    @torch.no_grad()
-    def keep_start(self) -> None:
-        """Begin with the range of ``clip``, as if data had given it."""
+    def awaited_start(self) -> str | None:
+        """The start that data has yet to give. None where it has, or where training began before."""
+        waits = self.data_start is not None and (self.started.is_meta or not bool(self.started))
+        return self.data_start if waits else None
+
+    def stop_awaiting(self) -> None:
+        """Keep the start that there is."""
         if self.data_start is not None:
             self.started.fill_(True)
-
-    def awaited_start(self) -> str | None:
-        """The start that data has yet to give. None where it has, or where training has moved the range before."""
-        waits = self.data_start is not None and not self.started.is_meta and not bool(self.started)
-        return self.data_start if waits and not any(bool(p.any()) for p in self.parameters()) else None
 
     def _flat(self) -> Tensor:
         return self.high_start == (0.0 if self.low_start is None else self.low_start)
@@ -170,7 +170,8 @@ class LearnedAffine(Algorithm):
 
     kind: Literal["learned_affine"] = "learned_affine"
     start: StartName = "clip"
-    """What to begin with (`qat.starts`); the last three need data, and are ``clip`` until `qat.calibrate` ran."""
+    """What to begin with (`qat.starts`); the last three need data, and are ``clip`` until `qat.calibrate` ran.
+    Data comes before training, or where training begins to quantize or changes its type; else ``clip`` stays."""
     mask_saturated: bool = True
     """Stop the gradient of weights outside the range, as LSQ does."""
     mask_margin: float = Field(default=0.0, ge=0)

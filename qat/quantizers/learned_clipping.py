@@ -55,8 +55,6 @@ def _clipped_scale_shift(
 
 
 class _ServedClipping(torch.autograd.Function):
-    """Serving scale and shift of a clipped range."""
-
     @staticmethod
     def forward(
         ctx: Any,

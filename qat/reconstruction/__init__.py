@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from qat.blocks import find_blocks
+from qat.data import list_batches
 from qat.errors import CalibrationError, SpecError, StateError, TrainingError, listed, shown
 from qat.hosts import inner_models
 from qat.layers import Mode, QuantizedLayer, quantized_layers
@@ -200,12 +201,7 @@ def _checked(
             raise SpecError(f"{name}: must be a number above 0, such as 1e-4, got {shown(rate)}")
     if inputs not in get_args(Inputs):
         raise SpecError(f"inputs: must be one of {get_args(Inputs)}, got {shown(inputs)}")
-    if isinstance(batches, Mapping | Tensor | str) or not isinstance(batches, Iterable):
-        raise CalibrationError(f"batches: must be several batches, got one {type(batches).__name__}: pass [batch]")
-    kept = list(batches)
-    if not kept:
-        raise CalibrationError("batches: reconstruction needs at least one batch, got none: pass training batches")
-    return kept
+    return list_batches(batches, "reconstruction")
 
 
 def _require_one_process(model: nn.Module) -> None:
@@ -248,7 +244,7 @@ def _groups(
     """Optimizer groups of what a block trains: nothing that other parts of the model use too."""
     layers = [layer for _, layer in quantized_layers(block)]
     masters = {id(p) for layer in layers for p in matrices(layer).values()}
-    outside = _parameters_outside(model, block)
+    outside = {id(p) for _, module in model.named_modules(memo={block}) for p in module._parameters.values()}
     groups = []
     for group in parameter_groups(block, lr, scale_lr):
         own = [p for p in group["params"] if id(p) not in outside]
@@ -262,18 +258,6 @@ def _groups(
             "belongs to this block alone: leave it out of blocks="
         )
     return groups
-
-
-def _parameters_outside(model: nn.Module, block: nn.Module) -> set[int]:
-    found: set[int] = set()
-    seen, left = {id(block)}, [model]
-    while left:
-        module = left.pop()
-        if id(module) not in seen:
-            seen.add(id(module))
-            found.update(id(p) for p in module._parameters.values())
-            left += module.children()
-    return found
 
 
 def _reconstruct(

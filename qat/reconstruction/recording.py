@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from qat.errors import CalibrationError, listed
-from qat.probing import run, running
-from qat.tensors import map_tensors, model_device
+from qat.errors import CalibrationError, QatError, listed
+from qat.probing import run_batch, watched
+from qat.tensors import map_tensors
 
 __all__ = ["Call", "Recorder", "seeded", "with_inputs"]
 
@@ -49,8 +49,8 @@ def _hidden_states(outputs: Any) -> list[Tensor]:
     return [t for t in tensors if (t.ndim, t.shape[-1:]) == (tensors[0].ndim, tensors[0].shape[-1:])]
 
 
-class _StopError(Exception):
-    """Ends a forward of the model once the block is recorded."""
+class _StopError(QatError):
+    """Ends a forward of the model once the block is recorded; one of ours, so that `running` lets it pass."""
 
 
 class Recorder:
@@ -64,17 +64,14 @@ class Recorder:
 
     def count(self, blocks: Mapping[str, nn.Module]) -> list[str]:
         """The names of the blocks in the order of their first calls; remembers how often each batch calls each."""
-        self._counts = {}
+        self._counts, number = {}, 0
 
-        def note(name: str, number: int) -> None:
+        def note(name: str, *_: Any) -> None:
             self._counts.setdefault(name, [0] * len(self._batches))[number] += 1
 
-        for number in range(len(self._batches)):
-            hooks = [
-                block.register_forward_pre_hook(lambda *_, name=name, number=number: note(name, number))
-                for name, block in blocks.items()
-            ]
-            self._run(number, hooks)
+        with watched(blocks, note):
+            for number in range(len(self._batches)):
+                self._run(number)
         if missed := [name for name in blocks if name not in self._counts]:
             raise CalibrationError(
                 f"batches: {len(missed)} blocks were never reached in {len(self._batches)} batches "
@@ -88,29 +85,19 @@ class Recorder:
         for number, count in enumerate(self._counts[name]):
             calls: list[Call] = []
             if count:
-                self._run(number, _recording(block, calls, count))
+                with _recording(block, calls, count):
+                    self._run(number)
             found.append(calls)
         return found
 
-    def _run(self, number: int, hooks: Collection[Any]) -> None:
-        batch, remedy = self._batches[number], "" if self._forward is None else "mend the function forward"
-        try:
-            with running(number, remedy), seeded(self._seed + number), torch.no_grad():
-                try:
-                    if self._forward is not None:
-                        self._forward(self._model, copy.copy(batch))  # which may take things out of it
-                    else:
-                        device = model_device(self._model)
-                        run(self._model, map_tensors(lambda x: x.to(device), batch))
-                except _StopError:
-                    pass
-        finally:
-            for hook in hooks:
-                hook.remove()
+    def _run(self, number: int) -> None:
+        with seeded(self._seed + number), torch.no_grad(), suppress(_StopError):
+            run_batch(self._model, self._batches[number], number, self._forward)
 
 
-def _recording(block: nn.Module, calls: list[Call], count: int) -> list[Any]:
-    """Hooks that put the next calls of a block into ``calls``, and stop after as many as ``count``."""
+@contextmanager
+def _recording(block: nn.Module, calls: list[Call], count: int) -> Iterator[None]:
+    """Put the next calls of a block into ``calls``, and stop after as many as ``count``."""
     started: list[tuple[Any, Any, list[torch.device]]] = []
 
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -127,7 +114,8 @@ def _recording(block: nn.Module, calls: list[Call], count: int) -> list[Any]:
         if len(calls) == count:
             raise _StopError
 
-    return [block.register_forward_pre_hook(before, with_kwargs=True), block.register_forward_hook(after)]
+    with block.register_forward_pre_hook(before, with_kwargs=True), block.register_forward_hook(after):
+        yield
 
 
 def with_inputs(name: str, wanted: list[list[Call]], given: list[list[Call]]) -> list[list[Call]]:

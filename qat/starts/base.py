@@ -15,7 +15,20 @@ from torch import Tensor
 from qat import kernels
 from qat.numerics import QType, round_to
 
-__all__ = ["DataStart", "Ends", "RangeStart", "Start", "block_product", "chunks", "finish", "output_error", "served"]
+__all__ = [
+    "DataStart",
+    "Ends",
+    "RangeStart",
+    "Start",
+    "block_product",
+    "by_chunks",
+    "chosen",
+    "chunks",
+    "chunks_with_ends",
+    "output_error",
+    "quantized",
+    "served",
+]
 
 CHUNK_ELEMENTS = 1 << 22  # 16 MiB of float32, and a few copies: far below the weight itself in a large model
 
@@ -45,10 +58,33 @@ def chunks(weight: Tensor) -> Iterator[Tensor]:
     return iter(torch.split(weight.detach(), rows))
 
 
-def finish(found: list[Ends]) -> Ends:
-    """The ends of all chunks in one."""
+def chunks_with_ends(weight: Tensor, ends: Ends) -> Iterator[tuple[Tensor, Ends]]:
+    """`chunks` of a weight, each with the ends of its own groups."""
+    (low, high), at = ends, 0
+    for part in chunks(weight):
+        own = slice(at, at := at + len(part) * (len(high) // len(weight)))
+        yield part, (None if low is None else low[own], high[own])
+
+
+def by_chunks(weight: Tensor, find: Callable[[Tensor], Ends]) -> Ends:
+    """What ``find`` gives of each chunk, in one."""
+    found = [find(part) for part in chunks(weight)]
     lows = [low for low, _ in found if low is not None]
     return torch.cat(lows) if lows else None, torch.cat([high for _, high in found])
+
+
+def chosen(which: Tensor, ends: Ends, others: Ends) -> Ends:
+    """``ends`` where ``which`` says so, ``(groups, 1)``, and the ``others`` elsewhere."""
+    low = None if ends[0] is None or others[0] is None else torch.where(which, ends[0], others[0])
+    return low, torch.where(which, ends[1], others[1])
+
+
+def quantized(
+    weight: Tensor, ends: Ends, qtype: QType, dtype: torch.dtype, out_dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """The values that a range gives, ``(out, in)``, or the codes, as `kernels.fake_quantize_weight` does."""
+    scale, shift = qtype.serve(*qtype.scale_shift(*ends), dtype, weight.shape[1])
+    return kernels.fake_quantize_weight(weight, scale, shift, qtype.key, dtype, out_dtype)
 
 
 def served(weight: Tensor, ends: Ends, qtype: QType, dtype: torch.dtype) -> Tensor:
@@ -56,12 +92,8 @@ def served(weight: Tensor, ends: Ends, qtype: QType, dtype: torch.dtype) -> Tens
 
     That is how `qat.quantizers.learned_affine` reads a range.
     """
-    low, high = ends
-    flat = round_to(qtype.scale_shift(low, high)[0], dtype) == 0
-    own_low, own_high = qtype.weight_range(weight)
-    low = None if low is None or own_low is None else torch.where(flat, own_low, low)
-    scale, shift = qtype.serve(*qtype.scale_shift(low, torch.where(flat, own_high, high)), dtype, weight.shape[1])
-    return kernels.fake_quantize_weight(weight, scale, shift, qtype.key, dtype, torch.float32)
+    flat = round_to(qtype.scale_shift(*ends)[0], dtype) == 0
+    return quantized(weight, chosen(flat, qtype.weight_range(weight), ends), qtype, dtype)
 
 
 def output_error(start: Start, weight: Tensor, qtype: QType, dtype: torch.dtype, moments: Tensor) -> float:
@@ -75,13 +107,10 @@ def output_error(start: Start, weight: Tensor, qtype: QType, dtype: torch.dtype,
     >>> round(output_error(start, weight, int8, torch.float32, torch.eye(2)), 4)
     0.09
     """
-    total, per_row, at = 0.0, start.ends[1].shape[0] // weight.shape[0], 0
-    for master, part in zip(chunks(start.weight), chunks(weight), strict=True):
-        own = slice(at * per_row, (at + len(part)) * per_row)
-        low, high = start.ends
-        error = served(master, (None if low is None else low[own], high[own]), qtype, dtype) - part.float()
+    total = 0.0
+    for (master, ends), part in zip(chunks_with_ends(start.weight, start.ends), chunks(weight), strict=True):
+        error = served(master, ends, qtype, dtype) - part.float()
         total += float(((error @ moments) * error).sum(dtype=torch.float64))
-        at += len(part)
     return max(total, 0.0)
 
 

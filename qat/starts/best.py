@@ -13,7 +13,6 @@ from qat.starts.base import Start, output_error
 from qat.starts.clip import clipped_range
 from qat.starts.gptq import compensated_weight
 from qat.starts.hqq import half_quadratic_range
-from qat.starts.minmax import whole_range
 from qat.starts.output import output_start
 from qat.starts.seq import balanced_range, fits
 
@@ -25,7 +24,7 @@ def best_start(weight: Tensor, qtype: QType, dtype: torch.dtype, moments: Tensor
 
     >>> from qat.formats import QUANTO
     >>> weight, int2, moments = torch.randn(4, 8), QUANTO.qtypes["int2"], torch.eye(8) + 1
-    >>> minmax = Start("minmax", whole_range(weight, int2, torch.float32), weight)
+    >>> minmax = Start("minmax", int2.weight_range(weight), weight)
     >>> best, found = best_start(weight, int2, torch.float32, moments), []
     >>> for start in (minmax, best):
     ...     found.append(output_error(start, weight, int2, torch.float32, moments))
@@ -46,10 +45,14 @@ def _compensated(start: Start, qtype: QType, dtype: torch.dtype, moments: Tensor
 
 
 def _best_range(weight: Tensor, qtype: QType, dtype: torch.dtype, moments: Tensor) -> Start:
-    ranges = {"clip": clipped_range, "minmax": whole_range, "hqq": half_quadratic_range}
+    ranges = {
+        "clip": clipped_range(weight, qtype, dtype),
+        "minmax": qtype.weight_range(weight),
+        "hqq": half_quadratic_range(weight, qtype, dtype),
+    }
     if fits(qtype):
-        ranges["seq"] = balanced_range
-    starts = [Start(name, find(weight, qtype, dtype), weight) for name, find in ranges.items()]
+        ranges["seq"] = balanced_range(weight, qtype, dtype)
+    starts = [Start(name, ends, weight) for name, ends in ranges.items()]
     return _best([*starts, output_start(weight, qtype, dtype, moments)], weight, qtype, dtype, moments)
 
 

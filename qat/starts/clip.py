@@ -11,13 +11,13 @@ Weight error is not output error. It sees no data, and what it gains has to be m
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from qat import kernels
 from qat.numerics import QType
-from qat.starts.base import Ends, chunks, finish
+from qat.starts.base import Ends, by_chunks, quantized
 
 __all__ = ["clipped_range", "search", "weight_error"]
 
@@ -30,9 +30,7 @@ def weight_error(weight: Tensor, low: Tensor | None, high: Tensor, qtype: QType,
 
     ``low`` and ``high`` are the ends of each group's range, as `clipped_range` gives them.
     """
-    scale, shift = qtype.serve(*qtype.scale_shift(low, high), dtype, weight.shape[1])
-    served = kernels.fake_quantize_weight(weight, scale, shift, qtype.key, dtype, torch.float32)
-    error = qtype.grouped(served.sub_(weight))
+    error = qtype.grouped(quantized(weight, (low, high), qtype, dtype).sub_(weight))
     # In units of the group's own size, the squares of no group overflow or vanish.
     size = qtype.grouped(weight).abs().amax(1, keepdim=True).float()
     error /= size.clamp_(min=torch.finfo(torch.float32).tiny)
@@ -50,11 +48,7 @@ def clipped_range(weight: Tensor, qtype: QType, dtype: torch.dtype) -> Ends:
     >>> bool(high <= 0.4)
     True
     """
-
-    def of_chunk(part: Tensor) -> Ends:
-        return search(part, qtype, lambda low, high: weight_error(part, low, high, qtype, dtype))
-
-    return finish([of_chunk(part) for part in chunks(weight)])
+    return by_chunks(weight, lambda part: search(part, qtype, partial(weight_error, part, qtype=qtype, dtype=dtype)))
 
 
 def search(weight: Tensor, qtype: QType, error: Callable[[Tensor | None, Tensor], Tensor]) -> Ends:

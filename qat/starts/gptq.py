@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from qat.numerics import QType, round_to
-from qat.starts.base import Ends, chunks
+from qat.starts.base import Ends, chunks_with_ends
 
 __all__ = ["compensated_weight"]
 
@@ -39,22 +39,7 @@ def compensated_weight(weight: Tensor, qtype: QType, dtype: torch.dtype, moments
     """
     order = torch.argsort(moments.diagonal(), descending=True, stable=True)
     factor = inverse_factor(moments[order][:, order])
-    scale, shift = qtype.serve(*qtype.scale_shift(*ends), dtype, weight.shape[1])
-    flat = round_to(qtype.scale_shift(*ends)[0], dtype) == 0
-    per_row = scale.shape[0] // weight.shape[0]
-    scales, shifts, flats = (None if x is None else x.view(-1, per_row) for x in (scale, shift, flat))
-    assert scales is not None
-    assert flats is not None
-    groups = (order // (weight.shape[1] // per_row)).tolist()
-    made, at = [], 0
-    for part in chunks(weight):
-        own = slice(at, at + len(part))
-        columns = _Columns(qtype, dtype, scales[own], None if shifts is None else shifts[own], flats[own])
-        found = torch.empty_like(part)
-        found[:, order] = columns.compensate(part[:, order], factor, groups)
-        made.append(found)
-        at += len(part)
-    return torch.cat(made)
+    return torch.cat([_of_rows(part, own, qtype, dtype, order, factor) for part, own in chunks_with_ends(weight, ends)])
 
 
 def inverse_factor(moments: Tensor) -> Tensor:
@@ -75,27 +60,22 @@ def inverse_factor(moments: Tensor) -> Tensor:
     return torch.eye(len(moments), device=moments.device)
 
 
-class _Columns:
-    def __init__(self, qtype: QType, dtype: torch.dtype, scales: Tensor, shifts: Tensor | None, flats: Tensor) -> None:
-        self.qtype, self.dtype, self.scales, self.shifts, self.flats = qtype, dtype, scales, shifts, flats
-        # How many copies of a column make a group; one where a type has no fixed group size.
-        self.copies = qtype.group_size(1) or 1
-
-    def served(self, column: Tensor, group: int) -> Tensor:
-        scale, shift = self.scales[:, group, None], None if self.shifts is None else self.shifts[:, group, None]
-        copies = column[:, None].expand(-1, self.copies)
-        return self.qtype.fake_quantize(copies, scale, shift, self.dtype, torch.float32)[:, 0]
-
-    def compensate(self, weight: Tensor, factor: Tensor, groups: list[int]) -> Tensor:
-        """Masters of ``weight``, whose columns are in order; ``groups`` says the group of each."""
-        rest, made = weight.float().clone(), torch.empty_like(weight)
-        for start in range(0, len(groups), _BLOCK):
-            end = min(start + _BLOCK, len(groups))
-            errors = rest.new_empty(len(rest), end - start)
-            for j in range(start, end):
-                own = torch.where(self.flats[:, groups[j]], weight[:, j], rest[:, j].to(weight.dtype))
-                made[:, j] = own
-                errors[:, j - start] = (rest[:, j] - self.served(own, groups[j])) / factor[j, j]
-                rest[:, j + 1 : end].addr_(errors[:, j - start], factor[j, j + 1 : end], alpha=-1)
-            rest[:, end:].addmm_(errors, factor[start:end, end:], alpha=-1)
-        return made
+def _of_rows(weight: Tensor, ends: Ends, qtype: QType, dtype: torch.dtype, order: Tensor, factor: Tensor) -> Tensor:
+    flat = (round_to(qtype.scale_shift(*ends)[0], dtype) == 0).view(len(weight), -1)
+    scale, shift = qtype.serve(*qtype.scale_shift(*ends), dtype, weight.shape[1])
+    scale, shift = scale.view(flat.shape), None if shift is None else shift.view(flat.shape)
+    copies = qtype.group_size(1) or 1  # of a column, which make a group; one where a type has no fixed group size
+    rest, made, columns = weight[:, order].float(), torch.empty_like(weight), order.tolist()
+    for start in range(0, len(columns), _BLOCK):
+        end = min(start + _BLOCK, len(columns))
+        errors = rest.new_empty(len(rest), end - start)
+        for j in range(start, end):
+            column, group = columns[j], columns[j] // (weight.shape[1] // flat.shape[1])
+            own = torch.where(flat[:, group], weight[:, column], rest[:, j].to(weight.dtype))
+            made[:, column] = own
+            scales = scale[:, group, None], None if shift is None else shift[:, group, None]
+            served = qtype.fake_quantize(own[:, None].expand(-1, copies), *scales, dtype, torch.float32)[:, 0]
+            errors[:, j - start] = (rest[:, j] - served) / factor[j, j]
+            rest[:, j + 1 : end].addr_(errors[:, j - start], factor[j, j + 1 : end], alpha=-1)
+        rest[:, end:].addmm_(errors, factor[start:end, end:], alpha=-1)
+    return made

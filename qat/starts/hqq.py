@@ -18,7 +18,7 @@ from torch import Tensor
 
 from qat import kernels
 from qat.numerics import QType
-from qat.starts.base import Ends, chunks, finish
+from qat.starts.base import Ends, by_chunks, chosen
 
 __all__ = ["half_quadratic_range"]
 
@@ -35,7 +35,7 @@ def half_quadratic_range(weight: Tensor, qtype: QType, dtype: torch.dtype) -> En
     >>> bool(high - low <= 3.2)
     True
     """
-    return finish([_of_chunk(part, qtype, dtype) for part in chunks(weight)])
+    return by_chunks(weight, lambda part: _of_chunk(part, qtype, dtype))
 
 
 def _of_chunk(weight: Tensor, qtype: QType, dtype: torch.dtype) -> Ends:
@@ -43,8 +43,7 @@ def _of_chunk(weight: Tensor, qtype: QType, dtype: torch.dtype) -> Ends:
     best = ends = qtype.weight_range(weight)
     smallest, beta = torch.full_like(ends[1], torch.inf), _BETA
     for step in range(_STEPS + 1):
-        low, high = ends
-        scale, shift = qtype.serve(*qtype.scale_shift(low, high), dtype, weight.shape[1])
+        scale, shift = qtype.serve(*qtype.scale_shift(*ends), dtype, weight.shape[1])
         values = kernels.fake_quantize_weight(weight, scale, shift, *options, torch.float32)
         unit = scale.clamp(min=torch.finfo(torch.float32).tiny)
         error = (rows - qtype.grouped(values)).div_(unit)
@@ -52,8 +51,7 @@ def _of_chunk(weight: Tensor, qtype: QType, dtype: torch.dtype) -> Ends:
         norm = (size.pow(_NORM) * unit.pow(_NORM)).sum(1, keepdim=True)
         better = norm < smallest
         smallest = torch.where(better, norm, smallest)
-        kept_low = None if low is None or best[0] is None else torch.where(better, low, best[0])
-        best = (kept_low, torch.where(better, high, best[1]))
+        best = chosen(better, ends, best)
         if step == _STEPS:
             break
         sparse = error.sign() * (size - size.pow(_NORM - 1) / beta).clamp_(min=0).nan_to_num_(0.0)
@@ -61,7 +59,7 @@ def _of_chunk(weight: Tensor, qtype: QType, dtype: torch.dtype) -> Ends:
         if shift is None:
             squares = codes.square().sum(1, keepdim=True)
             fitted = (codes * (rows - unit * sparse)).sum(1, keepdim=True) / squares * qtype.steps
-            ends = None, torch.where((squares > 0) & (fitted > 0), fitted, high)
+            ends = None, torch.where((squares > 0) & (fitted > 0), fitted, ends[1])
         else:
             moved = (scale * codes - rows + unit * sparse).mean(1, keepdim=True)
             ends = -moved, scale * qtype.steps - moved

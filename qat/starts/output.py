@@ -14,9 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qat import kernels
 from qat.numerics import QType
-from qat.starts.base import Ends, Start, block_product, chunks, finish
+from qat.starts.base import Ends, Start, block_product, by_chunks, chosen, quantized
 from qat.starts.clip import clipped_range, search
 
 __all__ = ["fitted_range", "output_range", "output_start"]
@@ -39,28 +38,21 @@ def output_range(weight: Tensor, qtype: QType, dtype: torch.dtype, moments: Tens
     >>> bool(output_range(weight, int2, torch.float32, moments)[1] < 4)
     True
     """
-    return finish([_of_chunk(part, qtype, dtype, moments) for part in chunks(weight)])
+    return by_chunks(weight, lambda part: _of_chunk(part, qtype, dtype, moments))
 
 
 def _of_chunk(weight: Tensor, qtype: QType, dtype: torch.dtype, moments: Tensor) -> Ends:
     def judge(low: Tensor | None, high: Tensor) -> Tensor:
-        error = _quantized(weight, (low, high), qtype, dtype, torch.float32).sub_(weight)
+        error = quantized(weight, (low, high), qtype, dtype).sub_(weight)
         return qtype.grouped(block_product(error, moments, qtype).mul_(error)).sum(1, keepdim=True)
 
     def better(one: Ends, other: Ends) -> Ends:
-        chosen = judge(*other) < judge(*one)  # never where an error is not a number
-        low = None if one[0] is None or other[0] is None else torch.where(chosen, other[0], one[0])
-        return low, torch.where(chosen, other[1], one[1])
+        return chosen(judge(*other) < judge(*one), other, one)  # never where an error is not a number
 
     ends = better(clipped_range(weight, qtype, dtype), search(weight, qtype, judge))
     for _ in range(_FITS):
         ends = better(ends, fitted_range(weight, ends, qtype, dtype, moments))
     return ends
-
-
-def _quantized(weight: Tensor, ends: Ends, qtype: QType, dtype: torch.dtype, out_dtype: torch.dtype) -> Tensor:
-    scale, shift = qtype.serve(*qtype.scale_shift(*ends), dtype, weight.shape[1])
-    return kernels.fake_quantize_weight(weight, scale, shift, qtype.key, dtype, out_dtype)
 
 
 def fitted_range(weight: Tensor, ends: Ends, qtype: QType, dtype: torch.dtype, moments: Tensor) -> Ends:
@@ -69,7 +61,7 @@ def fitted_range(weight: Tensor, ends: Ends, qtype: QType, dtype: torch.dtype, m
     def inner(a: Tensor, b: Tensor) -> Tensor:
         return qtype.grouped(a * b).sum(1, keepdim=True)
 
-    codes = _quantized(weight, ends, qtype, dtype, qtype.storage).float()
+    codes = quantized(weight, ends, qtype, dtype, qtype.storage).float()
     of_codes, of_weight = (block_product(x, moments, qtype) for x in (codes, weight.float()))
     squares, target = inner(codes, of_codes), inner(codes, of_weight)
     if ends[0] is None:
@@ -82,5 +74,4 @@ def fitted_range(weight: Tensor, ends: Ends, qtype: QType, dtype: torch.dtype, m
         low = (mean - scale * cross) / one
     high = scale * qtype.steps + (0 if low is None else low)
     usable = (scale > 0) & high.isfinite() & (True if low is None else low.isfinite())
-    low = None if low is None or ends[0] is None else torch.where(usable, low, ends[0])
-    return low, torch.where(usable, high, ends[1])
+    return chosen(usable, (low, high), ends)

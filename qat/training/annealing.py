@@ -2,7 +2,8 @@
 
 With few values a weight, the first steps from a float model are noise. With four times as many, masters and other
 parameters settle first. Groups are the same, so a quantizer keeps its parameters and changes its type; its range
-starts again from the weight as it is then, by the algorithm's own start. A state dict holds a type that is not the one
+starts again from the weight as it is then, by the algorithm's own start. One that needs data waits for it again:
+the callback brings it, or `qat.calibrate` in a loop of your own. A state dict holds a type that is not the one
 to be served, so that a checkpoint goes on as it was, and `qat.freeze` refuses it.
 """
 
@@ -18,6 +19,7 @@ from qat.errors import TrainingError
 from qat.hosts import get_target
 from qat.layers import QuantizedLayer, quantized_layers
 from qat.numerics import QType
+from qat.optimizers import look_again
 from qat.preparation import prepared_as
 from qat.quantizers import Algorithm
 from qat.spec import WeightType
@@ -64,6 +66,8 @@ def begin_with(model: nn.Module, weights: WeightType) -> None:
 def end_first_type(model: nn.Module, optimizers: Iterable[Optimizer] = ()) -> None:
     """Let every layer quantize to the type that it is frozen to; the ranges of those that change start again.
 
+    Where their start needs data, `qat.calibrate` comes next.
+
     What ``optimizers`` remember of learned ranges that start again, such as momentum, is forgotten.
     """
     layers = [layer for _, layer in quantized_layers(model)]
@@ -104,3 +108,4 @@ def _change(changes: list[tuple[QuantizedLayer, QType]], algorithm: Algorithm) -
     for quantizer, qtype, state in fresh:  # now, so that no error leaves a half-changed model
         quantizer.load_state_dict(state)
         quantizer.qtype = qtype
+    look_again()  # at the next step, starts that wait have waited too long

@@ -7,6 +7,7 @@ activations are buffers. They are no numbers to average, but must be copied as t
 
 from __future__ import annotations
 
+from math import ceil
 from typing import TYPE_CHECKING
 
 from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging, WeightAveraging
@@ -14,7 +15,8 @@ from torch import nn
 
 from qat.errors import TrainingError
 from qat.layers import quantized_layers
-from qat.training.schedule import QuantizationSchedule
+from qat.starting import awaiting
+from qat.training.schedule import QuantizationSchedule, planned_steps
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -33,18 +35,22 @@ def require_order(trainer: Trainer, callback: Callback) -> None:
 
 
 def require_same_kind(trainer: Trainer, model: nn.Module, schedule: QuantizationSchedule) -> None:
-    """Raise `TrainingError` when an average would mix what does not go together."""
+    """Raise `TrainingError` when an average would mix what does not go together, or would never be one."""
+    until = schedule.first_weights_until or 0
+    # A start from data may change the masters, when quantization begins.
+    from_step = schedule.settled_from if awaiting(model) else until
+    setting = f"first_weights_until={until}" if from_step == until else f"start_step={from_step}"
     state = any(
         any(True for _ in child.buffers()) for _, layer in quantized_layers(model) for child in layer.children()
     )
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
-    if schedule.first_weights and any(isinstance(other, StochasticWeightAveraging) for other in callbacks):
+    if from_step and any(isinstance(other, StochasticWeightAveraging) for other in callbacks):
         raise TrainingError(
-            "callbacks: StochasticWeightAveraging starts by epochs, but first_weights changes ranges at a step: use "
-            f"EMAWeightAveraging(use_buffers=False, update_starting_at_step={schedule.first_weights_until})"
+            f"callbacks: StochasticWeightAveraging starts by epochs, but ranges start again at {setting}: use "
+            f"EMAWeightAveraging(use_buffers=False, update_starting_at_step={from_step})"
         )
     for other in _averages(trainer):
-        name, from_step = type(other).__name__, schedule.first_weights_until or 0
+        name = type(other).__name__
         if other._use_buffers and state:
             raise TrainingError(
                 f"callbacks: {name} would average buffers, such as starts of ranges and statistics: pass it "
@@ -52,9 +58,24 @@ def require_same_kind(trainer: Trainer, model: nn.Module, schedule: Quantization
             )
         if any(other.should_update(step_idx=step) for step in range(from_step)):
             raise TrainingError(
-                f"callbacks: {name} averages from before first_weights_until={from_step}, when ranges were those of "
-                f"another type: let it start there (EMAWeightAveraging(update_starting_at_step={from_step}))"
+                f"callbacks: {name} averages from before {setting}, when ranges were others: let it start there "
+                f"(EMAWeightAveraging(update_starting_at_step={from_step}))"
             )
+        steps = planned_steps(trainer)
+        if steps is not None and not _averages_within(other, steps, trainer):
+            raise TrainingError(
+                f"callbacks: {name} averages nothing in the {steps} steps of this fit (its update_starting_at_step is "
+                f"{getattr(other, 'update_starting_at_step', None)}), and would end it with the weights from before: "
+                "let it start earlier, train for more steps, or leave it out"
+            )
+
+
+def _averages_within(callback: WeightAveraging, steps: int, trainer: Trainer) -> bool:
+    batches = steps * trainer.accumulate_grad_batches
+    epochs = max(1, ceil(batches / trainer.num_training_batches)) if trainer.num_training_batches else 0
+    return any(callback.should_update(step_idx=step) for step in reversed(range(steps))) or any(
+        callback.should_update(epoch_idx=epoch) for epoch in reversed(range(epochs))
+    )
 
 
 def part_scales(trainer: Trainer, model: nn.Module) -> None:

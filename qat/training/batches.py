@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
-from qat.calibration import CalibrationReport, calibrate
+from qat.calibration import CalibrationReport, calibrate_parts
 from qat.errors import CalibrationError, QatError
 
 __all__ = ["calibrate_on_training_data"]
@@ -25,8 +25,13 @@ def calibrate_on_training_data(
     model: nn.Module,
     count: int,
     model_inputs: Callable[[Any], Any] | None,
+    *,
+    starts: bool = True,
+    activations: bool = True,
 ) -> CalibrationReport:
     """Calibrate ``model`` with the first ``count`` batches of an epoch, as ``model_inputs`` makes them for the model.
+
+    The last two arguments are those of `qat.calibration.calibrate_parts`.
 
     Raises:
         CalibrationError: the model cannot be called with them, or see `qat.calibrate`.
@@ -35,7 +40,8 @@ def calibrate_on_training_data(
     try:
         # Random numbers of its own: a run with and one without this calibration shuffle their data alike.
         with isolate_rng(), trainer.precision_plugin.forward_context():
-            return calibrate(model, map(model_inputs or own, _batches(trainer, pl_module, count)))
+            inputs = map(model_inputs or own, _batches(trainer, pl_module, count))
+            return calibrate_parts(model, inputs, starts=starts, activations=activations)
     except (QatError, AttributeError, LookupError, TypeError, ValueError) as error:
         cause = error.__cause__ if isinstance(error, QatError) else error
         if not isinstance(cause, AttributeError | LookupError | TypeError | ValueError):
@@ -50,7 +56,8 @@ def _batches(trainer: Trainer, pl_module: LightningModule, count: int) -> Iterat
     """Batches on the device. The iterators and generators of the training loaders stay where they are."""
     loaders = CombinedLoader(trainer.train_dataloader, "max_size_cycle")
     loaders.flattened = [_apart(loader) for loader in loaders.flattened]
-    sources = [source for loader in loaders.flattened for source in (loader, getattr(loader, "sampler", None))]
+    names = ("sampler", "collate_fn")  # the second may draw noise
+    sources = [s for one in loaders.flattened for s in (one, *(getattr(one, name, None) for name in names))]
     generators = [g for source in sources if (g := getattr(source, "generator", None)) is not None]
     states = [generator.get_state() for generator in generators]
     data = trainer.datamodule  # type: ignore[attr-defined]

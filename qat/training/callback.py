@@ -22,17 +22,17 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
-from qat.errors import CalibrationError, StateError, TrainingError
+from qat.errors import CalibrationError, StateError, TrainingError, listed
 from qat.files.evidence import is_frozen
 from qat.hosts import get_target
-from qat.layers import Mode, layer_class, quantized_layers
+from qat.layers import Mode, QuantizedLayer, layer_class, quantized_layers
 from qat.observers import Best, ObserverChoice
-from qat.optimizers import REMEDY, learned_ranges, refuse_decay, watch
+from qat.optimizers import REMEDY, begin_training, learned_ranges, refuse_decay, watch
 from qat.preparation import prepare, prepared_as
 from qat.quantizers import Algorithm, Automatic
 from qat.quantizers.activation import ActivationQuantizer
 from qat.spec import QuantSpec
-from qat.starting import awaiting, sharded
+from qat.starting import awaiting
 from qat.training.annealing import begin_with, end_first_type
 from qat.training.averaging import part_scales, require_order, require_same_kind
 from qat.training.batches import calibrate_on_training_data
@@ -101,6 +101,7 @@ class QuantizationAwareTraining(Callback):
         self._phase: tuple[bool, bool] | None = None  # what the layers were last switched to
         self._held: dict[nn.Parameter, Tensor] = {}  # learned scales that stay, and where
         self._pulls: list[RemovableHandle] = []  # of hooks that follow the optimizers' steps
+        self._changes: list[int] = []  # steps to come at which layers begin to quantize to another type
         self._process = os.getpid()
 
     def model_of(self, module: LightningModule) -> nn.Module:
@@ -169,7 +170,22 @@ class QuantizationAwareTraining(Callback):
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(  # type: ignore[no-untyped-call]
             pl_module, sorted(ignored)
         )
+        self._refuse_sharded(trainer, model)
         self._switch(trainer, pl_module)
+
+    def _refuse_sharded(self, trainer: Trainer, model: nn.Module) -> None:
+        """Raise where a schedule needs whole weights during the fit and a strategy shards them, or their copies."""
+        if trainer.state.fn != TrainerFn.FITTING or not trainer.strategy.restore_checkpoint_after_setup:
+            return
+        name = type(trainer.strategy).__name__
+        if self.schedule.first_weights is not None:
+            raise TrainingError(f"schedule: first_weights needs whole weights, which {name} shards: use ddp")
+        waiting = {} if isinstance(self.algorithm, Automatic) else awaiting(model)
+        if self.schedule.calibration_batches and waiting:
+            raise TrainingError(
+                f"algorithm: the start of {len(waiting)} layers needs whole weights, which {name} shards: call "
+                "qat.prepare and qat.calibrate before the fit, or use start='clip'"
+            )
 
     def _refuse_worker_processes(self, trainer: Trainer, model: nn.Module) -> None:
         """Of a copy of the module that a worker process trains, only the state returns to the process of the user."""
@@ -201,79 +217,70 @@ class QuantizationAwareTraining(Callback):
             refuse_float_optimizer(pl_module, checkpoint)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Give uncalibrated activations their first scales, and weights their start; a resumed run already has them."""
-        model, count = self.model_of(pl_module), self.schedule.calibration_batches
-        if isinstance(self.algorithm, Automatic):
-            self._keep_starts(model)
+        """Give activations their scales and quantized weights their start, where a resumed run has them not."""
+        model, schedule = self.model_of(pl_module), self.schedule
         self._refuse_schedule(trainer, model)
-        uncalibrated, waiting = _uncalibrated(model), awaiting(model)
-        if uncalibrated or waiting:
-            if uncalibrated and not self.schedule.sets_scales(trainer.global_step):
-                raise CalibrationError(
-                    "schedule: activations are quantized but nothing sets their scales: set calibration_batches above "
-                    "0 or observe_from=0, or call qat.calibrate before the fit"
-                )
-            if count > 0:
-                self._calibrate(trainer, pl_module, may_fail=isinstance(self.algorithm, Automatic) and not uncalibrated)
-            elif waiting:
-                logger.warning(
-                    "%d layers begin with the start 'clip', for theirs needs data: set calibration_batches above 0, or "
-                    "call qat.calibrate before the fit",
-                    len(waiting),
-                )
-        part_scales(trainer, model)
+        uncalibrated = _uncalibrated(model)
+        if uncalibrated and not schedule.sets_scales(trainer.global_step):
+            raise CalibrationError(
+                "schedule: activations are quantized but nothing sets their scales: set calibration_batches above 0 or "
+                "observe_from=0, or call qat.calibrate before the fit"
+            )
+        steps = (schedule.start_step, schedule.first_weights_until or 0)
+        self._changes = [step for step in steps if step > trainer.global_step]
         self._change_types(trainer, model)
+        if not schedule.calibration_batches and (waiting := awaiting(model)):
+            logger.warning(
+                "%d layers begin with the start 'clip', for theirs needs data: set calibration_batches above 0, or "
+                "call qat.calibrate before the fit: %s",
+                len(waiting),
+                listed(list(waiting), 4),
+            )
+        self._switch(trainer, pl_module)  # of a resumed run, the step is known only now
+        self._calibrate(trainer, pl_module, activations=uncalibrated)
+        part_scales(trainer, model)
         self._pulls = pull_after_steps(trainer, model, self.schedule)
         self._switch(trainer, pl_module)
-
-    def _calibrate(self, trainer: Trainer, pl_module: LightningModule, may_fail: bool) -> None:
-        """Calibrate with the fit's own batches; a model that cannot run them ``may_fail`` with a warning."""
-        model, count = self.model_of(pl_module), self.schedule.calibration_batches
-        try:
-            logger.info("%s", calibrate_on_training_data(trainer, pl_module, model, count, self.model_inputs))
-        except CalibrationError as error:
-            # Of several processes one alone must not go on. An error without a cause is in the data.
-            if not may_fail or trainer.world_size > 1 or error.__cause__ is None:
-                raise
-            logger.warning("learned ranges begin with the start 'clip', for theirs needs data: %s", error)
-
-    def _keep_starts(self, model: nn.Module) -> None:
-        """Where the default's start can get no data, training begins without: nobody has asked for that start."""
-        waiting, late = awaiting(model), self.schedule.settled_from > 0
-        if waiting and self.schedule.calibration_batches and (late or sharded(waiting)):
-            for layer in waiting.values():
-                layer.weight_quantizer.keep_start()
-            reason = "the schedule changes types or begins in float" if late else "weights are sharded"
-            logger.warning("%d layers begin with the start 'clip', for theirs needs data, and %s", len(waiting), reason)
 
     def _refuse_schedule(self, trainer: Trainer, model: nn.Module) -> None:
         until = self.schedule.first_weights_until
         require_same_kind(trainer, model, self.schedule)
-        waiting = awaiting(model) if self.schedule.calibration_batches else {}
-        if waiting and (until is not None or self.schedule.start_step):
-            raise TrainingError(
-                f"schedule: {len(waiting)} layers have a start that needs data, which is for the weights before the "
-                "first step and for the final type: leave first_weights and start_step out, or use start='clip'"
-            )
-        if until is None:
-            return
         steps = planned_steps(trainer)
-        if steps is not None and until >= steps:
+        if until is not None and steps is not None and until >= steps:
             raise TrainingError(
                 f"schedule: first_weights_until={until} must come before the fit ends, at step {steps}: nothing could "
                 "be frozen; lower it, or train for more steps"
             )
-        if trainer.strategy.restore_checkpoint_after_setup:  # those shard parameters
-            raise TrainingError(
-                f"schedule: first_weights needs whole weights, which {type(trainer.strategy).__name__} shards: use ddp"
-            )
+
+    def _calibrate(self, trainer: Trainer, pl_module: LightningModule, *, activations: bool) -> None:
+        """Scales of activations, and starts of weights that train from this step on as what they quantize to now."""
+        model, count = self.model_of(pl_module), self.schedule.calibration_batches
+        begins, waiting = trainer.global_step >= self.schedule.start_step, awaiting(model)
+        unasked = isinstance(self.algorithm, Automatic)  # nobody asked for a start that needs data
+        if unasked and waiting and trainer.strategy.restore_checkpoint_after_setup:  # those shard parameters
+            waiting = _without_data(waiting, "weights are sharded")
+        if count and (activations or waiting):
+            count = count if activations or begins else 1  # it shows now that the model takes batches
+            options: dict[str, Any] = {"starts": begins, "activations": activations}
+            try:
+                found = calibrate_on_training_data(trainer, pl_module, model, count, self.model_inputs, **options)
+                logger.info("%s", found)
+            except CalibrationError as error:
+                # Of several processes one alone must not go on. An error without a cause is in the data.
+                if not unasked or activations or trainer.world_size > 1 or error.__cause__ is None:
+                    raise
+                _without_data(waiting, str(error))
+        if begins:
+            begin_training(model)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Switch fake quantization and observers by step."""
+        """Switch fake quantization and observers by step; where weights quantize to another type, find their starts."""
         if self._phase != self._phase_of(trainer):
             self._switch(trainer, pl_module)
-        if trainer.global_step == self.schedule.first_weights_until:
+        if self._changes and trainer.global_step >= self._changes[0]:
+            self._changes = [step for step in self._changes if step > trainer.global_step]
             self._change_types(trainer, self.model_of(pl_module))
+            self._calibrate(trainer, pl_module, activations=False)
         if not self.schedule.holds(trainer.global_step):
             self._held.clear()
         elif not self._held:
@@ -356,6 +363,14 @@ class QuantizationAwareTraining(Callback):
 
 def _activations(module: nn.Module) -> Iterator[ActivationQuantizer]:
     return (quantizer for _, layer in quantized_layers(module) for quantizer in layer.activation_quantizers())
+
+
+def _without_data(waiting: dict[str, QuantizedLayer], reason: str) -> dict[str, QuantizedLayer]:
+    """Let layers begin with what they have; none waits then."""
+    for layer in waiting.values():
+        layer.weight_quantizer.stop_awaiting()
+    logger.warning("%d layers begin with the start 'clip', for theirs needs data: %s", len(waiting), reason)
+    return {}
 
 
 def _uncalibrated(module: nn.Module) -> bool:

@@ -76,7 +76,7 @@ class QuantizationSchedule(NamedArguments):
     """
 
     start_step: int = Field(default=0, ge=0)
-    """Fake quantization begins at this step; before it the model trains in float."""
+    """Fake quantization begins at this step, and starts that need data are found; before it the model is float."""
     observe_from: int | None = Field(default=None, ge=0)
     """Activation observers record from this step on; none: never during training."""
     observe_until: int | None = Field(default=None, ge=0)
@@ -93,7 +93,7 @@ class QuantizationSchedule(NamedArguments):
     """Share of the steps after which the pull rises from 0; it has its full strength in the last step."""
     calibration_batches: int = Field(default=16, ge=0)
     """Batches for the calibration before the first step; recipes use as many before freezing. Only with activations,
-    or with weights whose start needs data."""
+    or with weights whose start needs data: for these, as many where quantization to a type begins."""
 
     @model_validator(mode="after")
     def _window_is_ordered(self) -> Self:

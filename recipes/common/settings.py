@@ -28,6 +28,7 @@ import qat
 from qat.observers import Best, ObserverChoice
 from qat.quantizers import AnyAlgorithm
 from qat.spec import QuantSpec
+from qat.starts import DATA_STARTS
 from qat.training.distillation import Distillation
 from qat.training.schedule import Decay, QuantizationSchedule
 
@@ -37,6 +38,7 @@ __all__ = [
     "OptimizationSettings",
     "RecipeConfig",
     "TrainerSettings",
+    "data_start",
 ]
 
 
@@ -175,7 +177,41 @@ class RecipeConfig(BaseModel):
             raise ValueError(f"schedule.first_weights_until: must be below optimization.steps ({steps}), got {until}")
         if until is not None and "int2" not in types:
             raise ValueError("schedule.first_weights: is for int2 weights, which spec does not ask for: leave it out")
+        begin = self.schedule.settled_from
+        if getattr(self, "optimization", OptimizationSettings()).average is not None and begin >= steps:
+            raise ValueError(
+                f"optimization.average: begins at step {begin}, where quantization does, of optimization.steps "
+                f"({steps}), so that nothing would be averaged: lower schedule.start_step, or leave it out"
+            )
         return self
+
+    @model_validator(mode="after")
+    def _starts_have_their_batches(self) -> Self:
+        start = data_start(getattr(self, "algorithm", None))
+        if start and not self.schedule.calibration_batches:
+            raise ValueError(
+                f"schedule.calibration_batches: must be above 0, for algorithm.start={start!r} needs data: set it, or "
+                "algorithm.start to 'clip'"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _sharding_leaves_whole_weights(self) -> Self:
+        """What the library says in the setup of quantization-aware training, before anything slow."""
+        start = data_start(getattr(self, "algorithm", None))
+        needs = f"algorithm.start={start!r}" if start else "first_weights" if self.schedule.first_weights else None
+        if needs and self.trainer.strategy.startswith(("fsdp", "deepspeed")):
+            raise ValueError(
+                f"trainer.strategy: {self.trainer.strategy!r} shards weights, and {needs} needs whole ones: use "
+                "'ddp', or leave it out (algorithm.start: 'clip')"
+            )
+        return self
+
+
+def data_start(algorithm: Any) -> str | None:
+    """The start of an algorithm's ranges if it needs data, so that weights alone need calibration batches too."""
+    start = getattr(algorithm, "start", None)
+    return start if start in DATA_STARTS else None
 
 
 class ComparisonConfig(RecipeConfig):

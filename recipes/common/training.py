@@ -16,7 +16,9 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 import qat
+from qat.calibration import calibrate_parts
 from qat.layers import quantized_layers
+from qat.starting import awaiting
 from qat.training.task import QuantizedTask, Task
 from recipes.common.callbacks import SeedNoise, StepProgress, averages, mixed_seed, step_of
 from recipes.common.config import ConfigError
@@ -161,9 +163,12 @@ def fit(
     return trainer
 
 
-def calibrate(model: nn.Module, batches: Iterable[Batch], device: torch.device) -> None:
-    """Calibrate with batches that lie elsewhere, on a device, where the model then stays."""
-    qat.calibrate(model.to(device), (move(batch, device) for batch in batches))
+def calibrate(model: nn.Module, batches: Iterable[Batch], device: torch.device, *, starts: bool = True) -> None:
+    """Calibrate with batches that lie elsewhere, on a device, where the model then stays.
+
+    Without ``starts``, weights whose start needs data go on waiting for it.
+    """
+    calibrate_parts(model.to(device), (move(batch, device) for batch in batches), starts=starts)
 
 
 def calibrate_and_freeze(model: nn.Module, batches: Iterable[Batch], count: int, device: torch.device) -> None:
@@ -174,7 +179,7 @@ def calibrate_and_freeze(model: nn.Module, batches: Iterable[Batch], count: int,
     the CPU.
     """
     activations = any(layer.input_quantizer is not None for _, layer in quantized_layers(model))
-    with stage("calibrating and freezing" if activations else "freezing"):
+    with stage("calibrating and freezing" if activations or awaiting(model) else "freezing"):
         if count:
             calibrate(model, itertools.islice(batches, count), device)
         qat.freeze(model.cpu())

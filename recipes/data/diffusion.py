@@ -53,7 +53,8 @@ class DiffusionCollate:
         caption_dropout: float | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
-        self._encoded, self._schedule, self._generator = encoded, schedule, generator
+        self._encoded, self._schedule = encoded, schedule
+        self.generator = generator  # of this name, so that a calibration within a fit puts it back
         self.caption_dropout = (0.1 if encoded.guided else 0.0) if caption_dropout is None else caption_dropout
         if self.caption_dropout > 0 and encoded.empty is None:
             raise DataError(f"caption_dropout: {caption_dropout} needs a pipeline that can do without: set it to 0")
@@ -65,7 +66,7 @@ class DiffusionCollate:
             examples: of `Latents`.
             places: (batch,), where in the noising each stands, from 0 to below 1; none: stratified over the batch.
         """
-        template, schedule, generator = self._encoded.template, self._schedule, self._generator
+        template, schedule, generator = self._encoded.template, self._schedule, self.generator
         latents = torch.stack([example["latents"] for example in examples])
         noise = torch.randn(latents.shape, generator=generator)
         steps = len(schedule.timesteps)
