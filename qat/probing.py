@@ -214,9 +214,15 @@ def run(model: nn.Module, batch: Any) -> Any:
     return model(batch)
 
 
-def run_batch(model: nn.Module, batch: Any, number: int, forward: Callable[[nn.Module, Any], Any] | None) -> Any:
+def run_batch(
+    model: nn.Module,
+    batch: Any,
+    number: int,
+    forward: Callable[[nn.Module, Any], Any] | None,
+    what: str = "the model",
+) -> Any:
     """What ``forward``, or the model on its own device, returns for a batch; see `running` for failures."""
-    with running(number, "" if forward is None else "mend the function forward"):
+    with running(number, "" if forward is None else "mend the function forward", what):
         if forward is not None:
             return forward(model, copy.copy(batch))  # which may take things out of it
         device = model_device(model)
