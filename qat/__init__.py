@@ -35,8 +35,8 @@ _HOMES = {
     "qat.observers": ("Absmax", "Best", "Mse", "Percentile"),
     "qat.preparation": ("PrepareReport", "parameter_groups", "prepare"),
     "qat.quantizers": (
-        *("Algorithm", "AnyAlgorithm", "DualLSQ", "LearnedAffine", "LearnedClipping", "StraightThrough"),
-        *("StretchedElastic", "WeightQuantizer"),
+        *("Algorithm", "AnyAlgorithm", "Automatic", "DualLSQ", "LearnedAffine", "LearnedClipping"),
+        *("StraightThrough", "StretchedElastic", "WeightQuantizer"),
     ),
     "qat.reconstruction": ("ReconstructionReport", "reconstruct"),
     "qat.spec": ("LayerSpec", "QuantSpec"),

@@ -27,6 +27,7 @@ from qat.preparation import parameter_groups as parameter_groups
 from qat.preparation import prepare as prepare
 from qat.quantizers import Algorithm as Algorithm
 from qat.quantizers import AnyAlgorithm as AnyAlgorithm
+from qat.quantizers import Automatic as Automatic
 from qat.quantizers import DualLSQ as DualLSQ
 from qat.quantizers import LearnedAffine as LearnedAffine
 from qat.quantizers import LearnedClipping as LearnedClipping

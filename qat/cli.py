@@ -101,7 +101,7 @@ def _calibrate(
         output: The directory to write.
         spec: What to quantize.
         target: Who will load the export.
-        algorithm: How scales of weights are found, as kind=learned_affine start=best; none: straight_through.
+        algorithm: How scales of weights are found, as kind=learned_affine start=best; none: automatic.
         observer: The rule for scales of activations, as kind=percentile percentile=99.9; none: best.
         batches: Batches to calibrate on; fewer where there is less data. A quarter more is held out to compare.
         batch_size: Texts or images of a batch.

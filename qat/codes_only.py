@@ -262,7 +262,8 @@ def _thaw(model: nn.Module) -> None:
             "which inputs arrive quantized: prepare and calibrate a float model"
         )
     try:
-        algorithm = TypeAdapter[Algorithm](AnyAlgorithm).validate_python({"kind": record.algorithm})
+        kind = "automatic" if "," in record.algorithm else record.algorithm
+        algorithm = TypeAdapter[Algorithm](AnyAlgorithm).validate_python({"kind": kind})
     except ValidationError as error:
         raise StateError(
             f"model: was frozen by {record.algorithm!r}, no algorithm of the library: prepare it"

@@ -175,6 +175,8 @@ def _freeze(model: nn.Module, target: str | None, remarks: Sequence[str] = (), p
     notes = (*prepared.notes, *remarks, *_check_layers(model, chosen, prepared))
     constructed = constructed_tensors(model, chosen, prepared.spec.torch_dtype)
     places = _places(model)
+    types = [layer.weight_quantizer.final_qtype for _, layer in quantized_layers(model)]
+    algorithms = ", ".join(sorted({prepared.algorithm.for_type(qtype).kind for qtype in types}))
     kinds: set[tuple[object, ...]] = set()
     calls = (_freeze_layer(name, held, chosen, prepared, kinds) for name, held in places.items())
     hashed = in_threads(calls, threads=2) if model_device(model).type == "cpu" else in_threads(calls)
@@ -182,7 +184,7 @@ def _freeze(model: nn.Module, target: str | None, remarks: Sequence[str] = (), p
     _cast_the_rest(model, set(evidence), chosen, constructed)
     model.eval()
     forget_prepared(model)
-    record = FrozenRecord(prepared.spec, chosen.name, prepared.algorithm.kind, evidence, notes, prepared.left_float)
+    record = FrozenRecord(prepared.spec, chosen.name, algorithms, evidence, notes, prepared.left_float)
     record_frozen(model, record)
     host_of(model).set_dtype(model, prepared.spec.torch_dtype)
     return FreezeReport(chosen.name, prepared.spec.dtype, evidence)

@@ -20,7 +20,7 @@ from qat.inspection import InspectReport, inspect
 from qat.layers import layer_class, quantized_layers
 from qat.observers import Best, ObserverChoice
 from qat.optimizers import watch
-from qat.quantizers import Algorithm, StraightThrough, WeightQuantizer
+from qat.quantizers import Algorithm, Automatic, WeightQuantizer
 from qat.quantizers.activation import ActivationQuantizer, LearnedScale
 from qat.quantizers.base import TYPE_KEY
 from qat.runs import note_runs, observe_runs
@@ -70,9 +70,21 @@ class PrepareReport:
     """Layers whose weight was tied and is now a copy of its own."""
     remarks: tuple[str, ...] = ()
     """What the algorithm does not do in some layers."""
+    algorithms: Mapping[str, Algorithm] = field(default_factory=dict)
+    """What finds the scales of each layer, by its name."""
+    waiting: int = 0
+    """How many layers wait for data to start with."""
 
     def __str__(self) -> str:
-        return "\n".join([str(self.inspection), *self.remarks, *(f"untied: {name}" for name in self.untied)])
+        types = {row.name: str(row.weights) for row in self.inspection.layers}
+        used = dict.fromkeys(f"{algorithm} for {types[name]}" for name, algorithm in self.algorithms.items())
+        lines = [str(self.inspection), *self.remarks, *(f"untied: {name}" for name in self.untied)]
+        lines.append(f"algorithm: {', '.join(used)}")
+        if self.waiting:
+            lines.append(
+                f"{self.waiting} layers begin with 'clip' until qat.calibrate(model, batches) gives their start"
+            )
+        return "\n".join(lines)
 
 
 @torch.inference_mode(False)  # in which parameters would be tensors that no training can use
@@ -90,7 +102,7 @@ def prepare(
     Args:
         model: a float model. Its parameters stay the same objects, under the same names.
         spec: what to quantize, and the serving dtype.
-        algorithm: how scales are found; default `StraightThrough`.
+        algorithm: how scales are found; default `Automatic`, the best for the type of each layer.
         target: who will load the export; decides what can be expressed.
         observer: the rule that takes scales of activations from data; default `Best`. Only with activations.
         example_inputs: one batch, to find layers whose input the stock kernels cannot read; see `qat.inspect`.
@@ -103,14 +115,14 @@ def prepare(
     >>> prepare(model, QuantSpec(weights="int4")).layers
     ('0', '2')
     """
-    algorithm = algorithm or StraightThrough()
+    algorithm = algorithm or Automatic()
     if not isinstance(algorithm, Algorithm):
         raise StateError(f"algorithm: must be an Algorithm such as StraightThrough(), got {shown(algorithm)}")
     if type(model).__name__ in ("OptimizedModule", "DataParallel", "DistributedDataParallel"):
         raise StateError(f"model: a {type(model).__name__} around a model: pass it (model._orig_mod or model.module)")
     report = inspect(model, spec, target=target, example_inputs=example_inputs)
     spec, observer, format = report.spec, observer or Best(), get_target(target).format
-    untied, made = [], []
+    untied, made, algorithms = [], [], {}
     for row in report.layers:
         if row.weights is None:
             continue
@@ -119,7 +131,8 @@ def prepare(
         assert cls is not None
         weight = cls.effective_weight(module)
         types = format.types(row.weights, row.activations, spec.torch_dtype)
-        quantizer = algorithm.make(weight, types.weights, types.dtype)
+        own = algorithms[row.name] = algorithm.for_type(types.weights)
+        quantizer = own.make(weight, types.weights, types.dtype)
         if not isinstance(quantizer, WeightQuantizer):
             raise StateError(f"algorithm: {algorithm!r} must make a WeightQuantizer, made {quantizer!r}")
         quantizer.smooth = algorithm.gradient == "stable" and types.weights.fused and not types.weights.floating
@@ -151,7 +164,8 @@ def prepare(
     notes = (*report.notes, *remarks, *(f"untied: {name}" for name in untied))
     layers = tuple(name for name, _ in quantized_layers(model))
     mark_prepared(model, Prepared(spec, algorithm, target, observer, notes, report.left_float, layers))
-    return PrepareReport(report, layers, tuple(untied), tuple(remarks))
+    waiting = sum(quantizer.awaited_start() is not None for _, _, _, quantizer, _, _ in made)
+    return PrepareReport(report, layers, tuple(untied), tuple(remarks), algorithms, waiting)
 
 
 def mark_prepared(model: nn.Module, prepared: Prepared) -> None:

@@ -29,8 +29,8 @@ class Config(ComparisonConfig):
 
     data: TextData = TextData(evaluation_blocks=128)
     """The text to train and to evaluate on."""
-    algorithm: AnyAlgorithm = qat.LearnedAffine(start="best")
-    """How scales are found; 8-bit weights need no more than `straight_through`."""
+    algorithm: AnyAlgorithm = qat.Automatic(start="best")
+    """How scales are found; `automatic` is the best for the type of each layer."""
     optimization: OptimizationSettings = OptimizationSettings(
         steps=80,
         learning_rate=5e-5,

@@ -35,8 +35,8 @@ SQUARED = qat.Distillation(loss="squared")
 class Config(DiffusionConfig):
     """A diffusion transformer, from float to a verified quantized checkpoint that stock diffusers loads."""
 
-    algorithm: AnyAlgorithm = qat.LearnedAffine()
-    """How scales are found; post-training quantization takes what it begins with."""
+    algorithm: AnyAlgorithm = qat.Automatic(start="clip")
+    """How scales are found, for the type of each layer; post-training quantization takes what it begins with."""
     optimization: OptimizationSettings = OptimizationSettings(
         batch_size=32, learning_rate=1e-4, float_learning_rate=5e-5, scale_learning_rate=5e-4, distillation=SQUARED
     )

@@ -97,7 +97,8 @@ def prepared(qtype: str, arguments: argparse.Namespace) -> nn.Module:
     """The model of one arm, ready to train: plain for ``bfloat16``."""
     model = build(arguments)
     if qtype != "bfloat16":
-        qat.prepare(model, qat.QuantSpec.model_validate({"weights": qtype}), target="diffusers")
+        spec = qat.QuantSpec.model_validate({"weights": qtype})
+        qat.prepare(model, spec, target="diffusers", algorithm=qat.StraightThrough())
     if arguments.gradient_checkpointing:
         model.enable_gradient_checkpointing()  # type: ignore[operator]
     return model.train()

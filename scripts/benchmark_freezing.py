@@ -142,7 +142,7 @@ def hash_speed() -> float:
 def written(weights: str, width: int, layers: int, device: str, out: Path) -> dict[str, float]:
     """Freeze and export a model, which ends with this call."""
     model = build(width, layers, device)
-    qat.prepare(model, qat.QuantSpec(weights=weights))  # type: ignore[arg-type]
+    qat.prepare(model, qat.QuantSpec(weights=weights), algorithm=qat.StraightThrough())  # type: ignore[arg-type]
     frozen = measure("freeze", lambda: qat.freeze(model), device)
     return frozen | measure("export", lambda: qat.export(model, out, max_shard_size="1TB"), device)
 

@@ -18,6 +18,7 @@ from qat.files.manifest import MANIFEST_NAME, file_record
 from qat.files.shards import DTYPE_NAMES, Shard, TensorEntry, write_shard
 from qat.freezing import freeze
 from qat.preparation import prepare
+from qat.quantizers import StraightThrough
 from qat.spec import QuantSpec
 from qat.tensors import digest
 
@@ -44,7 +45,7 @@ def small_llama(**changes: Any) -> LlamaForCausalLM:
 
 def frozen(model: nn.Module, target: str = "quanto", **spec: Any) -> Any:
     """Prepare, calibrate where there are activations, freeze."""
-    prepare(model, QuantSpec(**spec), target=target)
+    prepare(model, QuantSpec(**spec), target=target, algorithm=StraightThrough())
     if spec.get("activations"):
         calibrate(model, [{"input_ids": IDS}])
     freeze(model, allow_unreached=True)

@@ -86,8 +86,8 @@ def test_a_model_and_some_files_give_a_verified_export(
         (
             "reference_vit",
             ["--data", "{data}", "--algorithm", "start=best"],
-            "error: algorithm: kind must be one of straight_through, learned_affine, stretched_elastic, dual_lsq, "
-            "learned_clipping, got None: write --algorithm kind=NAME",
+            "error: algorithm: kind must be one of automatic, straight_through, learned_affine, "
+            "stretched_elastic, dual_lsq, learned_clipping, got None: write --algorithm kind=NAME",
         ),
         (
             "reference_vit",

@@ -69,7 +69,7 @@ def train(model: nn.Module, steps: int = 3) -> None:
 def test_every_algorithm_has_a_name_for_configuration_files_and_is_public() -> None:
     adapter: TypeAdapter[Algorithm] = TypeAdapter(AnyAlgorithm)
     kinds = get_args(get_args(AnyAlgorithm)[0])
-    assert len(kinds) == len({kind().kind for kind in kinds}) == 5
+    assert len(kinds) == len({kind().kind for kind in kinds}) == 6
     for kind in kinds:
         assert issubclass(kind, Base)
         assert adapter.validate_python({"kind": kind().kind, "gradient": "stable"}) == kind(gradient="stable")
@@ -111,7 +111,7 @@ def test_backward_computes_the_value_of_the_forward_again(algorithm: Algorithm, 
 def test_masters_of_other_dtypes(algorithm: Algorithm, qtype: QType, master: torch.dtype) -> None:
     layer = nn.Linear(256, 5, bias=False, dtype=master)
     quantizer = moved(algorithm.make(layer.weight, qtype, torch.bfloat16), 0.1)
-    assert {tensor.dtype for tensor in quantizer.state_dict().values()} <= {torch.float32}
+    assert {tensor.dtype for tensor in quantizer.state_dict().values()} <= {torch.float32, torch.bool}
     QLinear.adopt(layer, quantizer)(torch.ones(2, 256, dtype=master)).sum().backward()
     assert layer.weight.grad is not None
     assert layer.weight.grad.dtype is master

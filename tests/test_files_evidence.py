@@ -71,7 +71,8 @@ def frozen_mlp() -> nn.Sequential:
     torch.manual_seed(0)
     made = nn.Sequential(nn.Linear(256, 16), nn.ReLU(), nn.Linear(16, 8))
     overrides = {"2": LayerSpec(weights="int8", activations="int8")}
-    qat.prepare(made, QuantSpec(weights="int4", dtype="float32", overrides=overrides), target="quanto")
+    spec = QuantSpec(weights="int4", dtype="float32", overrides=overrides)
+    qat.prepare(made, spec, target="quanto", algorithm=qat.StraightThrough())
     qat.calibrate(made, [torch.randn(4, 256)])
     qat.freeze(made)
     return made

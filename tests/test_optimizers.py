@@ -24,7 +24,7 @@ X = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
 def layers(algorithm: qat.Algorithm | None = None, spec: qat.QuantSpec = INT4) -> nn.Sequential:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8))
-    qat.prepare(model, spec, algorithm=algorithm)
+    qat.prepare(model, spec, algorithm=algorithm or qat.StraightThrough())
     return model
 
 
@@ -117,7 +117,7 @@ def test_freezing_names_ranges_that_an_early_optimizer_never_held(caplog: pytest
 
 def test_freezing_names_the_first_few_of_many_unchanged_layers(caplog: pytest.LogCaptureFixture) -> None:
     model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(6)), nn.LayerNorm(64))
-    qat.prepare(model, INT4)
+    qat.prepare(model, INT4, algorithm=qat.StraightThrough())
     train(model, torch.optim.SGD(model[-1].parameters(), lr=0.5))
     (warning,) = warnings_of(lambda: qat.freeze(model), caplog)
     assert warning.endswith(": 0, 1, 2, 3 and 2 more")

@@ -21,6 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import qat
 from qat.errors import ExportError, LoadError, QatError, TrainingError
+from qat.formats import QUANTO
 from recipes import causal_lm, tasks
 from recipes.common import callbacks, models, training
 from recipes.common.config import ConfigError, load_config, read_yaml
@@ -126,6 +127,16 @@ def test_every_configuration_file_is_valid(path: Path) -> None:
     assert read_yaml(path)["recipe"] == config.recipe == path.parent.name
     assert path.stem == "_".join(filter(None, (spec.weights, spec.activations)))
     assert {"learning_rate", "float_learning_rate"} <= set(read_yaml(path)["optimization"])
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_every_configuration_file_has_the_best_for_its_type(path: Path) -> None:
+    config = load_config(importlib.import_module(f"recipes.{path.parent.name}").Config, [str(path)], "A test.")
+    starts = {"causal_lm": "best", "text_to_image": "clip"}
+    expected = qat.StraightThrough()
+    if config.spec.weights in ("int4", "int2"):
+        expected = qat.LearnedAffine(start=starts.get(config.recipe, "output"))
+    assert config.algorithm.for_type(QUANTO.qtypes[config.spec.weights]) == expected
 
 
 def test_the_default_is_int4() -> None:

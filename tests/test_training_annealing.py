@@ -96,7 +96,7 @@ def test_a_range_starts_again_from_the_weight_as_it_is() -> None:
 
 RUNS = {
     "learned": {"algorithm": LEARNED, **FIRST},
-    "straight through": FIRST,
+    "straight through": {"algorithm": qat.StraightThrough(), **FIRST},
     "with a pull, held scales and a late start": {
         "algorithm": LEARNED,
         **FIRST,

@@ -96,7 +96,8 @@ def test_averages_that_would_mix_are_refused(tmp_path: Path) -> None:
         quiet_trainer(tmp_path, callback, averaging).fit(UserModule(), loader())
     with pytest.raises(qat.TrainingError, match=r"StochasticWeightAveraging starts by epochs, .*: use EMAWeight"):
         quiet_trainer(tmp_path, callback, StochasticWeightAveraging(1e-3)).fit(UserModule(), loader())
-    quiet_trainer(tmp_path, quantization(INT4), WeightAveraging(), max_steps=2).fit(UserModule(), loader())
+    callback = quantization(INT4, qat.StraightThrough())
+    quiet_trainer(tmp_path, callback, WeightAveraging(), max_steps=2).fit(UserModule(), loader())
     callback = quantization(INT4, qat.LearnedAffine(start="gptq"), start_step=4)
     with pytest.raises(qat.TrainingError, match=r"averages from before start_step=4, .*at_step=4\)"):
         quiet_trainer(tmp_path, callback, averaging).fit(UserModule(), loader())

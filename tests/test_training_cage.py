@@ -117,12 +117,12 @@ class Decaying(UserModule):
 
 def test_a_fit_pulls_in_its_last_part_as_a_plain_loop_does(tmp_path: Path) -> None:
     module, plain, rates = Decaying(), Decaying(), Rates()
-    callback = quantization(INT4, cage=10.0, cage_from=0.5)
+    callback = quantization(INT4, qat.StraightThrough(), cage=10.0, cage_from=0.5)
     trainer = quiet_trainer(tmp_path, callback, rates, accumulate_grad_batches=2)
     trainer.fit(module, loader(8))
     assert not trainer.optimizers[0]._optimizer_step_post_hooks
 
-    qat.prepare(plain.model, INT4)
+    qat.prepare(plain.model, INT4, algorithm=qat.StraightThrough())
     configured = plain.configure_optimizers()
     optimizer, scheduler = configured["optimizer"], configured["lr_scheduler"]["scheduler"]
     for number, batch in enumerate(loader(8)):
@@ -134,7 +134,8 @@ def test_a_fit_pulls_in_its_last_part_as_a_plain_loop_does(tmp_path: Path) -> No
             optimizer.zero_grad()
             assert torch.equal(layers_of(plain)[0].weight, rates.weights[number])
     unpulled = Decaying()
-    quiet_trainer(tmp_path, quantization(INT4), accumulate_grad_batches=2).fit(unpulled, loader(8))
+    callback = quantization(INT4, qat.StraightThrough())
+    quiet_trainer(tmp_path, callback, accumulate_grad_batches=2).fit(unpulled, loader(8))
     assert not torch.equal(unpulled.model.first.weight, module.model.first.weight)
     qat.freeze(module.model)
 
@@ -158,9 +159,9 @@ def test_a_fit_without_an_end_or_without_masters_is_refused(tmp_path: Path) -> N
         def configure_optimizers(self) -> Any:
             return torch.optim.SGD([p for p in self.parameters() if p.ndim < 2], lr=0.1)
 
-    module = BiasesOnly()
+    module, callback = BiasesOnly(), quantization(INT4, qat.StraightThrough(), cage=1.0)
     with pytest.raises(qat.TrainingError, match=r"cage=1\.0 pulls trained weights .* no optimizer holds one: leave"):
-        quiet_trainer(tmp_path, quantization(INT4, cage=1.0)).fit(module, loader())
+        quiet_trainer(tmp_path, callback).fit(module, loader())
     assert module.losses == []
 
 

@@ -69,7 +69,7 @@ def test_the_masters_alone_can_be_loaded_into_a_float_module(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("spec", "algorithm", "message"),
     [
-        (INT4, None, r"other quantizers than the module: .*that run's QuantizationAwareTraining"),
+        (INT4, qat.StraightThrough(), r"other quantizers than the module: .*that run's QuantizationAwareTraining"),
         (INT8_INT8, LEARNED, r"a part of its quantizers' state .* a model prepared by the same spec and algorithm"),
     ],
     ids=["another algorithm", "another type"],
@@ -84,7 +84,7 @@ def test_a_checkpoint_of_another_preparation_says_so(
         )
 
 
-@pytest.mark.parametrize("before", [[], [quantization(INT4)]], ids=["float", "straight through"])
+@pytest.mark.parametrize("before", [[], [quantization(INT4, qat.StraightThrough())]], ids=["float", "straight through"])
 def test_a_fit_does_not_go_on_from_an_optimizer_without_the_learned_ranges(before: Any, tmp_path: Path) -> None:
     old, path = saved(tmp_path, *before)
     with pytest.raises(qat.TrainingError, match=r"ckpt_path: the checkpoint has no learned ranges, .* for the 6 of"):

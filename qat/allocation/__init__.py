@@ -128,8 +128,8 @@ def search(
         score: how the damage of a layer is measured. ``"kl"`` runs all batches for each layer and type: the divergence
             of the logits, or the squared distance of other outputs. ``"gradient"`` estimates the same from one
             gradient a batch. ``"output"`` is the squared error of the layer's own output, relative to its squares.
-        algorithm: how scales are found; default `LearnedAffine` for types with a shift, else `StraightThrough`. Scores
-            are those of its start before training: of ``clip``, where a start needs data.
+        algorithm: how scales are found; default `Automatic`. Scores are those of its start before training: of
+            ``clip``, where a start needs data.
         forward: runs the model once for a batch, ``forward(model, batch)``, and returns its outputs.
         state: a file for the damages. A second search by the same arguments goes on with it; ``budget``, ``types`` and
             ``forward`` may change.

@@ -33,7 +33,7 @@ from qat.errors import CalibrationError
 from qat.formats import LayerTypes
 from qat.layers import layer_class
 from qat.probing import kept_modes, run_batch, watched
-from qat.quantizers import Algorithm, LearnedAffine, StraightThrough, WeightQuantizer
+from qat.quantizers import Algorithm, Automatic, WeightQuantizer
 from qat.serving import snapshot
 from qat.tensors import map_tensors
 
@@ -148,8 +148,7 @@ class _Scorer:
         assert cls is not None
         weight = cls.effective_weight(module)
         for types in self.candidates[name]:
-            default = LearnedAffine() if types.weights.has_shift else StraightThrough()
-            quantizer = (self.algorithm or default).make(weight, types.weights, types.dtype)
+            quantizer = (self.algorithm or Automatic()).make(weight, types.weights, types.dtype)
             made[types.weights.name] = quantizer.to(weight.device)
         return made
 

@@ -60,6 +60,7 @@ class FrozenRecord:
     spec: QuantSpec
     target: str
     algorithm: str
+    """Kinds of the algorithms that made the quantizers, with commas in between."""
     layers: Mapping[str, LayerEvidence]
     notes: tuple[str, ...] = ()
     left_float: Mapping[str, str] = field(default_factory=dict)

@@ -6,6 +6,7 @@ from typing import Annotated, TypeAlias
 
 from pydantic import Field
 
+from qat.quantizers.automatic import Automatic
 from qat.quantizers.base import Algorithm, Quantized, QuantizerModule, WeightQuantizer
 from qat.quantizers.dual_lsq import DualLSQ
 from qat.quantizers.learned_affine import LearnedAffine
@@ -16,6 +17,7 @@ from qat.quantizers.stretched_elastic import StretchedElastic
 __all__ = [
     "Algorithm",
     "AnyAlgorithm",
+    "Automatic",
     "DualLSQ",
     "LearnedAffine",
     "LearnedClipping",
@@ -27,6 +29,6 @@ __all__ = [
 ]
 
 AnyAlgorithm: TypeAlias = Annotated[
-    StraightThrough | LearnedAffine | StretchedElastic | DualLSQ | LearnedClipping,
+    Automatic | StraightThrough | LearnedAffine | StretchedElastic | DualLSQ | LearnedClipping,
     Field(discriminator="kind"),
 ]

@@ -173,6 +173,15 @@ class Algorithm(NamedArguments):
         """Whether the activation scales of the layer called ``name`` are learned."""
         return self.learn_activations and not any(fnmatchcase(name, pattern) for pattern in self.static_activations)
 
+    def for_type(self, qtype: QType) -> Algorithm:
+        """The algorithm that makes the quantizers of layers of this type: itself, unless it chooses by type."""
+        return self
+
+    def __str__(self) -> str:
+        """Its name, with the options that are not the defaults."""
+        given = [f"{k}={v!r}" for k, v in self if v != type(self).model_fields[k].default]
+        return f"{type(self).__name__}({', '.join(given)})"
+
     @abstractmethod
     def make(self, weight: Tensor, qtype: QType, dtype: torch.dtype) -> WeightQuantizer:
         """A quantizer for ``weight`` (``(out, in)``, read now if a start range is needed), on its device."""

@@ -12,7 +12,7 @@ that gives their gradients. A range clips, so weights outside it get no gradient
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeAlias
 
 import torch
 from pydantic import Field, model_validator
@@ -24,7 +24,10 @@ from qat.numerics import QType, moved_range, round_to
 from qat.quantizers.base import Algorithm, Quantized, WeightQuantizer
 from qat.starts import DATA_STARTS, RANGE_STARTS
 
-__all__ = ["LearnedAffine", "LearnedRange", "start_range"]
+__all__ = ["LearnedAffine", "LearnedRange", "StartName", "start_range"]
+
+StartName: TypeAlias = Literal["minmax", "clip", "lsq", "hqq", "seq", "output", "gptq", "best"]
+"""Names in `qat.starts`; the last three need data."""
 
 
 class _ServedRange(torch.autograd.Function):
@@ -166,7 +169,7 @@ class LearnedAffine(Algorithm):
     """
 
     kind: Literal["learned_affine"] = "learned_affine"
-    start: Literal["minmax", "clip", "lsq", "hqq", "seq", "output", "gptq", "best"] = "clip"
+    start: StartName = "clip"
     """What to begin with (`qat.starts`); the last three need data, and are ``clip`` until `qat.calibrate` ran.
     Data comes before training, or where training begins to quantize or changes its type; else ``clip`` stays."""
     mask_saturated: bool = True

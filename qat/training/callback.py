@@ -25,11 +25,11 @@ from torch.utils.hooks import RemovableHandle
 from qat.errors import CalibrationError, StateError, TrainingError, listed
 from qat.files.evidence import is_frozen
 from qat.hosts import get_target
-from qat.layers import Mode, layer_class, quantized_layers
+from qat.layers import Mode, QuantizedLayer, layer_class, quantized_layers
 from qat.observers import Best, ObserverChoice
 from qat.optimizers import REMEDY, begin_training, learned_ranges, refuse_decay, watch
 from qat.preparation import prepare, prepared_as
-from qat.quantizers import Algorithm, StraightThrough
+from qat.quantizers import Algorithm, Automatic
 from qat.quantizers.activation import ActivationQuantizer
 from qat.spec import QuantSpec
 from qat.starting import awaiting
@@ -51,7 +51,7 @@ class QuantizationAwareTraining(Callback):
 
     Args:
         spec: what to quantize.
-        algorithm: how scales are found; default `StraightThrough`.
+        algorithm: how scales are found; default `Automatic`, the best for the type of each layer.
         schedule: when; default: from the first step.
         target: who will load the export.
         attribute: the attribute of the LightningModule that holds the model to prepare (its metrics, a teacher and the
@@ -91,7 +91,7 @@ class QuantizationAwareTraining(Callback):
         example_inputs: Any = None,
     ) -> None:
         self.spec = spec
-        self.algorithm = algorithm or StraightThrough()
+        self.algorithm = algorithm or Automatic()
         self.schedule = schedule or QuantizationSchedule()
         self.target = target
         self.attribute = attribute
@@ -180,7 +180,8 @@ class QuantizationAwareTraining(Callback):
         name = type(trainer.strategy).__name__
         if self.schedule.first_weights is not None:
             raise TrainingError(f"schedule: first_weights needs whole weights, which {name} shards: use ddp")
-        if self.schedule.calibration_batches and (waiting := awaiting(model)):
+        waiting = {} if isinstance(self.algorithm, Automatic) else awaiting(model)
+        if self.schedule.calibration_batches and waiting:
             raise TrainingError(
                 f"algorithm: the start of {len(waiting)} layers needs whole weights, which {name} shards: call "
                 "qat.prepare and qat.calibrate before the fit, or use start='clip'"
@@ -255,11 +256,20 @@ class QuantizationAwareTraining(Callback):
         """Scales of activations, and starts of weights that train from this step on as what they quantize to now."""
         model, count = self.model_of(pl_module), self.schedule.calibration_batches
         begins, waiting = trainer.global_step >= self.schedule.start_step, awaiting(model)
+        unasked = isinstance(self.algorithm, Automatic)  # nobody asked for a start that needs data
+        if unasked and waiting and trainer.strategy.restore_checkpoint_after_setup:  # those shard parameters
+            waiting = _without_data(waiting, "weights are sharded")
         if count and (activations or waiting):
             count = count if activations or begins else 1  # it shows now that the model takes batches
             options: dict[str, Any] = {"starts": begins, "activations": activations}
-            found = calibrate_on_training_data(trainer, pl_module, model, count, self.model_inputs, **options)
-            logger.info("%s", found)
+            try:
+                found = calibrate_on_training_data(trainer, pl_module, model, count, self.model_inputs, **options)
+                logger.info("%s", found)
+            except CalibrationError as error:
+                # Of several processes one alone must not go on. An error without a cause is in the data.
+                if not unasked or activations or trainer.world_size > 1 or error.__cause__ is None:
+                    raise
+                _without_data(waiting, str(error))
         if begins:
             begin_training(model)
 
@@ -353,6 +363,14 @@ class QuantizationAwareTraining(Callback):
 
 def _activations(module: nn.Module) -> Iterator[ActivationQuantizer]:
     return (quantizer for _, layer in quantized_layers(module) for quantizer in layer.activation_quantizers())
+
+
+def _without_data(waiting: dict[str, QuantizedLayer], reason: str) -> dict[str, QuantizedLayer]:
+    """Let layers begin with what they have; none waits then."""
+    for layer in waiting.values():
+        layer.weight_quantizer.stop_awaiting()
+    logger.warning("%d layers begin with the start 'clip', for theirs needs data: %s", len(waiting), reason)
+    return {}
 
 
 def _uncalibrated(module: nn.Module) -> bool:

@@ -217,8 +217,8 @@ def data_start(algorithm: Any) -> str | None:
 class ComparisonConfig(RecipeConfig):
     """What recipes let a user choose that compare four models by their logits (`recipes.common.experiment`)."""
 
-    algorithm: AnyAlgorithm = qat.StraightThrough()
-    """How scales are found."""
+    algorithm: AnyAlgorithm = qat.Automatic()
+    """How scales are found; `automatic` is the best for the type of each layer."""
     optimization: OptimizationSettings = OptimizationSettings()
     """Steps, learning rates, distillation (from the fine-tuned float model, where there is one)."""
     float_baseline: bool = True
