@@ -10,8 +10,9 @@ with its quartiles: what slows the machine for seconds meets an arm and its refe
     python -m scripts.benchmark_speed --shape 8b --dtype bfloat16 --compile --output docs/results/speed_8b.json
 
 The arm ``learned`` is qat with ranges that are learned. In ``activations`` inputs are quantized too. The arms below it
-in `ARMS` change that: float8 gradients, learned scales, quantized outputs, products of values. Run by path, with
-``PYTHONPATH`` naming another checkout, the script measures that one: so states of the library are compared in turns.
+in `ARMS` change that: float8 gradients, learned scales, quantized outputs, products of values. In ``observed`` and
+``observed_absmax`` observers record in every step. Run by path, with ``PYTHONPATH`` naming another checkout, the script
+measures that one: so states of the library are compared in turns.
 
 torchao is not installed by default (it makes importing optimum-quanto noisy): ``pip install -e .[benchmark]``.
 """
@@ -35,6 +36,7 @@ from torch import Tensor, nn
 
 import qat
 from qat.layers import quantized_layers
+from qat.observers import ObserverChoice
 
 # Hidden size, MLP size, layers, heads, vocabulary; batch and length of a step.
 SHAPES: dict[str, dict[str, int]] = {
@@ -113,6 +115,15 @@ def arm_emulated(model: nn.Module, qtype: str, serving: str) -> None:
         layer.mode = layer.mode._replace(codes=False)
 
 
+def arm_observed(model: nn.Module, qtype: str, serving: str, rule: ObserverChoice) -> None:
+    """As activations, with observers that record in every step, and scales that follow them by ``rule``."""
+    spec = qat.QuantSpec.model_validate({"weights": qtype, "activations": qtype, "dtype": serving})
+    qat.prepare(model, spec, target="transformers", observer=rule)
+    _calibrate(model)
+    for _, layer in quantized_layers(model):
+        layer.mode = layer.mode._replace(observe=True)
+
+
 def _tokens(model: Any) -> Tensor:
     return torch.randint(0, model.config.vocab_size, (2, 256), device=model.device)
 
@@ -158,6 +169,8 @@ ARMS: dict[str, Callable[[nn.Module, str, str], None]] = {
     "float8_backward": partial(arm_activations, float8_backward=True),
     "learned_scales": partial(arm_activations, learn_activations=True),
     "outputs": arm_outputs,
+    "observed": partial(arm_observed, rule=qat.Best()),
+    "observed_absmax": partial(arm_observed, rule=qat.Absmax()),
     "emulated": arm_emulated,
     "quanto": arm_quanto,
     "quanto_activations": arm_quanto_activations,

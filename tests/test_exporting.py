@@ -15,6 +15,7 @@ from qat.freezing import freeze
 from qat.hosts import MODULE, TARGETS, Target
 from qat.preparation import prepare
 from qat.spec import QuantSpec
+from qat.tensors import digest
 from tests.exports import (
     TYPES,
     frozen_layers,
@@ -125,22 +126,55 @@ class TestErrors:
         with pytest.raises(ExportError, match=r"changed after qat\.freeze.*up_proj"):
             export(model, tmp_path / "out")
 
-    @pytest.mark.parametrize("part", ["codes", "scale", "shift", "bias", "layer"])
-    def test_every_part_that_is_written_is_compared_with_freezing(self, tmp_path: Path, part: str) -> None:
+    @pytest.mark.parametrize(
+        ("part", "weights"),
+        [(part, kind) for kind in ("int8", "int4") for part in ("codes", "scale", "bias", "layer")]
+        + [("shift", "int4")],
+    )
+    def test_every_part_that_is_written_is_compared_with_freezing(
+        self, tmp_path: Path, part: str, weights: str
+    ) -> None:
         """The digest of the dequantized weight is not computed again, since these decide it."""
         model = nn.Sequential(nn.Linear(256, 16), nn.Linear(16, 4))
-        prepare(model, QuantSpec(weights="int4", dtype="float32"))
+        prepare(model, QuantSpec.model_validate({"weights": weights, "dtype": "float32"}))
         freeze(model)
         layer = model[1]
-        tensors = {"codes": layer.weight._data._data, "scale": layer.weight._scale, "shift": layer.weight._shift}
+        data = layer.weight._data
+        tensors = {
+            "codes": getattr(data, "_data", data),
+            "scale": layer.weight._scale,
+            "shift": getattr(layer.weight, "_shift", None),
+        }
         if part == "layer":
             model[1] = nn.Linear(16, 4)
         else:
             flat = (tensors | {"bias": layer.bias.data})[part].view(-1)
             flat[-1] = flat[-1] + 1
-        with pytest.raises(ExportError, match=r"0 layers are gone and 1 hold other numbers \(first: '1'\)"):
+        with pytest.raises(ExportError, match=r"1 layers (are gone|hold other numbers) \(first: '1'\)"):
             export(model, tmp_path / "out")
         assert list(tmp_path.iterdir()) == []
+
+    def test_layers_that_hold_what_others_were_frozen_with(self, tmp_path: Path) -> None:
+        model = frozen_layers((16, 32), (16, 32), (16, 32), weights="int8")
+        model[1], model[2] = model[2], model[1]
+        with pytest.raises(ExportError, match=r"2 layers hold other numbers \(first: '1'\)"):
+            export(model, tmp_path / "out")
+        assert list(tmp_path.iterdir()) == []
+
+    @pytest.mark.parametrize(("weights", "hashed"), [("int8", 0), ("float8", 0), ("int4", 1)])
+    def test_codes_of_8_bits_are_hashed_with_their_write_alone(
+        self, weights: str, hashed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        model, codes = frozen_layers((16, 256), weights=weights), []
+
+        def watched(tensor: torch.Tensor) -> str:
+            if tensor.numel() == 16 * 256:
+                codes.append(tensor)
+            return digest(tensor)
+
+        monkeypatch.setattr("qat.formats.base.digest", watched)
+        export(model, tmp_path / "out")
+        assert len(codes) == hashed
 
     def test_a_target_that_would_serve_other_numbers(self, tmp_path: Path) -> None:
         model = small_llama()

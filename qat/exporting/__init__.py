@@ -21,7 +21,15 @@ from qat.exporting.card import write_card
 from qat.files.directory import as_path, atomic_directory, check_destination
 from qat.files.evidence import FrozenRecord, LayerEvidence, frozen_record
 from qat.files.examples import flatten_inputs
-from qat.files.manifest import EVIDENCE_NAME, Environment, ExampleRecord, FileRecord, Manifest, file_record
+from qat.files.manifest import (
+    EVIDENCE_NAME,
+    Environment,
+    ExampleRecord,
+    FileRecord,
+    Manifest,
+    TensorRecord,
+    file_record,
+)
 from qat.files.shards import TensorEntry, parse_size, plan_shards, write_shard
 from qat.files.weights import write_weights
 from qat.formats.state import ModelState
@@ -37,6 +45,8 @@ __all__ = ["ExportReport", "export"]
 
 CONFIG_NAME = "qat_config.yaml"
 _ONE_FILE = 1 << 62
+_CHANGED = "the model changed after qat.freeze"
+_REMEDY = "; export the model as freezing left it, without casting or editing it"
 
 
 @dataclass(frozen=True)
@@ -115,7 +125,7 @@ def export(
     check_destination(destination, overwrite)
     limit = parse_size(max_shard_size)
     _check_target(model, record, to)
-    _check_unchanged(model, record, progress)
+    _check_there(model, record)
     with torch.no_grad(), atomic_directory(destination, overwrite) as temporary:
         grid = to.host.float_grid(model, record, to.format) if float_grid else None
         state, notes = _configured(model, record, to, temporary, grid)
@@ -123,6 +133,7 @@ def export(
             limit = _ONE_FILE
         stem = host_of(model).weights_stem
         hashed, tensors = write_weights(state.entries, state.fetch, temporary, limit, stem, progress)
+        _check_unchanged(model, record, tensors, progress)
         _save_processors(processor, temporary)
         if config is not None:
             text = yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
@@ -212,30 +223,35 @@ def _check_target(model: nn.Module, record: FrozenRecord, wanted: Target) -> Non
         )
 
 
-def _check_unchanged(model: nn.Module, record: FrozenRecord, progress: bool) -> None:
-    """Raise when a frozen layer is no longer what freezing left.
+def _check_there(model: nn.Module, record: FrozenRecord) -> None:
+    """Raise when a layer that was frozen is gone, or no frozen one any more."""
+    format, layers = get_target(record.target).format, dict(model.named_modules())
+    if gone := [name for name in record.layers if name not in layers or not format.is_frozen(layers[name])]:
+        raise ExportError(f"{_CHANGED}: {len(gone)} layers are gone (first: {gone[0]!r}){_REMEDY}")
 
-    Codes, scale, shift and bias are hashed again, since they are what is written. The value that they dequantize to
-    follows from them: freezing compared it with the trained one, and verification hashes it again after a load.
+
+def _check_unchanged(
+    model: nn.Module, record: FrozenRecord, written: Mapping[str, TensorRecord], progress: bool
+) -> None:
+    """Raise when a frozen layer is no longer what freezing left; then the files are discarded.
+
+    Codes, scale, shift and bias are what is written. Codes of 8 bits lie in the files as they are, so the hash of their
+    one write is enough; packed ones are hashed again. The value that they dequantize to follows from them: freezing
+    compared it with the trained one, and verification hashes it again after a load.
     """
     format, layers = get_target(record.target).format, dict(model.named_modules())
 
     def evidence(name: str) -> Callable[[], LayerEvidence]:
-        layer, value = format.read(layers[name]), record.layers[name].weight
+        layer, frozen = format.read(layers[name]), record.layers[name]
         await_numbers(layer.weight.codes)
-        return lambda: layer.evidence(value)
+        keys = (f"{name}.{key}" for key in format.slots(layer.types, frozen.shape, bias=False))
+        stored = any(key in written and written[key].sha256 == frozen.codes for key in keys)
+        return lambda: layer.evidence(frozen.weight, frozen.codes if stored else None)
 
-    gone = [name for name in record.layers if name not in layers]
-    here = [name for name in record.layers if name in layers]
-    frozen = [name for name in here if format.is_frozen(layers[name])]
-    checked = counted(in_threads(map(evidence, frozen)), "comparing", progress, len(frozen))
-    found = dict(zip(frozen, checked, strict=True))
-    changed = [name for name in here if name not in found or record.layers[name].differences(found[name])]
-    if gone or changed:
-        raise ExportError(
-            f"the model changed after qat.freeze: {len(gone)} layers are gone and {len(changed)} hold other numbers "
-            f"(first: {(gone + changed)[0]!r}); export the model as freezing left it, without casting or editing it"
-        )
+    found = counted(in_threads(map(evidence, record.layers)), "comparing", progress, len(record.layers))
+    pairs = zip(record.layers, found, strict=True)
+    if changed := [name for name, layer in pairs if record.layers[name].differences(layer)]:
+        raise ExportError(f"{_CHANGED}: {len(changed)} layers hold other numbers (first: {changed[0]!r}){_REMEDY}")
 
 
 def _save_processors(processor: Any, directory: Path) -> None:

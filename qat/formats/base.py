@@ -52,8 +52,8 @@ class FrozenLayer:
     """Scalar; 1 without an activation type."""
     output_scale: Tensor
 
-    def evidence(self, value: str) -> LayerEvidence:
-        """Digests of the layer; ``value`` is the digest of what its weight dequantizes to."""
+    def evidence(self, value: str, codes: str | None = None) -> LayerEvidence:
+        """Digests of the layer; ``value`` is that of what its weight dequantizes to, ``codes`` theirs, if at hand."""
         weight, active = self.weight, self.types.activations
         out_features, in_features = weight.shape
         return LayerEvidence(
@@ -61,7 +61,7 @@ class FrozenLayer:
             activations=None if active is None else active.name,
             shape=(out_features, in_features),
             group_size=weight.qtype.group_size(in_features),
-            codes=digest(weight.codes),
+            codes=codes or digest(weight.codes),
             scale=digest(weight.scale),
             shift=None if weight.shift is None else digest(weight.shift),
             weight=value,
