@@ -92,9 +92,10 @@ def _float_activations(model: nn.Module, layers: Mapping[str, QuantizedLayer], o
     """Run layers with quantized weights and float activations; what runs so is no run as it will be served."""
     with ExitStack() as stack:
         stack.callback(note_runs, model, runs(model))
+        for _, layer in quantized_layers(model):  # those with float activations alone are not reached either
+            stack.callback(setattr, layer, "reached", layer.reached)
         for layer in layers.values():
             stack.callback(setattr, layer, "mode", layer.mode)
-            stack.callback(setattr, layer, "reached", layer.reached)
             layer.mode = layer.mode._replace(activations=False, observe=observe)
         yield
 
