@@ -29,16 +29,16 @@ from recipes.common.diffusion_config import DiffusionConfig, source_of
 from recipes.common.settings import OptimizationSettings, data_start
 
 TUNED, QUANTIZED, TRAINED = "float, fine-tuned", "fine-tuned, then quantized", "quantization-aware training"
-SQUARED = qat.Distillation(loss="squared")
+SQUARED = qat.Distillation(loss="squared", hidden_states=1.0)
 
 
 class Config(DiffusionConfig):
     """A diffusion transformer, from float to a verified quantized checkpoint that stock diffusers loads."""
 
-    algorithm: AnyAlgorithm = qat.Automatic(start="clip")
+    algorithm: AnyAlgorithm = qat.Automatic(start="best")
     """How scales are found, for the type of each layer; post-training quantization takes what it begins with."""
     optimization: OptimizationSettings = OptimizationSettings(
-        batch_size=32, learning_rate=1e-4, float_learning_rate=5e-5, scale_learning_rate=5e-4, distillation=SQUARED
+        batch_size=32, learning_rate=5e-5, float_learning_rate=5e-5, scale_learning_rate=1.5e-4, distillation=SQUARED
     )
     """Steps, learning rates, distillation from the fine-tuned float model."""
     target: Literal["diffusers", "quanto"] | None = None
