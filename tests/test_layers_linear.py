@@ -88,8 +88,10 @@ def test_under_autocast_to_the_serving_dtype_a_float32_layer_gives_what_the_froz
 ) -> None:
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(IN, OUT)), inputs(5, IN) * 3
+    with torch.no_grad():
+        model[0].weight *= 100  # so that float16 holds the product of the scales
     qat.prepare(model, qat.QuantSpec.model_validate({"weights": qtype, "activations": qtype, "dtype": serving}))
-    qat.calibrate(model, [x])
+    assert not qat.calibrate(model, [x]).kept_float
     with torch.autocast("cpu", serving):
         y = model(x)
     qat.freeze(model)
