@@ -378,7 +378,7 @@ def test_the_command_is_quiet(small: list[str], tmp_path: Path) -> None:
     command = [sys.executable, "-m", "recipes.causal_lm", *small]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    ours = ("evaluating", "fine-tuning", "training", "tokenizing", "calibrating", "exporting", "verifying")
+    ours = ("tokenizing", "evaluating", "fine-tuning", "training", "calibrating", "freezing", "exporting", "verifying")
     said = done.stderr.splitlines()
     assert not [line for line in said if "\r" in line or not line.startswith(ours)]
     assert len(said) == 2 * len([line for line in said if line.endswith(" ...")])
