@@ -38,7 +38,7 @@ class Config(DiffusionConfig):
     algorithm: AnyAlgorithm = qat.Automatic(start="best")
     """How scales are found, for the type of each layer; post-training quantization takes what it begins with."""
     optimization: OptimizationSettings = OptimizationSettings(
-        batch_size=32, learning_rate=5e-5, float_learning_rate=5e-5, scale_learning_rate=1.5e-4, distillation=SQUARED
+        batch_size=32, learning_rate=5e-5, float_learning_rate=1e-4, scale_learning_rate=1.5e-4, distillation=SQUARED
     )
     """Steps, learning rates, distillation from the fine-tuned float model."""
     target: Literal["diffusers", "quanto"] | None = None

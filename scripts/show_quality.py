@@ -1,10 +1,13 @@
 r"""The table and the plot of `benchmark_quality`'s rows: R* of every arm, with standard errors over paired seeds.
 
 R* compares runs of one seed with each other: the fine-tuned model, its post-training quantization, the trained one. So
-the order of the batches, which moves all three, cancels. An arm's rate is the best one on seed 0::
+the order of the batches, which moves all three, cancels. It counts from the best of min-max, clip and HQQ. The column
+"from best PTQ" counts from the best post-training quantization of all, with data too. An arm's rate is the best one on
+seed 0. ``--ablation-at`` shows what each part gives::
 
     python -m scripts.show_quality docs/results/quality_starts_h200.jsonl --types int2 int4 \
         --plot docs/results/quality.png
+    python -m scripts.show_quality docs/results/quality_starts_h200.jsonl --types int2 int4 --ablation-at 80
 """
 
 from __future__ import annotations
@@ -18,10 +21,34 @@ from typing import Any
 
 import tyro
 
-__all__ = ["PTQ", "draw", "table"]
+__all__ = ["PTQ", "ablation", "draw", "table"]
 
 PTQ = ("PTQ minmax", "PTQ clip", "PTQ hqq", "PTQ output", "PTQ gptq", "PTQ best")
 BASES = PTQ[:3]  # the best of which R* is measured from
+ABLATION = (
+    ("loss, FT, cosine", "straight-through, kl", "straight-through"),
+    ("loss, FT, cosine", "quanto, kl", "quanto"),
+    ("loss, FT, cosine", "torchao, kl", "torchao"),
+    ("quantizer", "learned", "straight-through, kl"),
+    ("hidden states", "learned, hidden", "learned"),
+    ("quantizer, hidden", "learned, hidden", "straight-through, kl"),
+    ("hidden states", "best, hidden x 3", "best"),
+    ("hidden states", "best, hidden x 10", "best"),
+    ("start", "output", "learned, hidden"),
+    ("start", "gptq", "learned, hidden"),
+    ("start", "best", "learned, hidden"),
+    ("quantizer", "dual", "learned, hidden"),
+    ("gradient", "best, stable", "best"),
+    ("gradient", "best, quest", "best"),
+    ("gradient", "best, hidden x 10, stable", "best, hidden x 10"),
+    ("rate of scales", "best, scales x 1", "best"),
+    ("rate of scales", "best, scales x 0.1", "best"),
+    ("schedule", "best, cage", "best"),
+    ("block-wise", "reconstructed 100", "best"),
+    ("block-wise", "reconstructed 400", "best"),
+    ("block-wise", "clip, reconstructed 400", "learned, hidden"),
+)
+"""A part, an arm that has it, and the arm that is the same but for it."""
 Row = dict[str, Any]
 Setting = tuple[str, str | None, int]
 
@@ -29,13 +56,20 @@ Setting = tuple[str, str | None, int]
 class Arm:
     """The runs of one arm at its best rate, each with the fine-tuned and the quantized model of its seed."""
 
-    def __init__(self, rows: list[Row], floats: dict[int, Row], base: dict[int, Row]) -> None:
+    def __init__(self, rows: list[Row], floats: dict[int, Row], base: dict[int, Row], best: dict[int, Row]) -> None:
         first = [row for row in rows if row["seed"] == 0]
         self.rate = min(first, key=lambda row: row["loss"])["rate"] if first else 0.0
         self.rows = {row["seed"]: row for row in rows if row["rate"] == self.rate}
-        seeds = sorted(self.rows.keys() & floats.keys() & base.keys())
+        seeds = sorted(self.rows.keys() & floats.keys() & base.keys() & best.keys())
         self.above = [self.rows[n]["loss"] - floats[n]["loss"] for n in seeds]
-        self.closed = [(base[n]["loss"] - self.rows[n]["loss"]) / (base[n]["loss"] - floats[n]["loss"]) for n in seeds]
+        self.by_seed = {n: self._share(n, base, floats) for n in seeds}
+        self.closed = list(self.by_seed.values())
+        self.closed_from_best = [self._share(n, best, floats) for n in seeds]
+
+    def _share(self, seed: int, start: dict[int, Row], floats: dict[int, Row]) -> float:
+        """Of the loss between ``start`` and the fine-tuned model, what this arm wins back."""
+        cost = start[seed]["loss"] - floats[seed]["loss"]
+        return float((start[seed]["loss"] - self.rows[seed]["loss"]) / cost)
 
     def mean(self, name: str) -> float:
         """Over the seeds; 0 where rows do not have it."""
@@ -55,21 +89,26 @@ def arms_of(rows: Iterable[Row]) -> dict[Setting, dict[str, Arm]]:
             found[row["weights"], row["activations"], row["steps"]][row["arm"]].append(row)
     result: dict[Setting, dict[str, Arm]] = {}
     for setting, by_arm in found.items():
-        bases = [{row["seed"]: row for row in by_arm[name]} for name in BASES if by_arm.get(name)]
-        if not bases or setting[2] not in tuned:
+        if not any(by_arm.get(name) for name in BASES) or setting[2] not in tuned:
             continue
-        base = min(bases, key=lambda of: statistics.mean(row["loss"] for row in of.values()))
-        floats = Arm(tuned[setting[2]], {}, {}).rows
+        base, best = _best_of(by_arm, BASES), _best_of(by_arm, PTQ)
+        floats = Arm(tuned[setting[2]], {}, {}, {}).rows
         order = sorted(by_arm, key=lambda name: PTQ.index(name) if name in PTQ else len(PTQ))
-        result[setting] = {name: Arm(by_arm[name], floats, base) for name in order if by_arm[name]}
+        result[setting] = {name: Arm(by_arm[name], floats, base, best) for name in order if by_arm[name]}
     return dict(sorted(result.items(), key=lambda item: (item[0][0], item[0][1] or "", item[0][2])))
+
+
+def _best_of(by_arm: dict[str, list[Row]], names: Iterable[str]) -> dict[int, Row]:
+    """Of these post-training quantizations the one with the smallest mean loss, by seed."""
+    found = [{row["seed"]: row for row in by_arm[name]} for name in names if by_arm.get(name)]
+    return min(found, key=lambda of: statistics.mean(row["loss"] for row in of.values()))
 
 
 def table(rows: Iterable[Row]) -> str:
     """Markdown: mean and standard error over the seeds of R* and of the distance from FT."""
     lines = [
-        "| type | steps | arm | rate | seeds | loss | R* | above FT | KL | changed |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| type | steps | arm | rate | seeds | loss | R* | from best PTQ | above FT | KL | changed |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for (weights, activations, steps), arms in arms_of(rows).items():
         for name, arm in arms.items():
@@ -83,11 +122,33 @@ def table(rows: Iterable[Row]) -> str:
                 str(len(arm.closed)),
                 f"{arm.mean('loss'):.4f}",
                 _mean(arm.closed, "{:.3f}"),
+                _mean(arm.closed_from_best, "{:.3f}"),
                 _mean(arm.above, "{:+.4f}"),
                 f"{arm.mean('kl'):.4f}",
                 f"{arm.mean('changed'):.3%}",
             ]
             lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def ablation(rows: Iterable[Row], steps: int) -> str:
+    """Markdown: R* of an arm, and what its part adds to that of the arm without, over the seeds that both have."""
+    settings = {
+        "_".join(filter(None, setting[:2])): arms for setting, arms in arms_of(rows).items() if setting[2] == steps
+    }
+    lines = [f"| part | arm | instead of | {' | '.join(settings)} |", "|---" * (3 + len(settings)) + "|"]
+    for part, name, other in ABLATION:
+        cells = []
+        for arms in settings.values():
+            arm, without = arms.get(name), arms.get(other)
+            seeds = sorted(arm.by_seed.keys() & without.by_seed.keys()) if arm and without else []
+            if arm and without and seeds:
+                gains = [arm.by_seed[n] - without.by_seed[n] for n in seeds]
+                cells.append(f"{statistics.mean(arm.closed):.3f}, {_mean(gains, '{:+.3f}')}")
+            else:
+                cells.append("-")
+        if any(cell != "-" for cell in cells):
+            lines.append(f"| {part} | {name} | {other} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -134,18 +195,19 @@ def _mean(values: list[float], form: str) -> str:
     return mean if len(values) < 2 else f"{mean} ± {form.format(_error(values)).lstrip('+')}"
 
 
-def main(rows: Path, /, types: tuple[str, ...] = (), plot: Path | None = None) -> None:
+def main(rows: Path, /, types: tuple[str, ...] = (), plot: Path | None = None, ablation_at: int | None = None) -> None:
     """Print the table of a file of rows.
 
     Args:
         rows: A file of lines of JSON, as `benchmark_quality` writes it.
         types: Of weights alone, such as int4; default all, those with activations too.
         plot: A PNG of R* against steps.
+        ablation_at: A number of steps: print what each part gives after these, in place of the table.
     """
     found = [json.loads(line) for line in rows.read_text().splitlines()]
     if types:
         found = [r for r in found if r["arm"] == "FT" or (r["weights"] in types and r["activations"] is None)]
-    print(table(found))
+    print(table(found) if ablation_at is None else ablation(found, ablation_at))
     if plot is not None:
         draw(found, plot)
 
