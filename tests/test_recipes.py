@@ -132,7 +132,7 @@ def test_every_configuration_file_is_valid(path: Path) -> None:
 @pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_every_configuration_file_has_the_best_for_its_type(path: Path) -> None:
     config = load_config(importlib.import_module(f"recipes.{path.parent.name}").Config, [str(path)], "A test.")
-    starts = {"causal_lm": "best", "text_to_image": "clip"}
+    starts = {"causal_lm": "best", "text_to_image": "best"}
     expected = qat.StraightThrough()
     if config.spec.weights in ("int4", "int2"):
         expected = qat.LearnedAffine(start=starts.get(config.recipe, "output"))
