@@ -103,7 +103,7 @@ def main(argv: Sequence[str]) -> None:
     with TemporaryDirectory() as directory:
         qat.export(quantized, directory)
         comparison.judge_export(QUANTIZED, Path(directory), run.served_on, settings.steps, rate)
-    gate = Gate(comparison.losses, TUNED, QUANTIZED, TRAINED, settings)
+    gate = Gate(comparison.losses, TUNED, QUANTIZED, TRAINED, settings, spec, config.algorithm)
     gate.before_training()
 
     callbacks = [

@@ -113,7 +113,7 @@ def compare(
         with TemporaryDirectory() as folder:
             qat.export(quantized, folder)
             judge(QUANTIZED, qat.load(folder), run.served_on, spec.torch_dtype)
-    gate = Gate(losses, TUNED, QUANTIZED, TRAINED, settings)
+    gate = Gate(losses, TUNED, QUANTIZED, TRAINED, settings, spec, config.algorithm)
     gate.before_training()
 
     callbacks = [
