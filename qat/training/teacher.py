@@ -123,7 +123,9 @@ def cache_logits(
                     min(top_k, classes - 1),
                 )  # a rest stays
                 counted = _counted(batch).to(device).flatten() if per_token else torch.ones_like(logits[:, 0]).bool()
-                pairs = zip(logits.split(size), counted.split(size), strict=True)  # a copy of a few rows at a time
+                pairs = zip(
+                    torch.split(logits, size), torch.split(counted, size), strict=True
+                )  # a copy of a few rows at a time
                 parts = [_top_and_rest(part[kept], k) for part, kept in pairs]
                 for key, count in prints:
                     rows[key] = number, start, (start := start + (count if per_token else 1))
