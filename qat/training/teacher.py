@@ -117,15 +117,10 @@ def cache_logits(
                 prints, start = _fingerprints(batch), 0
                 logits = logits_of(teacher(**map_tensors(lambda tensor: tensor.to(device), dict(batch))))
                 classes, per_token = logits.shape[-1], logits.ndim > 2
-                logits, size, k = (
-                    logits.flatten(0, -2),
-                    max(1, CHUNK // classes),
-                    min(top_k, classes - 1),
-                )  # a rest stays
+                logits, k = logits.flatten(0, -2), min(top_k, classes - 1)  # one is left, so that there is a rest
                 counted = _counted(batch).to(device).flatten() if per_token else torch.ones_like(logits[:, 0]).bool()
-                pairs = zip(
-                    torch.split(logits, size), torch.split(counted, size), strict=True
-                )  # a copy of a few rows at a time
+                size = max(1, CHUNK // classes)
+                pairs = zip(torch.split(logits, size), torch.split(counted, size), strict=True)
                 parts = [_top_and_rest(part[kept], k) for part, kept in pairs]
                 for key, count in prints:
                     rows[key] = number, start, (start := start + (count if per_token else 1))
