@@ -66,7 +66,7 @@ def main(argv: Sequence[str]) -> None:
     from recipes.common.progress import quiet_libraries, stage
     from recipes.common.results import show_end
     from recipes.common.run import begin
-    from recipes.common.training import FitSettings, calibrate, calibrate_and_freeze, fit
+    from recipes.common.training import FitSettings, calibrate, calibrate_and_freeze, fit, require_teacher
     from recipes.data.tensors import move
     from recipes.tasks import Diffusion
 
@@ -77,11 +77,13 @@ def main(argv: Sequence[str]) -> None:
     pipeline, folder = load_pipeline(source_of(config), trust_remote_code=config.trust_remote_code)
     model, trust = pipeline.transformer, config.trust_remote_code
     teacher = load_teacher(config, lambda path: load_pipeline(path, trust_remote_code=trust)[0].transformer)
+    require_teacher(model, teacher, settings.distillation)
     qat.inspect(model, spec, target=target)  # here a spec that does not fit is an error, before anything is encoded
     # Activations and starts are calibrated by what the real sampler brings, at all timesteps.
     sampled = schedule.calibration_batches if spec.activation_type or data_start(config.algorithm) else 0
     data = diffusion_data(pipeline, folder, config, run.device, settings.batch_size, sampled)
     del pipeline  # text encoders and autoencoder are out of memory while training
+    require_teacher(model, teacher, settings.distillation, Diffusion(), data.batches)
     print(inspected(model, spec, target, data.example))
     prepared_for: dict[str, Any] = {"target": target, "observer": config.observer, "example_inputs": data.example}
     checkpoints = run.beside("checkpoints")
@@ -101,7 +103,7 @@ def main(argv: Sequence[str]) -> None:
     with TemporaryDirectory() as directory:
         qat.export(quantized, directory)
         comparison.judge_export(QUANTIZED, Path(directory), run.served_on, settings.steps, rate)
-    gate = Gate(comparison.losses, TUNED, QUANTIZED, TRAINED, settings)
+    gate = Gate(comparison.losses, TUNED, QUANTIZED, TRAINED, settings, spec, config.algorithm)
     gate.before_training()
 
     callbacks = [

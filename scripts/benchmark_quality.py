@@ -4,7 +4,8 @@ R* = (L[PTQ(FT)] - L[QAT]) / (L[PTQ(FT)] - L[FT]). FT is the float model after f
 same batches, with a sweep of rates of its own; PTQ(FT) is its best post-training quantization among min-max, clipping
 and HQQ. Every arm has a sweep on seed 0; its best rate then runs on all seeds. Judged on held-out data, in bfloat16:
 of ours the reloaded export, of stock quanto the frozen model in memory, of torchao the fake-quantized model. A row goes
-to ``--rows`` as soon as it is there, and a second call goes on from them. Without ``--arms`` all 33 run, which takes
+to ``--rows`` as soon as it is there, and a second call goes on from the rows of
+the same model and number of held-out blocks. Without ``--arms`` all 33 run, which takes
 longer than half an hour on one GPU. `show_quality` makes the table and a plot of such a file::
 
     python -m scripts.benchmark_quality --device cuda --types int4 int2 --steps 80 400 --rows rows.jsonl
@@ -26,22 +27,24 @@ from torch import nn
 
 from scripts._quality import ARMS, FLOAT_RATES, RATES, Run, evaluate, fine_tune, post_training, train
 from scripts._quality_problems import problem
-from scripts.show_quality import PTQ, draw, table
+from scripts.show_quality import HELD_OUT, PTQ, Subject, draw, subject_of, table
 
 Key = tuple[Any, ...]
 _problem: Any = None
+_subject = Subject("language", HELD_OUT)
 _folder = Path()
 
 
 def key_of(row: dict[str, Any]) -> Key:
+    """What tells apart the rows of one model."""
     return tuple(row[name] for name in ("arm", "weights", "activations", "steps", "seed", "rate"))
 
 
-def begin(model: str, device: str, held_out: int, folder: Path) -> None:
+def begin(subject: Subject, device: str, folder: Path) -> None:
     """Load the problem, once in each process."""
-    global _problem, _folder
+    global _problem, _subject, _folder
     torch.set_num_threads(1)
-    _problem, _folder = problem(model, device, held_out), folder
+    _problem, _subject, _folder = problem(subject.model, device, subject.held_out), subject, folder
 
 
 def tuned_model(steps: int, seed: int, rate: float, judge: bool) -> tuple[nn.Module, dict[str, Any]]:
@@ -50,7 +53,7 @@ def tuned_model(steps: int, seed: int, rate: float, judge: bool) -> tuple[nn.Mod
 
     from safetensors.torch import load_model, save_model
 
-    path = _folder / f"ft_{steps}_{seed}_{rate}.safetensors"
+    path = _folder / f"ft_{_subject.model}_{steps}_{seed}_{rate}.safetensors"
     model = copy.deepcopy(_problem.model)
     if path.is_file():
         load_model(model, path)
@@ -72,16 +75,16 @@ def work(run: Run, float_rate: float) -> dict[str, Any]:
             found = (post_training if run.arm.startswith("PTQ") else train)(run, _problem, tuned)
     except Exception as error:
         found = {"error": f"{type(error).__name__}: {str(error)[:300]}"}
-    return asdict(run) | found | {"seconds": round(time.monotonic() - start, 1)}
+    return _subject._asdict() | asdict(run) | found | {"seconds": round(time.monotonic() - start, 1)}
 
 
 class Runs:
-    """Rows that are there, and a pool that makes the others."""
+    """Rows of one model that are there, and a pool that makes the others."""
 
-    def __init__(self, pool: Any, path: Path) -> None:
+    def __init__(self, pool: Any, path: Path, subject: Subject) -> None:
         self._pool, self._path = pool, path
-        lines = path.read_text().splitlines() if path.is_file() else []
-        self.rows = {key_of(row): row for row in map(json.loads, lines) if "error" not in row}
+        found = map(json.loads, path.read_text().splitlines() if path.is_file() else [])
+        self.rows = {key_of(row): row for row in found if "error" not in row and subject_of(row) == subject}
 
     def make(self, runs: Iterable[Run], float_rates: dict[int, float]) -> None:
         """Add what is missing."""
@@ -111,7 +114,7 @@ def main(
     seeds: int = 3,
     arms: tuple[str, ...] = tuple(ARMS),
     jobs: int = 1,
-    held_out: int = 512,
+    held_out: int = HELD_OUT,
     rows: Path = Path("quality.jsonl"),
     sweep: bool = True,
     plot: Path | None = None,
@@ -139,8 +142,9 @@ def main(
         weights, _, activations = name.partition("_")
         pairs.append((weights, activations or None))
     context = multiprocessing.get_context("spawn")
-    with context.Pool(jobs, begin, (model, device, held_out, folder)) as pool:
-        runs = Runs(pool, rows)
+    subject = Subject(model, held_out)
+    with context.Pool(jobs, begin, (subject, device, folder)) as pool:
+        runs = Runs(pool, rows, subject)
         runs.make([Run("FT", "float", None, n, 0, rate) for n in steps for rate in FLOAT_RATES], {})
         rates = {n: runs.best("FT", "float", None, n) or FLOAT_RATES[1] for n in steps}
         runs.make([Run("FT", "float", None, n, seed, rates[n]) for n in steps for seed in range(seeds)], rates)

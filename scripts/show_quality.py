@@ -17,11 +17,11 @@ import statistics
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import tyro
 
-__all__ = ["PTQ", "ablation", "draw", "table"]
+__all__ = ["HELD_OUT", "PTQ", "Subject", "ablation", "draw", "subject_of", "table"]
 
 PTQ = ("PTQ minmax", "PTQ clip", "PTQ hqq", "PTQ output", "PTQ gptq", "PTQ best")
 BASES = PTQ[:3]  # the best of which R* is measured from
@@ -51,6 +51,20 @@ ABLATION = (
 """A part, an arm that has it, and the arm that is the same but for it."""
 Row = dict[str, Any]
 Setting = tuple[str, str | None, int]
+HELD_OUT = 512
+
+
+class Subject(NamedTuple):
+    """What rows are of. Rows of two subjects cannot be compared."""
+
+    model: str
+    held_out: int
+    """Blocks to judge by."""
+
+
+def subject_of(row: Row) -> Subject:
+    """Of a row; before rows said it, they were of the language model."""
+    return Subject(row.get("model", "language"), row.get("held_out", HELD_OUT))
 
 
 class Arm:
@@ -77,7 +91,15 @@ class Arm:
 
 
 def arms_of(rows: Iterable[Row]) -> dict[Setting, dict[str, Arm]]:
-    """By type and number of steps, post-training quantization first."""
+    """By type and number of steps, post-training quantization first.
+
+    Raises:
+        ValueError: the rows are of several models, or were judged by several numbers of blocks.
+    """
+    rows = list(rows)
+    if len(subjects := {subject_of(row) for row in rows}) > 1:
+        shown = ", ".join(f"{model} by {held_out} held-out blocks" for model, held_out in sorted(subjects))
+        raise ValueError(f"rows: must be of one model, got {shown}: choose with --model and --held-out")
     found: dict[Setting, dict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
     tuned: dict[int, list[Row]] = defaultdict(list)
     for row in rows:
@@ -195,7 +217,15 @@ def _mean(values: list[float], form: str) -> str:
     return mean if len(values) < 2 else f"{mean} ± {form.format(_error(values)).lstrip('+')}"
 
 
-def main(rows: Path, /, types: tuple[str, ...] = (), plot: Path | None = None, ablation_at: int | None = None) -> None:
+def main(
+    rows: Path,
+    /,
+    types: tuple[str, ...] = (),
+    plot: Path | None = None,
+    model: str | None = None,
+    held_out: int | None = None,
+    ablation_at: int | None = None,
+) -> None:
     """Print the table of a file of rows.
 
     Args:
@@ -203,8 +233,11 @@ def main(rows: Path, /, types: tuple[str, ...] = (), plot: Path | None = None, a
         types: Of weights alone, such as int4; default all, those with activations too.
         plot: A PNG of R* against steps.
         ablation_at: A number of steps: print what each part gives after these, in place of the table.
+        model: Of these rows, where the file holds several models.
+        held_out: Rows judged by as many blocks, where the file holds several numbers.
     """
     found = [json.loads(line) for line in rows.read_text().splitlines()]
+    found = [r for r in found if model in (None, subject_of(r).model) and held_out in (None, subject_of(r).held_out)]
     if types:
         found = [r for r in found if r["arm"] == "FT" or (r["weights"] in types and r["activations"] is None)]
     print(table(found) if ablation_at is None else ablation(found, ablation_at))

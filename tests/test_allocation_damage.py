@@ -14,6 +14,7 @@ import qat
 from qat.allocation.damage import Score, damages
 from qat.formats import QUANTO
 from tests.helpers import tiny_model, tokens
+from tests.test_training_losses import peak
 
 TYPES = tuple(QUANTO.types(kind, None, torch.bfloat16) for kind in ("int2", "int8"))
 
@@ -73,6 +74,21 @@ def test_output_is_the_relative_error_of_the_layers_own_output(name: str) -> Non
     for kind in ("int2", "int8"):
         gap = (x.double() @ (served(model, name, kind) - layer.weight).double().T).square().sum()
         assert found[name][kind] == pytest.approx(float(gap / layer(x).double().square().sum()), rel=1e-3)
+
+
+def test_output_reads_a_layer_before_the_model_changes_it_in_place() -> None:
+    batches = [torch.randn(5, 32)]
+    changed, whole = (scores(chain(inplace), batches, "output", ("0", "2")) for inplace in (True, False))
+    assert changed == whole
+
+
+def test_output_holds_one_layer_at_a_time() -> None:
+    def most(depth: int) -> int:
+        model = nn.Sequential(*(nn.Linear(32, 32) for _ in range(depth)))
+        return peak(lambda: scores(model, [rows], "output", tuple(map(str, range(depth)))))
+
+    rows = torch.randn(4096, 32)
+    assert most(12) - most(3) < rows.nbytes
 
 
 @pytest.mark.parametrize("name", ["model.layers.0.mlp.down_proj", "model.layers.1.self_attn.v_proj"])

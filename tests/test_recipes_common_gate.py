@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from scipy import stats
 
+import qat
 from recipes.common.gate import Gate, compare_losses
 from recipes.common.settings import OptimizationSettings
 
@@ -48,7 +49,8 @@ def test_what_cannot_be_compared_is_not() -> None:
 
 
 def gate(losses: dict[str, list[float]], **settings: Any) -> Gate:
-    return Gate(losses, "tuned", "quantized", "trained", OptimizationSettings(**settings))
+    spec, algorithm = qat.QuantSpec(weights="int4"), qat.StraightThrough()
+    return Gate(losses, "tuned", "quantized", "trained", OptimizationSettings(**settings), spec, algorithm)
 
 
 def test_it_says_early_that_there_is_nothing_to_gain(capsys: pytest.CaptureFixture[str]) -> None:
@@ -74,7 +76,7 @@ def test_it_says_what_to_change_when_training_ended_worse(capsys: pytest.Capture
     assert line.startswith("warning: quantization-aware training ended worse than post-training quantization (loss +0.")
     for change in (
         "learning_rate (now 0.0003",
-        "learned_affine",
+        "algorithm (now straight_through: try learned_affine with start best)",
         "distillation.weight (now 0.5: try 1)",
         "80: try four",
     ):
@@ -95,3 +97,28 @@ def test_it_says_nothing_of_a_gain_or_of_models_that_were_not_judged(capsys: pyt
     assert said.found.keys() == {"trained"}
     gate({"trained": trained}).after_training()
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("weights", "algorithm", "advice"),
+    [
+        ("int4", qat.Automatic(), "algorithm.start (now output: try best), "),
+        ("int2", qat.LearnedAffine(start="clip", mask_margin=0.5), "algorithm.start (now clip: try best), "),
+        ("int2", qat.StretchedElastic(), "algorithm (now stretched_elastic: try learned_affine with start best), "),
+        ("int4", qat.Automatic(start="best"), ""),
+        ("int4", qat.LearnedAffine(start="best"), ""),
+        ("int8", qat.Automatic(), ""),
+        ("float8", qat.StraightThrough(), ""),
+        ("int8", qat.LearnedAffine(start="best"), "algorithm (now learned_affine: try straight_through), "),
+    ],
+    ids=str,
+)
+def test_its_advice_fits_the_type_and_differs_from_what_is_set(
+    weights: Any, algorithm: Any, advice: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained, quantized = noisy(16, 0.2, 0.05, 4)
+    losses, settings = {"quantized": quantized, "trained": trained}, OptimizationSettings()
+    spec = qat.QuantSpec(weights=weights)
+    Gate(losses, "tuned", "quantized", "trained", settings, spec, algorithm).after_training()
+    said = capsys.readouterr().out
+    assert f"three times as much), {advice}optimization.steps (now " in said

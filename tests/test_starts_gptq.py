@@ -61,6 +61,18 @@ def test_correlated_inputs_get_a_smaller_output_error(qtype: QType, dtype: torch
     assert torch.equal(made[0], weight[0])  # zeros stay zeros
 
 
+@pytest.mark.parametrize("elements", [160, 3 * 160, 2**28])
+@pytest.mark.parametrize("name", ["int4", "int2", "int8"])
+def test_rows_do_not_depend_on_their_chunk(name: str, elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, moments, qtype = torch.randn(8, 160), moments_of(correlated_inputs(160)), QTYPES[name]
+    ends = RANGE_STARTS["clip"](weight, qtype, torch.float32)
+    monkeypatch.setattr("qat.starts.base.CHUNK_ELEMENTS", elements)
+    found = compensated_weight(weight, qtype, torch.float32, moments, ends)
+    monkeypatch.undo()
+    wanted = compensated_weight(weight, qtype, torch.float32, moments, ends)
+    assert int(torch.isclose(found, wanted, rtol=1e-4, atol=1e-5).all(1).sum()) >= 7  # sums of another order
+
+
 def test_a_singular_matrix_raises_the_damping() -> None:
     ones = torch.ones(64, 64)
     upper = inverse_factor(ones)

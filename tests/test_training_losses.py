@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -96,6 +99,51 @@ def test_narrow_logits_are_computed_in_float32(dtype: torch.dtype) -> None:
     assert student.grad.dtype is dtype
 
 
+@pytest.mark.usefixtures("_chunk")
+@pytest.mark.parametrize(("reverse", "temperature"), [*CASES, (0.5, 1.0)])
+def test_classes_of_probability_0_add_nothing(reverse: float, temperature: float) -> None:
+    """As in torch's kl_div. The reverse is infinite, unless the student gives the class 0 too."""
+    student, teacher, counted = example()
+    gone = teacher < 0
+    gone[..., 0] = False
+    teacher[gone] = -torch.inf
+    exact = student.double().requires_grad_()
+    if reverse:
+        student[gone] = -torch.inf
+        exact = student.double().requires_grad_()
+    log_q, log_p = (exact / temperature).log_softmax(-1), (teacher.double() / temperature).log_softmax(-1)
+    log_q, log_p = log_q.masked_fill(gone, 0.0), log_p.masked_fill(gone, 0.0)  # without an infinity in the gradient
+    p, q = (logs.exp().masked_fill(gone, 0.0) for logs in (log_p, log_q))
+    if not reverse:
+        library = torch.nn.functional.kl_div(exact.div(temperature).log_softmax(-1), p, reduction="none")
+        torch.testing.assert_close(library, torch.xlogy(p, p) - p * log_q)
+    rows = (((1 - reverse) * p - reverse * q) * (log_p - log_q)).sum(-1)
+    expected = rows[counted].mean() * temperature**2
+    (wanted,) = torch.autograd.grad(expected, exact)
+    student.requires_grad_()
+    found = divergence(student, teacher, counted, reverse=reverse, temperature=temperature)
+    (gradient,) = torch.autograd.grad(found, student)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(gradient.double(), wanted.nan_to_num(0.0), rtol=1e-4, atol=1e-6)
+
+
+def test_a_reverse_divergence_from_a_class_of_probability_0_is_infinite() -> None:
+    teacher = torch.tensor([[0.0, -torch.inf]])
+    assert float(divergence(torch.zeros(1, 2), teacher)) == pytest.approx(math.log(2))
+    assert float(divergence(torch.zeros(1, 2), teacher, reverse=0.5)) == math.inf
+
+
+def test_a_merged_class_without_probability_adds_nothing() -> None:
+    student, indices = torch.tensor([[1.0, 2.0, -torch.inf, -torch.inf]], requires_grad=True), torch.tensor([[0, 1]])
+    found = divergence(student, torch.tensor([[0.5, 1.0, -torch.inf]]), indices=indices)
+    (gradient,) = torch.autograd.grad(found, student)
+    two = student.detach()[:, :2].requires_grad_()
+    expected = divergence(two, torch.tensor([[0.5, 1.0]]))
+    (wanted,) = torch.autograd.grad(expected, two)
+    assert float(found.detach()) == float(expected.detach())
+    assert torch.equal(gradient, torch.cat([wanted, torch.zeros(1, 2)], -1))
+
+
 def test_rows_that_do_not_count_change_nothing_whatever_they_hold() -> None:
     student, teacher, counted = example()
     expected = divergence(student, teacher, counted)
@@ -169,6 +217,33 @@ def test_memory_is_the_logits_the_gradient_and_a_chunk(
     assert max(size for _, size in forward.made) <= chunk
     whole = [(dtype, size) for dtype, size in backward.made if size > chunk]
     assert whole == [(torch.bfloat16, rows * classes)]
+
+
+def peak(run: Callable[[], Any]) -> int:
+    """The most bytes that what ``run`` allocates takes at once."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        kept = run()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    del kept
+    return max(itertools.accumulate(sizes))
+
+
+@pytest.mark.parametrize(("reverse", "backward"), [(0.0, 3), (0.5, 4)])
+@pytest.mark.parametrize("k", [None, 8])
+def test_few_chunks_exist_at_once(
+    k: int | None, reverse: float, backward: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chunk = 2**16
+    monkeypatch.setattr(losses, "CHUNK", chunk)
+    student, teacher = torch.randn(2, 512, 512).bfloat16().requires_grad_(), torch.randn(2, 512, 512).bfloat16()
+    indices = None if k is None else teacher.float().topk(k, -1).indices
+    given = teacher if indices is None else merged(teacher.float(), indices)
+    found: list[Tensor] = []
+    forward = peak(lambda: found.append(divergence(student, given, reverse=reverse, indices=indices)))
+    assert forward <= 3.4 * 4 * chunk  # a mask of bytes too
+    gradient = student.numel() * 2
+    assert peak(lambda: found[0].backward()) <= gradient + (backward + 0.4) * 4 * chunk
 
 
 def test_no_gradient_reaches_the_teacher() -> None:

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 import qat
 from qat.errors import ExportError, LoadError, SpecError, TrainingError
+from qat.training import teacher
 from qat.training.losses import divergence
 from qat.training.teacher import INDEX, logits_of, one_block_at_a_time
+from tests.test_training_losses import peak
 
 VOCABULARY = 11
 
@@ -98,6 +100,31 @@ def test_narrow_logits_are_cached_as_they_are(tmp_path: Path) -> None:
     top = teacher(**inputs).logits.topk(4)
     assert torch.equal(values[..., :4], top.values.float())
     assert torch.equal(indices, top.indices)
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+def test_a_cache_written_by_chunks_is_the_same(pooled: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = Tokens(pooled=pooled), padded(batch()["input_ids"], [6, 0, 4, 3], left=False)
+    whole = qat.cache_logits(model, [inputs], tmp_path / "whole", top_k=4)(inputs)
+    monkeypatch.setattr(teacher, "CHUNK", 5 * VOCABULARY)
+    chunked = qat.cache_logits(model, [inputs], tmp_path / "chunked", top_k=4)(inputs)
+    assert all(torch.equal(found, wanted) for found, wanted in zip(chunked, whole, strict=True))
+
+
+def test_a_cache_is_written_without_a_float32_copy_of_all_logits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Fixed(nn.Module):
+        logits = torch.randn(8, 64, 512).bfloat16()
+
+        def forward(self, input_ids: Tensor) -> Tensor:
+            return self.logits
+
+    chunk, inputs = 2**12, {"input_ids": torch.randint(0, VOCABULARY, (8, 64))}
+    monkeypatch.setattr(teacher, "CHUNK", chunk)
+    written = 8 * 64 * 4 * (2 + 4 + 4)  # twice, in parts and whole
+    taken = peak(lambda: qat.cache_logits(Fixed(), [inputs], tmp_path / "cache", top_k=4))
+    assert taken <= 2 * written + 5 * 4 * chunk < Fixed.logits.numel()
 
 
 @pytest.fixture

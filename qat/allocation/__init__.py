@@ -127,7 +127,9 @@ def search(
         types: what a layer may become: names of types, and ``"float"``.
         score: how the damage of a layer is measured. ``"kl"`` runs all batches for each layer and type: the divergence
             of the logits, or the squared distance of other outputs. ``"gradient"`` estimates the same from one
-            gradient a batch. ``"output"`` is the squared error of the layer's own output, relative to its squares.
+            gradient a batch; for a batch it holds the activations of a backward, and of all layers outputs and their
+            errors for each type. ``"output"`` is the squared error of the layer's own output, relative to its squares,
+            one layer at a time.
         algorithm: how scales are found; default `Automatic`. Scores are those of its start before training: of
             ``clip``, where a start needs data.
         forward: runs the model once for a batch, ``forward(model, batch)``, and returns its outputs.

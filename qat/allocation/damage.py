@@ -74,7 +74,7 @@ class _Answer(NamedTuple):
         """What a sum of damages is divided by: the number of predictions, or the squares of the tensors."""
         if self.is_logits:
             return len(self.tensors[0])
-        return sum(float(tensor.detach().double().square().sum()) for tensor in self.tensors)
+        return sum(map(_squares, self.tensors))
 
     def damage(self, given: _Answer) -> float:
         """The summed divergence of other predictions from these, in nats, or the squared distance."""
@@ -85,7 +85,7 @@ class _Answer(NamedTuple):
                     logs = (q.float().log_softmax(-1), p.float().log_softmax(-1))
                     total += float(nn.functional.kl_div(*logs, reduction="sum", log_target=True))
             else:
-                total += float((other.double() - wanted.double()).square().sum())
+                total += _squares(other.double() - wanted.double())
         return total
 
     def drawn(self, generator: torch.Generator) -> list[Tensor]:
@@ -184,10 +184,17 @@ class _Scorer:
             gaps = {}
             for kind, quantizer in made[name].items():
                 with torch.no_grad(), _quantized(module, quantizer):
-                    gaps[kind] = module.forward(*args, **kwargs) - y
-            start = y if y.requires_grad or not gradient else y.detach().requires_grad_()
+                    gap = module.forward(*args, **kwargs) - y
+                if gradient:
+                    gaps[kind] = gap
+                else:
+                    found[name][kind] += _squares(gap)
+            if not gradient:
+                found[name][""] += _squares(y)
+                return None
+            start = y if y.requires_grad else y.detach().requires_grad_()
             outputs.append((name, start, gaps))
-            return start.clone() if gradient else None  # a model may change its copy in place
+            return start.clone()  # a model may change its copy in place
 
         with ExitStack() as stack:
             stack.enter_context(torch.set_grad_enabled(gradient))
@@ -196,20 +203,16 @@ class _Scorer:
                 stack.callback(module.register_forward_hook(hook, prepend=True, with_kwargs=True).remove)
             for number in range(len(self.batches)):
                 answer = self.answer(number)
-                slopes: Sequence[Tensor | None] = [None] * len(outputs)
                 if gradient:
                     size += answer.size() * (2 if answer.is_logits else 1)
                     slopes = self.slopes(answer, [start for _, start, _ in outputs], number)
-                for (name, y, gaps), slope in zip(outputs, slopes, strict=True):
-                    own = float(y.detach().double().square().sum()) if not gradient else 0.0
-                    found[name][""] += own
-                    for kind, gap in gaps.items():
-                        product = gap if not gradient else 0 * gap if slope is None else (gap * slope).float().sum(-1)
-                        found[name][kind] += float(product.double().square().sum())
-                outputs.clear()
+                    for (name, _, gaps), slope in zip(outputs, slopes, strict=True):
+                        for kind, gap in gaps.items():
+                            found[name][kind] += _squares(0 * gap if slope is None else (gap * slope).float().sum(-1))
+                    outputs.clear()
         self.require_reached(found)
         for name in self.layers:
-            total = found[name].pop("")
+            total = found[name].pop("", 0.0)
             yield name, {kind: value / ((size if gradient else total) or 1) for kind, value in found[name].items()}
 
     def slopes(self, answer: _Answer, starts: list[Tensor], number: int) -> Sequence[Tensor | None]:
@@ -224,6 +227,10 @@ class _Scorer:
             )
         tensors = [answer.tensors[index] for index in used]
         return torch.autograd.grad(tensors, starts, [drawn[index] for index in used], allow_unused=True)
+
+
+def _squares(x: Tensor) -> float:
+    return float(x.detach().double().square().sum())
 
 
 @contextmanager

@@ -52,16 +52,16 @@ DataStart: TypeAlias = Callable[[Tensor, QType, torch.dtype, Tensor], Start]
 """The same with the second moments of the inputs, float32, ``(in, in)``."""
 
 
-def chunks(weight: Tensor) -> Iterator[Tensor]:
-    """Blocks of rows, so that a search holds little more than the weight."""
-    rows = max(1, CHUNK_ELEMENTS // max(1, weight.shape[1]))
+def chunks(weight: Tensor, elements: int | None = None) -> Iterator[Tensor]:
+    """Blocks of rows, so that a search holds little more than the weight. ``elements``: default `CHUNK_ELEMENTS`."""
+    rows = max(1, (elements or CHUNK_ELEMENTS) // max(1, weight.shape[1]))
     return iter(torch.split(weight.detach(), rows))
 
 
-def chunks_with_ends(weight: Tensor, ends: Ends) -> Iterator[tuple[Tensor, Ends]]:
+def chunks_with_ends(weight: Tensor, ends: Ends, elements: int | None = None) -> Iterator[tuple[Tensor, Ends]]:
     """`chunks` of a weight, each with the ends of its own groups."""
     (low, high), at = ends, 0
-    for part in chunks(weight):
+    for part in chunks(weight, elements):
         own = slice(at, at := at + len(part) * (len(high) // len(weight)))
         yield part, (None if low is None else low[own], high[own])
 

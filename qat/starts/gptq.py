@@ -21,6 +21,7 @@ __all__ = ["compensated_weight"]
 
 _DAMPING = 0.01  # of the mean of the diagonal
 _BLOCK = 128
+_CUDA_ELEMENTS = 1 << 28  # 1 GiB of float32: each chunk of rows costs a pass over all columns, in Python
 
 
 @torch.no_grad()
@@ -39,7 +40,8 @@ def compensated_weight(weight: Tensor, qtype: QType, dtype: torch.dtype, moments
     """
     order = torch.argsort(moments.diagonal(), descending=True, stable=True)
     factor = inverse_factor(moments[order][:, order])
-    return torch.cat([_of_rows(part, own, qtype, dtype, order, factor) for part, own in chunks_with_ends(weight, ends)])
+    parts = chunks_with_ends(weight, ends, _CUDA_ELEMENTS if weight.is_cuda else None)
+    return torch.cat([_of_rows(part, own, qtype, dtype, order, factor) for part, own in parts])
 
 
 def inverse_factor(moments: Tensor) -> Tensor:

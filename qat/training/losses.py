@@ -3,7 +3,8 @@
 A language model's logits are the largest tensors of a step. A softmax in float32 takes twice their bfloat16 size, and
 autograd on the plain formula keeps several. So `divergence` goes through a few rows at a time and keeps nothing but
 the logits; backward computes the rows again and fills the gradient. It holds the student's logits, the teacher's and
-the gradient once each, and float32 temporaries of ``CHUNK`` elements. It pays with a second softmax.
+the gradient once each, and three float32 temporaries of ``CHUNK`` elements, four with the reverse divergence. It pays
+with a second softmax.
 
 Nothing here waits for a device. Rows that do not count add nothing to value or gradient, whatever they hold.
 """
@@ -21,7 +22,7 @@ from qat.errors import TrainingError
 __all__ = ["CHUNK", "attention_distance", "divergence", "hidden_state_distance", "squared_distance"]
 
 CHUNK = 2**22
-"""Elements of logits that `divergence` handles at once: 16 MiB for a float32 temporary."""
+"""Elements of logits that `divergence` handles at once: 16 MiB for each float32 temporary."""
 
 
 def divergence(
@@ -50,7 +51,8 @@ def divergence(
             over all classes (merging classes never raises it), and equal to it for k = classes - 1.
 
     Returns:
-        A scalar, float32, in nats.
+        A scalar, float32, in nats. Classes that p weighs with 0 add nothing to KL(p || q), such as those whose logit is
+        -inf.
 
     Raises:
         TrainingError: the shapes do not fit.
@@ -93,9 +95,7 @@ class _Divergence(torch.autograd.Function):
         values = torch.empty(len(student), dtype=torch.float32, device=student.device)
         for rows in _chunks(student):
             part = None if indices is None else indices[rows]
-            ratio, q, p, _ = _distributions(student[rows], teacher[rows], part, temperature)
-            terms = p * ratio if reverse == 0.0 else ((1.0 - reverse) * p - reverse * q) * ratio
-            values[rows] = terms.sum(-1)
+            values[rows] = _values(student[rows], teacher[rows], part, reverse, temperature)
         return values.where(counted, 0.0).sum() / counted.sum().clamp(min=1) * temperature**2
 
     @staticmethod
@@ -106,19 +106,35 @@ class _Divergence(torch.autograd.Function):
         gradient = torch.empty_like(student)
         for rows in _chunks(student):
             part = None if indices is None else indices[rows]
-            ratio, q, p, others = _distributions(student[rows], teacher[rows], part, temperature)
-            terms = q - p
-            if reverse != 0.0:
-                terms = (1.0 - reverse) * terms + reverse * q * ((q * ratio).sum(-1, keepdim=True) - ratio)
-            if part is not None:  # what the merged class gets, its classes share by their probability within it
-                terms = (others * terms[:, -1:]).scatter(-1, part, terms[:, :-1])
-            gradient[rows] = (terms * factor).where(counted[rows, None], 0.0).to(gradient.dtype)
+            terms = student[rows], teacher[rows], part, reverse, temperature
+            gradient[rows] = _slopes(*terms).mul_(factor).masked_fill_(~counted[rows, None], 0.0)
         return gradient, None, None, None, None, None
 
 
 def _chunks(student: Tensor) -> list[slice]:
     size = max(1, CHUNK // student.shape[-1])
     return [slice(start, start + size) for start in range(0, len(student), size)]
+
+
+def _values(student: Tensor, teacher: Tensor, indices: Tensor | None, reverse: float, temperature: float) -> Tensor:
+    """The divergence of each of a few rows, float32; in place where it can be, as all that follow."""
+    ratio, q, p, _ = _distributions(student, teacher, indices, temperature)
+    weights = p if reverse == 0.0 else p.mul_(1.0 - reverse).sub_(q, alpha=reverse)
+    return ratio.masked_fill_(weights == 0, 0.0).mul_(weights).sum(-1)  # 0 times inf is 0 here
+
+
+def _slopes(student: Tensor, teacher: Tensor, indices: Tensor | None, reverse: float, temperature: float) -> Tensor:
+    """The gradient of the divergence of each of a few rows by its logits, times the temperature."""
+    ratio, q, p, others = _distributions(student, teacher, indices, temperature)
+    terms = torch.sub(q, p, out=p)
+    if reverse != 0.0:
+        ratio.masked_fill_(q == 0, 0.0)
+        mean = (q * ratio).sum(-1, keepdim=True)
+        terms.mul_(1.0 - reverse).add_(ratio.neg_().add_(mean).mul_(q), alpha=reverse)
+    if indices is None:
+        return terms
+    # What the merged class gets, its classes share by their probability within it.
+    return others.mul_(terms[:, -1:]).scatter_(-1, indices, terms[:, :-1])
 
 
 def _distributions(
@@ -128,12 +144,18 @@ def _distributions(
     scores = student.float() / temperature
     others = scores
     if indices is not None:
-        outside = scores.scatter(-1, indices, -torch.inf)
-        rest = outside.logsumexp(-1, keepdim=True)
-        others = (outside - rest).exp()
-        scores = torch.cat([scores.gather(-1, indices), rest], -1)
-    log_q, log_p = scores.log_softmax(-1), (teacher.float() / temperature).log_softmax(-1)
-    return log_p - log_q, log_q.exp(), log_p.exp(), others
+        picked = scores.gather(-1, indices)
+        others = scores.scatter_(-1, indices, -torch.inf)
+        rest = others.logsumexp(-1, keepdim=True)
+        others.sub_(rest.clamp(min=torch.finfo(rest.dtype).min)).exp_()  # 0 where nothing is left for it
+        scores = torch.cat([picked, rest], -1)
+    log_q = scores.log_softmax(-1)
+    if indices is None:
+        del scores, others
+        others = log_q
+    log_p = (teacher.float() / temperature).log_softmax(-1)
+    p = log_p.exp()
+    return log_p.sub_(log_q), log_q.exp_(), p, others
 
 
 def squared_distance(student: Tensor, teacher: Tensor, counted: Tensor | None = None) -> Tensor:

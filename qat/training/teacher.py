@@ -22,6 +22,7 @@ from qat.blocks import find_blocks
 from qat.errors import LoadError, TrainingError
 from qat.files.directory import as_path, atomic_directory
 from qat.tensors import map_tensors, model_device
+from qat.training.losses import CHUNK
 
 __all__ = ["INDEX", "CachedLogits", "TopLogits", "cache_logits", "logits_of", "one_block_at_a_time"]
 
@@ -116,14 +117,15 @@ def cache_logits(
                 prints, start = _fingerprints(batch), 0
                 logits = logits_of(teacher(**map_tensors(lambda tensor: tensor.to(device), dict(batch))))
                 classes, per_token = logits.shape[-1], logits.ndim > 2
-                logits = logits[_counted(batch).to(device)] if per_token else logits
-                top = logits.topk(min(top_k, classes - 1))  # one is left, so that there is a rest
-                others = logits.float().scatter(-1, top.indices, -torch.inf).logsumexp(-1)
+                logits, k = logits.flatten(0, -2), min(top_k, classes - 1)  # one is left, so that there is a rest
+                counted = _counted(batch).to(device).flatten() if per_token else torch.ones_like(logits[:, 0]).bool()
+                size = max(1, CHUNK // classes)
+                pairs = zip(torch.split(logits, size), torch.split(counted, size), strict=True)
+                parts = [_top_and_rest(part[kept], k) for part, kept in pairs]
                 for key, count in prints:
                     rows[key] = number, start, (start := start + (count if per_token else 1))
-                tensors = {"values": top.values, "indices": top.indices.int(), "rest": others}
-                tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-                save_file(tensors, folder / _file(number))
+                whole = zip(("values", "indices", "rest"), map(torch.cat, zip(*parts, strict=True)), strict=True)
+                save_file(dict(whole), folder / _file(number))
             if not rows:
                 raise TrainingError("batches: there is none: give the batches that will be trained on")
             (folder / INDEX).write_text(json.dumps({"classes": classes, "per_token": per_token, "rows": rows}))
@@ -194,6 +196,13 @@ class CachedLogits:
             )
         device = inputs["input_ids"].device
         return TopLogits(values.to(device), indices.to(device))
+
+
+def _top_and_rest(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of a few rows the k largest logits, their classes, and the logsumexp of all others, on the CPU."""
+    top = logits.topk(k)
+    rest = logits.float().scatter(-1, top.indices, -torch.inf).logsumexp(-1)
+    return top.values.cpu(), top.indices.int().cpu(), rest.cpu()
 
 
 def _file(number: int) -> str:

@@ -97,10 +97,7 @@ def compare(
         inputs = map(task.inputs, batches)
         training.calibrate_and_freeze(trained, inputs, schedule.calibration_batches, run.device)
 
-    if isinstance(teacher, nn.Module):  # one that does not fit is told before the fine-tuning
-        how_far = settings.distillation.model_copy(update={"attention_maps": 0.0})
-        with torch.no_grad():
-            qat.Distiller(model, teacher, how_far)(example)
+    training.require_teacher(model, teacher, settings.distillation, task, batches)
     judge(FLOAT, model, run.device)
     float_size = sum(parameter.numel() for parameter in model.parameters()) * spec.torch_dtype.itemsize
     tuned = copy.deepcopy(model)
@@ -116,7 +113,7 @@ def compare(
         with TemporaryDirectory() as folder:
             qat.export(quantized, folder)
             judge(QUANTIZED, qat.load(folder), run.served_on, spec.torch_dtype)
-    gate = Gate(losses, TUNED, QUANTIZED, TRAINED, settings)
+    gate = Gate(losses, TUNED, QUANTIZED, TRAINED, settings, spec, config.algorithm)
     gate.before_training()
 
     callbacks = [

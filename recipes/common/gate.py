@@ -11,6 +11,9 @@ from dataclasses import dataclass, replace
 from math import isfinite, sqrt
 from statistics import fmean, stdev
 
+import qat
+from qat.formats import QUANTO
+from qat.quantizers import Algorithm
 from recipes.common.settings import OptimizationSettings
 
 __all__ = ["Comparison", "Gate", "compare_losses"]
@@ -78,6 +81,8 @@ class Gate:
         quantized: name of that model after post-training quantization.
         trained: name of the model after quantization-aware training.
         settings: of the training, so that the sentence can say what to change.
+        spec: what is quantized, for the same reason.
+        algorithm: how scales are found, for the same reason.
     """
 
     def __init__(
@@ -87,8 +92,11 @@ class Gate:
         quantized: str,
         trained: str,
         settings: OptimizationSettings,
+        spec: qat.QuantSpec,
+        algorithm: Algorithm,
     ) -> None:
         self._losses, self._settings = losses, settings
+        self._other_algorithm = _other_algorithm(spec, algorithm)
         self._tuned, self._quantized, self._trained = tuned, quantized, trained
         self.found: dict[str, Comparison] = {}
         """What was compared so far, by the name of the model."""
@@ -109,7 +117,7 @@ class Gate:
         if found is None or not found.worse:
             return
         changes = [f"optimization.learning_rate (now {settings.learning_rate:g}: try a third, and three times as much)"]
-        changes.append("the algorithm (learned_affine, with start best)")
+        changes += self._other_algorithm
         if settings.distillation.weight < 1:
             changes.append(f"optimization.distillation.weight (now {settings.distillation.weight:g}: try 1)")
         changes.append(f"optimization.steps (now {settings.steps}: try four times as many)")
@@ -130,6 +138,18 @@ class Gate:
     def _say(self, name: str, remark: str) -> None:
         self.found[name] = replace(self.found[name], remark=remark)
         print(remark)
+
+
+def _other_algorithm(spec: qat.QuantSpec, algorithm: Algorithm) -> list[str]:
+    """What is best for the type of most layers, where another algorithm or start is set."""
+    qtype = QUANTO.qtypes[spec.weights]
+    now, best = algorithm.for_type(qtype), qat.Automatic(start="best").for_type(qtype)
+    start = getattr(best, "start", None)
+    if now.kind != best.kind:
+        return [f"algorithm (now {now.kind}: try {best.kind}{f' with start {start}' if start else ''})"]
+    if (given := getattr(now, "start", None)) != start:
+        return [f"algorithm.start (now {given}: try {start})"]
+    return []
 
 
 def _shown(found: Comparison) -> str:

@@ -34,6 +34,7 @@ __all__ = [
     "calibrate_and_freeze",
     "device_of",
     "fit",
+    "require_teacher",
     "require_whole_batch",
     "training_batches",
 ]
@@ -79,6 +80,51 @@ def training_batches(
     """
     require_whole_batch(len(examples), batch_size)  # type: ignore[arg-type]
     return DataLoader(examples, batch_size, shuffle=True, drop_last=True, collate_fn=collate)
+
+
+def require_teacher(
+    model: nn.Module,
+    teacher: nn.Module | qat.CachedLogits | None,
+    distillation: qat.Distillation,
+    task: Any = None,
+    batches: DataLoader[Any] | None = None,
+) -> None:
+    """Check that a teacher can teach what is compared, before anything is trained.
+
+    Args:
+        model: the student, float.
+        teacher: none: nothing is checked, as where the distillation has no weight.
+        distillation: what is compared.
+        task: says what the model is called with, and which outputs are compared.
+        batches: what `training_batches` made. A cache must hold all rows of a first batch. Two examples are compared,
+            but for attention maps, which the fit alone lets models return. None: what needs no batch is checked.
+
+    Raises:
+        ConfigError: the teacher is a cache, and an option asks for more than it holds.
+        TrainingError: as `qat.Distiller`, for what else does not fit.
+    """
+    if teacher is None or not distillation.weight:
+        return
+    if isinstance(teacher, qat.CachedLogits) and distillation.loss != "squared":
+        wanted = {"hidden_states": 0, "attention_maps": 0, "temperature": 1}
+        unfit = {name: value for name, value in wanted.items() if getattr(distillation, name) != value}
+        if unfit:
+            options = (f"--optimization.distillation.{name.replace('_', '-')} {value}" for name, value in unfit.items())
+            raise ConfigError(
+                f"teacher: the cache {str(teacher.directory)!r} holds logits at temperature 1 alone, so "
+                f"{' and '.join(unfit)} cannot be compared: pass {' '.join(options)}, or the teacher's model"
+            )
+    distiller = qat.Distiller(model, teacher, distillation)
+    if batches is None:
+        return
+    distiller.distillation = distillation.model_copy(update={"attention_maps": 0.0})
+    collate: Any = batches.collate_fn
+    examples = [batches.dataset[index] for index in range(batches.batch_size or 1)]  # draws no random numbers
+    if isinstance(teacher, qat.CachedLogits):
+        teacher(task.inputs(collate(examples)))
+    few = collate(examples[:2])
+    with torch.no_grad():
+        distiller(task.inputs(few), lambda outputs: task.predictions(outputs, few))
 
 
 def fit(
