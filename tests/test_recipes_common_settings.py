@@ -63,7 +63,7 @@ def test_a_start_that_needs_data_has_batches_and_whole_weights() -> None:
     none = ("--schedule.calibration-batches", "0")
     refuse(*none, message=r"schedule.calibration_batches: must be above 0, for algorithm.start='best' needs data: set")
     load_config(causal_lm.Config, [*none, "algorithm:learned-affine", "--algorithm.start", "clip"], "A test.")
-    load_config(text_to_image.Config, none, "A test.")
+    load_config(text_to_image.Config, [*none, "algorithm:automatic", "--algorithm.start", "clip"], "A test.")
     sharded = ("--trainer.strategy", "fsdp")
     refuse(*sharded, message=r"trainer.strategy: 'fsdp' shards weights, and algorithm.start='best' needs whole ones")
     load_config(causal_lm.Config, [*sharded, "algorithm:learned-affine", "--algorithm.start", "clip"], "A test.")
@@ -99,7 +99,7 @@ def test_recipes_distil_by_default_and_a_part_of_it_keeps_the_rest() -> None:
     assert found == qat.Distillation(hidden_states=1.0)
     part = ["--optimization.distillation.weight", "0.5"]
     found = load_config(text_to_image.Config, part, "A test.").optimization.distillation
-    assert found == qat.Distillation(loss="squared", weight=0.5)
+    assert found == qat.Distillation(loss="squared", weight=0.5, hidden_states=1.0)
 
 
 def test_predictions_without_classes_have_no_divergence() -> None:

@@ -48,7 +48,7 @@ def test_r_star_is_the_share_of_the_gap_of_the_same_seed() -> None:
     assert arms["PTQ minmax"].closed == [-1.0, -0.875]
     assert arms["PTQ best"].closed == [0.5, 0.5]
     (line,) = (line for line in table(ROWS).splitlines() if "| ours |" in line)
-    assert "| 0.625 ± 0.125 | +0.3750 ± 0.1250 |" in line
+    assert "| 0.625 ± 0.125 | 0.250 ± 0.250 | +0.3750 ± 0.1250 |" in line
 
 
 def test_rows_of_several_models_are_refused_unless_one_is_chosen(
@@ -65,7 +65,7 @@ def test_rows_of_several_models_are_refused_unless_one_is_chosen(
     assert capsys.readouterr().out.strip() == table(ROWS)
     main(file, model="flux")
     shown = capsys.readouterr().out
-    assert "| 0.625 ± 0.125 | +0.1875 ± 0.0625 |" in shown
+    assert "| 0.625 ± 0.125 | 0.250 ± 0.250 | +0.1875 ± 0.0625 |" in shown
 
 
 def test_a_run_goes_on_from_rows_of_its_own_model_alone(tmp_path: Path) -> None:
