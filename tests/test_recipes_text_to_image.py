@@ -190,9 +190,17 @@ def test_encoders_are_out_of_memory_while_training(small: list[str], monkeypatch
 
 
 @pytest.mark.usefixtures("unverified")
-@pytest.mark.parametrize("kinds", [["int4"], ["int8", "--spec.activations", "int8"]], ids=["weights", "activations"])
+@pytest.mark.parametrize(
+    ("kinds", "sampled"),
+    [
+        (["int4", "algorithm:automatic", "--algorithm.start", "clip"], False),
+        (["int4"], True),
+        (["int8", "--spec.activations", "int8"], True),
+    ],
+    ids=["weights", "starts from data", "activations"],
+)
 def test_the_transformer_is_moved_for_encoding_only_where_the_sampler_runs(
-    kinds: list[str], small: list[str], monkeypatch: pytest.MonkeyPatch
+    kinds: list[str], sampled: bool, small: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     moved: list[str] = []
     move = nn.Module.to
@@ -212,7 +220,7 @@ def test_the_transformer_is_moved_for_encoding_only_where_the_sampler_runs(
     with pytest.raises(EndError):
         text_to_image.main([*small, "--spec.weights", *kinds])
     assert {"AutoencoderKL", "CLIPTextModel", "T5EncoderModel"} <= set(moved)
-    assert ("FluxTransformer2DModel" in moved) == (len(kinds) > 1)
+    assert ("FluxTransformer2DModel" in moved) == sampled
 
 
 @pytest.mark.usefixtures("unverified")

@@ -204,7 +204,10 @@ def _run_as_served(
                     "that the layer keeps float activations, or exclude it"
                 )
             layers[name].keep_float_activations()
-            kept_float[name] = f"quanto carries out {operation!r} otherwise on their quantized outputs"
+            kept_float[name] = (
+                f"optimum-quanto computes {operation!r} of quantized outputs otherwise than of floats; target "
+                "'transformers' leaves outputs float"
+            )
 
 
 def _require_finite(quantizers: Mapping[str, tuple[ActivationQuantizer, ...]], batch: int) -> None:
