@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from contextlib import ExitStack
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
 
 from qat.layers import QuantizedLayer
+from qat.probing import watched
 from qat.quantizers.activation import ActivationQuantizer
 
 __all__ = ["OutputErrors", "SideError"]
@@ -40,21 +40,17 @@ class OutputErrors:
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:
-        for name, layer in self._layers.items():
-            hook = functools.partial(self._compare, name)
-            self._stack.callback(layer.register_forward_hook(hook, with_kwargs=True).remove)
+        self._stack.enter_context(watched(self._layers, self._compare))
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
     @torch.no_grad()
-    def _compare(
-        self, name: str, layer: QuantizedLayer, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor
-    ) -> None:
-        x = args[0] if args else kwargs["input"]
+    def _compare(self, name: str, x: Tensor, y: Tensor) -> None:
         if not y.numel():
             return
+        layer = self._layers[name]
         assert layer.input_quantizer is not None
         given, output = layer.input_quantizer, layer.output_quantizer
         with ExitStack() as kept:
