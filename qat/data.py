@@ -16,17 +16,22 @@ from torch import Tensor, tensor
 
 from qat.errors import CalibrationError, listed
 
-__all__ = ["image_batches", "list_batches", "text_batches"]
+__all__ = ["image_batches", "list_batches", "require_several", "text_batches"]
 
 _TABLES = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 _BUFFER = 1000  # rows that are shuffled
 _CHARACTERS = 1 << 20  # of one text that are looked at
 
 
-def list_batches(batches: Iterable[Any], what: str) -> list[Any]:
-    """All batches; `CalibrationError` where they are a single one, or none for ``what`` they are needed for."""
+def require_several(batches: Any) -> None:
+    """Raise `CalibrationError` where ``batches`` are a single one, or nothing that can be gone through."""
     if isinstance(batches, Mapping | Tensor | str) or not isinstance(batches, Iterable):
         raise CalibrationError(f"batches: must be several batches, got one {type(batches).__name__}: pass [batch]")
+
+
+def list_batches(batches: Iterable[Any], what: str) -> list[Any]:
+    """All batches; `CalibrationError` where they are a single one, or none for ``what`` they are needed for."""
+    require_several(batches)
     if not (found := list(batches)):
         raise CalibrationError(f"batches: {what} needs at least one batch, got none: pass some training batches")
     return found

@@ -5,7 +5,7 @@ Starts come first (`qat.starting`), since scales of activations follow the weigh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +14,8 @@ from torch import nn
 
 from qat.calibration.activations import calibrate_activations
 from qat.calibration.report import ActivationReport, CalibrationReport
-from qat.errors import CalibrationError, StateError
+from qat.data import require_several
+from qat.errors import StateError
 from qat.moments import BUDGET
 from qat.preparation import prepare, prepared_as
 from qat.probing import kept_modes, run_batch
@@ -78,8 +79,7 @@ def calibrate(
     >>> print(freeze(model))
     froze 2 layers (int8) for target 'quanto', served in bfloat16
     """
-    if isinstance(batches, Mapping | torch.Tensor | str) or not isinstance(batches, Iterable):
-        raise CalibrationError(f"batches: must be several batches, got one {type(batches).__name__}: pass [batch]")
+    require_several(batches)
     if spec is None:
         for name, value in (("target", target), ("algorithm", algorithm)):
             if value is not None:
