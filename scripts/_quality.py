@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import qat
 from scripts._quality_problems import Problem
+from scripts._quality_schedule import Timetable
 
 __all__ = ["ARMS", "Arm", "Run", "evaluate", "post_training", "train"]
 
@@ -30,7 +31,7 @@ class Arm:
     options: dict[str, Any] = field(default_factory=dict)
     """Further fields of the algorithm."""
     loss: str = "kl"
-    """``task``, or ``kl`` to the fine-tuned float model."""
+    """``task``, or what `qat.Distillation` calls the distance from the fine-tuned float model."""
     weight: float = 1.0
     """Share of the distance from that model."""
     hidden: float = 0.0
@@ -44,6 +45,8 @@ class Arm:
     reconstruct: tuple[int, float] = (0, 0.0)
     """Steps of block-wise reconstruction a block before, and their rate relative to that of the weights."""
     cage: float = 0.0
+    schedule: dict[str, float] = field(default_factory=dict)
+    """Arguments of `Timetable`."""
     rates: dict[str, tuple[float, ...]] = field(default_factory=dict)
     """By type; else `RATES`."""
 
@@ -56,21 +59,34 @@ RATES = {
     "int4": (5e-5, 1e-4, 2e-4),
     "int2": (3e-4, 5e-4, 1e-3),
 }
-_PLAIN = Arm(algorithm="straight_through", loss="task", tuned=False, decay="constant")
+_PLAIN = Arm(
+    algorithm="straight_through",
+    loss="task",
+    tuned=False,
+    decay="constant",
+    rates={"int4": (1e-5, 2e-5, 5e-5, 1e-4, 2e-4), "int2": (5e-5, 1e-4, 2e-4, 3e-4, 5e-4, 1e-3)},
+)
+_PLAIN_KL = Arm(
+    algorithm="straight_through",
+    rates={"int4": (5e-5, 1e-4, 2e-4, 4e-4), "int2": (3e-4, 5e-4, 1e-3, 2e-3)},
+)
+_BEST = Arm(
+    hidden=1.0, options={"start": "best"}, rates={"int4": (2e-5, 5e-5, 1e-4, 2e-4), "int2": (2e-4, 3e-4, 5e-4, 1e-3)}
+)
 ARMS: dict[str, Arm] = {
     "quanto": dataclasses.replace(_PLAIN, prepare="quanto"),
-    "quanto, kl": dataclasses.replace(_PLAIN, prepare="quanto", loss="kl", tuned=True, decay="cosine"),
+    "quanto, kl": dataclasses.replace(_PLAIN_KL, prepare="quanto"),
     "torchao": dataclasses.replace(_PLAIN, prepare="torchao"),
-    "torchao, kl": dataclasses.replace(_PLAIN, prepare="torchao", loss="kl", tuned=True, decay="cosine"),
+    "torchao, kl": dataclasses.replace(_PLAIN_KL, prepare="torchao"),
     "straight-through": _PLAIN,
-    "straight-through, kl": Arm(algorithm="straight_through"),
+    "straight-through, kl": _PLAIN_KL,
     "straight-through, kl, folded": Arm(algorithm="straight_through", fold=True),
     "straight-through, kl, learned scales": Arm(algorithm="straight_through", options={"learn_activations": True}),
     "straight-through, kl, hidden, folded": Arm(algorithm="straight_through", fold=True, hidden=1.0),
     "mixed, folded": Arm(algorithm="straight_through", fold=True, weight=0.5),
     "learned": Arm(),
     "learned, hidden": Arm(hidden=1.0),
-    "best": Arm(hidden=1.0, options={"start": "best"}),
+    "best": _BEST,
     "gptq": Arm(hidden=1.0, options={"start": "gptq"}),
     "output": Arm(hidden=1.0, options={"start": "output"}),
     "hqq": Arm(hidden=1.0, options={"start": "hqq"}),
@@ -91,6 +107,17 @@ ARMS: dict[str, Arm] = {
     "clipping": Arm(hidden=1.0, algorithm="learned_clipping"),
     "best, cage": Arm(hidden=1.0, options={"start": "best"}, cage=10.0),
     "best, mixed": Arm(hidden=1.0, options={"start": "best"}, weight=0.5),
+    "best, labels": dataclasses.replace(_BEST, loss="task"),
+    "best, kl alone": dataclasses.replace(_BEST, hidden=0.0),
+    "best, reverse kl": dataclasses.replace(_BEST, loss="reverse_kl"),
+    "best, both kl": dataclasses.replace(_BEST, loss="mixed_kl"),
+    "best, float start": dataclasses.replace(_BEST, tuned=False),
+    "best, constant rate": dataclasses.replace(_BEST, decay="constant"),
+    "best, linear": dataclasses.replace(_BEST, decay="linear"),
+    "best, delayed": dataclasses.replace(_BEST, schedule={"delay": 0.1}),
+    "best, int4 first": dataclasses.replace(_BEST, schedule={"first": 0.25}),
+    "best, held": dataclasses.replace(_BEST, schedule={"hold": 0.2}),
+    "best, averaged": dataclasses.replace(_BEST, schedule={"average": 0.2}),
 }
 
 
@@ -120,6 +147,7 @@ def fit(
     decay: Any,
     loss_of: Callable[[nn.Module, Any], Tensor],
     cage: float = 0.0,
+    timetable: Timetable | None = None,
 ) -> float:
     """Train for ``steps``. Returns the last loss."""
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
@@ -127,11 +155,15 @@ def fit(
     loss = torch.zeros(())
     pull = qat.QuantizationSchedule(cage=cage)
     for step, batch in enumerate(itertools.islice(batches, steps)):
+        if timetable is not None:
+            timetable.before(step, optimizer)
         loss = loss_of(model, batch)
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         if cage:
             qat.cage_step(model, optimizer, pull.cage_at(step, steps))
+        if timetable is not None:
+            timetable.after(step)
         schedule.step()
         optimizer.zero_grad()
     return float(loss.detach())
@@ -151,8 +183,10 @@ def made(arm: Arm) -> qat.Algorithm:
     return found
 
 
-def prepared(model: nn.Module, run: Run, arm: Arm, problem: Problem) -> tuple[nn.Module, list[dict[str, Any]]]:
-    """``model`` with fake quantization in place, and the groups of its optimizer."""
+def prepared(
+    model: nn.Module, run: Run, arm: Arm, problem: Problem
+) -> tuple[nn.Module, list[dict[str, Any]], Timetable | None]:
+    """``model`` with fake quantization in place, the groups of its optimizer, and what happens at some steps."""
     calibration = list(itertools.islice(problem.batches(run.seed + 1000), 16))
     if arm.prepare == "quanto":
         from optimum.quanto import Calibration, qtypes, quantize
@@ -164,28 +198,29 @@ def prepared(model: nn.Module, run: Run, arm: Arm, problem: Problem) -> tuple[nn
             with torch.no_grad(), Calibration():
                 for batch in calibration:
                     model(**problem.inputs(batch))
-        return model, [{"params": list(model.parameters()), "lr": run.rate}]
+        return model, [{"params": list(model.parameters()), "lr": run.rate}], None
     if arm.prepare == "torchao":
         from scripts.benchmark_speed import arm_torchao
 
         arm_torchao(model, run.weights, "bfloat16")
-        return model, [{"params": list(model.parameters()), "lr": run.rate}]
+        return model, [{"params": list(model.parameters()), "lr": run.rate}], None
     inputs = [problem.inputs(batch) for batch in calibration]
     if arm.fold:
         qat.fold_outliers(model, inputs, spec=run.spec, target=problem.target)
     qat.prepare(model, run.spec, algorithm=made(arm), target=problem.target)
-    if run.activations or arm.options.get("start") in DATA:
-        qat.calibrate(model, inputs)
+    needs_data = run.activations is not None or arm.options.get("start") in DATA
+    timetable = Timetable(model, inputs, run.steps, **arm.schedule)
+    timetable.start(needs_data)
     steps, rate = arm.reconstruct
     if steps:
         rate *= run.rate
         qat.reconstruct(model, inputs, steps=steps, lr=rate, scale_lr=arm.scale_rate * rate, seed=run.seed)
-    return model, qat.parameter_groups(model, lr=run.rate, scale_lr=arm.scale_rate * run.rate)
+    return model, qat.parameter_groups(model, lr=run.rate, scale_lr=arm.scale_rate * run.rate), timetable
 
 
 def distilled(student: nn.Module, teacher: nn.Module, arm: Arm, problem: Problem) -> Callable[[nn.Module, Any], Tensor]:
     """The distance from ``teacher``, mixed with the task's own loss."""
-    kind = "squared" if problem.target == "diffusers" else "kl"
+    kind = "squared" if problem.target == "diffusers" else arm.loss
     how = qat.Distillation.model_validate({"loss": kind, "weight": arm.weight, "hidden_states": arm.hidden})
     distiller = qat.Distiller(student, teacher, how)
 
@@ -201,11 +236,11 @@ def train(run: Run, problem: Problem, tuned: nn.Module) -> dict[str, Any]:
     arm = ARMS[run.arm]
     torch.manual_seed(run.seed)
     model = copy.deepcopy(tuned if arm.tuned else problem.model)
-    model, groups = prepared(model, run, arm, problem)
+    model, groups, timetable = prepared(model, run, arm, problem)
     model.train()
     teacher = copy.deepcopy(tuned).eval().requires_grad_(False)
     loss_of = problem.task_loss if arm.loss == "task" else distilled(model, teacher, arm, problem)
-    last = fit(model, groups, problem.batches(run.seed), run.steps, arm.decay, loss_of, arm.cage)
+    last = fit(model, groups, problem.batches(run.seed), run.steps, arm.decay, loss_of, arm.cage, timetable)
     return served(model.eval(), arm, problem, tuned) | {"last": last}
 
 

@@ -5,7 +5,7 @@ same batches, with a sweep of rates of its own; PTQ(FT) is its best post-trainin
 and HQQ. Every arm has a sweep on seed 0; its best rate then runs on all seeds. Judged on held-out data, in bfloat16:
 of ours the reloaded export, of stock quanto the frozen model in memory, of torchao the fake-quantized model. A row goes
 to ``--rows`` as soon as it is there, and a second call goes on from the rows of
-the same model and number of held-out blocks. Without ``--arms`` all 33 run, which takes
+the same model and number of held-out blocks. Without ``--arms`` all 44 run, which takes
 longer than half an hour on one GPU. `show_quality` makes the table and a plot of such a file::
 
     python -m scripts.benchmark_quality --device cuda --types int4 int2 --steps 80 400 --rows rows.jsonl
