@@ -54,6 +54,8 @@ class Probe(TorchFunctionMode):
     def watch(self, model: nn.Module, batch: Any) -> Probe:
         """Run ``batch`` as for evaluation and as for training (some models have two ways), and leave no trace.
 
+        Its tensors may be on any device.
+
         Raises:
             SpecError: the model cannot run it.
         """
@@ -66,15 +68,18 @@ class Probe(TorchFunctionMode):
                 )
             )
         buffers = [(m, key, b, b.clone()) for m in model.modules() for key, b in m._buffers.items() if b is not None]
+        device = model_device(model)
+        numbers = [device] if device.type == "cuda" else []  # whose generators dropout would move
         try:
-            with kept_modes(model), torch.random.fork_rng(devices=[]), self:
+            batch = map_tensors(lambda x: x.to(device), batch)
+            with kept_modes(model), torch.random.fork_rng(devices=numbers), self:
                 run(model.eval(), batch)
                 with suppress(ValueError):  # batch norm: one row is enough for evaluation only
                     run(model.train(), batch)
         except Exception as error:  # whatever the model's own code raises
             raise SpecError(
                 f"example_inputs: the model cannot run them ({type(error).__name__}: {error}): pass one batch with the "
-                "arguments of its forward, on its device and in its dtype; for a model on the meta device pass none"
+                "arguments of its forward, in its dtype; for a model on the meta device pass none"
             ) from error
         finally:
             for handle in handles:

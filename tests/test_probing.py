@@ -19,12 +19,11 @@ def mlp() -> nn.Sequential:
 @pytest.mark.parametrize(
     ("model", "batch"),
     [
-        (mlp().to("meta"), torch.ones(2, 32)),
         (mlp().to(torch.bfloat16), torch.ones(2, 32)),
         (mlp(), torch.ones(2, 31)),
         (mlp(), {"input_ids": torch.ones(2, 32)}),
     ],
-    ids=["meta", "dtype", "shape", "argument"],
+    ids=["dtype", "shape", "argument"],
 )
 def test_a_batch_that_the_model_cannot_run_is_refused(model: nn.Sequential, batch: object) -> None:
     model.train()
@@ -33,6 +32,14 @@ def test_a_batch_that_the_model_cannot_run_is_refused(model: nn.Sequential, batc
     assert model.training
     assert [type(layer) for layer in model] == [nn.Linear, nn.Linear]
     assert not any(layer._forward_pre_hooks or layer._forward_hooks for layer in model)
+
+
+def test_a_batch_on_another_device_is_moved_to_the_model() -> None:
+    """As a recipe's on a GPU; the meta device stands for one here."""
+    model = mlp().to("meta")
+    probe = Probe({"0": model[0]}).watch(model, {"input": torch.ones(2, 32)})
+    assert [(x.device.type, tuple(x.shape)) for x in probe.inputs["0"]] == [("meta", (2, 32))] * 2
+    qat.prepare(model, QuantSpec(dtype="float32"), example_inputs=torch.ones(2, 32))
 
 
 def test_a_probe_sees_layouts_and_weights_that_are_read_uncalled() -> None:
