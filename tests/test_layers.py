@@ -252,7 +252,11 @@ def test_an_observer_sees_the_same_under_activation_checkpointing() -> None:
     module = layer("int8", activations="int8")
     assert module.input_quantizer is not None
     module.mode = Mode(observe=True)
+    observer = module.input_quantizer.observer
+    before = int(observer.calls)
     checkpoint(module, inputs(6, IN), use_reentrant=False).sum().backward()
+    assert int(observer.calls) == before + 1
+    module.input_quantizer.refresh()
     assert module.input_quantizer.scale == inputs(6, IN).abs().max() / 127
 
 

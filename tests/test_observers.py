@@ -45,6 +45,20 @@ def test_the_order_of_batches_does_not_matter() -> None:
             assert torch.equal(dict(found.named_buffers())[name], buffer), name
 
 
+@pytest.mark.parametrize("importance", [None, torch.tensor([1, 2, 3, 4, 5])], ids=["alike", "weighted"])
+def test_of_a_large_tensor_every_nth_row_counts_n_times(importance: Tensor | None) -> None:
+    x = torch.randn(1000, 5)
+    x[1] = 1e3
+    whole, part = Observer(), Observer()
+    whole.update(x[::7], importance)
+    part.update(x, importance, most=800)  # of 5,000 elements: every seventh row
+    assert torch.equal(part.counts, 7 * whole.counts)
+    assert float(part.largest) == 1e3 > float(whole.largest)
+    small = Observer()
+    small.update(x[::7], importance, most=800)
+    assert torch.equal(small.counts, whole.counts)
+
+
 @given(st.lists(st.sampled_from([0.0, 0.25, 0.5, 1.0, 2.0, 3.0, 4.0]), min_size=1, max_size=6), st.integers(1, 99))
 def test_one_batch_is_as_good_as_many(values: list[float], percent: int) -> None:
     rule = Percentile(percentile=percent)

@@ -249,6 +249,7 @@ def test_a_quantizer_that_observes_has_a_scale_of_its_own_again() -> None:
     with torch.no_grad():
         model.norm.weight.mul_(3)
     model(torch.randn(8, 32))
+    model.k.input_quantizer.refresh()  # type: ignore[union-attr]
     assert model.k.input_quantizer.scale != model.q.input_quantizer.scale == model.v.input_quantizer.scale  # type: ignore[union-attr]
 
 

@@ -197,6 +197,10 @@ def test_observers_alone_can_set_the_scales(tmp_path: Path) -> None:
     assert all(bool(layer.output_quantizer.initialized) for layer in layers_of(module))
     assert all(layer.mode.activations for layer in layers_of(module))
     assert torch.isfinite(torch.tensor(module.losses)).all()
+    for layer in layers_of(module):  # the last scales are those of all batches, whatever step they were last taken at
+        scale = layer.input_quantizer.scale.clone()
+        layer.input_quantizer.refresh()
+        assert torch.equal(layer.input_quantizer.scale, scale)
 
 
 @pytest.mark.parametrize(

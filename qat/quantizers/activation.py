@@ -31,6 +31,9 @@ __all__ = [
 ]
 
 
+_SAMPLE = 1 << 18  # elements of one tensor that count while training observes
+
+
 class QuantizedActivation(NamedTuple):
     """What `kernels.quantize_activation` gives."""
 
@@ -103,14 +106,28 @@ class ActivationQuantizer(QuantizerModule):
         self.initialized, self.arrives_quantized, self.enabled = map(bool, state.tolist())
 
     @torch.no_grad()
-    def observe(self, x: Tensor, weight: Tensor | None = None) -> None:
-        """Record ``x``, an output, or the input of a layer with this effective ``weight``, ``(out, in)``."""
+    def observe(self, x: Tensor, weight: Tensor | None = None, most: int | None = None) -> None:
+        """Record ``x``, an output, or the input of a layer with this effective ``weight``, ``(out, in)``.
+
+        ``most`` is as in `Observer.update`.
+        """
         importance = None
         if weight is not None and self.rule.weighted:
-            columns = weight.float().square().sum(0)
+            columns = torch.linalg.vector_norm(weight, dim=0, dtype=torch.float32).square()
             # In millionths of their mean, as integers, so that sums depend on no order; no channel is left out.
             importance = (columns / columns.mean().clamp(min=1e-30) * 2**20).round_().clamp_(min=1).long()
-        self.observer.update(x, importance)
+        self.observer.update(x, importance, most)
+
+    def observe_training(self, x: Tensor, weight: Tensor | None = None) -> None:
+        """Record a sample of ``x``, which is quantized in this same forward: so the first one gives a scale.
+
+        A recomputation in backward, as by activation checkpointing, records nothing.
+        """
+        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() >= 0:
+            return
+        self.observe(x, weight, _SAMPLE)
+        if not self.initialized:
+            self.refresh()
 
     @torch.no_grad()
     def refresh(self) -> None:

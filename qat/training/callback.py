@@ -295,11 +295,18 @@ class QuantizationAwareTraining(Callback):
             end_first_type(model, trainer.optimizers)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Put held scales back, and let all ranks have the largest scale that any of them observed."""
+        """Put held scales back, and take new ones from what was observed."""
         # Without a gradient an optimizer's momentum would still move them, and DDP would wait for the gradient.
         for parameter, value in self._held.items():
             parameter.detach().copy_(value)
-        if self._phase is None or not self._phase[1] or trainer.world_size == 1:
+        if self._phase is not None and self._phase[1] and self.schedule.takes_scales(trainer.global_step):
+            self._take_scales(trainer, pl_module)
+
+    def _take_scales(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """From all that was observed; every rank gets the largest scale of any."""
+        for quantizer in _activations(self.model_of(pl_module)):
+            quantizer.refresh()
+        if trainer.world_size == 1:
             return
         scales = [q.scale for q in _activations(self.model_of(pl_module))]
         largest = torch.stack(scales)
@@ -339,7 +346,11 @@ class QuantizationAwareTraining(Callback):
         while self._pulls:
             self._pulls.pop().remove()
 
-    on_train_end = teardown
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the last scales, and leave the model as it will be used."""
+        self._switch(trainer, pl_module, (True, False))
+        self.teardown(trainer, pl_module)
+
     on_exception = teardown  # type: ignore[assignment]
 
     def _phase_of(self, trainer: Trainer) -> tuple[bool, bool]:
@@ -352,9 +363,12 @@ class QuantizationAwareTraining(Callback):
         """Switch all layers, by default to what training does at this step.
 
         Activations without a scale stay float, so that sanity checks and tuners can run. An observer that records gives
-        its scale in that same forward.
+        its first scale in that same forward.
         """
-        quantizing, observing = self._phase = phase or self._phase_of(trainer)
+        before, self._phase = self._phase, phase or self._phase_of(trainer)
+        quantizing, observing = self._phase
+        if before is not None and before[1] and not observing:
+            self._take_scales(trainer, pl_module)
         for _, layer in quantized_layers(self.model_of(pl_module)):
             layer.mode = Mode(quantizing, observing or not _uncalibrated(layer), observing)
 
