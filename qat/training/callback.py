@@ -33,6 +33,7 @@ from qat.quantizers import Algorithm, Automatic
 from qat.quantizers.activation import ActivationQuantizer
 from qat.spec import QuantSpec
 from qat.starting import awaiting
+from qat.tensors import matrices
 from qat.training.annealing import begin_with, end_first_type
 from qat.training.averaging import part_scales, require_order, require_same_kind
 from qat.training.batches import calibrate_on_training_data
@@ -243,13 +244,24 @@ class QuantizationAwareTraining(Callback):
         self._switch(trainer, pl_module)
 
     def _refuse_schedule(self, trainer: Trainer, model: nn.Module) -> None:
-        until = self.schedule.first_weights_until
         require_same_kind(trainer, model, self.schedule)
-        steps = planned_steps(trainer)
-        if until is not None and steps is not None and until >= steps:
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self.schedule.require_within(planned_steps(trainer))
+        if (start := self.schedule.start_step) <= trainer.global_step:
+            return
+        if not all(matrices(layer) for _, layer in quantized_layers(model)):
             raise TrainingError(
-                f"schedule: first_weights_until={until} must come before the fit ends, at step {steps}: nothing could "
-                "be frozen; lower it, or train for more steps"
+                f"schedule: start_step={start} begins in float, but the model has codes only: leave it out"
+            )
+        wrapped = trainer.strategy.model
+        waits = isinstance(wrapped, DistributedDataParallel) and (
+            wrapped.static_graph or not wrapped.find_unused_parameters
+        )
+        if waits and learned_ranges(model):
+            raise TrainingError(
+                f"schedule: start_step={start} gives learned ranges no gradient before it, for which "
+                "DistributedDataParallel would wait: use strategy='ddp_find_unused_parameters_true' (without "
+                "static_graph), or start_step=0"
             )
 
     def _calibrate(self, trainer: Trainer, pl_module: LightningModule, *, activations: bool) -> None:
@@ -274,13 +286,9 @@ class QuantizationAwareTraining(Callback):
             begin_training(model)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Switch fake quantization and observers by step; where weights quantize to another type, find their starts."""
+        """Switch fake quantization and observers by step; note the scales that this step is to hold."""
         if self._phase != self._phase_of(trainer):
             self._switch(trainer, pl_module)
-        if self._changes and trainer.global_step >= self._changes[0]:
-            self._changes = [step for step in self._changes if step > trainer.global_step]
-            self._change_types(trainer, self.model_of(pl_module))
-            self._calibrate(trainer, pl_module, activations=False)
         if not self.schedule.holds(trainer.global_step):
             self._held.clear()
         elif not self._held:
@@ -295,17 +303,26 @@ class QuantizationAwareTraining(Callback):
             end_first_type(model, trainer.optimizers)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Put held scales back, and let all ranks have the largest scale that any of them observed."""
+        """Put held scales back, and let all ranks have the largest scale that any of them observed.
+
+        Where weights quantize to another type in the next step, find their starts: a checkpoint of now holds them.
+        """
         # Without a gradient an optimizer's momentum would still move them, and DDP would wait for the gradient.
         for parameter, value in self._held.items():
             parameter.detach().copy_(value)
-        if self._phase is None or not self._phase[1] or trainer.world_size == 1:
-            return
-        scales = [q.scale for q in _activations(self.model_of(pl_module))]
-        largest = torch.stack(scales)
-        torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
-        for scale, value in zip(scales, largest, strict=True):
-            scale.copy_(value)
+        if self._phase is not None and self._phase[1] and trainer.world_size > 1:
+            scales = [q.scale for q in _activations(self.model_of(pl_module))]
+            largest = torch.stack(scales)
+            torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
+            for scale, value in zip(scales, largest, strict=True):
+                scale.copy_(value)
+        if self._changes and trainer.global_step >= self._changes[0]:
+            self._changes = [step for step in self._changes if step > trainer.global_step]
+            phase = self._phase
+            self._switch(trainer, pl_module)
+            self._change_types(trainer, self.model_of(pl_module))
+            self._calibrate(trainer, pl_module, activations=False)
+            self._switch(trainer, pl_module, phase)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Fake-quantize, whatever the step, and observe nothing."""
