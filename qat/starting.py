@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from qat.errors import CalibrationError, listed
 from qat.layers import QuantizedLayer, quantized_layers
 from qat.moments import Moments, rounds
-from qat.probing import Readers
+from qat.probing import Readers, several_processes, together
 from qat.runs import note_runs, runs
 from qat.starts import DATA_STARTS, RANGE_STARTS, Ends, Start, output_error
 from qat.tensors import matrices
@@ -144,18 +144,20 @@ def find_starts(
     started = Started(layers)
     readers = Readers(layers)
     try:
-        count = run(1)
+        with together():
+            if not run(1):
+                raise CalibrationError(
+                    "batches: calibration needs at least one batch, got none: pass some training batches"
+                )
     finally:
         groups = readers.groups()
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if several_processes():
         groups = []  # ranks whose batches tell different things would wait for each other
-    if not count:
-        raise CalibrationError("batches: calibration needs at least one batch, got none: pass some training batches")
     sizes = {name: layer.effective_weight(layer).shape[1] for name, layer in layers.items()}
     pending = list(rounds(sizes, groups, budget))
     while pending:
         units = pending.pop(0)
-        with Moments(layers, units) as moments:
+        with Moments(layers, units) as moments, together():
             run(None)
         for unit in units:
             found = moments.take(unit)

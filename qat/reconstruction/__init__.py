@@ -28,7 +28,7 @@ from qat.hosts import inner_models
 from qat.layers import Mode, QuantizedLayer, quantized_layers
 from qat.optimizers import no_training
 from qat.preparation import parameter_groups, prepared_as
-from qat.probing import compiled_parts, kept_modes
+from qat.probing import compiled_parts, kept_modes, several_processes
 from qat.progress import counted
 from qat.reconstruction.recording import Call, Recorder, seeded, with_inputs
 from qat.runs import note_runs, runs, stop_watch
@@ -205,8 +205,7 @@ def _checked(
 
 
 def _require_one_process(model: nn.Module) -> None:
-    several = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if several and torch.distributed.get_world_size() > 1:
+    if several_processes():
         raise StateError(
             "model: each process would train blocks of its own: call qat.reconstruct in one process, save "
             "model.state_dict(), and load it into the prepared model of each process"
