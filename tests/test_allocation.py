@@ -271,7 +271,8 @@ def test_a_state_of_other_arguments_is_refused_by_name(tmp_path: Path) -> None:
 
 def test_batches_of_other_names_are_other_batches() -> None:
     x, y = inputs()
-    batches: list[list[Any]] = [[{"x": x, "y": y}], [{"y": x, "x": y}], [{"x": x, "y": 1}], [{"x": x, "y": 2}], [(x, y)]]
+    mappings: list[Any] = [{"x": x, "y": y}, {"y": x, "x": y}, {"x": x, "y": 1}, {"x": x, "y": 2}]
+    batches = [*([mapping] for mapping in mappings), [(x, y)]]
     assert len({batches_digest(found) for found in batches}) == len(batches)
     assert batches_digest(batches[0]) == batches_digest([{"x": x.clone(), "y": y.clone()}])
 
