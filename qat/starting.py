@@ -61,7 +61,7 @@ class Started:
     def __init__(self, layers: Mapping[str, QuantizedLayer]) -> None:
         self._layers = layers
         self._found: dict[str, tuple[Ends, Tensor | None]] = {}
-        self._before: dict[str, tuple[dict[str, Tensor], bool]] = {}
+        self._before: dict[str, dict[str, Tensor]] = {}
         self.reports: dict[str, StartReport] = {}
         self.unreached: list[str] = []
 
@@ -94,11 +94,10 @@ class Started:
         for name, (ends, new) in self._found.items():
             quantizer = self._layers[name].weight_quantizer
             before = {key: value.clone().cpu() for key, value in quantizer.state_dict().items()}
-            compensated = quantizer.compensated
             quantizer.restart(*ends)
             quantizer.compensated |= new is not None  # or by an earlier start, of another type
             self._swap(name, new)
-            self._before[name] = before, compensated
+            self._before[name] = before
         if self.unreached:
             logger.warning(
                 "no batch reached %d layers, which keep the start 'clip': %s",
@@ -109,9 +108,8 @@ class Started:
     @torch.no_grad()
     def undo(self) -> None:
         """Give all layers back what they had before."""
-        for name, (state, compensated) in self._before.items():
+        for name, state in self._before.items():
             self._layers[name].weight_quantizer.load_state_dict(state)
-            self._layers[name].weight_quantizer.compensated = compensated
             self._swap(name, self._found[name][1])
         self._before.clear()
 
