@@ -110,7 +110,7 @@ class LearnedRange(WeightQuantizer):
         self.started.fill_(True)
 
     @property
-    def compensated(self) -> bool:  # type: ignore[override]
+    def compensated(self) -> bool:
         """As in `WeightQuantizer`; a state dict holds it."""
         return self.data_start is not None and not self.changed_master.is_meta and bool(self.changed_master)
 
