@@ -166,6 +166,13 @@ def test_batches_within_a_fit_leave_order_and_noise_as_they_were(tmp_path: Path)
     assert torch.equal(*seen)
 
 
+def test_batches_that_training_will_not_see_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    module = UserModule()
+    quiet_trainer(tmp_path, quantization(INT2, GPTQ, calibration_batches=3)).fit(module, iter([*loader(8)]))
+    assert len(module.losses) == 5
+    assert "from the training loader, a list_iterator: training goes on after them" in caplog.text
+
+
 def test_a_model_that_takes_no_batches_is_told_before_its_float_steps(tmp_path: Path) -> None:
     module = UserModule()
     callback = quantization(INT2, GPTQ, start_step=3, model_inputs=lambda batch: batch["x"])
