@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 import torch
 from torch import Tensor, nn
 
-from qat.errors import StateError
+from qat.errors import StateError, listed
 from qat.hosts import Rules
 from qat.layers import Mode, QuantizedLayer, quantized_layers
 from qat.probing import compiled_parts
@@ -26,6 +26,7 @@ __all__ = [
     "hooks_change",
     "loses_scales",
     "other_mode",
+    "require_final_types",
     "require_finite",
     "require_range",
     "unreached_layers",
@@ -96,6 +97,17 @@ def loses_scales(layer: QuantizedLayer, mean: float = 1.0) -> bool:
 
 
 @torch.no_grad()
+def require_final_types(model: nn.Module, become: str) -> None:
+    """Raise `StateError` where layers still train as another type than the one that they are to ``become``."""
+    quantizers = {name: layer.weight_quantizer for name, layer in quantized_layers(model)}
+    if first := [name for name, own in quantizers.items() if own.qtype != own.final_qtype]:
+        now, final = quantizers[first[0]].qtype, quantizers[first[0]].final_qtype
+        raise StateError(
+            f"model: {len(first)} layers still train as {now.name} ({listed(first, 4)}), but are to be {become} as "
+            f"{final.name}: train on, past the schedule's first_weights_until"
+        )
+
+
 def require_finite(name: str, layer: QuantizedLayer) -> None:
     """Raise `StateError` where training left inf or NaN in a layer."""
     for key, parameter in layer.named_parameters():

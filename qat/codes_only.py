@@ -12,15 +12,15 @@ to `quantized_linear` in place of a master, with a type that encodes codes as th
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import logging
 from dataclasses import dataclass, fields
-from typing import Any, Self
+from typing import Any
 
 import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
-from qat.checks import require_finite
+from qat.checks import require_final_types, require_finite
 from qat.errors import StateError, listed
 from qat.files.evidence import forget_frozen, frozen_record, is_frozen
 from qat.formats import FrozenLayer
@@ -32,8 +32,11 @@ from qat.observers import Best
 from qat.optimizers import forget_training
 from qat.preparation import Prepared, mark_prepared, prepared_as
 from qat.quantizers import Algorithm, AnyAlgorithm, Quantized, WeightQuantizer
+from qat.starting import awaiting
 
 __all__ = ["FixCodesReport", "fix_codes"]
+
+logger = logging.getLogger("qat")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,24 +87,23 @@ class FixedCodes(WeightQuantizer):
     The unit of a move is the scale itself, and for the shift half the range: one learning rate fits all sizes.
     """
 
-    codes: Tensor
+    bits: Tensor
+    """The codes; float8 ones as int8, which no cast changes and every backend of torch.distributed sends."""
     scale_start: Tensor
     shift_start: Tensor | None
 
     def __init__(self, weight: FrozenWeight) -> None:
         super().__init__(_fixed(weight.qtype), weight.dtype)
-        self.register_buffer("codes", weight.codes)
+        self.register_buffer("bits", weight.codes.view(torch.int8) if weight.qtype.floating else weight.codes)
         self.register_buffer("scale_start", weight.scale.float())
         self.register_buffer("shift_start", None if weight.shift is None else weight.shift.float())
         self.scale_move = nn.Parameter(torch.zeros_like(self.scale_start))
         self.shift_move = None if weight.shift is None else nn.Parameter(torch.zeros_like(self.scale_start))
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        def same_dtype(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)  # float8 codes are no floats to be cast
-            return moved if moved.dtype is tensor.dtype else tensor.to(moved.device)
-
-        return super()._apply(same_dtype, recurse)
+    @property
+    def codes(self) -> Tensor:
+        """``(out, in)``, in the type's `storage` dtype."""
+        return self.bits.view(self.qtype.storage)
 
     def _served(self) -> tuple[Tensor, Tensor | None]:
         scale, shift = self.scale_start * (1 + self.scale_move), None
@@ -190,7 +192,8 @@ def fix_codes(model: nn.Module, *, vectors: bool = False) -> FixCodesReport:
 
     Raises:
         StateError: the model was not prepared or frozen; it has layers on the meta device or without a master, a layer
-            that is not an `nn.Linear`, or inf or NaN in a layer; or it is frozen with quantized activations, or by an
+            that is not an `nn.Linear`, one that still trains as another type (``first_weights``), or inf or NaN in a
+            layer; or it is frozen with quantized activations, or by an
             algorithm of your own. Nothing is changed then.
 
     >>> from qat import LearnedAffine, QuantSpec, parameter_groups, prepare
@@ -222,6 +225,14 @@ def _replace_masters(model: nn.Module) -> int:
     prepared_as(model)
     layers = list(quantized_layers(model))
     _require_masters(layers)
+    require_final_types(model, "fixed")
+    if waiting := awaiting(model):
+        logger.warning(
+            "%d layers are fixed as they start with 'clip', for their own start needs data: call qat.calibrate(model, "
+            "batches) before: %s",
+            len(waiting),
+            listed(list(waiting), 4),
+        )
     nbytes = 0
     for _, layer in layers:
         master = layer.effective_weight(layer)

@@ -21,6 +21,7 @@ from qat.checks import (
     function_check,
     hooks_change,
     other_mode,
+    require_final_types,
     require_finite,
     require_range,
     unreached_layers,
@@ -136,14 +137,7 @@ def _remarks(model: nn.Module, allow_unreached: bool, allow_reads: bool) -> list
         )
     if read is not None and not allow_reads:
         raise StateError(f"{read}, or pass allow_reads=True if the outputs do not depend on them")
-    quantizers = {name: layer.weight_quantizer for name, layer in layers.items()}
-    first = [name for name, own in quantizers.items() if own.qtype != own.final_qtype]
-    if first:
-        quantizer = quantizers[first[0]]
-        raise StateError(
-            f"model: {len(first)} layers still train as {quantizer.qtype.name} ({listed(first, 4)}), but are to be "
-            f"frozen as {quantizer.final_qtype.name}: train on, past the schedule's first_weights_until"
-        )
+    require_final_types(model, "frozen")
     for name, layer in layers.items():
         require_finite(name, layer)
     hooked = [name for name, layer in layers.items() if layer._forward_hooks or layer._forward_pre_hooks]

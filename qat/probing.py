@@ -17,7 +17,19 @@ from torch.utils.weak import WeakIdKeyDictionary
 from qat.errors import CalibrationError, QatError, SpecError
 from qat.tensors import map_tensors, matrices, model_device
 
-__all__ = ["Probe", "Readers", "Weights", "compiled_parts", "kept_modes", "run", "run_batch", "running", "watched"]
+__all__ = [
+    "Probe",
+    "Readers",
+    "Weights",
+    "compiled_parts",
+    "kept_modes",
+    "run",
+    "run_batch",
+    "running",
+    "several_processes",
+    "together",
+    "watched",
+]
 
 
 @contextmanager
@@ -36,6 +48,30 @@ def kept_modes(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+def several_processes() -> bool:
+    """Whether this is one of several processes of ``torch.distributed``."""
+    known = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return known and torch.distributed.get_world_size() > 1
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Where one of several processes fails within, all raise and name it: else the others would wait for it."""
+    if not several_processes():
+        yield
+        return
+    failed: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        failed = error
+    told: list[str | None] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(told, None if failed is None else str(failed) or type(failed).__name__)
+    for rank, fault in enumerate(told):
+        if fault is not None:
+            raise CalibrationError(f"rank {rank}: {fault}") from failed
 
 
 class Probe(TorchFunctionMode):

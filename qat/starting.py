@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from qat.errors import CalibrationError, listed
 from qat.layers import QuantizedLayer, quantized_layers
 from qat.moments import Moments, rounds
-from qat.probing import Readers
+from qat.probing import Readers, several_processes, together
 from qat.runs import note_runs, runs
 from qat.starts import DATA_STARTS, RANGE_STARTS, Ends, Start, output_error
 from qat.tensors import matrices
@@ -61,7 +61,7 @@ class Started:
     def __init__(self, layers: Mapping[str, QuantizedLayer]) -> None:
         self._layers = layers
         self._found: dict[str, tuple[Ends, Tensor | None]] = {}
-        self._before: dict[str, tuple[dict[str, Tensor], bool]] = {}
+        self._before: dict[str, dict[str, Tensor]] = {}
         self.reports: dict[str, StartReport] = {}
         self.unreached: list[str] = []
 
@@ -94,11 +94,10 @@ class Started:
         for name, (ends, new) in self._found.items():
             quantizer = self._layers[name].weight_quantizer
             before = {key: value.clone().cpu() for key, value in quantizer.state_dict().items()}
-            compensated = quantizer.compensated
             quantizer.restart(*ends)
             quantizer.compensated |= new is not None  # or by an earlier start, of another type
             self._swap(name, new)
-            self._before[name] = before, compensated
+            self._before[name] = before
         if self.unreached:
             logger.warning(
                 "no batch reached %d layers, which keep the start 'clip': %s",
@@ -109,9 +108,8 @@ class Started:
     @torch.no_grad()
     def undo(self) -> None:
         """Give all layers back what they had before."""
-        for name, (state, compensated) in self._before.items():
+        for name, state in self._before.items():
             self._layers[name].weight_quantizer.load_state_dict(state)
-            self._layers[name].weight_quantizer.compensated = compensated
             self._swap(name, self._found[name][1])
         self._before.clear()
 
@@ -144,18 +142,20 @@ def find_starts(
     started = Started(layers)
     readers = Readers(layers)
     try:
-        count = run(1)
+        with together():
+            if not run(1):
+                raise CalibrationError(
+                    "batches: calibration needs at least one batch, got none: pass some training batches"
+                )
     finally:
         groups = readers.groups()
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if several_processes():
         groups = []  # ranks whose batches tell different things would wait for each other
-    if not count:
-        raise CalibrationError("batches: calibration needs at least one batch, got none: pass some training batches")
     sizes = {name: layer.effective_weight(layer).shape[1] for name, layer in layers.items()}
     pending = list(rounds(sizes, groups, budget))
     while pending:
         units = pending.pop(0)
-        with Moments(layers, units) as moments:
+        with Moments(layers, units) as moments, together():
             run(None)
         for unit in units:
             found = moments.take(unit)

@@ -13,6 +13,7 @@ import yaml
 from torch import Tensor, nn
 
 import qat
+from qat.allocation.state import batches_digest
 from qat.files.shards import read_headers
 from qat.numerics import QType
 from qat.quantizers import Quantized
@@ -260,6 +261,20 @@ def test_a_state_of_other_arguments_is_refused_by_name(tmp_path: Path) -> None:
         path.write_text(text)
         with pytest.raises(qat.StateError, match="is no state of a search"):
             qat.search(chain(), INT8, inputs(), **options)
+    for damages in ({"0": 3}, {"0": {"int2": "x"}}, {"0": {"int2": float("nan")}}):
+        path.write_text(json.dumps(json.loads(kept) | {"damages": damages}))
+        with pytest.raises(qat.StateError, match="is no state of a search"):
+            qat.search(chain(), INT8, inputs(), **options)
+    with pytest.raises(qat.StateError, match=r"there is no folder .*none' for 'state.json'"):
+        qat.search(chain(), INT8, inputs(), **options | {"state": tmp_path / "none" / "state.json"})
+
+
+def test_batches_of_other_names_are_other_batches() -> None:
+    x, y = inputs()
+    mappings: list[Any] = [{"x": x, "y": y}, {"y": x, "x": y}, {"x": x, "y": 1}, {"x": x, "y": 2}]
+    batches = [*([mapping] for mapping in mappings), [(x, y)]]
+    assert len({batches_digest(found) for found in batches}) == len(batches)
+    assert batches_digest(batches[0]) == batches_digest([{"x": x.clone(), "y": y.clone()}])
 
 
 def test_a_budget_that_cannot_be_met_is_told_the_smallest_one() -> None:

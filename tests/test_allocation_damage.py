@@ -165,6 +165,9 @@ def test_faults_of_model_and_batches_are_named(score: Score) -> None:
         scores(model, [torch.ones(1, 32)], score, names, forward=lambda m, x: None)
     with pytest.raises(qat.CalibrationError, match="is no number"):
         scores(model, [torch.full((1, 32), torch.nan)], score, names)
+    rule = "2 layers were never" if score == "output" else "hold no prediction"
+    with pytest.raises(qat.CalibrationError, match=rule):
+        scores(model, [torch.ones(0, 32)], score, names)
     if score == "gradient":
         with pytest.raises(qat.CalibrationError, match="no gradient leads"):
             scores(model, [torch.ones(1, 32)], score, names, forward=lambda m, x: m(x).detach())

@@ -140,12 +140,30 @@ for batches in ([good, torch.full((2, 16), float("nan"))], [good, torch.ones(2, 
     except CalibrationError as error:
         print(error)
         assert type(model[0]) is nn.Linear
+for batches in ([good, torch.full((2, 16), float("nan"))], [good, torch.ones(2, 3)], [], [good]):
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
+    qat.prepare(model, qat.QuantSpec(weights="int4", dtype="float32"), algorithm=qat.LearnedAffine(start="gptq"))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    try:
+        print(qat.calibrate(model, batches if rank else [good]))
+    except CalibrationError as error:
+        print(error)
+        assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+try:
+    qat.search(nn.Sequential(nn.Linear(16, 16)), qat.QuantSpec(), [good], budget="int4")
+except qat.StateError as error:
+    print(error)
 """
 TOLD = (
     "rank 1: batches: batch 1 gives inf or NaN, or numbers beyond 2^24, in the activations of layer '0'",
     "rank 1: batches: the model cannot run batch 1 (RuntimeError",
     "rank 1: batches: calibration needs at least one batch, got none: pass some training batches",
     "calibrated 2 layers on 1 batches",
+    "batches: give inf or NaN, or numbers whose squares overflow, in the input of layer '0'",
+    "rank 1: batches: the model cannot run batch 1 (RuntimeError",
+    "rank 1: batches: calibration needs at least one batch, got none: pass some training batches",
+    "starts of weights: 2 gptq",
+    "model: each process would find types of its own: call qat.search in one process",
 )
 
 

@@ -16,6 +16,7 @@ import qat
 from qat.codes_only import CodesLinear
 from qat.errors import QatError, StateError
 from qat.layers import quantized_layers
+from qat.training.annealing import begin_with
 from tests.helpers import DTYPES, WEIGHT_TYPES, LearnedStep, kept_by, tiny_model, tokens
 
 
@@ -254,11 +255,12 @@ def _nan(model: nn.Sequential) -> None:
         (_nan, "layer '3' holds inf or NaN"),
         (lambda model: setattr(model[3], "__class__", type("Mine", (type(model[3]),), {})), "1 layers are no plain"),
         (lambda model: model.to("meta"), "2 layers are on the meta device"),
+        (lambda model: begin_with(model, "int4"), r"2 layers still train as int4 .*fixed as int2"),
     ],
-    ids=["twice", "nan", "subclass", "meta"],
+    ids=["twice", "nan", "subclass", "meta", "first type"],
 )
 def test_what_cannot_be_fixed_is_refused(change: Any, message: str) -> None:
-    model = prepared()
+    model = prepared("int2")
     change(model)
     before = {name: type(module) for name, module in model.named_modules()}
     with pytest.raises(QatError, match=message):
@@ -274,3 +276,23 @@ def test_a_float_model_is_refused_and_so_is_reconstruction_afterwards() -> None:
     assert all(isinstance(layer, CodesLinear) for _, layer in quantized_layers(model))
     with pytest.raises(StateError, match="has codes only"):
         qat.reconstruct(model, [X], blocks=["0"])
+
+
+def test_codes_that_no_data_has_started_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    model = nn.Sequential(nn.Linear(256, 16))
+    qat.prepare(model, qat.QuantSpec(weights="int4"))
+    qat.fix_codes(model)
+    assert "1 layers are fixed as they start with 'clip', for their own start needs data" in caplog.text
+
+
+def test_several_processes_can_train_float8_codes(tmp_path: Path) -> None:
+    """DistributedDataParallel sends buffers, and gloo knows no float8."""
+    model = prepared("float8")
+    qat.fix_codes(model)
+    codes = codes_of(model)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        nn.parallel.DistributedDataParallel(model)(X).sum().backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    assert all(torch.equal(found.float(), codes[name].float()) for name, found in codes_of(model).items())

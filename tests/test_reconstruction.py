@@ -316,6 +316,8 @@ def test_models_that_cannot_be_reconstructed_are_refused() -> None:
     model.blocks[1]._compiled_call_impl = model.blocks[1]._call_impl  # as compile() sets it
     with pytest.raises(StateError, match=r"blocks\.1 is compiled"):
         qat.reconstruct(model, batches())
+    with pytest.raises(StateError, match=r"embed\.weight is float16, .*: convert the model to float32 or bfloat16"):
+        qat.reconstruct(prepared(Chain().half()), batches())
     model = prepared()
     qat.freeze(model)
     with pytest.raises(StateError, match="is frozen already"):

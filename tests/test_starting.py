@@ -195,6 +195,15 @@ def test_blocks_are_not_reconstructed_towards_compensated_weights() -> None:
     model, _ = started("gptq")
     with pytest.raises(StateError, match="its start \\(gptq or best\\) has changed the float weights"):
         qat.reconstruct(model, batches(), steps=1, blocks=["used"])
+    reloaded = Sparse()
+    masters = {name: tensor.clone() for name, tensor in reloaded.state_dict().items()}
+    qat.prepare(reloaded, INT2, algorithm=qat.LearnedAffine(start="gptq"))
+    reloaded.load_state_dict(model.state_dict())
+    begin_with(reloaded, "int4")
+    with pytest.raises(StateError, match="has changed the float weights"):
+        qat.reconstruct(reloaded, batches(), steps=1, blocks=["used"])
+    reloaded.load_state_dict(masters)  # the float ones
+    qat.reconstruct(reloaded, batches(), steps=1, blocks=["used"])
 
 
 def trained_without_data(kind: str) -> nn.Module:

@@ -37,15 +37,19 @@ SCHEDULES: dict[str, dict[str, Any]] = {
 
 
 class States(Callback):
-    """Keeps the model's state before each step, and how many of its layers wait for their start then."""
+    """Keeps the model's state before and after each step, and how many of its layers wait for their start before."""
 
     def __init__(self) -> None:
         self.states: list[dict[str, Tensor]] = []
+        self.ends: list[dict[str, Tensor]] = []
         self.waiting: list[int] = []
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         self.states.append(copy.deepcopy(pl_module.model.state_dict()))
         self.waiting.append(len(awaiting(pl_module.model)))
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        self.ends.append(copy.deepcopy(pl_module.model.state_dict()))
 
 
 class Replaying(ResumableLoader):
@@ -53,6 +57,15 @@ class Replaying(ResumableLoader):
 
     def __copy__(self) -> Replaying:
         return Replaying(len(self.batches))
+
+
+class Shuffling(ResumableLoader):
+    """A copy of it, as calibration makes one, has an order that nobody knows."""
+
+    def __copy__(self) -> Shuffling:
+        other = Shuffling(len(self.batches))
+        other.batches = [other.batches[place] for place in torch.randperm(len(other.batches))]
+        return other
 
 
 def started(masters: dict[str, Tensor], first: str | None = None) -> Tiny:
@@ -78,14 +91,14 @@ def test_a_start_is_found_when_quantization_to_a_type_begins(schedule: dict[str,
         plain = UserModule()
         quiet_trainer(tmp_path, max_steps=float_steps).fit(plain, loader())
         assert plain.losses == module.losses[:float_steps]
-        masters = before.states[float_steps]
+        masters = before.ends[float_steps - 1]
     begun, wanted = after.states[float_steps], started(masters, first).state_dict()
     assert begun.keys() == wanted.keys()
     assert all(torch.equal(tensor, begun[name]) for name, tensor in wanted.items())
     if first is not None:  # layers that end as int2 start again, from the masters as they are then; the int8 one stays
-        found, wanted = after.states[3], started(before.states[3]).state_dict()
+        found, wanted = after.states[3], started(before.ends[2]).state_dict()
         assert all(torch.equal(tensor, found[name]) for name, tensor in wanted.items() if "head" not in name)
-        kept = before.states[3]
+        kept = before.ends[2]
         assert all(torch.equal(tensor, found[name]) for name, tensor in kept.items() if "head" in name)
     assert not any("first_type" in name for name in module.state_dict())
 
@@ -107,6 +120,20 @@ def test_a_resumed_run_starts_what_has_not_started_and_nothing_else(
     trainer = quiet_trainer(tmp_path, callback(), max_steps=6)
     trainer.fit(resumed, Replaying(), ckpt_path=path, weights_only=True)
     assert cut_off.losses == whole.losses == whole.losses[:cut] + resumed.losses
+    assert_equal_state(resumed, whole)
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`:UserWarning")
+@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
+def test_a_checkpoint_at_the_change_holds_the_start(schedule: dict[str, Any], tmp_path: Path) -> None:
+    whole, resumed = UserModule(), UserModule()
+    saver = ModelCheckpoint(tmp_path / "ckpt", every_n_train_steps=3, save_top_k=-1)
+    options: dict[str, Any] = {"calibration_batches": 2, **schedule}
+    quiet_trainer(tmp_path, quantization(INT2, GPTQ, **options), saver, max_steps=6).fit(whole, Shuffling())
+    (path,) = (tmp_path / "ckpt").glob("*step=3.ckpt")
+    torch.manual_seed(5)  # other batches than the whole run saw would give another start
+    trainer = quiet_trainer(tmp_path, quantization(INT2, GPTQ, **options), max_steps=6)
+    trainer.fit(resumed, Shuffling(), ckpt_path=path, weights_only=True)
     assert_equal_state(resumed, whole)
 
 
@@ -137,6 +164,13 @@ def test_batches_within_a_fit_leave_order_and_noise_as_they_were(tmp_path: Path)
         seen.append(torch.stack(module.seen))
     assert len(seen[0]) == 16
     assert torch.equal(*seen)
+
+
+def test_batches_that_training_will_not_see_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    module = UserModule()
+    quiet_trainer(tmp_path, quantization(INT2, GPTQ, calibration_batches=3)).fit(module, iter([*loader(8)]))
+    assert len(module.losses) == 5
+    assert "from the training loader, a list_iterator: training goes on after them" in caplog.text
 
 
 def test_a_model_that_takes_no_batches_is_told_before_its_float_steps(tmp_path: Path) -> None:

@@ -256,3 +256,8 @@ def test_a_copy_has_the_same_teacher() -> None:
     again = copy.deepcopy(distiller)
     assert again.teacher is teacher
     assert again.student is not student
+
+
+def test_inputs_without_names_are_refused() -> None:
+    with pytest.raises(TrainingError, match=r"inputs: must be keyword arguments of both models, got one Tensor"):
+        qat.Distiller(nn.Linear(4, 3), nn.Linear(4, 3))(torch.ones(2, 4))  # type: ignore[arg-type]

@@ -95,3 +95,13 @@ def test_the_pull_of_cage_rises_from_nothing_to_its_full_strength(steps: int) ->
     steps_up = [after - before for before, after in itertools.pairwise(rising)]
     assert steps_up == pytest.approx([8.0 / (0.2 * steps)] * len(steps_up))
     assert qat.QuantizationSchedule().cage_at(steps - 1, steps) == 0
+
+
+@pytest.mark.parametrize("name", ["start_step", "hold_scales_from", "observe_from"])
+def test_what_begins_after_the_fit_is_said(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    schedule = qat.QuantizationSchedule(**{name: 8})
+    for steps in (None, 9):
+        schedule.require_within(steps)
+    assert not caplog.records
+    schedule.require_within(8)
+    assert f"schedule: {name}=8 comes after the fit's end, at step 8: no" in caplog.text

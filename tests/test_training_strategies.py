@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from lightning.pytorch.strategies import DDPStrategy
 
 import qat
 from tests.training_modules import (
@@ -102,3 +104,25 @@ def test_worker_processes_that_would_lose_the_quantizers_are_refused(tmp_path: P
     before = layers_of(prepared)[0].weight_quantizer.scale.detach().clone()
     quiet_trainer(tmp_path, quantization(INT8, LearnedStep()), **options).fit(prepared, loader())
     assert not before.equal(layers_of(prepared)[0].weight_quantizer.scale)
+
+
+def test_a_late_start_that_ddp_would_not_bear_is_refused(tmp_path: Path) -> None:
+    """Until it, learned ranges get no gradient, for which DistributedDataParallel waits."""
+    strategy = DDPStrategy(process_group_backend="gloo", start_method="popen")
+    module = UserModule()
+    callback = quantization(INT8, qat.LearnedAffine(), start_step=3)
+    try:
+        with pytest.raises(qat.TrainingError, match=r"start_step=3 .*: use strategy='ddp_find_unused_parameters_true'"):
+            quiet_trainer(tmp_path, callback, strategy=strategy).fit(module, loader())
+    finally:
+        torch.distributed.destroy_process_group()
+    assert module.losses == []
+
+
+def test_a_late_start_of_codes_alone_is_refused(tmp_path: Path) -> None:
+    module = UserModule()
+    qat.prepare(module.model, INT8, algorithm=qat.LearnedAffine())
+    qat.fix_codes(module.model)
+    callback = quantization(INT8, qat.LearnedAffine(), start_step=3)
+    with pytest.raises(qat.TrainingError, match="start_step=3 begins in float, but the model has codes only"):
+        quiet_trainer(tmp_path, callback).fit(module, loader())

@@ -26,6 +26,7 @@ from qat.data import list_batches
 from qat.errors import SpecError, StateError, shown
 from qat.hosts import get_target
 from qat.inspection import inspect
+from qat.probing import several_processes
 from qat.progress import counted
 from qat.quantizers import Algorithm
 from qat.spec import QuantSpec, WeightType
@@ -138,10 +139,11 @@ def search(
         progress: show a bar on the standard error stream.
 
     Raises:
-        SpecError, TargetError, StateError: see `qat.inspect`; an argument is none of these; the budget is too small for
-            the smallest types; the file ``state`` belongs to another model, spec, or batches.
-        CalibrationError: there are no batches, the model cannot run one, a layer was never reached, or a damage is inf
-            or NaN.
+        SpecError, TargetError, StateError: see `qat.inspect`; an argument is none of these; there are several
+            processes; the budget is too small for the smallest types; the file ``state`` is none, has no folder, or
+            belongs to another model, spec, or batches.
+        CalibrationError: there are no batches, the model cannot run one, a layer was never reached, the outputs hold no
+            prediction or are all zero, or a damage is inf or NaN.
 
     >>> import torch
     >>> model = nn.Sequential(nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 64))
@@ -193,6 +195,11 @@ def _check(model: nn.Module, types: Sequence[str], score: str, algorithm: Algori
         raise SpecError(f"score: must be one of {get_args(Score)}, got {shown(score)}: choose one")
     if not isinstance(algorithm, Algorithm | None):
         raise StateError(f"algorithm: must be an Algorithm such as LearnedAffine(), got {shown(algorithm)}")
+    if several_processes():
+        raise StateError(
+            "model: each process would find types of its own: call qat.search in one process, and give its report.spec "
+            "to all"
+        )
     empty = meta_names(model) if isinstance(model, nn.Module) else []
     if empty:
         raise StateError(f"model: {empty[0]} is on the meta device, without numbers: load the weights first")

@@ -166,13 +166,13 @@ class _Scorer:
         with watched(self.layers, lambda name, *_: reached.add(name)):
             wanted = [self.answer(number) for number in range(len(self.batches))]
         self.require_reached(reached)
-        size = sum(answer.size() for answer in wanted)
+        size = _told(sum(answer.size() for answer in wanted))
         for name, module in self.layers.items():
             found = {}
             for kind, quantizer in self.quantizers(name).items():
                 with _quantized(module, quantizer):
                     total = sum(answer.damage(self.answer(number)) for number, answer in enumerate(wanted))
-                found[kind] = total / size if size else 0.0
+                found[kind] = total / size
             yield name, found
 
     def in_one_run(self, score: Score) -> Iterator[tuple[str, dict[str, float]]]:
@@ -187,10 +187,11 @@ class _Scorer:
                     gap = module.forward(*args, **kwargs) - y
                 if gradient:
                     gaps[kind] = gap
-                else:
+                elif y.numel():  # an empty batch does not reach the layer
                     found[name][kind] += _squares(gap)
             if not gradient:
-                found[name][""] += _squares(y)
+                if y.numel():
+                    found[name][""] += _squares(y)
                 return None
             start = y if y.requires_grad else y.detach().requires_grad_()
             outputs.append((name, start, gaps))
@@ -211,9 +212,10 @@ class _Scorer:
                             found[name][kind] += _squares(0 * gap if slope is None else (gap * slope).float().sum(-1))
                     outputs.clear()
         self.require_reached(found)
+        size = _told(size) if gradient else size
         for name in self.layers:
             total = found[name].pop("", 0.0)
-            yield name, {kind: value / ((size if gradient else total) or 1) for kind, value in found[name].items()}
+            yield name, {kind: value / (size if gradient else total or 1) for kind, value in found[name].items()}
 
     def slopes(self, answer: _Answer, starts: list[Tensor], number: int) -> Sequence[Tensor | None]:
         """Gradients of the outputs of layers, for vectors drawn for the model's outputs."""
@@ -227,6 +229,16 @@ class _Scorer:
             )
         tensors = [answer.tensors[index] for index in used]
         return torch.autograd.grad(tensors, starts, [drawn[index] for index in used], allow_unused=True)
+
+
+def _told(size: float) -> float:
+    """What sums of damages are divided by; 0 would make each of them 0."""
+    if size == 0:
+        raise CalibrationError(
+            "batches: the model's outputs hold no prediction, or are zero everywhere, so that no damage can be "
+            "seen: pass batches with rows that count, or use score='output'"
+        )
+    return size
 
 
 def _squares(x: Tensor) -> float:

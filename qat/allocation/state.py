@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
 
 from qat.errors import StateError
 from qat.files.weights import write_json
@@ -25,12 +27,17 @@ class State:
         """Read what an earlier search left; `StateError` where it had other ``facts``, or the file is none of ours."""
         self.damages: dict[str, dict[str, float]] = {}
         self._path, self._facts = path, facts
-        if path is None or not path.exists():
+        if path is None:
+            return
+        if not path.parent.is_dir():
+            raise StateError(f"state: there is no folder {str(path.parent)!r} for {path.name!r}: make it")
+        if not path.exists():
             return
         try:
             fields = json.loads(path.read_text(encoding="utf-8"))
-            told, self.damages = dict(fields["facts"]), dict(fields["damages"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            told = dict(fields["facts"])
+            self.damages = {layer: {k: _damage(v) for k, v in own.items()} for layer, own in fields["damages"].items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise StateError(
                 f"state: {str(path)!r} is no state of a search ({type(error).__name__}: {error}): name another file"
             ) from error
@@ -50,6 +57,12 @@ class State:
             os.replace(beside, self._path)
 
 
+def _damage(value: Any) -> float:
+    if not 0 <= float(value) < math.inf:
+        raise ValueError(f"a damage of {value}")
+    return float(value)
+
+
 def model_digest(model: nn.Module) -> str:
     """Of class, names and numbers of a model."""
     parts = [
@@ -60,12 +73,12 @@ def model_digest(model: nn.Module) -> str:
 
 
 def batches_digest(batches: Sequence[Any]) -> str:
-    """Of all tensors in batches; of other things no numbers are known."""
-    parts: list[str] = []
-
-    def note(tensor: Tensor) -> Tensor:
-        parts.append(f"{tensor.dtype} {tuple(tensor.shape)} {digest(tensor)}")
-        return tensor
-
-    map_tensors(note, list(batches))
-    return hashlib.sha256("\n".join([str(len(batches)), *parts]).encode()).hexdigest()
+    """Of all tensors, numbers and texts in batches, and of how they are named; of other things nothing is known."""
+    leaves, names = tree_flatten(map_tensors(lambda tensor: tensor, list(batches)))  # tokenizers' mappings: dicts now
+    parts = [str(len(batches)), str(names)]
+    for leaf in leaves:
+        if isinstance(leaf, Tensor):
+            parts.append(f"{leaf.dtype} {tuple(leaf.shape)} {digest(leaf)}")
+        elif isinstance(leaf, str | int | float):
+            parts.append(repr(leaf))
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()

@@ -18,7 +18,7 @@ from qat.data import require_several
 from qat.errors import StateError
 from qat.moments import BUDGET
 from qat.preparation import prepare, prepared_as
-from qat.probing import kept_modes, run_batch
+from qat.probing import kept_modes, run_batch, together
 from qat.progress import counted
 from qat.quantizers import Algorithm
 from qat.runs import stop_watch
@@ -108,7 +108,8 @@ def calibrate_parts(
     waiting = awaiting(model) if starts else {}
     if not waiting and activations:
         return calibrate_activations(model, batches, forward, progress)
-    kept = [batch if forward else map_tensors(torch.Tensor.cpu, batch) for batch in batches]
+    with together():
+        kept = [batch if forward else map_tensors(torch.Tensor.cpu, batch) for batch in batches]
 
     def go(count: int | None) -> int:
         chosen = kept[:count]
@@ -119,7 +120,8 @@ def calibrate_parts(
     try:
         with kept_modes(model), torch.no_grad(), in_float(model.eval()):
             if not waiting:
-                return CalibrationReport(go(None), {}, ())
+                with together():
+                    return CalibrationReport(go(None), {}, ())
             started = find_starts(waiting, go, BUDGET)
     finally:
         stop_watch()  # which a failure or an interrupt may have left

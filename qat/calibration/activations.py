@@ -26,7 +26,7 @@ from qat.hosts import get_target
 from qat.layers import QuantizedLayer, quantized_layers
 from qat.output_errors import OutputErrors, SideError
 from qat.preparation import prepared_as
-from qat.probing import Readers, kept_modes, run_batch
+from qat.probing import Readers, kept_modes, run_batch, together
 from qat.progress import counted
 from qat.quantizers.activation import ActivationQuantizer
 from qat.runs import note_runs, runs, stop_watch
@@ -111,7 +111,7 @@ def _observe(
         quantizer.observer.reset()
         quantizer.arrives_quantized = False
     count, kept, readers = 0, [], Readers(layers, get_target(prepared_as(model).target).format.call_hazard)
-    with ExitStack() as stack, _together(), _float_activations(model, layers, observe=True):
+    with ExitStack() as stack, together(), _float_activations(model, layers, observe=True):
         stack.callback(readers.groups)
         for batch in batches:
             run_batch(model, batch, count, forward)
@@ -133,24 +133,6 @@ def _observe(
             "that use them, or exclude those layers in the spec"
         )
     return count, kept, groups, readers.hazards
-
-
-@contextmanager
-def _together() -> Iterator[None]:
-    """Where one of several processes fails within, all raise and name it: else the others would wait for it."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        yield
-        return
-    failed: Exception | None = None
-    try:
-        yield
-    except Exception as error:
-        failed = error
-    told: list[str | None] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(told, None if failed is None else str(failed) or type(failed).__name__)
-    for rank, fault in enumerate(told):
-        if fault is not None:
-            raise CalibrationError(f"rank {rank}: {fault}") from failed
 
 
 def _join(layers: Mapping[str, QuantizedLayer], groups: list[list[str]]) -> list[list[ActivationQuantizer]]:

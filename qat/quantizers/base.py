@@ -66,7 +66,7 @@ class WeightQuantizer(QuantizerModule, ABC):
 
     float8_backward = False
     smooth = False
-    compensated = False
+    compensated: bool = False
     """Whether a start from data has changed the master weight too, so that it is not the float model's any more."""
 
     def __init__(self, qtype: QType, dtype: torch.dtype, *, masked: bool = False, margin: float = 0.0) -> None:

@@ -68,6 +68,8 @@ class LearnedRange(WeightQuantizer):
     low_move: nn.Parameter | None
     high_move: nn.Parameter
 
+    changed_master: Tensor
+    """Whether that start changed the master weight too."""
     started: Tensor
     """Whether data gave the start, or training began without it; only where a start needs data."""
 
@@ -90,6 +92,7 @@ class LearnedRange(WeightQuantizer):
         self.data_start = data_start
         if data_start is not None:
             self.register_buffer("started", torch.zeros((), dtype=torch.bool, device=high.device))
+            self.register_buffer("changed_master", torch.zeros((), dtype=torch.bool, device=high.device))
         self._begin(low, high)
 
     def _begin(self, low: Tensor | None, high: Tensor) -> None:
@@ -105,6 +108,15 @@ class LearnedRange(WeightQuantizer):
         """Begin with a range that data gave, float32, ``(groups, 1)``. Parameters stay zero and the same objects."""
         self._begin(low, high)
         self.started.fill_(True)
+
+    @property
+    def compensated(self) -> bool:
+        """As in `WeightQuantizer`; a state dict holds it."""
+        return self.data_start is not None and not self.changed_master.is_meta and bool(self.changed_master)
+
+    @compensated.setter
+    def compensated(self, value: bool) -> None:
+        self.changed_master.fill_(value)
 
     def awaited_start(self) -> str | None:
         """The start that data has yet to give. None where it has, or where training began before."""

@@ -28,7 +28,7 @@ from qat.hosts import inner_models
 from qat.layers import Mode, QuantizedLayer, quantized_layers
 from qat.optimizers import no_training
 from qat.preparation import parameter_groups, prepared_as
-from qat.probing import compiled_parts, kept_modes
+from qat.probing import compiled_parts, kept_modes, several_processes
 from qat.progress import counted
 from qat.reconstruction.recording import Call, Recorder, seeded, with_inputs
 from qat.runs import note_runs, runs, stop_watch
@@ -128,7 +128,8 @@ def reconstruct(
         progress: show a bar on the standard error stream, which counts blocks.
 
     Raises:
-        StateError: the model was not prepared, is frozen, compiled, or one of several processes holds it.
+        StateError: the model was not prepared, is frozen, compiled, has float16 parameters to train, or one of several
+            processes holds it.
         SpecError: an argument is unfit; there are no blocks, or one has nothing to train, or lies inside another.
         CalibrationError: there are no batches, the model cannot run one, no batch reaches a block, a block gives inf or
             NaN, or is called in other ways once it is quantized. Blocks before that one keep what they learned.
@@ -150,6 +151,11 @@ def reconstruct(
     layers = [layer for _, layer in quantized_layers(model)]
     if not all(matrices(layer) for layer in layers):
         raise StateError("model: has codes only, and no float weights to train: call qat.reconstruct before fix_codes")
+    if half := [name for name, p in model.named_parameters() if p.dtype is torch.float16 and p.requires_grad]:
+        raise StateError(
+            f"model: {half[0]} is float16, in which AdamW's squares vanish and steps are NaN: convert the model to "
+            "float32 or bfloat16"
+        )
     if any(layer.weight_quantizer.compensated for layer in layers):
         raise StateError(
             "model: its start (gptq or best) has changed the float weights that blocks are to follow: prepare it with "
@@ -205,8 +211,7 @@ def _checked(
 
 
 def _require_one_process(model: nn.Module) -> None:
-    several = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if several and torch.distributed.get_world_size() > 1:
+    if several_processes():
         raise StateError(
             "model: each process would train blocks of its own: call qat.reconstruct in one process, save "
             "model.state_dict(), and load it into the prepared model of each process"

@@ -106,6 +106,9 @@ def _change(changes: list[tuple[QuantizedLayer, QType]], algorithm: Algorithm) -
             )
         fresh.append((quantizer, qtype, made.state_dict()))
     for quantizer, qtype, state in fresh:  # now, so that no error leaves a half-changed model
+        compensated = quantizer.compensated  # and stays so, with the master
         quantizer.load_state_dict(state)
+        if compensated:
+            quantizer.compensated = True
         quantizer.qtype = qtype
     look_again()  # at the next step, starts that wait have waited too long

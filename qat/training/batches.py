@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
@@ -17,6 +18,8 @@ from qat.calibration import CalibrationReport, calibrate_parts
 from qat.errors import CalibrationError, QatError
 
 __all__ = ["calibrate_on_training_data"]
+
+logger = logging.getLogger("qat")
 
 
 def calibrate_on_training_data(
@@ -72,6 +75,11 @@ def _batches(trainer: Trainer, pl_module: LightningModule, count: int) -> Iterat
 def _apart(loader: Any) -> Any:
     """A copy of ``loader`` with a position of its own; an iterator has but one."""
     if isinstance(loader, Iterator):
+        logger.warning(
+            "calibration takes its batches from the training loader, a %s: training goes on after them; pass an "
+            "iterable that begins anew, such as a DataLoader, to train on them too",
+            type(loader).__name__,
+        )
         return loader
     own = copy.copy(loader)
     if getattr(own, "persistent_workers", False):  # which would hand out training's iterator

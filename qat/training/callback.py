@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,14 +30,15 @@ from qat.observers import Best, ObserverChoice
 from qat.optimizers import REMEDY, begin_training, learned_ranges, refuse_decay, watch
 from qat.preparation import prepare, prepared_as
 from qat.quantizers import Algorithm, Automatic
-from qat.quantizers.activation import ActivationQuantizer
 from qat.spec import QuantSpec
 from qat.starting import awaiting
+from qat.tensors import matrices
 from qat.training.annealing import begin_with, end_first_type
 from qat.training.averaging import part_scales, require_order, require_same_kind
 from qat.training.batches import calibrate_on_training_data
 from qat.training.cage import pull_after_steps
 from qat.training.checkpoints import refuse_float_optimizer, refuse_masters
+from qat.training.observing import activation_quantizers, take_scales, uncalibrated
 from qat.training.schedule import QuantizationSchedule, planned_steps
 from qat.training.task import require_finite
 
@@ -164,7 +165,7 @@ class QuantizationAwareTraining(Callback):
             raise StateError(f"spec: model is already prepared with {found}, but the callback has {wanted}: use one")
         # DistributedDataParallel would overwrite every rank's statistics with rank 0's before each forward, and has no
         # public way to leave buffers out.
-        own = {id(b) for q in _activations(model) for b in q.buffers()}
+        own = {id(b) for q in activation_quantizers(model) for b in q.buffers()}
         ignored = {*getattr(pl_module, "_ddp_params_and_buffers_to_ignore", ())}
         ignored |= {name for name, buffer in pl_module.named_buffers() if id(buffer) in own}
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(  # type: ignore[no-untyped-call]
@@ -220,8 +221,8 @@ class QuantizationAwareTraining(Callback):
         """Give activations their scales and quantized weights their start, where a resumed run has them not."""
         model, schedule = self.model_of(pl_module), self.schedule
         self._refuse_schedule(trainer, model)
-        uncalibrated = _uncalibrated(model)
-        if uncalibrated and not schedule.sets_scales(trainer.global_step):
+        unset = uncalibrated(model)
+        if unset and not schedule.sets_scales(trainer.global_step):
             raise CalibrationError(
                 "schedule: activations are quantized but nothing sets their scales: set calibration_batches above 0 or "
                 "observe_from=0, or call qat.calibrate before the fit"
@@ -237,19 +238,30 @@ class QuantizationAwareTraining(Callback):
                 listed(list(waiting), 4),
             )
         self._switch(trainer, pl_module)  # of a resumed run, the step is known only now
-        self._calibrate(trainer, pl_module, activations=uncalibrated)
+        self._calibrate(trainer, pl_module, activations=unset)
         part_scales(trainer, model)
         self._pulls = pull_after_steps(trainer, model, self.schedule)
         self._switch(trainer, pl_module)
 
     def _refuse_schedule(self, trainer: Trainer, model: nn.Module) -> None:
-        until = self.schedule.first_weights_until
         require_same_kind(trainer, model, self.schedule)
-        steps = planned_steps(trainer)
-        if until is not None and steps is not None and until >= steps:
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self.schedule.require_within(planned_steps(trainer))
+        if (start := self.schedule.start_step) <= trainer.global_step:
+            return
+        if not all(matrices(layer) for _, layer in quantized_layers(model)):
             raise TrainingError(
-                f"schedule: first_weights_until={until} must come before the fit ends, at step {steps}: nothing could "
-                "be frozen; lower it, or train for more steps"
+                f"schedule: start_step={start} begins in float, but the model has codes only: leave it out"
+            )
+        wrapped = trainer.strategy.model
+        waits = isinstance(wrapped, DistributedDataParallel) and (
+            wrapped.static_graph or not wrapped.find_unused_parameters
+        )
+        if waits and learned_ranges(model):
+            raise TrainingError(
+                f"schedule: start_step={start} gives learned ranges no gradient before it, for which "
+                "DistributedDataParallel would wait: use strategy='ddp_find_unused_parameters_true' (without "
+                "static_graph), or start_step=0"
             )
 
     def _calibrate(self, trainer: Trainer, pl_module: LightningModule, *, activations: bool) -> None:
@@ -274,13 +286,9 @@ class QuantizationAwareTraining(Callback):
             begin_training(model)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Switch fake quantization and observers by step; where weights quantize to another type, find their starts."""
+        """Switch fake quantization and observers by step; note the scales that this step is to hold."""
         if self._phase != self._phase_of(trainer):
             self._switch(trainer, pl_module)
-        if self._changes and trainer.global_step >= self._changes[0]:
-            self._changes = [step for step in self._changes if step > trainer.global_step]
-            self._change_types(trainer, self.model_of(pl_module))
-            self._calibrate(trainer, pl_module, activations=False)
         if not self.schedule.holds(trainer.global_step):
             self._held.clear()
         elif not self._held:
@@ -295,28 +303,26 @@ class QuantizationAwareTraining(Callback):
             end_first_type(model, trainer.optimizers)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Put held scales back, and take new ones from what was observed."""
+        """Put held scales back, and take new ones from what was observed.
+
+        Where weights quantize to another type in the next step, find their starts: a checkpoint of now holds them.
+        """
         # Without a gradient an optimizer's momentum would still move them, and DDP would wait for the gradient.
         for parameter, value in self._held.items():
             parameter.detach().copy_(value)
         if self._phase is not None and self._phase[1] and self.schedule.takes_scales(trainer.global_step):
-            self._take_scales(trainer, pl_module)
-
-    def _take_scales(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """From all that was observed; every rank gets the largest scale of any."""
-        for quantizer in _activations(self.model_of(pl_module)):
-            quantizer.refresh()
-        if trainer.world_size == 1:
-            return
-        scales = [q.scale for q in _activations(self.model_of(pl_module))]
-        largest = torch.stack(scales)
-        torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
-        for scale, value in zip(scales, largest, strict=True):
-            scale.copy_(value)
+            take_scales(self.model_of(pl_module), trainer.world_size)
+        if self._changes and trainer.global_step >= self._changes[0]:
+            self._changes = [step for step in self._changes if step > trainer.global_step]
+            phase = self._phase
+            self._switch(trainer, pl_module)
+            self._change_types(trainer, self.model_of(pl_module))
+            self._calibrate(trainer, pl_module, activations=False)
+            self._switch(trainer, pl_module, phase)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Fake-quantize, whatever the step, and observe nothing."""
-        if trainer.state.fn != TrainerFn.FITTING and _uncalibrated(self.model_of(pl_module)):
+        if trainer.state.fn != TrainerFn.FITTING and uncalibrated(self.model_of(pl_module)):
             raise CalibrationError("activations: no scales were ever set: pass ckpt_path, or call qat.calibrate first")
         self._switch(trainer, pl_module, (True, False))
 
@@ -368,15 +374,11 @@ class QuantizationAwareTraining(Callback):
         before, self._phase = self._phase, phase or self._phase_of(trainer)
         quantizing, observing = self._phase
         if before is not None and before[1] and not observing:
-            self._take_scales(trainer, pl_module)
+            take_scales(self.model_of(pl_module), trainer.world_size)
         for _, layer in quantized_layers(self.model_of(pl_module)):
-            layer.mode = Mode(quantizing, observing or not _uncalibrated(layer), observing)
+            layer.mode = Mode(quantizing, observing or not uncalibrated(layer), observing)
 
     on_validation_end = _switch
-
-
-def _activations(module: nn.Module) -> Iterator[ActivationQuantizer]:
-    return (quantizer for _, layer in quantized_layers(module) for quantizer in layer.activation_quantizers())
 
 
 def _without_data(waiting: dict[str, QuantizedLayer], reason: str) -> dict[str, QuantizedLayer]:
@@ -385,7 +387,3 @@ def _without_data(waiting: dict[str, QuantizedLayer], reason: str) -> dict[str, 
         layer.weight_quantizer.stop_awaiting()
     logger.warning("%d layers begin with the start 'clip', for theirs needs data: %s", len(waiting), reason)
     return {}
-
-
-def _uncalibrated(module: nn.Module) -> bool:
-    return any(not quantizer.initialized for quantizer in _activations(module))

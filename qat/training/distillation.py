@@ -137,6 +137,11 @@ class Distiller:
         Raises:
             TrainingError: the outputs do not fit each other, or do not hold what is compared; the cache lacks a row.
         """
+        if not isinstance(inputs, Mapping):
+            raise TrainingError(
+                f"inputs: must be keyword arguments of both models, got one {type(inputs).__name__}: pass a mapping, "
+                "such as {'input_ids': tokens}"
+            )
         how, predictions = self.distillation, predictions or (lambda outputs: (logits_of(outputs), None))
         inputs = {**inputs, "output_attentions": True} if how.attention_maps else dict(inputs)
         with _states_of(self._blocks[0]) as ours:

@@ -55,7 +55,7 @@ def divergence(
         -inf.
 
     Raises:
-        TrainingError: the shapes do not fit.
+        TrainingError: the shapes do not fit, or ``counted`` is not bool.
 
     >>> divergence(torch.tensor([[0.0, 0.0]]), torch.tensor([[3.0, 3.0]]))
     tensor(0.)
@@ -67,14 +67,19 @@ def divergence(
             "give a teacher with the student's vocabulary or classes"
         )
     mask = torch.ones(student.shape[:-1], dtype=torch.bool, device=student.device) if counted is None else counted
-    if mask.shape != student.shape[:-1]:
-        raise TrainingError(
-            f"counted: must have the shape of the rows {tuple(student.shape[:-1])}, got {tuple(mask.shape)}"
-        )
+    _require_rows(mask, student)
     picked = None if indices is None else indices.flatten(0, -2)
     rows = student.flatten(0, -2), teacher.detach().flatten(0, -2), mask.flatten(), picked
     result: Tensor = _Divergence.apply(*rows, reverse, temperature)  # type: ignore[no-untyped-call]
     return result
+
+
+def _require_rows(counted: Tensor, student: Tensor) -> None:
+    if counted.shape != student.shape[:-1] or counted.dtype is not torch.bool:
+        raise TrainingError(
+            f"counted: must be bool in the shape of the rows, {tuple(student.shape[:-1])}, got {counted.dtype} "
+            f"{tuple(counted.shape)}: say of each row whether it counts, as labels != -100 does"
+        )
 
 
 class _Divergence(torch.autograd.Function):
@@ -170,7 +175,7 @@ def squared_distance(student: Tensor, teacher: Tensor, counted: Tensor | None = 
         A scalar, float32; 0 where nothing counts.
 
     Raises:
-        TrainingError: the shapes do not fit.
+        TrainingError: the shapes do not fit, or ``counted`` is not bool.
 
     >>> squared_distance(torch.tensor([[1.0, 3.0]]), torch.tensor([[1.0, 1.0]]))
     tensor(2.)
@@ -183,6 +188,7 @@ def squared_distance(student: Tensor, teacher: Tensor, counted: Tensor | None = 
     difference = student.float() - teacher.detach().float()
     if counted is None:
         return difference.square().mean()
+    _require_rows(counted, student)
     return _mean(difference.where(counted[..., None], 0.0).square().mean(-1), counted)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from math import cos, isfinite, pi
 from typing import TYPE_CHECKING, Literal, Self, TypeAlias, get_args
 
@@ -15,8 +16,18 @@ if TYPE_CHECKING:
 
 __all__ = ["Decay", "QuantizationSchedule", "planned_steps", "rate_factor"]
 
+logger = logging.getLogger("qat")
+
 Decay: TypeAlias = Literal["cosine", "linear", "constant"]
 """How a learning rate goes from its peak to the last step."""
+
+
+_FAULTS_BEYOND = {
+    "first_weights_until": "nothing could be frozen",
+    "start_step": "nothing trains quantized",
+    "hold_scales_from": "no scale is held",
+    "observe_from": "nothing is observed",
+}
 
 
 def rate_factor(step: int, steps: float, warmup: int | None = None, decay: Decay = "cosine") -> float:
@@ -136,6 +147,23 @@ class QuantizationSchedule(NamedArguments):
     def begins_with_first_weights(self, step: int) -> bool:
         """Whether layers have the type ``first_weights`` at this step."""
         return self.first_weights_until is not None and step < self.first_weights_until
+
+    def require_within(self, steps: int | None) -> None:
+        """Say what would begin after the last of ``steps`` (None: unknown), as in the first part of a run.
+
+        Raises:
+            TrainingError: ``first_weights_until`` would: nothing could be frozen.
+        """
+        for name, fault in _FAULTS_BEYOND.items():
+            value = getattr(self, name)
+            if steps is None or not value or value < steps:
+                continue
+            if name == "first_weights_until":
+                raise TrainingError(
+                    f"schedule: {name}={value} must come before the fit ends, at step {steps}: {fault}; lower it, "
+                    "or train for more steps"
+                )
+            logger.warning("schedule: %s=%s comes after the fit's end, at step %s: %s in it", name, value, steps, fault)
 
     @property
     def settled_from(self) -> int:

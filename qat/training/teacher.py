@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from qat.blocks import find_blocks
-from qat.errors import LoadError, TrainingError
+from qat.errors import LoadError, TrainingError, shown
 from qat.files.directory import as_path, atomic_directory
 from qat.tensors import map_tensors, model_device
 from qat.training.losses import CHUNK
@@ -101,7 +101,7 @@ def cache_logits(
             so that the divergence is a lower bound of the one over all classes, and not an estimate.
 
     Raises:
-        TrainingError: a batch has no ``input_ids``, there is no batch, or ``top_k`` is below 1.
+        TrainingError: a batch has no ``input_ids``, there is no batch, the teacher gives NaN, or ``top_k`` is below 1.
         ExportError: the directory cannot be written, or holds something.
     """
     from safetensors.torch import save_file
@@ -124,6 +124,8 @@ def cache_logits(
                 parts = [_top_and_rest(part[kept], k) for part, kept in pairs]
                 for key, count in prints:
                     rows[key] = number, start, (start := start + (count if per_token else 1))
+                if any(bool(rest.isnan().any() | values.isnan().any()) for values, _, rest in parts):
+                    raise TrainingError(f"batches: the teacher gives NaN for batch {number}: check batch and model")
                 whole = zip(("values", "indices", "rest"), map(torch.cat, zip(*parts, strict=True)), strict=True)
                 save_file(dict(whole), folder / _file(number))
             if not rows:
@@ -217,8 +219,12 @@ def _counted(batch: Mapping[str, Any]) -> Tensor:
 
 def _fingerprints(batch: Mapping[str, Any]) -> list[tuple[str, int]]:
     """For each row a digest of its tokens, and how many there are."""
-    ids = batch.get("input_ids")
-    if not isinstance(ids, Tensor):
-        raise TrainingError(f"batches: logits are cached by input_ids, got a batch of {sorted(batch)}: use the model")
+    ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
+    if not isinstance(ids, Tensor) or ids.ndim != 2 or _counted(batch).shape != ids.shape:
+        found = {k: tuple(getattr(v, "shape", ())) for k, v in batch.items()} if isinstance(batch, Mapping) else batch
+        raise TrainingError(
+            "batches: logits are cached by input_ids, (batch, length), with an attention_mask of that shape or none; "
+            f"got the batch {shown(found)}: pass several such batches, or use the teacher's model"
+        )
     rows = [row[kept].numpy() for row, kept in zip(ids.cpu().long(), _counted(batch).cpu(), strict=True)]
     return [(hashlib.sha256(row.tobytes()).hexdigest(), len(row)) for row in rows]
