@@ -80,7 +80,7 @@ def main(argv: Sequence[str]) -> None:
     require_teacher(model, teacher, settings.distillation)
     qat.inspect(model, spec, target=target)  # here a spec that does not fit is an error, before anything is encoded
     # Activations and starts are calibrated by what the real sampler brings, at all timesteps.
-    sampled = schedule.calibration_batches if spec.activation_type or data_start(config.algorithm) else 0
+    sampled = schedule.calibration_batches if spec.activation_type or data_start(config.algorithm, spec) else 0
     data = diffusion_data(pipeline, folder, config, run.device, settings.batch_size, sampled)
     del pipeline  # text encoders and autoencoder are out of memory while training
     require_teacher(model, teacher, settings.distillation, Diffusion(), data.batches)
