@@ -17,7 +17,18 @@ from torch.utils.weak import WeakIdKeyDictionary
 from qat.errors import CalibrationError, QatError, SpecError
 from qat.tensors import map_tensors, matrices, model_device
 
-__all__ = ["Probe", "Readers", "Weights", "compiled_parts", "kept_modes", "run", "run_batch", "running", "watched"]
+__all__ = [
+    "Probe",
+    "Readers",
+    "Weights",
+    "compiled_parts",
+    "kept_modes",
+    "run",
+    "run_batch",
+    "running",
+    "seeded",
+    "watched",
+]
 
 
 @contextmanager
@@ -36,6 +47,19 @@ def kept_modes(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+@contextmanager
+def seeded(seed: int | None) -> Iterator[None]:
+    """Random numbers by ``seed`` (None: as they come) within the block, and as they would be without it afterwards."""
+    # Where CUDA is not in use yet, torch.manual_seed would leave a seed for when it is.
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
+    with torch.random.fork_rng(devices=devices):
+        if seed is not None:
+            torch.default_generator.manual_seed(seed)
+            if devices:
+                torch.cuda.manual_seed_all(seed)
+        yield
 
 
 class Probe(TorchFunctionMode):
@@ -67,7 +91,7 @@ class Probe(TorchFunctionMode):
             )
         buffers = [(m, key, b, b.clone()) for m in model.modules() for key, b in m._buffers.items() if b is not None]
         try:
-            with kept_modes(model), torch.random.fork_rng(devices=[]), self:
+            with kept_modes(model), seeded(None), self:
                 run(model.eval(), batch)
                 with suppress(ValueError):  # batch norm: one row is enough for evaluation only
                     run(model.train(), batch)
