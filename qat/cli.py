@@ -20,7 +20,7 @@ import tyro
 import yaml
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo, StructTypeInfo
 
-from qat.errors import CalibrationError, SpecError, VerifyError
+from qat.errors import CalibrationError, SpecError, VerifyError, meant
 from qat.report import quiet_libraries, run_command
 from qat.spec import QuantSpec
 
@@ -165,10 +165,10 @@ def _calibrate(
         print(fold_outliers(loaded, inputs, spec=made, target=target))
     prepare(loaded, made, target=target, **choices)
     report = calibrate(loaded, inputs, progress=True)
-    freeze(loaded)
+    freeze(loaded, progress=True)
     cost = agreement(loaded, others, wanted)
     example = {key: value[:1] for key, value in inputs[0].items()}
-    export(loaded, output, processor=processor, example_inputs=example, overwrite=overwrite)
+    export(loaded, output, processor=processor, example_inputs=example, overwrite=overwrite, progress=True)
     if table:
         print(report.table())
     print(report)
@@ -182,7 +182,10 @@ def _chosen(option: str, values: dict[str, Any], choices: Any) -> Any:
     kinds = {choice.model_fields["kind"].default: choice for choice in get_args(get_args(choices)[0])}
     kind = values.get("kind")
     if values and (not isinstance(kind, str) or kind not in kinds):
-        raise SpecError(f"{option}: kind must be one of {', '.join(kinds)}, got {kind!r}: write --{option} kind=NAME")
+        raise SpecError(
+            f"{option}: kind must be one of {', '.join(kinds)}, got {kind!r}: write --{option} kind=NAME"
+            f"{meant(kind, kinds)}"
+        )
     return kinds[kind](**values) if values else None
 
 

@@ -6,7 +6,8 @@ package still catches it), and its message names the argument, the rule, the val
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
 from typing import Any
 
 __all__ = [
@@ -71,6 +72,16 @@ def listed(names: Sequence[str], most: int) -> str:
     'a, b and 1 more'
     """
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def meant(value: object, choices: Iterable[str]) -> str:
+    """The choice that ``value`` is a misspelling of, as a question for the end of an error; empty if there is none.
+
+    >>> meant("transformer", ["quanto", "transformers"])
+    "; did you mean 'transformers'?"
+    """
+    close = get_close_matches(value, list(choices), n=1) if isinstance(value, str) else []
+    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def shown(value: object) -> str:

@@ -61,6 +61,8 @@ def round_to(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """``tensor`` rounded to ``dtype``, as float32, straight-through; the same eagerly and compiled."""
     if dtype is torch.float32:
         return tensor.float()
+    if not tensor.requires_grad:  # a search of starts comes here ten thousand times
+        return _round_to(tensor, dtype)
     return _RoundTo.apply(tensor, dtype)  # type: ignore[no-any-return,no-untyped-call]
 
 

@@ -144,6 +144,8 @@ def prepare(
             inputs = kind(types.activations, types.dtype, observer).to(weight.device)
             if spec.outputs:
                 outputs = kind(types.activations, types.dtype, observer).to(weight.device)
+            for quantizes in filter(None, (inputs, outputs)):
+                quantizes.layer = row.name
         made.append((row.name, cls, module, quantizer.to(weight.device), inputs, outputs))
     calibrated = [name for name, _, _, _, inputs, _ in made if inputs is not None]
     _check_use(algorithm, calibrated, [quantizer for _, _, _, quantizer, _, _ in made])

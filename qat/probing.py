@@ -26,6 +26,7 @@ __all__ = [
     "run",
     "run_batch",
     "running",
+    "seeded",
     "several_processes",
     "together",
     "watched",
@@ -74,6 +75,19 @@ def together() -> Iterator[None]:
             raise CalibrationError(f"rank {rank}: {fault}") from failed
 
 
+@contextmanager
+def seeded(seed: int | None) -> Iterator[None]:
+    """Random numbers by ``seed`` (None: as they come) within the block, and as they would be without it afterwards."""
+    # Where CUDA is not in use yet, torch.manual_seed would leave a seed for when it is.
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
+    with torch.random.fork_rng(devices=devices):
+        if seed is not None:
+            torch.default_generator.manual_seed(seed)
+            if devices:
+                torch.cuda.manual_seed_all(seed)
+        yield
+
+
 class Probe(TorchFunctionMode):
     """What one batch shows: the layouts in which linear layers are read, and weights that are read without a call."""
 
@@ -105,10 +119,9 @@ class Probe(TorchFunctionMode):
             )
         buffers = [(m, key, b, b.clone()) for m in model.modules() for key, b in m._buffers.items() if b is not None]
         device = model_device(model)
-        numbers = [device] if device.type == "cuda" else []  # whose generators dropout would move
         try:
             batch = map_tensors(lambda x: x.to(device), batch)
-            with kept_modes(model), torch.random.fork_rng(devices=numbers), self:
+            with kept_modes(model), seeded(None), self:
                 run(model.eval(), batch)
                 with suppress(ValueError):  # batch norm: one row is enough for evaluation only
                     run(model.train(), batch)

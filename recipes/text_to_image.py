@@ -66,7 +66,7 @@ def main(argv: Sequence[str]) -> None:
     from recipes.common.progress import quiet_libraries, stage
     from recipes.common.results import show_end
     from recipes.common.run import begin
-    from recipes.common.training import FitSettings, calibrate, calibrate_and_freeze, fit, require_teacher
+    from recipes.common.training import FitSettings, calibrate_and_freeze, fit, quantized_copy, require_teacher
     from recipes.data.tensors import move
     from recipes.tasks import Diffusion
 
@@ -80,12 +80,13 @@ def main(argv: Sequence[str]) -> None:
     require_teacher(model, teacher, settings.distillation)
     qat.inspect(model, spec, target=target)  # here a spec that does not fit is an error, before anything is encoded
     # Activations and starts are calibrated by what the real sampler brings, at all timesteps.
-    sampled = schedule.calibration_batches if spec.activation_type or data_start(config.algorithm) else 0
+    sampled = schedule.calibration_batches if spec.activation_type or data_start(config.algorithm, spec) else 0
     data = diffusion_data(pipeline, folder, config, run.device, settings.batch_size, sampled)
     del pipeline  # text encoders and autoencoder are out of memory while training
     require_teacher(model, teacher, settings.distillation, Diffusion(), data.batches)
     print(inspected(model, spec, target, data.example))
     prepared_for: dict[str, Any] = {"target": target, "observer": config.observer, "example_inputs": data.example}
+    prepared_for |= {"spec": spec, "algorithm": config.algorithm}
     checkpoints = run.beside("checkpoints")
 
     how: dict[str, Any] = {"settings": FitSettings(settings, config.trainer, config.seed), "noise": data.noise}
@@ -97,9 +98,9 @@ def main(argv: Sequence[str]) -> None:
     comparison.judge("float", model, run.device, 0, None, draws=False)
     comparison.judge(TUNED, tuned, run.device, settings.steps, rate)
     model.load_state_dict(tuned.state_dict())  # training with quantization goes on from there
-    quantized = copy.deepcopy(tuned)
-    qat.prepare(quantized, spec, algorithm=config.algorithm, **prepared_for)
-    calibrate_and_freeze(quantized, data.sampled, sampled, run.device)
+    # Weights that begin to quantize later get their start then, from the batches of the fit.
+    later = schedule.settled_from > 0
+    quantized = quantized_copy(model, data.sampled, sampled, run.device, later=later, **prepared_for)
     with TemporaryDirectory() as directory:
         qat.export(quantized, directory)
         comparison.judge_export(QUANTIZED, Path(directory), run.served_on, settings.steps, rate)
@@ -107,16 +108,12 @@ def main(argv: Sequence[str]) -> None:
     gate.before_training()
 
     callbacks = [
-        qat.QuantizationAwareTraining(spec, config.algorithm, schedule, **prepared_for),
+        qat.QuantizationAwareTraining(schedule=schedule, **prepared_for),
         *checkpoints_in(checkpoints, config.trainer),
     ]
-    if sampled:
-        qat.prepare(model, spec, algorithm=config.algorithm, **prepared_for)
-        # Weights that begin to quantize later get their start then, from the batches of the fit.
-        calibrate(model, data.sampled, run.device, starts=not schedule.settled_from)
     rate = settings.learning_rate
     how |= {"learning_rate": rate, "callbacks": callbacks, "teacher": teacher or tuned, "resume": config.resume}
-    trainer = fit("training", model.cpu(), Diffusion(), data.batches, **how)
+    trainer = fit("training", model, Diffusion(), data.batches, **how)
     calibrate_and_freeze(model, data.sampled, sampled, run.device)
     if not trainer.is_global_zero:
         return  # of several processes, one goes on

@@ -76,7 +76,7 @@ HOST_FILES = {
 TYPE_NAMES = frozenset({"int8", "float8", "int4", "int2"})
 TYPE_FILES = ("qat/spec.py", "qat/formats/quanto")  # where a type's name is turned into an object
 
-MOST_LIBRARY_LINES = 16_879
+MOST_LIBRARY_LINES = 16_973
 MOST_LINES = 400
 MOST_RECIPE_LINES = 150  # of a recipe itself
 
@@ -295,7 +295,7 @@ def test_files_are_short() -> None:
 
 def test_every_module_has_a_test_file() -> None:
     """`qat/a.py` is tested by `test_a.py`; `qat/a/b.py` by `test_a_b.py`, by its part's `test_a.py`, or by `test_b.py`
-    where no other part has a `b`. A package's `__init__.py` that only collects names needs none.
+    where no other part has a `b`. An `__init__.py` or `__main__.py` that defines nothing needs none.
     """
     present = {path.stem for path in (ROOT / "tests").rglob("test_*.py")}
     leaves = Counter(module.rpartition(".")[2] for module in library_modules())
@@ -303,7 +303,7 @@ def test_every_module_has_a_test_file() -> None:
     for module, path in library_modules().items():
         names = [name.lstrip("_") for name in module.split(".")[1:]]
         defines = any(isinstance(node, ast.FunctionDef | ast.ClassDef) for node in ast.parse(path.read_text()).body)
-        if not names or (path.name == "__init__.py" and not defines):
+        if not names or (path.name in ("__init__.py", "__main__.py") and not defines):
             continue
         accepted = {f"test_{'_'.join(names)}", f"test_{names[0]}"}
         if leaves[module.rpartition(".")[2]] == 1:

@@ -170,8 +170,9 @@ def test_help_and_wrong_usage_import_no_torch(argv: list[str], code: int) -> Non
     assert done.stdout.splitlines()[-1] == "False"
 
 
-def test_the_module_can_be_run() -> None:
-    done = subprocess.run([sys.executable, "-m", "qat.cli", "--help"], capture_output=True, text=True, check=False)
+@pytest.mark.parametrize("module", ["qat", "qat.cli"])
+def test_the_module_can_be_run(module: str) -> None:
+    done = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True, check=False)
     assert done.returncode == 0
     assert "inspect" in done.stdout
     assert done.stderr == ""

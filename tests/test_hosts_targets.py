@@ -50,6 +50,13 @@ def decisions(model: nn.Module, spec: QuantSpec, prefix: str = "") -> dict[str, 
     }
 
 
+def test_a_misspelt_target_is_asked_back() -> None:
+    with pytest.raises(TargetError, match=r"got 'transformer'; did you mean 'transformers'\?$"):
+        qat.prepare(nn.Sequential(nn.Linear(8, 8)), qat.QuantSpec(), target="transformer")
+    with pytest.raises(TargetError, match=r"must be one of \['diffusers', 'quanto', 'transformers'\], got 3$"):
+        qat.prepare(nn.Sequential(nn.Linear(8, 8)), qat.QuantSpec(), target=3)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 @pytest.mark.parametrize("tied", [False, True], ids=["own head", "tied head"])
 def test_a_head_stays_float_inside_a_wrapper_too(wrapper: str, tied: bool) -> None:

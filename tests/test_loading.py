@@ -178,7 +178,7 @@ class TestErrors:
 
     def test_a_directory_that_another_library_wrote(self, tmp_path: Path) -> None:
         small_llama().save_pretrained(tmp_path / "out")
-        with pytest.raises(LoadError, match=f"has no {MANIFEST_NAME}"):
+        with pytest.raises(LoadError, match=f"has no {MANIFEST_NAME}.* a float model .* from_pretrained"):
             load(tmp_path / "out")
 
     @pytest.mark.parametrize("text", ["{", "[]", '{"format": 2}'])

@@ -8,7 +8,7 @@ from torch import nn
 
 import qat
 from qat.errors import SpecError
-from qat.probing import Probe, kept_modes, run
+from qat.probing import Probe, kept_modes, run, seeded
 from qat.spec import QuantSpec
 
 
@@ -80,3 +80,27 @@ def test_every_module_gets_its_own_mode_back_after_an_error_too() -> None:
     with pytest.raises(ZeroDivisionError):
         fail()
     assert [module.training for module in model.modules()] == [True, True, False]
+
+
+@pytest.mark.parametrize("in_use", [False, True])
+def test_random_numbers_go_on_as_if_nothing_was_drawn(in_use: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    states, seeds = {0: "first", 1: "second"}, list[int]()
+
+    def seed_all(seed: int) -> None:
+        seeds.append(seed)
+        states.update(dict.fromkeys(states, "seeded"))
+
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: in_use)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", states.__getitem__)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: states.update({device: state}))
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seed_all)
+    for seed in (0, None):
+        with seeded(seed):
+            torch.rand(3)
+    assert torch.equal(torch.rand(1), expected)
+    assert states == {0: "first", 1: "second"}
+    assert seeds == ([0] if in_use else [])

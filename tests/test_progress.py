@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from types import SimpleNamespace
 
 import pytest
 
@@ -37,9 +38,19 @@ def test_a_bar_counts_what_passes(
 
 
 @pytest.mark.parametrize("shown", [False, True])
-def test_nothing_is_shown_unless_asked_for_and_on_a_terminal(shown: bool, capsys: pytest.CaptureFixture[str]) -> None:
+def test_quick_work_is_shown_on_a_terminal_alone(shown: bool, capsys: pytest.CaptureFixture[str]) -> None:
     assert list(counted(some(), "at work", shown)) == [0, 1, 2]
     assert capsys.readouterr() == ("", "")
+
+
+def test_a_line_now_and_then_where_there_is_no_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds = iter(range(0, 1000, 20))
+    monkeypatch.setattr("qat.progress.time", SimpleNamespace(monotonic=lambda: next(seconds)))
+    assert list(counted([5, 6, 7], "at work", True)) == [5, 6, 7]
+    assert list(counted(some(), "again", True)) == [0, 1, 2]
+    assert capsys.readouterr() == ("", "at work: 2 of 3\nagain: 2 of ?\n")
 
 
 @pytest.mark.usefixtures("terminal")

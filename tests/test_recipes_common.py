@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import qat
 from qat.errors import LoadError, StateError
+from qat.starting import awaiting
 from recipes import text_to_image
 from recipes.common import callbacks, comparison, diffusion, diffusion_config, fine_tuned, models, training
 from recipes.common.config import ConfigError
@@ -286,3 +288,20 @@ def test_code_that_comes_with_a_model_runs_only_when_it_is_trusted(
         models.load_language_model(str(folder))
     model, _ = models.load_language_model(str(folder), trust_remote_code=True)
     assert type(model).__name__ == "OwnModel"
+
+
+@pytest.mark.parametrize("later", [False, True], ids=["from the first step", "later"])
+def test_what_is_quantized_without_training_has_the_start_of_training(later: bool) -> None:
+    torch.manual_seed(0)
+    batches: list[Any] = [{"input": torch.randn(64, 256)} for _ in range(2)]
+    model = nn.Sequential(nn.Linear(256, 64))
+    spec: dict[str, Any] = {"spec": qat.QuantSpec(weights="int4"), "algorithm": qat.Automatic(start="best")}
+    alone = copy.deepcopy(model)
+    qat.prepare(alone, **spec)
+    training.calibrate_and_freeze(alone, batches, 2, torch.device("cpu"))
+    quantized = training.quantized_copy(model, iter(batches), 2, torch.device("cpu"), later=later, **spec)
+    codes = [frozen[0].weight.dequantize() for frozen in (alone, quantized)]
+    assert torch.equal(*codes)
+    assert bool(awaiting(model)) == later
+    qat.freeze(model)
+    assert torch.equal(model[0].weight.dequantize(), codes[0]) != later

@@ -64,6 +64,8 @@ def test_a_start_that_needs_data_has_batches_and_whole_weights() -> None:
     refuse(*none, message=r"schedule.calibration_batches: must be above 0, for algorithm.start='best' needs data: set")
     load_config(causal_lm.Config, [*none, "algorithm:learned-affine", "--algorithm.start", "clip"], "A test.")
     load_config(text_to_image.Config, [*none, "algorithm:automatic", "--algorithm.start", "clip"], "A test.")
+    load_config(text_to_image.Config, [*none, "--spec.weights", "int8"], "A test.")  # 8 bits need no start
+    refuse(*none, "--spec.weights", "int8", "--spec.overrides", "*.down_proj=int4", message="calibration_batches: must")
     sharded = ("--trainer.strategy", "fsdp")
     refuse(*sharded, message=r"trainer.strategy: 'fsdp' shards weights, and algorithm.start='best' needs whole ones")
     load_config(causal_lm.Config, [*sharded, "algorithm:learned-affine", "--algorithm.start", "clip"], "A test.")

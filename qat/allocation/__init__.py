@@ -23,7 +23,7 @@ from qat.allocation.damage import Score, damages
 from qat.allocation.knapsack import allocate
 from qat.allocation.state import State, batches_digest, model_digest
 from qat.data import list_batches
-from qat.errors import SpecError, StateError, shown
+from qat.errors import SpecError, StateError, meant, shown
 from qat.hosts import get_target
 from qat.inspection import inspect
 from qat.probing import several_processes
@@ -192,7 +192,9 @@ def _check(model: nn.Module, types: Sequence[str], score: str, algorithm: Algori
     if not isinstance(types, list | tuple) or any(t not in known for t in types) or not set(types) - {_FLOAT}:
         raise SpecError(f"types: must be some of {', '.join(known)}, not float alone; got {shown(types)}: list some")
     if score not in get_args(Score):
-        raise SpecError(f"score: must be one of {get_args(Score)}, got {shown(score)}: choose one")
+        raise SpecError(
+            f"score: must be one of {get_args(Score)}, got {shown(score)}: choose one{meant(score, get_args(Score))}"
+        )
     if not isinstance(algorithm, Algorithm | None):
         raise StateError(f"algorithm: must be an Algorithm such as LearnedAffine(), got {shown(algorithm)}")
     if several_processes():

@@ -103,7 +103,7 @@ def export(
             is refused, unless the old model card shows them as its pictures.
         float_grid: targets transformers and diffusers only: on-grid float32 weights, which a stock ``QuantoConfig``
             load quantizes back into the same codes.
-        progress: show bars, on a terminal.
+        progress: show bars; lines now and then where the standard error stream is no terminal.
 
     Raises:
         StateError: when the model was never frozen.

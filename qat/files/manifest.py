@@ -172,7 +172,10 @@ def read_manifest(directory: Path) -> Manifest:
         raise LoadError(f"directory must be an exported model; {str(directory)!r} is not a directory")
     path = directory / MANIFEST_NAME
     if not path.is_file():
-        raise LoadError(f"{str(directory)!r} has no {MANIFEST_NAME}: it is no whole export: export the model again")
+        raise LoadError(
+            f"{str(directory)!r} has no {MANIFEST_NAME}: it is no export, or not a whole one: write one with "
+            "qat.export from a frozen model; a float model is for its own library to load, as by from_pretrained"
+        )
     try:
         return Manifest.model_validate_json(path.read_bytes())
     except ValidationError as error:

@@ -31,11 +31,11 @@ from qat.formats import LayerTypes
 from qat.hosts import get_target
 from qat.inspection import inspect
 from qat.observers import Best
-from qat.probing import kept_modes, run, running, watched
+from qat.probing import kept_modes, run, running, seeded, watched
 from qat.quantizers import StraightThrough
 from qat.quantizers.activation import ActivationQuantizer, fake_quantize_output
 from qat.spec import QuantSpec
-from qat.tensors import meta_names, model_device
+from qat.tensors import meta_names
 
 __all__ = ["FoldReport", "FoldedGroup", "fold_outliers"]
 
@@ -167,9 +167,7 @@ def _readers(groups: Iterable[Group]) -> set[str]:
 
 
 def _run(model: nn.Module, forward: _Forward, batch: Any, number: int) -> Any:
-    device, remedy = model_device(model), "mend the function forward" if forward else _REMEDY
-    with running(number, remedy), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(0)
+    with running(number, "mend the function forward" if forward else _REMEDY), seeded(0):
         if forward is None:
             return run(model, batch)
         answers: list[Any] = []

@@ -19,7 +19,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from qat.errors import ExportError, SpecError
+from qat.errors import ExportError, SpecError, meant
 from qat.files.evidence import FrozenRecord, LayerEvidence
 from qat.files.shards import DTYPE_NAMES, TensorEntry
 from qat.files.weights import write_json
@@ -130,7 +130,8 @@ class Format(ABC):
             ("activations", activations, self.activation_qtypes),
         ):
             if name is not None and name not in known:
-                raise SpecError(f"{argument}: format {self.name!r} has {sorted(known)}, got {name!r}: choose one")
+                what = f"{argument}: format {self.name!r} has {sorted(known)}, got {name!r}"
+                raise SpecError(f"{what}: choose one{meant(name, known)}")
         active = None if activations is None else self.activation_qtypes[activations]
         return LayerTypes(self.qtypes[weights], active, dtype, outputs)
 

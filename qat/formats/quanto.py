@@ -30,6 +30,7 @@ from qat.formats.quanto_tinygemm import (
     plain,
     tinygemm_from_plain,
     unpacked,
+    warn_of_old_locks,
 )
 from qat.formats.quanto_types import QTYPES, QTYPES_OF_QUANTO, QUANTO_NAMES
 from qat.numerics import FrozenWeight, QType
@@ -272,6 +273,7 @@ class _Quanto(Format):
         if layer.weight_qtype.bits == 8:
             weight = WeightQBytesTensor.load_from_state_dict(activation_qtype=layer.activation_qtype, **common)
         else:
+            warn_of_old_locks()
             weight = WeightQBitsTensor.load_from_state_dict(group_size=layer.weight_group_size, **common)
         weight = weight if layer.bias is None else _keep_bias(weight)
         return nn.Parameter(_held(weight, plain_on_cpu), requires_grad=False)

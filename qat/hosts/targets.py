@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qat.errors import TargetError
+from qat.errors import TargetError, meant, shown
 from qat.formats import QUANTO, Format, LayerTypes
 from qat.hosts.base import Host
 from qat.hosts.diffusers import DIFFUSERS
@@ -142,5 +142,5 @@ def get_target(name: str) -> Target:
     'quanto'
     """
     if name not in tuple(TARGETS):  # which asks no hash of what a user gives
-        raise TargetError(f"target: must be one of {sorted(TARGETS)}, got {name!r}")
+        raise TargetError(f"target: must be one of {sorted(TARGETS)}, got {shown(name)}{meant(name, TARGETS)}")
     return TARGETS[name]

@@ -94,6 +94,7 @@ class ActivationQuantizer(QuantizerModule):
         self.arrives_quantized = False
         self._shared = False  # whether other quantizers have the very same scale tensor
         self._group: _Group | None = None
+        self.layer = ""  # whose it is, for errors
         self.enabled = True
         """Off where calibration found that the layer cannot bear quantized activations."""
 
@@ -207,9 +208,10 @@ class ActivationQuantizer(QuantizerModule):
     def require_scale(self, x: Tensor | None = None) -> None:
         """Raise `CalibrationError` when there is no scale yet; an ``x`` without elements needs none."""
         if not self.initialized and (x is None or x.numel()):
+            where = f" for layer {self.layer!r}" if self.layer else ""
             raise CalibrationError(
-                "activations: a scale was never set: run qat.calibrate(model, batches) before training with quantized "
-                "activations, or let the schedule observe first"
+                f"activations: a scale was never set{where}: run qat.calibrate(model, batches) before training with "
+                "quantized activations, or let the schedule observe first"
             )
 
     def extra_repr(self) -> str:

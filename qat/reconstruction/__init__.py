@@ -23,14 +23,14 @@ from torch import Tensor, nn
 
 from qat.blocks import find_blocks
 from qat.data import list_batches
-from qat.errors import CalibrationError, SpecError, StateError, TrainingError, listed, shown
+from qat.errors import CalibrationError, SpecError, StateError, TrainingError, listed, meant, shown
 from qat.hosts import inner_models
 from qat.layers import Mode, QuantizedLayer, quantized_layers
 from qat.optimizers import no_training
 from qat.preparation import parameter_groups, prepared_as
-from qat.probing import compiled_parts, kept_modes, several_processes
+from qat.probing import compiled_parts, kept_modes, seeded, several_processes
 from qat.progress import counted
-from qat.reconstruction.recording import Call, Recorder, seeded, with_inputs
+from qat.reconstruction.recording import Call, Recorder, with_inputs
 from qat.runs import note_runs, runs, stop_watch
 from qat.tensors import matrices
 
@@ -206,7 +206,9 @@ def _checked(
         if not isinstance(rate, int | float) or not 0 < rate < math.inf:
             raise SpecError(f"{name}: must be a number above 0, such as 1e-4, got {shown(rate)}")
     if inputs not in get_args(Inputs):
-        raise SpecError(f"inputs: must be one of {get_args(Inputs)}, got {shown(inputs)}")
+        raise SpecError(
+            f"inputs: must be one of {get_args(Inputs)}, got {shown(inputs)}{meant(inputs, get_args(Inputs))}"
+        )
     return list_batches(batches, "reconstruction")
 
 

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from qat.errors import CalibrationError, QatError, listed
-from qat.probing import run_batch, watched
+from qat.probing import run_batch, seeded, watched
 from qat.tensors import map_tensors
 
-__all__ = ["Call", "Recorder", "seeded", "with_inputs"]
+__all__ = ["Call", "Recorder", "with_inputs"]
 
 
 class Call(NamedTuple):
@@ -134,12 +134,3 @@ def with_inputs(name: str, wanted: list[list[Call]], given: list[list[Call]]) ->
         [call._replace(outputs=target.outputs) for target, call in zip(ours, theirs, strict=True)]
         for ours, theirs in zip(wanted, given, strict=True)
     ]
-
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Random numbers by ``seed`` within the block, and as they would be without it afterwards."""
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
-    with torch.random.fork_rng(devices=list(devices)):
-        torch.manual_seed(seed)
-        yield

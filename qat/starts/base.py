@@ -6,7 +6,7 @@ error of its output is e^T H e. "Served" means the loader's arithmetic: rounded 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -25,6 +25,7 @@ __all__ = [
     "chosen",
     "chunks",
     "chunks_with_ends",
+    "joined",
     "output_error",
     "quantized",
     "served",
@@ -68,7 +69,11 @@ def chunks_with_ends(weight: Tensor, ends: Ends, elements: int | None = None) ->
 
 def by_chunks(weight: Tensor, find: Callable[[Tensor], Ends]) -> Ends:
     """What ``find`` gives of each chunk, in one."""
-    found = [find(part) for part in chunks(weight)]
+    return joined([find(part) for part in chunks(weight)])
+
+
+def joined(found: Sequence[Ends]) -> Ends:
+    """The ends of chunks, in one."""
     lows = [low for low, _ in found if low is not None]
     return torch.cat(lows) if lows else None, torch.cat([high for _, high in found])
 

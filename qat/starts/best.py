@@ -31,31 +31,32 @@ def best_start(weight: Tensor, qtype: QType, dtype: torch.dtype, moments: Tensor
     >>> found[1] <= found[0]
     True
     """
-    ranges = _best_range(weight, qtype, dtype, moments)
-    return _best([ranges, _compensated(ranges, qtype, dtype, moments)], weight, qtype, dtype, moments)
+    ranges, error = _best_range(weight, qtype, dtype, moments)
+    compensated = _compensated(ranges, qtype, dtype, moments)
+    return ranges if error <= output_error(compensated, weight, qtype, dtype, moments) else compensated
 
 
 def gptq_start(weight: Tensor, qtype: QType, dtype: torch.dtype, moments: Tensor) -> Start:
     """GPTQ within the best of all ranges."""
-    return _compensated(_best_range(weight, qtype, dtype, moments), qtype, dtype, moments)
+    return _compensated(_best_range(weight, qtype, dtype, moments)[0], qtype, dtype, moments)
 
 
 def _compensated(start: Start, qtype: QType, dtype: torch.dtype, moments: Tensor) -> Start:
     return Start("gptq", start.ends, compensated_weight(start.weight, qtype, dtype, moments, start.ends))
 
 
-def _best_range(weight: Tensor, qtype: QType, dtype: torch.dtype, moments: Tensor) -> Start:
+def _best_range(weight: Tensor, qtype: QType, dtype: torch.dtype, moments: Tensor) -> tuple[Start, float]:
+    """With its `output_error`."""
+    clipped = clipped_range(weight, qtype, dtype)
     ranges = {
-        "clip": clipped_range(weight, qtype, dtype),
+        "clip": clipped,
         "minmax": qtype.weight_range(weight),
         "hqq": half_quadratic_range(weight, qtype, dtype),
     }
     if fits(qtype):
         ranges["seq"] = balanced_range(weight, qtype, dtype)
     starts = [Start(name, ends, weight) for name, ends in ranges.items()]
-    return _best([*starts, output_start(weight, qtype, dtype, moments)], weight, qtype, dtype, moments)
-
-
-def _best(starts: list[Start], weight: Tensor, qtype: QType, dtype: torch.dtype, moments: Tensor) -> Start:
+    starts.append(output_start(weight, qtype, dtype, moments, clipped))
     errors = [output_error(start, weight, qtype, dtype, moments) for start in starts]
-    return starts[errors.index(min(errors))]  # the first of equals
+    smallest = min(errors)
+    return starts[errors.index(smallest)], smallest  # the first of equals

@@ -63,21 +63,29 @@ def inverse_factor(moments: Tensor) -> Tensor:
 
 
 def _of_rows(weight: Tensor, ends: Ends, qtype: QType, dtype: torch.dtype, order: Tensor, factor: Tensor) -> Tensor:
-    flat = (round_to(qtype.scale_shift(*ends)[0], dtype) == 0).view(len(weight), -1)
+    flat = (round_to(qtype.scale_shift(*ends)[0], dtype) == 0).view(len(weight), -1).t()
     scale, shift = qtype.serve(*qtype.scale_shift(*ends), dtype, weight.shape[1])
-    scale, shift = scale.view(flat.shape), None if shift is None else shift.view(flat.shape)
+    scale, shift = _by_group(scale, len(weight)), None if shift is None else _by_group(shift, len(weight))
     copies = qtype.group_size(1) or 1  # of a column, which make a group; one where a type has no fixed group size
-    rest, made, columns = weight[:, order].float(), torch.empty_like(weight), order.tolist()
+    # Transposed, so that a column lies together in memory.
+    masters, columns, some_flat = weight.t(), order.tolist(), bool(flat.any())
+    rest, made = masters[order].float(), torch.empty_like(masters, memory_format=torch.contiguous_format)
     for start in range(0, len(columns), _BLOCK):
         end = min(start + _BLOCK, len(columns))
-        errors = rest.new_empty(len(rest), end - start)
+        errors = torch.empty_like(rest[start:end])
         for j in range(start, end):
-            column, group = columns[j], columns[j] // (weight.shape[1] // flat.shape[1])
-            own = torch.where(flat[:, group], weight[:, column], rest[:, j].to(weight.dtype))
-            made[:, column] = own
-            scales = scale[:, group, None], None if shift is None else shift[:, group, None]
+            column, group = columns[j], columns[j] * len(flat) // len(columns)
+            own = rest[j].to(weight.dtype)
+            own = torch.where(flat[group], masters[column], own) if some_flat else own
+            made[column] = own
+            scales = scale[group], None if shift is None else shift[group]
             served = qtype.fake_quantize(own[:, None].expand(-1, copies), *scales, dtype, torch.float32)[:, 0]
-            errors[:, j - start] = (rest[:, j] - served) / factor[j, j]
-            rest[:, j + 1 : end].addr_(errors[:, j - start], factor[j, j + 1 : end], alpha=-1)
-        rest[:, end:].addmm_(errors, factor[start:end, end:], alpha=-1)
-    return made
+            torch.sub(rest[j], served, out=errors[j - start]).div_(factor[j, j])
+            rest[j + 1 : end].addr_(factor[j, j + 1 : end], errors[j - start], alpha=-1)
+        rest[end:].addmm_(factor[start:end, end:].t(), errors, alpha=-1)
+    return made.t().contiguous()
+
+
+def _by_group(values: Tensor, rows: int) -> Tensor:
+    """Values of all groups, ``(rows * groups, 1)``, as ``(groups, rows, 1)``, contiguous."""
+    return values.view(rows, -1).t().contiguous()[..., None]

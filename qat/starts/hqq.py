@@ -44,18 +44,19 @@ def _of_chunk(weight: Tensor, qtype: QType, dtype: torch.dtype) -> Ends:
     smallest, beta = torch.full_like(ends[1], torch.inf), _BETA
     for step in range(_STEPS + 1):
         scale, shift = qtype.serve(*qtype.scale_shift(*ends), dtype, weight.shape[1])
-        values = kernels.fake_quantize_weight(weight, scale, shift, *options, torch.float32)
+        stored = kernels.fake_quantize_weight(weight, scale, shift, *options, qtype.storage)
         unit = scale.clamp(min=torch.finfo(torch.float32).tiny)
-        error = (rows - qtype.grouped(values)).div_(unit)
+        error = (rows - qtype.grouped(qtype.decode(stored, scale, shift, dtype))).div_(unit)
         size = error.abs()
-        norm = (size.pow(_NORM) * unit.pow(_NORM)).sum(1, keepdim=True)
+        power = size.pow(_NORM)  # slow on a CPU
+        norm = (power * unit.pow(_NORM)).sum(1, keepdim=True)
         better = norm < smallest
         smallest = torch.where(better, norm, smallest)
         best = chosen(better, ends, best)
         if step == _STEPS:
             break
-        sparse = error.sign() * (size - size.pow(_NORM - 1) / beta).clamp_(min=0).nan_to_num_(0.0)
-        codes = qtype.grouped(kernels.fake_quantize_weight(weight, scale, shift, *options, qtype.storage)).float()
+        sparse = error.sign() * (size - power.div_(size) / beta).clamp_(min=0).nan_to_num_(0.0)
+        codes = qtype.grouped(stored).float()
         if shift is None:
             squares = codes.square().sum(1, keepdim=True)
             fitted = (codes * (rows - unit * sparse)).sum(1, keepdim=True) / squares * qtype.steps

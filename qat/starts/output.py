@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from qat.numerics import QType
-from qat.starts.base import Ends, Start, block_product, by_chunks, chosen, quantized
+from qat.starts.base import Ends, Start, block_product, chosen, chunks_with_ends, joined, quantized
 from qat.starts.clip import clipped_range, search
 
 __all__ = ["fitted_range", "output_range", "output_start"]
@@ -23,14 +23,20 @@ __all__ = ["fitted_range", "output_range", "output_start"]
 _FITS = 4
 
 
-def output_start(weight: Tensor, qtype: QType, dtype: torch.dtype, moments: Tensor) -> Start:
+def output_start(
+    weight: Tensor, qtype: QType, dtype: torch.dtype, moments: Tensor, clipped: Ends | None = None
+) -> Start:
     """`output_range` as a start."""
-    return Start("output", output_range(weight, qtype, dtype, moments), weight)
+    return Start("output", output_range(weight, qtype, dtype, moments, clipped), weight)
 
 
 @torch.no_grad()
-def output_range(weight: Tensor, qtype: QType, dtype: torch.dtype, moments: Tensor) -> Ends:
+def output_range(
+    weight: Tensor, qtype: QType, dtype: torch.dtype, moments: Tensor, clipped: Ends | None = None
+) -> Ends:
     """The ends of each group's range, float32, ``(groups, 1)``; ``moments`` is float32, ``(in, in)``.
+
+    ``clipped`` is what `clipped_range` gives, where it is at hand.
 
     >>> from qat.formats import QUANTO
     >>> weight, int2 = torch.tensor([[-1.0, 0.1, 0.2, 5.0]]), QUANTO.qtypes["int2"]
@@ -38,20 +44,21 @@ def output_range(weight: Tensor, qtype: QType, dtype: torch.dtype, moments: Tens
     >>> bool(output_range(weight, int2, torch.float32, moments)[1] < 4)
     True
     """
-    return by_chunks(weight, lambda part: _of_chunk(part, qtype, dtype, moments))
+    clipped = clipped or clipped_range(weight, qtype, dtype)
+    return joined([_of_chunk(*part, qtype, dtype, moments) for part in chunks_with_ends(weight, clipped)])
 
 
-def _of_chunk(weight: Tensor, qtype: QType, dtype: torch.dtype, moments: Tensor) -> Ends:
+def _of_chunk(weight: Tensor, clipped: Ends, qtype: QType, dtype: torch.dtype, moments: Tensor) -> Ends:
     def judge(low: Tensor | None, high: Tensor) -> Tensor:
         error = quantized(weight, (low, high), qtype, dtype).sub_(weight)
         return qtype.grouped(block_product(error, moments, qtype).mul_(error)).sum(1, keepdim=True)
 
-    def better(one: Ends, other: Ends) -> Ends:
-        return chosen(judge(*other) < judge(*one), other, one)  # never where an error is not a number
-
-    ends = better(clipped_range(weight, qtype, dtype), search(weight, qtype, judge))
-    for _ in range(_FITS):
-        ends = better(ends, fitted_range(weight, ends, qtype, dtype, moments))
+    ends, error = clipped, judge(*clipped)
+    for fit in range(_FITS + 1):
+        tried = fitted_range(weight, ends, qtype, dtype, moments) if fit else search(weight, qtype, judge)
+        found = judge(*tried)
+        better = found < error  # never where an error is not a number
+        ends, error = chosen(better, tried, ends), torch.where(better, found, error)
     return ends
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal, Self, TypeAlias, get_args
 
 from pydantic import Field, model_validator
 
-from qat.errors import TrainingError, shown
+from qat.errors import TrainingError, meant, shown
 from qat.spec import NamedArguments, WeightType
 
 if TYPE_CHECKING:
@@ -51,7 +51,10 @@ def rate_factor(step: int, steps: float, warmup: int | None = None, decay: Decay
     [0.5, 1.0, 1.0, 0.96, 0.85, 0.69, 0.5, 0.31, 0.15, 0.04, 0.0]
     """
     if decay not in get_args(Decay):
-        raise TrainingError(f"decay: must be one of {', '.join(get_args(Decay))}, got {shown(decay)}: choose one")
+        words = get_args(Decay)
+        raise TrainingError(
+            f"decay: must be one of {', '.join(words)}, got {shown(decay)}: choose one{meant(decay, words)}"
+        )
     if (decay != "constant" or warmup is None) and not (isfinite(steps) and steps >= 1):
         raise TrainingError(
             f"decay: {decay!r} with warmup={warmup} needs the number of steps, got {steps}: set max_steps or "

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from qat.files.examples import flatten_outputs
 from qat.files.shards import ALIGNMENT
-from qat.probing import kept_modes, run
+from qat.probing import kept_modes, run, seeded
 from qat.tensors import difference, map_tensors, model_device
 
 __all__ = ["compute_outputs", "output_faults"]
@@ -62,9 +62,8 @@ def compute_outputs(model: nn.Module, inputs: Any) -> dict[str, Tensor]:
 
     inputs = map_tensors(place, inputs)
     plain = torch.autocast(device.type, enabled=False)
-    with _bare(model), kept_modes(model), torch.no_grad(), torch.random.fork_rng(devices=[]), plain:
+    with _bare(model), kept_modes(model), torch.no_grad(), seeded(0), plain:
         model.eval()
-        torch.manual_seed(0)
         outputs = run(model, inputs)
     return flatten_outputs(outputs)
 

@@ -8,7 +8,7 @@ quantization-aware one, which is frozen, exported, verified in a fresh process a
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -82,6 +82,7 @@ def compare(
     example = examples.example(task)
     print(inspect_totals(qat.inspect(model, spec, target=config.target, example_inputs=example)))
     prepared_for: dict[str, Any] = {"target": config.target, "observer": config.observer, "example_inputs": example}
+    prepared_for |= {"spec": spec, "algorithm": config.algorithm}
     batches = training.training_batches(examples.train, settings.batch_size, examples.collate)
     checkpoints = run.beside("checkpoints")
     how = training.FitSettings(settings, config.trainer, config.seed)
@@ -93,9 +94,8 @@ def compare(
         shown = track(held_out, f"evaluating: {name}", len(held_out))
         scores[name] = tasks.evaluate(task, judged.to(device), shown, dtype, losses.setdefault(name, []))
 
-    def freeze(trained: nn.Module) -> None:
-        inputs = map(task.inputs, batches)
-        training.calibrate_and_freeze(trained, inputs, schedule.calibration_batches, run.device)
+    def calibration() -> tuple[Iterable[Any], int, torch.device]:
+        return map(task.inputs, batches), schedule.calibration_batches, run.device
 
     training.require_teacher(model, teacher, settings.distillation, task, batches)
     judge(FLOAT, model, run.device)
@@ -107,9 +107,8 @@ def compare(
             kept.save(tuned, training.fit("fine-tuning", tuned, task, batches, learning_rate=rate, settings=how))
         judge(TUNED, tuned, run.device)
         model.load_state_dict(tuned.state_dict())  # training with quantization goes on from there
-        quantized = copy.deepcopy(tuned).cpu()
-        qat.prepare(quantized, spec, algorithm=config.algorithm, **prepared_for)
-        freeze(quantized)
+        later = schedule.settled_from > 0
+        quantized = training.quantized_copy(model, *calibration(), later=later, **prepared_for)
         with TemporaryDirectory() as folder:
             qat.export(quantized, folder)
             judge(QUANTIZED, qat.load(folder), run.served_on, spec.torch_dtype)
@@ -117,13 +116,13 @@ def compare(
     gate.before_training()
 
     callbacks = [
-        qat.QuantizationAwareTraining(spec, config.algorithm, schedule, **prepared_for),
+        qat.QuantizationAwareTraining(schedule=schedule, **prepared_for),
         *checkpoints_in(checkpoints, config.trainer),
     ]
     options: dict[str, Any] = {"callbacks": callbacks, "teacher": teacher or tuned, "resume": config.resume}
     rate = settings.learning_rate
     trainer = training.fit("training", model, task, batches, learning_rate=rate, settings=how, **options)
-    freeze(model)
+    training.calibrate_and_freeze(model, *calibration())
     if not trainer.is_global_zero:
         return  # of several processes, one goes on
 

@@ -25,8 +25,9 @@ from pydantic import (
 )
 
 import qat
+from qat.formats import QUANTO
 from qat.observers import Best, ObserverChoice
-from qat.quantizers import AnyAlgorithm
+from qat.quantizers import Algorithm, AnyAlgorithm
 from qat.spec import QuantSpec
 from qat.starts import DATA_STARTS
 from qat.training.distillation import Distillation
@@ -172,7 +173,7 @@ class RecipeConfig(BaseModel):
     def _first_weights_fit(self) -> Self:
         """What the library says when training begins, before anything slow."""
         until, steps = self.schedule.first_weights_until, getattr(self, "optimization", OptimizationSettings()).steps
-        types = {self.spec.weights, *(getattr(over, "weights", over) for over in self.spec.overrides.values())}
+        types = _weight_types(self.spec)
         if until is not None and until >= steps:
             raise ValueError(f"schedule.first_weights_until: must be below optimization.steps ({steps}), got {until}")
         if until is not None and "int2" not in types:
@@ -187,7 +188,7 @@ class RecipeConfig(BaseModel):
 
     @model_validator(mode="after")
     def _starts_have_their_batches(self) -> Self:
-        start = data_start(getattr(self, "algorithm", None))
+        start = data_start(getattr(self, "algorithm", None), self.spec)
         if start and not self.schedule.calibration_batches:
             raise ValueError(
                 f"schedule.calibration_batches: must be above 0, for algorithm.start={start!r} needs data: set it, or "
@@ -198,7 +199,7 @@ class RecipeConfig(BaseModel):
     @model_validator(mode="after")
     def _sharding_leaves_whole_weights(self) -> Self:
         """What the library says in the setup of quantization-aware training, before anything slow."""
-        start = data_start(getattr(self, "algorithm", None))
+        start = data_start(getattr(self, "algorithm", None), self.spec)
         needs = f"algorithm.start={start!r}" if start else "first_weights" if self.schedule.first_weights else None
         if needs and self.trainer.strategy.startswith(("fsdp", "deepspeed")):
             raise ValueError(
@@ -208,10 +209,21 @@ class RecipeConfig(BaseModel):
         return self
 
 
-def data_start(algorithm: Any) -> str | None:
-    """The start of an algorithm's ranges if it needs data, so that weights alone need calibration batches too."""
-    start = getattr(algorithm, "start", None)
-    return start if start in DATA_STARTS else None
+def _weight_types(spec: QuantSpec) -> set[str]:
+    """All types that a spec names for weights, "float" included."""
+    return {spec.weights, *(over if isinstance(over, str) else over.weights for over in spec.overrides.values())}
+
+
+def data_start(algorithm: Algorithm | None, spec: QuantSpec) -> str | None:
+    """The start of the ranges of a spec's types if it needs data, so that weights alone need calibration batches too.
+
+    >>> data_start(qat.Automatic(start="best"), QuantSpec(weights="int4"))
+    'best'
+    >>> data_start(qat.Automatic(start="best"), QuantSpec(weights="int8"))
+    """
+    known = (QUANTO.qtypes[name] for name in sorted(_weight_types(spec)) if name in QUANTO.qtypes)
+    starts = (getattr(algorithm.for_type(qtype), "start", None) for qtype in known) if algorithm else ()
+    return next((start for start in starts if start in DATA_STARTS), None)
 
 
 class ComparisonConfig(RecipeConfig):

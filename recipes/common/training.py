@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -18,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 import qat
 from qat.calibration import calibrate_parts
 from qat.layers import quantized_layers
+from qat.preparation import prepared_as
 from qat.starting import awaiting
 from qat.training.task import QuantizedTask, Task
 from recipes.common.callbacks import SeedNoise, StepProgress, averages, mixed_seed, step_of
@@ -34,10 +37,13 @@ __all__ = [
     "calibrate_and_freeze",
     "device_of",
     "fit",
+    "quantized_copy",
     "require_teacher",
     "require_whole_batch",
     "training_batches",
 ]
+
+logger = logging.getLogger("qat")
 
 
 @dataclass(frozen=True)
@@ -224,11 +230,47 @@ def calibrate_and_freeze(model: nn.Module, batches: Iterable[Batch], count: int,
     called with. Several processes compare their activation ranges, and the backend of GPUs moves no tensor that lies on
     the CPU.
     """
-    activations = any(layer.input_quantizer is not None for _, layer in quantized_layers(model))
-    with stage("calibrating and freezing" if activations or awaiting(model) else "freezing"):
+    with stage("calibrating and freezing" if _needs_batches(model) else "freezing"):
         if count:
             calibrate(model, itertools.islice(batches, count), device)
         qat.freeze(model.cpu())
+
+
+def quantized_copy(
+    model: nn.Module, batches: Iterable[Batch], count: int, device: torch.device, *, later: bool, **prepared_for: Any
+) -> nn.Module:
+    """Prepare a float model for training, and return a frozen copy: what quantization without training gives.
+
+    Both are calibrated, on the same batches: once, since starts take long to find.
+
+    Args:
+        model: float; prepared and calibrated in place, and left on the CPU.
+        batches: what the model is called with; they may be nested.
+        count: how many calibrate.
+        device: where, as for `calibrate_and_freeze`.
+        later: whether the model trains before its weights begin to quantize: then they get their start in the fit.
+        prepared_for: arguments of `qat.prepare`.
+    """
+    qat.prepare(model, **prepared_for)
+    for note in prepared_as(model).notes:
+        logger.warning("%s", note)
+    needed = _needs_batches(model)
+    kept = list(itertools.islice(batches, count)) if needed else []
+    with stage("calibrating and freezing" if needed else "freezing"):
+        quantized = copy.deepcopy(model) if later else model
+        if kept:
+            calibrate(quantized, kept, device)
+        if not later:
+            quantized = copy.deepcopy(model.cpu())
+        elif kept:
+            calibrate(model, kept, device, starts=False)
+        model.cpu()
+        qat.freeze(quantized.cpu())
+    return quantized
+
+
+def _needs_batches(model: nn.Module) -> bool:
+    return bool(awaiting(model)) or any(layer.input_quantizer is not None for _, layer in quantized_layers(model))
 
 
 @contextmanager
