@@ -112,7 +112,7 @@ def require_finite(name: str, layer: QuantizedLayer) -> None:
     """Raise `StateError` where training left inf or NaN in a layer."""
     for key, parameter in layer.named_parameters():
         # NaN passes through a minimum and a maximum, and neither needs memory.
-        if parameter.numel() and not bool(parameter.amin().isfinite() & parameter.amax().isfinite()):
+        if parameter.numel() and not all(bool(end.isfinite()) for end in torch.aminmax(parameter)):
             raise StateError(
                 f"model: layer {name!r} holds inf or NaN in its {key}, so training diverged: go back to an earlier "
                 "checkpoint, and train with a lower learning rate or with clipped gradients"

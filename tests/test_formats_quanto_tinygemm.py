@@ -51,18 +51,14 @@ def test_codes_scales_and_shifts_are_those_of_quantos_own_way(rows: int, columns
 
 
 @pytest.mark.parametrize(("rows", "columns"), [*SHAPES, (1200, 640)])
-def test_packing_in_blocks_gives_the_kernel_its_very_numbers(
-    rows: int, columns: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_packing_by_the_order_gives_the_kernel_its_very_numbers(rows: int, columns: int) -> None:
     plain = tinygemm(rows, columns).weight.weight_qbits_tensor()
-    wanted = plain.optimize()
-    for at_once in (1, quanto_tinygemm._PACKED_AT_ONCE):
-        monkeypatch.setattr(quanto_tinygemm, "_PACKED_AT_ONCE", at_once)
-        found = tinygemm_from_plain(plain)
-        assert type(found) is type(wanted)
-        assert (found.shape, found.stride(), found._data.size()) == (wanted.shape, wanted.stride(), wanted._data.size())
-        assert torch.equal(found._data._data, wanted._data._data)
-        assert torch.equal(found._scale_shift, wanted._scale_shift)
+    found, wanted = tinygemm_from_plain(plain), plain.optimize()
+    assert type(found) is type(wanted)
+    assert (found.shape, found.stride(), found._data.size()) == (wanted.shape, wanted.stride(), wanted._data.size())
+    for ours, theirs in ((found._data._data, wanted._data._data), (found._scale_shift, wanted._scale_shift)):
+        assert (ours.dtype, ours.shape, ours.stride()) == (theirs.dtype, theirs.shape, theirs.stride())
+        assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("bits", [4, 2])

@@ -7,7 +7,8 @@ import torch
 from optimum.quanto import qtypes as quanto_types
 from optimum.quanto.nn import QLinear as QuantoLinear
 
-from qat.formats.quanto_types import QTYPES, QTYPES_OF_QUANTO, QUANTO_NAMES
+from qat.formats.quanto_types import QTYPES, QTYPES_OF_QUANTO, QUANTO_NAMES, widened
+from tests.helpers import DTYPES, same_bits
 
 ROW_LENGTHS = [*range(1, 600, 7), *range(32, 2080, 32), 127, 128, 129, 192, 320, 4096, 5120, 11008]
 
@@ -43,3 +44,9 @@ def test_groups_are_those_that_quantos_layer_computes(name: str) -> None:
 def test_group_sizes_as_documented(in_features: int, size: int | None) -> None:
     assert QTYPES["int4"].group_size(in_features) == QTYPES["int2"].group_size(in_features) == size
     assert QTYPES["int8"].group_size(in_features) is QTYPES["float8"].group_size(in_features) is None
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_every_float8_code_iswidened_as_torch_does(dtype: torch.dtype) -> None:
+    codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).view(16, 16)
+    assert same_bits(widened(codes, dtype), codes.to(dtype))

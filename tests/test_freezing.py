@@ -376,6 +376,21 @@ def test_a_quantizer_that_freezes_to_another_weight_than_it_trained_is_found() -
         freeze(model, allow_unreached=True)
 
 
+@pytest.mark.parametrize(("scale", "sign"), [(1.0, -1), (float("inf"), 1)], ids=["zeros of two signs", "nan"])
+def test_values_of_other_bits_and_those_that_are_no_numbers_are_found(
+    scale: float, sign: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def quantize(self: WeightQuantizer, weight: Tensor, out_dtype: torch.dtype) -> Quantized:
+        found = self.by_scale(weight, torch.full((8, 1), scale), None, out_dtype)
+        return found._replace(value=found.value * sign)
+
+    model = nn.Sequential(nn.Linear(64, 8))  # with scale 1, its weights are codes of zero
+    qat.prepare(model, spec_of(), algorithm=StraightThrough())
+    monkeypatch.setattr(type(model[0].weight_quantizer), "quantize", quantize)
+    with pytest.raises(QatError, match="it dequantizes to other values"):
+        freeze(model)
+
+
 def test_a_layer_within_layers_and_a_tied_embedding_stay_what_they_are() -> None:
     model = tiny_model("opt", tie_word_embeddings=True)
     qat.prepare(model, QuantSpec(weights="int8"), target="transformers")

@@ -94,6 +94,21 @@ def test_ranges_are_those_of_the_specification(qtype: QType, dtype: torch.dtype)
         assert all(ours is wanted or same_bits(ours, wanted) for ours, wanted in zip(both, alone, strict=True))
 
 
+@pytest.mark.parametrize("master", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("qtype", QTYPES.values(), ids=QTYPES)
+def test_a_range_of_a_narrow_master_has_the_very_zero_of_the_specification(qtype: QType, master: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for shape in ((300, 37), (300, 256), (1030, 128), (2, BLOCK + 64)):
+        signs = torch.rand(shape, generator=generator) < torch.rand(shape[0], 1, generator=generator)
+        zeros = torch.where(signs, 0.0, -0.0)
+        half = torch.where(signs, zeros, torch.rand(shape, generator=generator))
+        for weight in (zeros.to(master), half.to(master), -half.to(master)):
+            scale, shift = own_range(weight, qtype, torch.bfloat16)
+            expected, wanted = qtype.serve(*qtype.scale_shift(*qtype.weight_range(weight)), torch.bfloat16, shape[1])
+            assert same_bits(scale, expected), shape
+            assert shift is None or wanted is None or same_bits(shift, wanted), shape
+
+
 @pytest.mark.parametrize("qtype", QTYPES.values(), ids=QTYPES)
 def test_gradients_of_scales_are_those_of_the_specification(qtype: QType) -> None:
     for seed, shape in enumerate(SHAPES):

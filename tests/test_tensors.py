@@ -20,6 +20,7 @@ from qat.tensors import (
     map_tensors,
     model_device,
     own_tensors,
+    same_bits,
     stored_tensors,
 )
 
@@ -101,3 +102,25 @@ def test_how_two_tensors_differ() -> None:
     assert cast is not None
     assert cast.forms
     assert str(difference(one, one[:2])) == "torch.float32 (2,) instead of torch.float32 (3,)"
+
+
+@pytest.mark.parametrize("count", [0, 3, 4, 8])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float8_e4m3fn, torch.uint8], ids=str)
+def test_same_bits_are_more_than_equal_numbers(count: int, dtype: torch.dtype) -> None:
+    bits = torch.arange(count * dtype.itemsize, dtype=torch.uint8)
+    held = torch.cat([bits.new_zeros(dtype.itemsize), bits]).view(dtype)[1:]  # of another offset in its memory
+    assert same_bits(held, bits.view(dtype))
+    assert not same_bits(held, torch.cat([held, held[:1]]) if count else held[None])
+    for at in range(len(bits)):
+        other = bits.clone()
+        other[at] ^= 1
+        assert not same_bits(held, other.view(dtype))
+
+
+def test_same_bits_tell_zeros_and_dtypes_apart_and_know_not_a_number() -> None:
+    zeros, nan = torch.zeros(2, 2), torch.full((3,), float("nan"))
+    assert not same_bits(zeros, -zeros)
+    assert not same_bits(zeros, zeros.int())
+    assert not same_bits(zeros, zeros.view(4))
+    assert same_bits(zeros, zeros.t())
+    assert same_bits(nan, nan.clone())

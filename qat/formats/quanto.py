@@ -32,7 +32,7 @@ from qat.formats.quanto_tinygemm import (
     unpacked,
     warn_of_old_locks,
 )
-from qat.formats.quanto_types import QTYPES, QTYPES_OF_QUANTO, QUANTO_NAMES
+from qat.formats.quanto_types import QTYPES, QTYPES_OF_QUANTO, QUANTO_NAMES, widened
 from qat.numerics import FrozenWeight, QType
 from qat.tensors import inner_tensors
 
@@ -41,7 +41,7 @@ __all__ = ["QUANTO", "WEIGHT_KEYS"]
 WEIGHT_KEYS = ("weight._data._data", "weight._data", "weight._scale", "weight._shift")
 """The names below a layer's name from which its weight is rebuilt."""
 
-_BLOCK_ELEMENTS = 1 << 18  # of a weight that is dequantized in blocks of rows
+_BLOCK_ELEMENTS = 1 << 18  # of a weight, dequantized at a time; eight times as many on a GPU, which each block awaits
 _ALIGNMENT = 64  # bytes; fresh memory has it
 
 
@@ -301,20 +301,22 @@ class _Quanto(Format):
         return (plain(weight) if is_tinygemm_on_cpu(weight) else weight).dequantize()  # type: ignore[no-any-return]
 
     def value_blocks(self, module: nn.Module, layer: FrozenLayer) -> Iterator[Tensor]:
-        """Quanto's arithmetic too, on weights of some rows each."""
+        """Quanto's arithmetic too, on weights of some rows each, whose codes need no unpacking or slow cast before."""
         from optimum.quanto import WeightQBitsTensor, WeightQBytesTensor
 
         kept: Any = module
         weight, form = layer.weight, (kept.weight_qtype, 0)
         groups = weight.scale.shape[0] // weight.shape[0]
-        for first in range(0, weight.shape[0], step := max(1, _BLOCK_ELEMENTS // weight.shape[1])):
+        step = max(1, (1 if weight.codes.is_cpu else 8) * _BLOCK_ELEMENTS // weight.shape[1])
+        for first in range(0, weight.shape[0], step):
             codes = weight.codes[first : first + step]
-            rows = slice(first * groups, (first + step) * groups)
-            size = (codes.size(), codes.stride())
+            rows, size = slice(first * groups, (first + step) * groups), (codes.size(), codes.stride())
             if weight.shift is None:
+                codes = widened(codes, weight.dtype) if weight.qtype.floating and codes.is_cpu else codes
                 block = WeightQBytesTensor(*form, *size, codes, weight.scale[rows], kept.activation_qtype)
             else:
-                parts = (weight.qtype.grouped(codes), weight.scale[rows], weight.shift[rows])
+                # Quanto packs plain tensors, to unpack them again; a parameter is none.
+                parts = (nn.Parameter(weight.qtype.grouped(codes), False), weight.scale[rows], weight.shift[rows])
                 block = WeightQBitsTensor(*form, kept.weight_group_size, *size, *parts)
             yield block.dequantize()
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import logging
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,6 @@ __all__ = [
 logger = logging.getLogger("qat")
 
 _LONGEST_BUILD = 600.0  # seconds
-_PACKED_AT_ONCE = 1 << 18  # codes
 _BLOCKS = (64, 32)  # rows of a block with and without AVX-512
 
 
@@ -90,7 +90,7 @@ def parts_of_tinygemm(weight: Any) -> tuple[Tensor, Tensor, Tensor] | None:
     if not is_tinygemm_on_cpu(weight) or (block := _block(*weight._data.size())) is None:
         return None
     scale, middle = (part.T.reshape(-1, 1) for part in weight._scale_shift.unbind(2))
-    return _unpack(weight._data, block), scale, 8 * scale - middle
+    return _unpack(_stored(weight._data), block), scale, 8 * scale - middle
 
 
 def unpacked(data: Any) -> Tensor:
@@ -104,44 +104,53 @@ def unpacked(data: Any) -> Tensor:
 
 
 def tinygemm_from_plain(weight: Any) -> Any:
-    """What ``weight.optimize()`` gives of an int4 weight in bfloat16 on a CPU, packed in blocks of rows.
+    """What ``weight.optimize()`` gives of an int4 weight in bfloat16 on a CPU, packed by the order of codes.
 
-    Quanto packs by way of int32, four times the codes' memory. None for other weights, and unknown orders.
+    Quanto packs by way of int32, four times the codes' memory and ten times the work. None for other weights, and
+    unknown orders.
     """
     from optimum.quanto.tensor.weights.tinygemm import TinyGemmPackedTensor, TinyGemmWeightQBitsTensor
 
-    rows, columns = weight.size()
+    size, stride = weight.size(), weight.stride()
     types = (weight._qtype.bits, weight.dtype, weight._group_size, weight._data._data.device.type)
-    if types != (4, torch.bfloat16, 128, "cpu") or (block := _block(rows, columns)) is None:
+    if types != (4, torch.bfloat16, 128, "cpu") or (block := _block(*size)) is None:
         return None
-    step, groups = block * max(1, _PACKED_AT_ONCE // (block * columns)), columns // 128
-    form, codes = (weight._qtype, weight._axis, weight._group_size), unpacked(weight._data)
-    parts = []
-    for first in range(0, rows, step):
-        at = slice(first * groups, (first + step) * groups)
-        size = (min(step, rows - first), columns)
-        scales = (weight._scale[at], weight._shift[at])
-        parts.append(TinyGemmWeightQBitsTensor(*form, size, (columns, 1), codes[at], scales))
-    data = torch.cat([part._data._data for part in parts])
-    packed = TinyGemmPackedTensor(data, weight.size(), weight.stride())
-    scale_shift = torch.cat([part._scale_shift for part in parts], 1)
-    return TinyGemmWeightQBitsTensor(*form, weight.size(), weight.stride(), packed, scale_shift)
+    packed = TinyGemmPackedTensor(_pack(unpacked(weight._data).view(size), block), size, stride)
+    scale_shift = torch.stack((weight._scale, 8 * weight._scale - weight._shift), 2).view(size[0], -1, 2)
+    form = (weight._qtype, weight._axis, weight._group_size)
+    return TinyGemmWeightQBitsTensor(*form, size, stride, packed, scale_shift.transpose(0, 1).contiguous())
 
 
-def _unpack(packed: Any, block: int) -> Tensor:
-    rows, columns = packed.size()
-    whole, data = rows - rows % block, packed._data.view(torch.uint8).reshape(-1)
-    codes = torch.empty(rows, columns, dtype=torch.uint8)
-    for start, stop, size in ((0, whole, block), (whole, rows, rows - whole)):
-        if start == stop:
-            continue
-        stored = data[start * columns // 2 : stop * columns // 2].reshape(-1, columns, size // 2)
-        place = codes[start:stop].view(-1, size, columns)
-        low, high = _order(size).view(-1, 2).T
-        for from_block, to_block in zip(stored, place, strict=True):
-            rows_of_block = from_block.T.contiguous()
-            to_block[low], to_block[high] = rows_of_block & 15, rows_of_block >> 4
+def _pack(codes: Tensor, block: int) -> Tensor:
+    """Codes, ``(out, in)``, two a byte in the kernel's order: ``(out, in / 2)``."""
+    packed = torch.empty(codes.shape[0], codes.shape[1] // 2, dtype=torch.uint8)
+    for rows, stored, order in _blocks(codes, packed, block):
+        pairs = torch.empty(len(stored), len(order), codes.shape[1], dtype=torch.uint8)
+        for at, (low, high) in enumerate(order):
+            torch.bitwise_left_shift(rows[:, high], 4, out=pairs[:, at]).bitwise_or_(rows[:, low])
+        stored.copy_(pairs.transpose(1, 2))
+    return packed
+
+
+def _unpack(packed: Tensor, block: int) -> Tensor:
+    """The codes that `_pack` packed."""
+    codes = torch.empty(packed.shape[0], packed.shape[1] * 2, dtype=torch.uint8)
+    for rows, stored, order in _blocks(codes, packed, block):
+        pairs = torch.stack(stored.unbind(2), 1)  # a transposed copy takes twice as long
+        for at, (low, high) in enumerate(order):
+            torch.bitwise_and(pairs[:, at], 15, out=rows[:, low])
+            torch.bitwise_right_shift(pairs[:, at], 4, out=rows[:, high])
     return codes
+
+
+def _blocks(codes: Tensor, packed: Tensor, block: int) -> Iterator[tuple[Tensor, Tensor, list[list[int]]]]:
+    """Views of whole blocks, and of the rest: ``(blocks, rows, in)``, ``(blocks, in, rows / 2)``, and rows in pairs."""
+    rows, columns = codes.shape
+    whole = rows - rows % block
+    for part, size in ((slice(whole), block), (slice(whole, rows), rows - whole)):
+        if len(codes[part]):
+            stored = packed[part].view(-1, columns, size // 2)
+            yield codes[part].view(-1, size, columns), stored, _order(size).view(-1, 2).tolist()
 
 
 @functools.cache
@@ -150,7 +159,7 @@ def _order(block: int) -> Tensor:
     numbers = torch.arange(block, dtype=torch.uint8)[:, None].expand(-1, 32)
     found = torch.zeros(block, dtype=torch.int64)
     for shift in (0, 4):  # a code has four bits
-        stored = _packed(numbers >> shift & 15)._data.view(torch.uint8).reshape(32, -1)[0]
+        stored = _packed(numbers >> shift & 15).view(32, -1)[0]
         found += torch.stack((stored & 15, stored >> 4), 1).reshape(-1).long() << shift
     return found
 
@@ -164,12 +173,19 @@ def _block(rows: int, columns: int) -> int | None:
     for block in _BLOCKS:
         sizes = [size for size in (block if rows >= block else 0, rows % block) if size]
         known = all(sorted(_order(size).tolist()) == list(range(size)) for size in sizes)
-        if known and torch.equal(_unpack(packed, block), codes):
+        if known and torch.equal(_unpack(packed, block), codes) and torch.equal(_pack(codes, block), packed):
             return block
     return None
 
 
-def _packed(codes: Tensor) -> Any:
+def _packed(codes: Tensor) -> Tensor:
+    """Codes as quanto packs them."""
     from optimum.quanto.tensor.weights.tinygemm import TinyGemmPackedTensor
 
-    return TinyGemmPackedTensor.pack(codes)
+    return _stored(TinyGemmPackedTensor.pack(codes))
+
+
+def _stored(packed: Any) -> Tensor:
+    """The bytes of a packed tensor, ``(out, in / 2)``."""
+    data: Tensor = packed._data.view(torch.uint8)
+    return data.reshape(packed.shape[0], -1)

@@ -68,7 +68,7 @@ def _own_range_shapes(
     return weight.new_empty(weight.shape, dtype=out_dtype), scale, shift
 
 
-@operator(_own_range_shapes, CUDA="qat.kernels.triton")
+@operator(_own_range_shapes, CPU="qat.kernels.cpu", CUDA="qat.kernels.triton")
 def quantize_own_range(
     weight: Tensor, qtype: str, dtype: torch.dtype, out_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, OptionalResult]:
