@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from qat.files.evidence import FrozenRecord
 from qat.formats.base import Format, FrozenLayer, InLibrary, LayerTypes, Notice, Slot
+from qat.formats.quanto_marlin import keep_bias, loses_bias_on_cuda
 from qat.formats.quanto_tinygemm import (
     can_optimize,
     is_tinygemm_on_cpu,
@@ -43,30 +44,6 @@ WEIGHT_KEYS = ("weight._data._data", "weight._data", "weight._scale", "weight._s
 
 _BLOCK_ELEMENTS = 1 << 18  # of a weight, dequantized at a time; eight times as many on a GPU, which each block awaits
 _ALIGNMENT = 64  # bytes; fresh memory has it
-
-
-def _loses_bias_on_cuda(types: LayerTypes, shape: tuple[int, int]) -> bool:
-    """Whether quanto multiplies such a weight on CUDA by its Marlin kernel, whose linear function never adds a bias.
-
-    See ``MarlinF8QBytesLinearFunction.forward`` in ``optimum/quanto/tensor/weights/marlin/fp8/qbits.py``; the sizes
-    are those of ``WeightQBytesTensor.create``. It leaves weights alone that say they serve quantized activations, and
-    nothing else reads that mark of a weight, so `_keep_bias` sets it.
-    """
-    if not types.weights.floating or types.activations is not None or types.dtype is torch.float32:
-        return False
-    out_features, in_features = shape
-    return (in_features % 64 == 0 and out_features % 128 == 0) or (in_features % 128 == 0 and out_features % 64 == 0)
-
-
-def _keep_bias(weight: Any) -> Any:
-    """Mark the float8 weight of a layer with a bias, so that no move gives it to the kernel that loses biases."""
-    if weight.qtype.name != QUANTO_NAMES["float8"]:
-        return weight
-    if hasattr(weight, "_workspace"):  # Marlin's; converted back, a weight is marked already
-        return weight.weight_qbytes_tensor()
-    if weight.activation_qtype is None:
-        weight.activation_qtype = weight.qtype
-    return weight
 
 
 def _codes(weight: Any) -> Tensor:
@@ -132,7 +109,7 @@ class _Quanto(Format):
 
     def notices(self, layers: Iterable[tuple[LayerTypes, tuple[int, int], bool]]) -> list[Notice]:
         """Of the biases that a kernel loses, with the lines that mend it."""
-        losing = sum(bias and _loses_bias_on_cuda(types, shape) for types, shape, bias in layers)
+        losing = sum(bias and loses_bias_on_cuda(types, shape) for types, shape, bias in layers)
         if not losing:
             return []
         fact = (
@@ -275,7 +252,7 @@ class _Quanto(Format):
         else:
             warn_of_old_locks()
             weight = WeightQBitsTensor.load_from_state_dict(group_size=layer.weight_group_size, **common)
-        weight = weight if layer.bias is None else _keep_bias(weight)
+        weight = weight if layer.bias is None else keep_bias(weight)
         return nn.Parameter(_held(weight, plain_on_cpu), requires_grad=False)
 
     def build(
@@ -348,7 +325,7 @@ class _Quanto(Format):
     def settle(self, module: nn.Module, *, plain_on_cpu: bool) -> None:
         """Undo what a move between devices did to the tensor class."""
         layer: Any = module
-        kept = layer.weight if layer.bias is None else _keep_bias(layer.weight)
+        kept = layer.weight if layer.bias is None else keep_bias(layer.weight)
         held = _held(kept, plain_on_cpu)
         if type(held) is not type(layer.weight.data):
             layer.weight = nn.Parameter(held, requires_grad=False)
