@@ -149,6 +149,13 @@ class _Transformers(Host):
         from transformers.quantizers.quantizers_utils import should_convert_module
 
         arguments = self.grid_arguments(model, record, format)
+        fresh = self.build(type(model), model.config, torch.float32, empty=True)
+        others = [name for name in record.layers if not isinstance(fresh.get_submodule(name), nn.Linear)]
+        if others:
+            raise ExportError(
+                f"float_grid=True: a stock load replaces nn.Linear alone, not {listed(others, 5)}: export packed weights "
+                "(float_grid=False)"
+            )
         quantized, floats = set(record.layers), self.float_layers(model, record)
         kept = getattr(model, "_keep_in_fp32_modules", None)
         replaced: set[str] = set()

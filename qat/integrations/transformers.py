@@ -35,7 +35,7 @@ from qat.files.shards import TensorEntry, read_headers
 from qat.formats import LayerTypes
 from qat.formats.quanto import QUANTO, WEIGHT_KEYS
 from qat.integrations.transformers_config import PackedModule, PackedQuantoConfig
-from qat.layers import QLinear
+from qat.layers import layer_class
 
 if TYPE_CHECKING:
     from torch import nn
@@ -139,13 +139,16 @@ class PackedQuantizer(QuantoHfQuantizer):
                 # Another class than the exported one may lack a part, such as the head, as in a float load.
                 if type(model).__name__ in (model.config.architectures or [type(model).__name__]):
                     faults.append(f"{declared_name} is declared, but {type(model).__name__} has no such module")
-            elif (fault := QLinear.adoption_fault(module)) is not None:
+            elif (cls := layer_class(module)) is None:
+                faults.append(f"{declared_name} is declared, but a {type(module).__name__} is no layer to quantize")
+            elif (fault := cls.adoption_fault(module)) is not None:
                 faults.append(f"{declared_name} is declared, but {fault}")
             elif place not in self.canonical:
                 self.layers[place] = declared
                 # A layer registered under several names stays one object.
-                shape = (module.out_features, module.in_features)
-                qmodule = QUANTO.empty(self._types(declared), shape, module.bias is not None)
+                out_features, in_features = cls.effective_weight(module).shape
+                bias = module.bias is not None
+                qmodule = QUANTO.empty(self._types(declared), (out_features, in_features), bias)
                 for alias in [alias for alias, other in modules.items() if other is module]:
                     self.canonical[alias] = place
                     model.set_submodule(alias, qmodule)

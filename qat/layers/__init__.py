@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 
 from torch import nn
@@ -12,6 +13,8 @@ from qat.layers.linear import QLinear
 __all__ = ["LAYERS", "Mode", "QLinear", "QuantizedLayer", "inside_layer", "layer_class", "quantized_layers"]
 
 LAYERS: dict[type[nn.Module], type[QuantizedLayer]] = {nn.Linear: QLinear}
+_OF_LIBRARIES = {"transformers.pytorch_utils.Conv1D": ("qat.layers.conv1d", "QConv1D")}
+"""Float classes of libraries that may not be installed: entered in `LAYERS` when the first of them is met."""
 
 
 def layer_class(module: nn.Module) -> type[QuantizedLayer] | None:
@@ -22,7 +25,12 @@ def layer_class(module: nn.Module) -> type[QuantizedLayer] | None:
     >>> layer_class(nn.Linear(2, 2)).__name__, layer_class(nn.LayerNorm(2))
     ('QLinear', None)
     """
-    return next((LAYERS[base] for base in type(module).__mro__ if base in LAYERS), None)
+    for base in type(module).__mro__:
+        if base not in LAYERS and (path := _OF_LIBRARIES.get(f"{base.__module__}.{base.__qualname__}")) is not None:
+            LAYERS[base] = getattr(importlib.import_module(path[0]), path[1])
+        if base in LAYERS:
+            return LAYERS[base]
+    return None
 
 
 def quantized_layers(module: nn.Module) -> Iterator[tuple[str, QuantizedLayer]]:

@@ -58,6 +58,8 @@ class QuantizedLayer(nn.Module):
     """
 
     replaces: ClassVar[type[nn.Module]]
+    targets: ClassVar[tuple[str, ...]] = ()
+    """Names of the targets whose loaders can hold such a layer; empty: all."""
 
     weight_quantizer: WeightQuantizer
     input_quantizer: ActivationQuantizer | None
@@ -97,9 +99,9 @@ class QuantizedLayer(nn.Module):
         >>> QLinear.adoption_fault(nn.Linear(4, 4)) is None
         True
         """
-        name = cls.replaces.__name__
         if type(module) is not cls.replaces:
-            return f"{type(module).__name__} is not exactly nn.{name}: its own forward would be lost"
+            of = "nn." if cls.replaces.__module__.startswith("torch.") else ""
+            return f"{type(module).__name__} is not exactly {of}{cls.replaces.__name__}: its own forward would be lost"
         fault = cls.object_fault(module)
         if fault is not None:
             return fault

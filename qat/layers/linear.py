@@ -1,8 +1,8 @@
-"""`QLinear`: an `nn.Linear` that trains with the weight it will be served with."""
+"""Layers that compute ``x W^T + b``; `QLinear` is an `nn.Linear` that trains with the weight it will be served with."""
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -12,13 +12,13 @@ from qat.layers.functional import autocast_dtype, quantized_linear
 from qat.quantizers.activation import ActivationQuantizer
 from qat.quantizers.base import Quantized
 
-__all__ = ["QLinear"]
+__all__ = ["LinearForm", "QLinear"]
 
 
-class QLinear(QuantizedLayer, nn.Linear):
-    """A linear layer with a fake-quantized weight and, if asked, fake-quantized inputs and outputs."""
+class LinearForm(QuantizedLayer):
+    """A layer that computes ``x W^T + b`` of its effective weight W, ``(out, in)``; abstract."""
 
-    replaces: ClassVar[type[nn.Module]] = nn.Linear
+    bias: Any
 
     def multiplies_codes(self, x: Tensor, dtype: torch.dtype) -> bool:
         """Where weight and input have codes of one 8-bit type, and nothing is rounded to another dtype than served."""
@@ -29,11 +29,18 @@ class QLinear(QuantizedLayer, nn.Linear):
 
     def compute(self, x: Tensor, weight: Quantized | None) -> Tensor:
         """``x W^T + b``."""
+        master = self.effective_weight(self)
         if weight is None:
-            return nn.functional.linear(x, self.weight, self.bias)
-        return quantized_linear(x, self.weight, self.bias, weight, self.weight_quantizer, self.active_input_quantizer())
+            return nn.functional.linear(x, master, self.bias)
+        return quantized_linear(x, master, self.bias, weight, self.weight_quantizer, self.active_input_quantizer())
 
     def compute_quantized(self, x: Tensor, weight: Quantized, output: ActivationQuantizer) -> Tensor:
         """The same with a fake-quantized output."""
         options = (self.weight_quantizer, self.active_input_quantizer(), output)
-        return quantized_linear(x, self.weight, self.bias, weight, *options)
+        return quantized_linear(x, self.effective_weight(self), self.bias, weight, *options)
+
+
+class QLinear(LinearForm, nn.Linear):
+    """A linear layer with a fake-quantized weight and, if asked, fake-quantized inputs and outputs."""
+
+    replaces: ClassVar[type[nn.Module]] = nn.Linear
