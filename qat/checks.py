@@ -96,7 +96,6 @@ def loses_scales(layer: QuantizedLayer, mean: float = 1.0) -> bool:
     return bool(((off > 1 / 8) & (rows > 0)).any() | (whole > mean * mean))
 
 
-@torch.no_grad()
 def require_final_types(model: nn.Module, become: str) -> None:
     """Raise `StateError` where layers still train as another type than the one that they are to ``become``."""
     quantizers = {name: layer.weight_quantizer for name, layer in quantized_layers(model)}
@@ -108,6 +107,7 @@ def require_final_types(model: nn.Module, become: str) -> None:
         )
 
 
+@torch.no_grad()
 def require_finite(name: str, layer: QuantizedLayer) -> None:
     """Raise `StateError` where training left inf or NaN in a layer."""
     for key, parameter in layer.named_parameters():

@@ -29,7 +29,7 @@ _OCTAVES = (-40, 24)
 _BINS = 128 * (_OCTAVES[1] - _OCTAVES[0])
 _OFFSET = (127 + _OCTAVES[0]) * 128
 _CHUNK = 1 << 22  # elements that are widened at a time
-_SPREAD = 128  # histograms on a GPU, whose sum counts: threads that add to one bin wait for each other
+_SPREAD = 128  # copies of the histogram on a GPU, so that fewer threads wait for one bin
 _POINTS = 2  # of a bin, at which errors are computed
 _WINDOW = 128 * 22  # bins below the largest one that counts; smaller magnitudes add less than 2^-40 of the squares
 _CANDIDATES = 121  # twelve scales in each of ten octaves
@@ -69,8 +69,8 @@ class Observer(nn.Module):
         Args:
             x: what to record.
             importance: integers, int64, ``(x.shape[-1],)``: how much an element of each channel counts.
-            most: elements to count, about; of a larger tensor every n-th row counts n times, and ``largest`` stays
-                that of all.
+            most: elements to count, about; of a larger tensor every n-th row counts n times, other ones in each call,
+                and ``largest`` stays that of all.
         """
         if not x.numel():
             return
@@ -81,13 +81,14 @@ class Observer(nn.Module):
         self.initialized.fill_(True)
         self.calls += 1
         rows = x.detach().reshape(-1, x.shape[-1] if x.ndim else 1)
-        # An odd step meets other positions of each sequence, whose length is even as a rule.
-        step = 1 if most is None or x.numel() <= most else -(-x.numel() // most) | 1
+        step = 1 if most is None or x.numel() <= most else -(-x.numel() // most)
+        if step > 1:  # by a tensor, so that nothing waits for the device, and a resumed run goes on alike
+            rows = rows[(torch.arange(0, len(rows), step, device=x.device) + self.calls) % len(rows)]
         weight = x.new_full((1,), step, dtype=torch.int64) if importance is None else importance * step
         columns = torch.arange(rows.shape[1], dtype=torch.int32, device=x.device)
         spread = _SPREAD if x.is_cuda else 1
         counts = self.counts.new_zeros(spread * _BINS)
-        for part in torch.split(rows[::step], max(1, _CHUNK // rows.shape[1])):
+        for part in torch.split(rows, max(1, _CHUNK // rows.shape[1])):
             bits = part.abs().float().view(torch.int32) >> 16  # a magnitude in bfloat16, cut off
             index = (bits - _OFFSET).clamp_(0, _BINS - 1)
             if spread > 1:
@@ -105,11 +106,10 @@ class Observer(nn.Module):
 
     def percentile(self, percent: float) -> Tensor:
         """The smallest magnitude, float32, below which ``percent`` percent lie; at most 1/128 of itself too large."""
-        total = self.counts.cumsum(0)
-        wanted = (total[-1:].double() * (percent / 100)).ceil().long()
-        index = torch.searchsorted(total, wanted)[0]
-        edge = _edges(self.counts.device)[index + 1]
-        return torch.where(index == _BINS - 1, self.largest, torch.minimum(edge, self.largest))
+        total = self.counts.double().cumsum(0)  # of integers: sums may be larger than those that float64 tells apart
+        index = torch.searchsorted(total, total[-1:] * (percent / 100)).clamp(max=_BINS - 1)
+        edge = _edges(self.counts.device).index_select(0, index + 1)  # an index of no dimension would be waited for
+        return torch.where(index == _BINS - 1, self.largest, torch.minimum(edge, self.largest)).squeeze(0)
 
     def errors(self, scales: Tensor, qtype: QType) -> Tensor:
         """Squared error of quantizing what was seen, relative to its squares: float64, the shape of ``scales``."""
@@ -122,6 +122,11 @@ class Observer(nn.Module):
         found = qtype.fake_quantize_activation(points, scales.float().reshape(-1, 1), torch.float32)
         error = (found - points).double().square_() @ counts
         return (error / (points.double().square() @ counts).clamp(min=1e-300)).reshape(scales.shape)
+
+    def saturated(self, magnitude: Tensor) -> Tensor:
+        """The share of what was seen beyond ``magnitude``, float64 scalar, as far as bins tell; by importance."""
+        beyond = self.counts[_edges(self.counts.device)[:-1] >= magnitude].sum()
+        return beyond.double() / self.counts.sum().clamp(min=1)
 
     def reduce(self) -> None:
         """Make the statistics those of all ranks of the default process group."""
@@ -187,10 +192,11 @@ class Mse(_Rule):
     kind: Literal["mse"] = "mse"
 
     def magnitude(self, observer: Observer, qtype: QType) -> Tensor:
-        """The best of 121 magnitudes, from the largest that counts to a thousandth of it."""
+        """The best of 121 magnitudes, from the largest to a thousandth of it."""
         steps = torch.arange(_CANDIDATES, device=observer.largest.device)
-        candidates = observer.percentile(100) * 2.0 ** (steps / -12.0)
-        return candidates[observer.errors(candidates / qtype.steps, qtype).argmin()]
+        candidates = observer.largest * 2.0 ** (steps / -12.0)
+        best = observer.errors(candidates / qtype.steps, qtype).argmin(0, keepdim=True)
+        return candidates.index_select(0, best).squeeze(0)
 
 
 class Best(Mse):

@@ -128,7 +128,7 @@ class Probe(TorchFunctionMode):
         except Exception as error:  # whatever the model's own code raises
             raise SpecError(
                 f"example_inputs: the model cannot run them ({type(error).__name__}: {error}): pass one batch with the "
-                "arguments of its forward, in its dtype; for a model on the meta device pass none"
+                "arguments of its forward, in its dtype; pass none where a model on the meta device needs numbers"
             ) from error
         finally:
             for handle in handles:

@@ -57,8 +57,8 @@ ABLATION = (
     ("schedule", "best, int4 first", "best"),
     ("schedule", "best, held", "best"),
     ("schedule", "best, averaged", "best"),
-    ("block-wise", "reconstructed 100", "best"),
-    ("block-wise", "reconstructed 400", "best"),
+    ("block-wise", "reconstructed 100", "output"),
+    ("block-wise", "reconstructed 400", "output"),
     ("block-wise", "clip, reconstructed 400", "learned, hidden"),
 )
 """A part, an arm that has it, and the arm that is the same but for it."""

@@ -47,16 +47,32 @@ def test_the_order_of_batches_does_not_matter() -> None:
 
 @pytest.mark.parametrize("importance", [None, torch.tensor([1, 2, 3, 4, 5])], ids=["alike", "weighted"])
 def test_of_a_large_tensor_every_nth_row_counts_n_times(importance: Tensor | None) -> None:
-    x = torch.randn(1000, 5)
+    x = torch.randn(1001, 5)
     x[1] = 1e3
-    whole, part = Observer(), Observer()
-    whole.update(x[::7], importance)
-    part.update(x, importance, most=800)  # of 5,000 elements: every seventh row
+    part, whole = Observer(), Observer()
+    part.update(x, importance, most=715)  # of 5,005 elements: every seventh row, from the first call's number on
+    assert int(part.counts.sum()) == 7 * 143 * (5 if importance is None else 15)
+    assert float(part.largest) == 1e3
+    for _ in range(6):  # then each row was met once
+        part.update(x, importance, most=715)
+    whole.update(x, importance)
     assert torch.equal(part.counts, 7 * whole.counts)
-    assert float(part.largest) == 1e3 > float(whole.largest)
     small = Observer()
-    small.update(x[::7], importance, most=800)
-    assert torch.equal(small.counts, whole.counts)
+    small.update(x[:143], importance, most=715)
+    assert int(small.counts.sum()) == 143 * (5 if importance is None else 15)
+
+
+@pytest.mark.parametrize("largest", [0, 1, 1000])
+def test_counts_beyond_what_float64_tells_apart_have_their_percentiles(largest: int) -> None:
+    observer = observed([torch.tensor([1.0, 2.0, 4.0])])
+    observer.counts[observer.counts > 0] = 2**53 + largest
+    assert observer.percentile(100) == 4
+    assert Best().magnitude(observer, INT8) <= 4
+
+
+def test_the_share_beyond_a_magnitude() -> None:
+    observer = observed([torch.tensor([0.5, 1.0, 2.0, 4.0])])
+    assert [float(observer.saturated(torch.tensor(x))) for x in (0.25, 1.5, 8.0)] == [1.0, 0.5, 0.0]
 
 
 @given(st.lists(st.sampled_from([0.0, 0.25, 0.5, 1.0, 2.0, 3.0, 4.0]), min_size=1, max_size=6), st.integers(1, 99))

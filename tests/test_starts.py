@@ -12,6 +12,7 @@ from qat.numerics import QType
 from qat.quantizers import LearnedAffine
 from qat.starts import DATA_STARTS, RANGE_STARTS, Start, output_error
 from qat.starts.base import block_product, served
+from qat.starts.best import best_start
 from tests.helpers import DTYPES, awkward_weight, reference_quantize
 
 QTYPES = QUANTO.qtypes
@@ -123,3 +124,14 @@ def test_what_is_served_is_what_a_learned_range_serves(start: str, qtype: QType)
 def test_seq_is_refused_for_other_types(qtype: QType) -> None:
     with pytest.raises(SpecError, match=f"start='seq' is a grid of 2 bits, but a layer has {qtype.name} weights"):
         LearnedAffine(start="seq").make(awkward_weight(4, 96), qtype, torch.bfloat16)
+
+
+def test_a_compensation_without_an_error_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    def spoilt(start: Start, *_: object) -> Start:
+        return Start("gptq", start.ends, torch.full_like(start.weight, torch.nan))
+
+    monkeypatch.setattr("qat.starts.best._compensated", spoilt)
+    weight = torch.randn(8, 32)
+    found = best_start(weight, QTYPES["int2"], torch.float32, torch.eye(32))
+    assert found.name != "gptq"
+    assert found.weight.isfinite().all()

@@ -114,7 +114,8 @@ class ActivationQuantizer(QuantizerModule):
         """
         importance = None
         if weight is not None and self.rule.weighted:
-            columns = torch.linalg.vector_norm(weight, dim=0, dtype=torch.float32).square()
+            wide = torch.promote_types(weight.dtype, torch.float32)
+            columns = torch.linalg.vector_norm(weight, dim=0, dtype=wide).square()
             # In millionths of their mean, as integers, so that sums depend on no order; no channel is left out.
             importance = (columns / columns.mean().clamp(min=1e-30) * 2**20).round_().clamp_(min=1).long()
         self.observer.update(x, importance, most)

@@ -33,7 +33,7 @@ def best_start(weight: Tensor, qtype: QType, dtype: torch.dtype, moments: Tensor
     """
     ranges, error = _best_range(weight, qtype, dtype, moments)
     compensated = _compensated(ranges, qtype, dtype, moments)
-    return ranges if error <= output_error(compensated, weight, qtype, dtype, moments) else compensated
+    return compensated if output_error(compensated, weight, qtype, dtype, moments) < error else ranges
 
 
 def gptq_start(weight: Tensor, qtype: QType, dtype: torch.dtype, moments: Tensor) -> Start:

@@ -38,7 +38,7 @@ from qat.training.averaging import part_scales, require_order, require_same_kind
 from qat.training.batches import calibrate_on_training_data
 from qat.training.cage import pull_after_steps
 from qat.training.checkpoints import refuse_float_optimizer, refuse_masters
-from qat.training.observing import activation_quantizers, take_scales, uncalibrated
+from qat.training.observing import activation_quantizers, end_observing, take_scales, uncalibrated
 from qat.training.schedule import QuantizationSchedule, planned_steps
 from qat.training.task import require_finite
 
@@ -104,6 +104,9 @@ class QuantizationAwareTraining(Callback):
         self._pulls: list[RemovableHandle] = []  # of hooks that follow the optimizers' steps
         self._changes: list[int] = []  # steps to come at which layers begin to quantize to another type
         self._process = os.getpid()
+        self._step = 0  # after the last batch
+        # Whether nobody asked for a start that needs data.
+        self._unasked = isinstance(self.algorithm, Automatic) and "start" not in self.algorithm.model_fields_set
 
     def model_of(self, module: LightningModule) -> nn.Module:
         """The model that is prepared, without a ``torch.compile`` wrapper."""
@@ -181,7 +184,7 @@ class QuantizationAwareTraining(Callback):
         name = type(trainer.strategy).__name__
         if self.schedule.first_weights is not None:
             raise TrainingError(f"schedule: first_weights needs whole weights, which {name} shards: use ddp")
-        waiting = {} if isinstance(self.algorithm, Automatic) else awaiting(model)
+        waiting = {} if self._unasked else awaiting(model)
         if self.schedule.calibration_batches and waiting:
             raise TrainingError(
                 f"algorithm: the start of {len(waiting)} layers needs whole weights, which {name} shards: call "
@@ -237,6 +240,7 @@ class QuantizationAwareTraining(Callback):
                 len(waiting),
                 listed(list(waiting), 4),
             )
+        self._step = trainer.global_step
         self._switch(trainer, pl_module)  # of a resumed run, the step is known only now
         self._calibrate(trainer, pl_module, activations=unset)
         part_scales(trainer, model)
@@ -268,7 +272,7 @@ class QuantizationAwareTraining(Callback):
         """Scales of activations, and starts of weights that train from this step on as what they quantize to now."""
         model, count = self.model_of(pl_module), self.schedule.calibration_batches
         begins, waiting = trainer.global_step >= self.schedule.start_step, awaiting(model)
-        unasked = isinstance(self.algorithm, Automatic)  # nobody asked for a start that needs data
+        unasked = self._unasked
         if unasked and waiting and trainer.strategy.restore_checkpoint_after_setup:  # those shard parameters
             waiting = _without_data(waiting, "weights are sharded")
         if count and (activations or waiting):
@@ -310,7 +314,8 @@ class QuantizationAwareTraining(Callback):
         # Without a gradient an optimizer's momentum would still move them, and DDP would wait for the gradient.
         for parameter, value in self._held.items():
             parameter.detach().copy_(value)
-        if self._phase is not None and self._phase[1] and self.schedule.takes_scales(trainer.global_step):
+        before, self._step = self._step, trainer.global_step
+        if self._phase is not None and self._phase[1] and self.schedule.takes_scales(before, self._step):
             take_scales(self.model_of(pl_module), trainer.world_size)
         if self._changes and trainer.global_step >= self._changes[0]:
             self._changes = [step for step in self._changes if step > trainer.global_step]
@@ -354,7 +359,8 @@ class QuantizationAwareTraining(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the last scales, and leave the model as it will be used."""
-        self._switch(trainer, pl_module, (True, False))
+        if self._phase is not None and self._phase[1]:
+            end_observing(self.model_of(pl_module), trainer.world_size)
         self.teardown(trainer, pl_module)
 
     on_exception = teardown  # type: ignore[assignment]
@@ -373,8 +379,8 @@ class QuantizationAwareTraining(Callback):
         """
         before, self._phase = self._phase, phase or self._phase_of(trainer)
         quantizing, observing = self._phase
-        if before is not None and before[1] and not observing:
-            take_scales(self.model_of(pl_module), trainer.world_size)
+        if phase is None and before is not None and before[1] and not observing:  # for good, not for a validation
+            end_observing(self.model_of(pl_module), trainer.world_size)
         for _, layer in quantized_layers(self.model_of(pl_module)):
             layer.mode = Mode(quantizing, observing or not uncalibrated(layer), observing)
 

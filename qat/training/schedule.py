@@ -133,15 +133,18 @@ class QuantizationSchedule(NamedArguments):
         """Whether observers record at this step."""
         return self.observe_from is not None and self.observe_from <= step < (self.observe_until or step + 1)
 
-    def takes_scales(self, step: int) -> bool:
-        """Whether scales are taken anew from observers after so many steps: ever more rarely, since ever less changes.
+    def takes_scales(self, before: int, step: int) -> bool:
+        """Whether scales are taken anew from observers between two steps: ever more rarely, since ever less changes.
+
+        Several optimizers raise Lightning's count by several at a time.
 
         >>> schedule = QuantizationSchedule(observe_from=100)
-        >>> [step - 100 for step in range(100, 180) if schedule.takes_scales(step)][12:]
-        [12, 13, 14, 15, 16, 18, 20, 22, 24, 26, 28, 30, 32, 36, 40, 44, 48, 52, 56, 60, 64, 72]
+        >>> [step - 100 for step in range(101, 180) if schedule.takes_scales(step - 1, step)][12:]
+        [13, 14, 15, 16, 18, 20, 22, 24, 26, 28, 30, 32, 36, 40, 44, 48, 52, 56, 60, 64, 72]
         """
-        seen = step - (self.observe_from or 0)
-        return seen % (1 << max(0, seen.bit_length() - 4)) == 0
+        seen, earlier = (max(0, n - (self.observe_from or 0)) for n in (step, before))
+        every = 1 << max(0, seen.bit_length() - 4)
+        return seen // every != earlier // every
 
     def holds(self, step: int) -> bool:
         """Whether learned scales and ranges stay as they are at this step."""

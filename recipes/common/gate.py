@@ -117,7 +117,8 @@ class Gate:
         if found is None or not found.worse:
             return
         changes = [f"optimization.learning_rate (now {settings.learning_rate:g}: try a third, and three times as much)"]
-        changes += self._other_algorithm
+        if settings.steps < 400:  # from there on ranges from the clip search end as well or better
+            changes += self._other_algorithm
         if settings.distillation.weight < 1:
             changes.append(f"optimization.distillation.weight (now {settings.distillation.weight:g}: try 1)")
         changes.append(f"optimization.steps (now {settings.steps}: try four times as many)")

@@ -9,10 +9,13 @@ import torch
 
 from qat.files.directory import check_destination
 from recipes.common.callbacks import step_of
+from recipes.common.config import load_config
 from recipes.common.settings import RecipeConfig
 from recipes.common.training import device_of
 
 __all__ = ["Run", "begin"]
+
+_FILES = Path(__file__).parents[1] / "configs"
 
 
 @dataclass(frozen=True)
@@ -49,5 +52,16 @@ def begin(recipe: str, config: RecipeConfig) -> Run:
     check_destination(output.absolute(), overwrite)
     device = device_of(config.trainer)
     step_of(config.resume)
+    _name_file(recipe, types, config)
     # On CUDA optimum-quanto compiles its float8 kernel when it is first used, for minutes: not for an evaluation.
     return Run(output, overwrite, device, torch.device("cpu") if config.spec.weights == "float8" else device)
+
+
+def _name_file(recipe: str, types: str, config: RecipeConfig) -> None:
+    """Name the file with the settings for the types, where the command line alone chose these and nothing else."""
+    plain, file = type(config)(), _FILES / recipe / f"{types}.yaml"
+    given = getattr(config, "optimization", None)
+    if config.spec == plain.spec or given != getattr(plain, "optimization", None) or not file.is_file():
+        return
+    if getattr(load_config(type(config), [str(file)], ""), "optimization", None) != given:
+        print(f"note: these settings are for {plain.spec.weights}; {file.name} has those for {types}: pass it first")
