@@ -129,16 +129,15 @@ def test_the_refusal_of_gpt2_says_what_its_layers_are() -> None:
     with pytest.raises(SpecError) as raised:
         inspect(ARCHITECTURES["GPT2LMHeadModel"].build(), QuantSpec())
     assert str(raised.value) == (
-        "spec: no layer of the model would be quantized; reasons: ['tied to another weight (include it by name to "
-        "untie and quantize it)']; its weights are in Conv1D (2-D), Embedding (2-D), which have no quantized form: "
-        "change the spec's patterns"
+        "spec: no layer of the model would be quantized; reasons: [\"the loader of target 'quanto' replaces no Conv1D: "
+        "use target 'transformers'\", 'tied to another weight (include it by name to untie and quantize it)']; its "
+        "weights are in Embedding (2-D), which have no quantized form: change the spec's patterns"
     )
 
 
 @pytest.mark.parametrize(
     ("name", "pattern", "module", "cls"),
     [
-        ("GPT2LMHeadModel", "*c_attn", "transformer.h.0.attn.c_attn", "Conv1D"),
         ("MixtralForCausalLM", "*experts*", "model.layers.0.mlp.experts", "MixtralExperts"),
         ("ViTForImageClassification", "*patch_embeddings.projection", None, "Conv2d"),
         ("LlamaForCausalLM", "*embed_tokens", "model.embed_tokens", "Embedding"),

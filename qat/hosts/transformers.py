@@ -153,8 +153,8 @@ class _Transformers(Host):
         others = [name for name in record.layers if not isinstance(fresh.get_submodule(name), nn.Linear)]
         if others:
             raise ExportError(
-                f"float_grid=True: a stock load replaces nn.Linear alone, not {listed(others, 5)}: export packed weights "
-                "(float_grid=False)"
+                f"float_grid=True: a stock load replaces nn.Linear alone, not {listed(others, 5)}: export packed "
+                "weights (float_grid=False)"
             )
         quantized, floats = set(record.layers), self.float_layers(model, record)
         kept = getattr(model, "_keep_in_fp32_modules", None)

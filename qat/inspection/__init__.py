@@ -167,9 +167,8 @@ def _impossible(facts: _Facts, name: str, module: nn.Module, cls: type[Quantized
     if fault is not None:
         return fault
     if cls.targets and facts.target.name not in cls.targets:
-        return f"a loader of target {facts.target.name!r} replaces no {type(module).__name__}: use target " + " or ".join(
-            map(repr, cls.targets)
-        )
+        remedy = " or ".join(map(repr, cls.targets))
+        return f"the loader of target {facts.target.name!r} replaces no {type(module).__name__}: use target {remedy}"
     if module is facts.model:
         return "it is the model itself, which cannot be replaced in place: put it into a module"
     parent = facts.model.get_submodule(name.rpartition(".")[0])
