@@ -32,7 +32,7 @@ _HOMES = {
     "qat.inspection": ("InspectReport", "inspect"),
     "qat.layers": ("QLinear",),
     "qat.loading": ("load",),
-    "qat.observers": ("Absmax", "Best", "Mse", "Percentile"),
+    "qat.observers": ("Absmax", "Best", "MovingAverage", "Mse", "Percentile"),
     "qat.preparation": ("PrepareReport", "parameter_groups", "prepare"),
     "qat.quantizers": (
         *("Algorithm", "AnyAlgorithm", "Automatic", "DualLSQ", "LearnedAffine", "LearnedClipping"),

@@ -20,6 +20,7 @@ from qat.layers import QLinear as QLinear
 from qat.loading import load as load
 from qat.observers import Absmax as Absmax
 from qat.observers import Best as Best
+from qat.observers import MovingAverage as MovingAverage
 from qat.observers import Mse as Mse
 from qat.observers import Percentile as Percentile
 from qat.preparation import PrepareReport as PrepareReport

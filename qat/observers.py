@@ -2,7 +2,7 @@
 
 An `Observer` keeps one histogram of magnitudes, in buffers. Its bins are the numbers of bfloat16, so no bin ever moves:
 the result depends neither on the order of the batches, nor on whether activation checkpointing shows a batch twice,
-and the histograms of several processes add up. Nothing averages, and nothing waits for the device.
+and the histograms of several processes add up. Nothing waits for the device. Only `MovingAverage` depends on the order.
 
 A rule is the configuration by which scales are taken. The default `Best` looks at what a scale does to the layer's
 *output*. Of an output that is its own squared error. Of an input the squared error of each channel counts as much as
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from qat.numerics import QType
 from qat.spec import NamedArguments
 
-__all__ = ["Absmax", "Best", "Mse", "Observer", "ObserverChoice", "Percentile"]
+__all__ = ["Absmax", "Best", "MovingAverage", "Mse", "Observer", "ObserverChoice", "Percentile"]
 
 _OCTAVES = (-40, 24)
 """Exponents of the smallest and the largest bin; what lies beyond counts in these."""
@@ -53,9 +53,14 @@ class Observer(nn.Module):
     """Whether inf, NaN or a number beyond the bins was seen."""
     calls: Tensor
     """How often something was recorded."""
+    average: Tensor
+    """Of the largest magnitudes of all calls; only with ``momentum``."""
 
-    def __init__(self) -> None:
+    def __init__(self, momentum: float | None = None) -> None:
         super().__init__()
+        self.momentum = momentum
+        if momentum is not None:  # of the largest magnitudes of all calls
+            self.register_buffer("average", torch.zeros((), dtype=torch.float32))
         self.register_buffer("counts", torch.zeros(_BINS, dtype=torch.int64))
         self.register_buffer("largest", torch.zeros((), dtype=torch.float32))
         self.register_buffer("initialized", torch.tensor(False))
@@ -79,6 +84,9 @@ class Observer(nn.Module):
         self.nonfinite.logical_or_(~(largest < 2.0 ** _OCTAVES[1]))
         torch.maximum(self.largest, largest.nan_to_num(), out=self.largest)
         self.initialized.fill_(True)
+        if self.momentum is not None:
+            kept = torch.where(self.calls == 0, 0.0, self.momentum)
+            self.average.mul_(kept).add_((1 - kept) * largest.nan_to_num())
         self.calls += 1
         rows = x.detach().reshape(-1, x.shape[-1] if x.ndim else 1)
         step = 1 if most is None or x.numel() <= most else -(-x.numel() // most)
@@ -98,6 +106,9 @@ class Observer(nn.Module):
 
     def merge(self, other: Observer) -> None:
         """Add what another observer saw."""
+        if self.momentum is not None:
+            shares = torch.stack([self.calls, other.calls]).float()
+            self.average.copy_((torch.stack([self.average, other.average]) * shares).sum() / shares.sum().clamp(min=1))
         for name in ("counts", "calls"):
             getattr(self, name).add_(getattr(other, name))
         for name in ("initialized", "nonfinite"):
@@ -130,6 +141,10 @@ class Observer(nn.Module):
 
     def reduce(self) -> None:
         """Make the statistics those of all ranks of the default process group."""
+        if self.momentum is not None:
+            sums = torch.stack([self.average * self.calls, self.calls.float()])
+            torch.distributed.all_reduce(sums)
+            self.average.copy_(sums[0] / sums[1].clamp(min=1))
         for buffer in (self.counts, self.calls):
             torch.distributed.all_reduce(buffer)
         for flag in (self.initialized, self.nonfinite):
@@ -186,6 +201,22 @@ class Percentile(_Rule):
         return observer.percentile(self.percentile)
 
 
+class MovingAverage(_Rule):
+    """Scale activations by an exponential average of the largest magnitude of each batch.
+
+    ``a <- momentum * a + (1 - momentum) * max|x|``, from the first batch's maximum on (Jacob et al. 2018, section 3.1,
+    https://arxiv.org/abs/1712.05877). So it depends on the order of the batches, as no other rule does.
+    """
+
+    kind: Literal["moving_average"] = "moving_average"
+    momentum: float = Field(default=0.99, ge=0, lt=1)
+    """What is kept of the average in each call."""
+
+    def magnitude(self, observer: Observer, qtype: QType) -> Tensor:
+        """The average."""
+        return observer.average.clone()
+
+
 class Mse(_Rule):
     """Scale activations so that quantizing them makes the smallest squared error."""
 
@@ -211,4 +242,4 @@ class Best(Mse):
     largest_error: float = Field(default=0.01, gt=0)
 
 
-ObserverChoice = Annotated[Absmax | Percentile | Mse | Best, Field(discriminator="kind")]
+ObserverChoice = Annotated[Absmax | Percentile | MovingAverage | Mse | Best, Field(discriminator="kind")]

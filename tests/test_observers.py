@@ -11,12 +11,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
-from torch import Tensor
+from torch import Tensor, nn
 
+import qat
 from qat.errors import SpecError
 from qat.formats import QUANTO
 from qat.numerics import QType
-from qat.observers import Absmax, Best, Mse, Observer, ObserverChoice, Percentile
+from qat.observers import Absmax, Best, MovingAverage, Mse, Observer, ObserverChoice, Percentile
 
 INT8, FLOAT8 = QUANTO.activation_qtypes["int8"], QUANTO.activation_qtypes["float8"]
 RULES: dict[str, Any] = {"absmax": Absmax(), "percentile": Percentile(percentile=99.0), "mse": Mse(), "best": Best()}
@@ -226,7 +227,7 @@ def test_a_configuration_names_its_kind() -> None:
     adapter: TypeAdapter[Any] = TypeAdapter(ObserverChoice)
     assert adapter.validate_python({"kind": "percentile", "percentile": 99}) == Percentile(percentile=99)
     assert adapter.validate_python({"kind": "best", "largest_error": 0.1}) == Best(largest_error=0.1)
-    with pytest.raises(ValidationError, match="'absmax', 'percentile', 'mse', 'best'"):
+    with pytest.raises(ValidationError, match="'absmax', 'percentile', 'moving_average', 'mse', 'best'"):
         adapter.validate_python({"kind": "average"})
 
 
@@ -234,3 +235,31 @@ def test_a_configuration_names_its_kind() -> None:
 def test_a_percentile_lies_between_0_and_100(value: float) -> None:
     with pytest.raises(SpecError, match="Percentile: percentile"):
         Percentile(percentile=value)
+
+
+def test_a_moving_average_follows_the_largest_of_each_batch() -> None:
+    observer, rule = Observer(0.75), MovingAverage(momentum=0.75)
+    for largest in (4.0, 8.0, 2.0):
+        observer.update(torch.tensor([largest, -1.0]))
+    assert rule.magnitude(observer, INT8) == 0.75 * (0.75 * 4 + 0.25 * 8) + 0.25 * 2
+    twice, alone = Observer(0.75), Observer(0.75)
+    alone.update(torch.tensor([2.0]))
+    twice.update(torch.tensor([6.0]))
+    twice.merge(alone)
+    assert rule.magnitude(twice, INT8) == 4
+    twice.reset()
+    assert rule.magnitude(twice, INT8) == 0
+
+
+def test_a_model_is_calibrated_by_a_moving_average() -> None:
+    model = nn.Sequential(nn.Linear(16, 16))
+    spec = qat.QuantSpec(weights="int8", activations="int8", dtype="float32")
+    batches = [torch.full((2, 16), 1.0), torch.full((2, 16), 3.0)]
+    qat.prepare(model, spec, observer=MovingAverage(momentum=0.5, largest_error=10))
+    qat.calibrate(model, batches)
+    assert model[0].input_quantizer.scale == torch.tensor(2.0) / 127  # type: ignore[union-attr]
+    state = model.state_dict()
+    other = nn.Sequential(nn.Linear(16, 16))
+    qat.prepare(other, spec, observer=MovingAverage(momentum=0.5, largest_error=10))
+    other.load_state_dict(state)
+    assert other[0].input_quantizer.observer.average == 2  # type: ignore[union-attr]

@@ -87,7 +87,7 @@ class ActivationQuantizer(QuantizerModule):
         self.qtype = qtype
         self.dtype = dtype
         self.rule = rule
-        self.observer = Observer()
+        self.observer = Observer(getattr(rule, "momentum", None))
         self.register_buffer("scale", torch.zeros((), dtype=torch.float32))
         # Python values: a forward that read a tensor would wait for the device at every layer.
         self.initialized = False
