@@ -130,10 +130,18 @@ def find_starts(
     ``budget`` is the bytes of second moments that may be held at a time; one matrix always may.
 
     Raises:
-        CalibrationError: there are no batches, one gives inf or NaN, or weights are sharded; nothing was changed.
+        CalibrationError: there are no batches, one gives inf or NaN, or weights are sharded or tied; nothing was
+            changed.
     """
+    owners: dict[int, str] = {}
     for name, layer in layers.items():
         weight = layer.effective_weight(layer)
+        first = next((one for p in matrices(layer).values() if (one := owners.setdefault(id(p), name)) != name), None)
+        if first is not None:
+            raise CalibrationError(
+                f"model: layers {first!r} and {name!r} have one weight, tied after qat.prepare: a start for one would "
+                "change the other; give each its own, or keep one float (exclude it)"
+            )
         if type(weight.detach()) is not Tensor or weight.ndim != 2 or weight.is_meta:
             raise CalibrationError(
                 f"model: the weight of layer {name!r} is not whole on one device, so no start can be found for it: "

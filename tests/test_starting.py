@@ -270,3 +270,13 @@ def test_freezing_says_which_layers_lack_the_data_of_their_start(caplog: pytest.
     with caplog.at_level(logging.WARNING):
         qat.freeze(model)
     assert "3 layers are frozen as they start with 'clip'" in caplog.text
+
+
+def test_weights_that_were_tied_after_prepare_are_refused() -> None:
+    model = Sparse()
+    qat.prepare(model, INT2, algorithm=qat.LearnedAffine(start="gptq"))
+    model.other.weight = model.used.weight
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(CalibrationError, match="layers 'used' and 'other' have one weight, tied after qat.prepare"):
+        qat.calibrate(model, [(x, True) for x in batches()])
+    assert all(same_bits(tensor, before[name]) for name, tensor in model.state_dict().items())
