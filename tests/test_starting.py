@@ -277,6 +277,6 @@ def test_weights_that_were_tied_after_prepare_are_refused() -> None:
     qat.prepare(model, INT2, algorithm=qat.LearnedAffine(start="gptq"))
     model.other.weight = model.used.weight
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(CalibrationError, match="layers 'used' and 'other' have one weight, tied after qat.prepare"):
+    with pytest.raises(CalibrationError, match=r"layers 'used' and 'other' have one weight, tied after qat\.prepare"):
         qat.calibrate(model, [(x, True) for x in batches()])
     assert all(same_bits(tensor, before[name]) for name, tensor in model.state_dict().items())
