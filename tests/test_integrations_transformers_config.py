@@ -174,7 +174,7 @@ def test_a_key_too_many_is_refused(key: str, tmp_path: Path) -> None:
         (lambda group: group["modules"].update({"model.nowhere": group["modules"][UP]}), "has no such module"),
         (
             lambda group: group["modules"].update({"model.norm": group["modules"][UP]}),
-            "LlamaRMSNorm is not exactly nn.Linear",
+            "a LlamaRMSNorm is no layer to quantize",
         ),
     ],
     ids=["format", "unknown_field", "no_dtype", "unknown_type", "no_such_module", "not_linear"],
