@@ -159,6 +159,9 @@ ARCHITECTURES: dict[str, Architecture] = {
             {"vocab_size": 64, "d_model": 256, "n_layers": 2, "n_heads": 4, "max_seq_len": 64, "expansion_ratio": 2},
         ),
         Architecture("GPTJForCausalLM", _GPT | {"rotary_dim": 32}),
+        Architecture("OpenAIGPTLMHeadModel", _GPT),
+        Architecture("GPT2ForSequenceClassification", _GPT | {"num_labels": 4, "pad_token_id": 0}),
+        Architecture("ImageGPTForCausalImageModeling", _GPT),
         Architecture(
             "GPTNeoForCausalLM",
             _TOKENS
