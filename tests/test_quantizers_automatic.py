@@ -214,9 +214,9 @@ def test_a_model_that_cannot_be_called_trains_all_the_same(tmp_path: Path, caplo
         quiet_trainer(tmp_path, quantization(INT4), max_steps=2).fit(module, loader())
     assert "begin with the start 'clip', for theirs needs data: batches: the model cannot run batch 0" in caplog.text
     assert len(module.losses) == 2
-    asked = quantization(INT4, qat.LearnedAffine(start="output"))
-    with pytest.raises(CalibrationError, match="the model cannot run batch 0"):
-        quiet_trainer(tmp_path, asked).fit(OfParts(), loader())
+    for asked in (qat.LearnedAffine(start="output"), qat.Automatic(start="best")):
+        with pytest.raises(CalibrationError, match="the model cannot run batch 0"):
+            quiet_trainer(tmp_path, quantization(INT4, asked)).fit(OfParts(), loader())
 
 
 def test_a_batch_of_nan_is_an_error_and_no_reason_to_begin_without_data(tmp_path: Path) -> None:
