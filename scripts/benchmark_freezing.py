@@ -179,7 +179,6 @@ def main(options: Options) -> None:
                 rounds.append(run(weights, *size, options, Path(folder)))
         results[weights] = {name: statistics.median(found[name] for found in rounds[1:]) for name in rounds[0]}
     machine = {
-        "qat": str(qat.__file__),
         "torch": str(torch.__version__),
         "device": torch.cuda.get_device_name() if options.device == "cuda" else platform.machine(),
         "cores": os.cpu_count(),
@@ -189,6 +188,7 @@ def main(options: Options) -> None:
         "width": options.width,
         "layer GiB": 2 * options.width**2 / GIB,
     }
+    print(f"qat {qat.__file__}")  # which checkout; the file of results holds no path of a machine
     print("  ".join(f"{name} {value}" for name, value in machine.items()))
     print(f"{'':18}" + "".join(f"{weights:>10}" for weights in results))
     for name in next(iter(results.values())):
