@@ -12,7 +12,6 @@ away: a proof holds for the operations that the batches show, and takes a few ru
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -31,15 +30,14 @@ from qat.formats import LayerTypes
 from qat.hosts import get_target
 from qat.inspection import inspect
 from qat.observers import Best
-from qat.probing import kept_modes, run, running, seeded, watched
+from qat.probing import kept_modes, run_batch, seeded, watched
 from qat.quantizers import StraightThrough
 from qat.quantizers.activation import ActivationQuantizer, fake_quantize_output
 from qat.spec import QuantSpec
-from qat.tensors import map_tensors, meta_names, model_device
+from qat.tensors import meta_names
 
 __all__ = ["FoldReport", "FoldedGroup", "fold_outliers"]
 
-_REMEDY = "pass a tensor, a tuple of positional arguments or a mapping of keyword arguments of its forward"
 _STRENGTHS = (0.25, 0.5, 0.75, 1.0)
 _ROWS = 256  # of a layer's inputs, on which errors are measured
 _GAIN = 0.9  # an error falls to this at least, or the group stays as it is: a sample of rows is not exact
@@ -165,13 +163,12 @@ def _readers(groups: Iterable[Group]) -> set[str]:
 
 
 def _run(model: nn.Module, forward: _Forward, batch: Any, number: int) -> Any:
-    with running(number, "mend the function forward" if forward else _REMEDY), seeded(0):
+    with seeded(0):
         if forward is None:
-            device = model_device(model)
-            return run(model, map_tensors(lambda x: x.to(device), batch))
+            return run_batch(model, batch, number, None)
         answers: list[Any] = []
         with watched({"": model}, lambda _, x, y: answers.append(y)):
-            returned = forward(model, copy.copy(batch))  # which may take things out of it
+            returned = run_batch(model, batch, number, forward)
         return [returned, *answers]
 
 

@@ -175,8 +175,7 @@ class QuantizedLayer(nn.Module):
         if mode.weights or mode.observe:
             self._require_quantizers_on(weight.device)
         if mode.observe and self.input_quantizer is not None:
-            observer = self.input_quantizer
-            (observer.observe_training if mode.activations else observer.observe)(input, weight)
+            self.input_quantizer.observe(input, weight, training=mode.activations)
         dtype = autocast_dtype(input) or weight.dtype  # in which a matrix product runs
         quantized = None
         if mode.weights:
@@ -190,7 +189,7 @@ class QuantizedLayer(nn.Module):
         else:
             y = self.compute(input, quantized)
             if output is not None and mode.observe:
-                (output.observe_training if mode.activations else output.observe)(y)
+                output.observe(y, training=mode.activations)
             if served is not None:
                 y = fake_quantize_output(y, served)
         return with_unused(y, self.input_quantizer, self.output_quantizer) if self.learns_activations else y

@@ -107,28 +107,22 @@ class ActivationQuantizer(QuantizerModule):
         self.initialized, self.arrives_quantized, self.enabled = map(bool, state.tolist())
 
     @torch.no_grad()
-    def observe(self, x: Tensor, weight: Tensor | None = None, most: int | None = None) -> None:
+    def observe(self, x: Tensor, weight: Tensor | None = None, *, training: bool = False) -> None:
         """Record ``x``, an output, or the input of a layer with this effective ``weight``, ``(out, in)``.
 
-        ``most`` is as in `Observer.update`.
+        In ``training`` it is a sample of ``x``, which is quantized in this same forward: so the first one gives a
+        scale. A recomputation in backward, as by activation checkpointing, records nothing there.
         """
+        if training and not torch.compiler.is_compiling() and torch._C._current_graph_task_id() >= 0:
+            return
         importance = None
         if weight is not None and self.rule.weighted:
             wide = torch.promote_types(weight.dtype, torch.float32)
             columns = torch.linalg.vector_norm(weight, dim=0, dtype=wide).square()
             # In millionths of their mean, as integers, so that sums depend on no order; no channel is left out.
             importance = (columns / columns.mean().clamp(min=1e-30) * 2**20).round_().clamp_(min=1).long()
-        self.observer.update(x, importance, most)
-
-    def observe_training(self, x: Tensor, weight: Tensor | None = None) -> None:
-        """Record a sample of ``x``, which is quantized in this same forward: so the first one gives a scale.
-
-        A recomputation in backward, as by activation checkpointing, records nothing.
-        """
-        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() >= 0:
-            return
-        self.observe(x, weight, _SAMPLE)
-        if not self.initialized:
+        self.observer.update(x, importance, _SAMPLE if training else None)
+        if training and not self.initialized:
             self.refresh()
 
     @torch.no_grad()

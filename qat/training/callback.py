@@ -272,8 +272,7 @@ class QuantizationAwareTraining(Callback):
         """Scales of activations, and starts of weights that train from this step on as what they quantize to now."""
         model, count = self.model_of(pl_module), self.schedule.calibration_batches
         begins, waiting = trainer.global_step >= self.schedule.start_step, awaiting(model)
-        unasked = self._unasked
-        if unasked and waiting and trainer.strategy.restore_checkpoint_after_setup:  # those shard parameters
+        if self._unasked and waiting and trainer.strategy.restore_checkpoint_after_setup:  # those shard parameters
             waiting = _without_data(waiting, "weights are sharded")
         if count and (activations or waiting):
             count = count if activations or begins else 1  # it shows now that the model takes batches
@@ -283,7 +282,7 @@ class QuantizationAwareTraining(Callback):
                 logger.info("%s", found)
             except CalibrationError as error:
                 # Of several processes one alone must not go on. An error without a cause is in the data.
-                if not unasked or activations or trainer.world_size > 1 or error.__cause__ is None:
+                if not self._unasked or activations or trainer.world_size > 1 or error.__cause__ is None:
                     raise
                 _without_data(waiting, str(error))
         if begins:
