@@ -271,7 +271,7 @@ def _freeze_layer(
     )
     tensors = target.format.pack(final)
     del weight, final  # codes of 4 and 2 bits are packed now
-    frozen = target.build(types, (out_features, in_features), tensors)
+    frozen = target.build(types, (out_features, in_features), tensors, like=layer)
     del tensors
     trained = quantizer.quantize(master, quantizer.dtype).value  # as a forward asks for it, apart from the codes
     hashed = begun(functools.partial(digest, trained.cpu()))
@@ -290,6 +290,7 @@ def _freeze_layer(
     frozen.train(layer.training)
     for children, key in places:
         children[key] = frozen
+    layer.released()
     del layer, master, quantizer
     if check is not None and (fault := check(frozen)) is not None:
         raise QatError(f"freeze: layer {name!r}: {fault}")

@@ -26,7 +26,7 @@ from qat.files.shards import DTYPE_NAMES, header_faults, read_headers
 from qat.hosts import get_target
 from qat.hosts.stock import library_and_class, load_pretrained
 from qat.jobs import in_threads
-from qat.layers import layer_class
+from qat.layers import QuantizedLayer, float_layers
 from qat.tensors import meta_names, stored_tensors
 
 __all__ = ["check_files", "check_headers", "fill", "load", "skeleton"]
@@ -185,11 +185,11 @@ def fill(model: nn.Module, directory: Path, manifest: Manifest, device: torch.de
 
     target, record = get_target(manifest.target), manifest.frozen
     modules = dict(model.named_modules(remove_duplicate=False))
-    places = {name: module for name, module in modules.items() if name in record.layers}
+    places = {name: (module, cls) for name, module, cls in float_layers(model) if name in record.layers}
     aliases: dict[int, list[str]] = {}
     for name, module in modules.items():
         aliases.setdefault(id(module), []).append(name)
-    faults = _place_faults(places, manifest)
+    faults = _place_faults(places, model, manifest)
     own = {name: tensor for name, tensor in stored_tensors(model) if name.rpartition(".")[0] not in record.layers}
     below = _keys_below(record.layers, manifest.tensors)
     packed = {key for keys in below.values() for key in keys}
@@ -211,9 +211,9 @@ def fill(model: nn.Module, directory: Path, manifest: Manifest, device: torch.de
 
     for name, layer in record.layers.items():
         tensors = {key.removeprefix(f"{name}."): read(key) for key in below[name]}
-        new = target.build(target.format.recorded(record, name), layer.shape, tensors)
-        for alias in aliases[id(places[name])]:
-            model.set_submodule(alias, new)
+        module, cls = places[name]
+        new = target.build(target.format.recorded(record, name), layer.shape, tensors, like=module)
+        cls.install(model, aliases.get(id(module), [name]), new)
     loaded: dict[str, Any] = {}
     for name, old in own.items():
         source = manifest.tied.get(name, name)
@@ -230,17 +230,22 @@ def fill(model: nn.Module, directory: Path, manifest: Manifest, device: torch.de
         raise load_error("the load is incomplete", [f"{name} is still on the meta device" for name in without_data])
 
 
-def _place_faults(places: Mapping[str, nn.Module], manifest: Manifest) -> list[str]:
+def _place_faults(
+    places: Mapping[str, tuple[nn.Module, type[QuantizedLayer]]], model: nn.Module, manifest: Manifest
+) -> list[str]:
     layers = manifest.frozen.layers
-    faults = [f"the files have layer {name}, which the model has not" for name in layers if name not in places]
-    for name, module in places.items():
-        cls = layer_class(module)
+    modules, faults = dict(model.named_modules(remove_duplicate=False)), []
+    for name in layers.keys() - places.keys():
+        if name in modules:
+            what = f"layer {name} is a {type(modules[name]).__name__} in the model, which is no layer to quantize"
+        else:
+            what = f"the files have layer {name}, which the model has not"
+        faults.append(what)
+    for name, (module, cls) in places.items():
         shape = layers[name].shape
-        if cls is None:
-            faults.append(f"layer {name} is a {type(module).__name__} in the model, which is no layer to quantize")
-        elif (found := tuple(cls.effective_weight(module).shape)) != shape:
+        if (found := tuple(cls.effective_weight(module).shape)) != shape:
             faults.append(f"layer {name} is {found} in the model, {shape} in the files")
         elif (getattr(module, "bias", None) is None) != (f"{name}.bias" not in manifest.tensors):
-            has, lacks = ("files", "model") if module.bias is None else ("model", "files")
+            has, lacks = ("files", "model") if getattr(module, "bias", None) is None else ("model", "files")
             faults.append(f"layer {name} has a bias in the {has} but none in the {lacks}: the model is another one")
     return faults

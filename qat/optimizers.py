@@ -24,7 +24,6 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 from qat.errors import TrainingError, listed
 from qat.layers import quantized_layers
-from qat.tensors import matrices
 
 __all__ = [
     "begin_training",
@@ -148,7 +147,7 @@ def unchanged(model: nn.Module, leave_out: Collection[str] = ()) -> list[str]:
     same = {id(p) for name, p in trained if name in first and torch.equal(first[name], _fingerprint(p))}
     for name, layer in quantized_layers(model):
         used = (layer.weight_quantizer, *(q for q in layer.activation_quantizers() if q.used))
-        parts = {"weights": matrices(layer).values(), "learned ranges": (p for q in used for p in q.parameters())}
+        parts = {"weights": layer.masters(layer).values(), "learned ranges": (p for q in used for p in q.parameters())}
         for what, parameters in parts.items():
             own = {id(p) for p in parameters if p.requires_grad}
             if own and own <= same and name not in leave_out:
@@ -163,7 +162,7 @@ def unchanged(model: nn.Module, leave_out: Collection[str] = ()) -> list[str]:
 
 def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
     """Masters and learned ranges that are to be trained, by full name."""
-    masters = {id(p) for _, layer in quantized_layers(model) for p in matrices(layer).values()}
+    masters = {id(p) for _, layer in quantized_layers(model) for p in layer.masters(layer).values()}
     own = masters | learned_ranges(model).keys()
     return {n: p for n, p in model.named_parameters() if id(p) in own and p.requires_grad and not p.is_meta}
 

@@ -7,7 +7,6 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from qat.errors import SpecError, StateError, listed, shown
 from qat.files.evidence import is_frozen
 from qat.hosts import get_target, inner_models
 from qat.inspection import InspectReport, inspect
-from qat.layers import layer_class, quantized_layers
+from qat.layers import float_layers, quantized_layers
 from qat.observers import Best, ObserverChoice
 from qat.optimizers import watch
 from qat.quantizers import Algorithm, Automatic, WeightQuantizer
@@ -123,12 +122,11 @@ def prepare(
     report = inspect(model, spec, target=target, example_inputs=example_inputs)
     spec, observer, format = report.spec, observer or Best(), get_target(target).format
     untied, made, algorithms = [], [], {}
+    found = {name: (module, cls) for name, module, cls in float_layers(model)}
     for row in report.layers:
         if row.weights is None:
             continue
-        module = model.get_submodule(row.name)
-        cls = layer_class(module)
-        assert cls is not None
+        module, cls = found[row.name]
         weight = cls.effective_weight(module)
         types = format.types(row.weights, row.activations, spec.torch_dtype)
         own = algorithms[row.name] = algorithm.for_type(types.weights)
@@ -255,7 +253,8 @@ def _complete_float_checkpoint(
     lacking, stateful = [], 0
     for name, layer in quantized_layers(module):
         name = f"{prefix}{name}." if name else prefix
-        if not all(f"{name}{key}" in state for key in matrices(layer)):
+        weight = layer.weight_in(state, name)
+        if weight is None:
             continue
         layer.reached = False  # what ran before says nothing of these weights
         state_of = layer.state_dict(prefix=name)
@@ -271,8 +270,6 @@ def _complete_float_checkpoint(
             )
         if len(absent) == len(own):
             lacking.append(name)
-            found = {key: state[f"{name}{key}"] for key in layer._parameters if f"{name}{key}" in state}
-            weight = layer.effective_weight(SimpleNamespace(**{**vars(layer), **found}))
             fresh |= layer.fresh_state(name, weight, algorithm)
     if lacking and len(lacking) < stateful:
         raise StateError(

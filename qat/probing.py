@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from qat.errors import CalibrationError, QatError, SpecError
-from qat.tensors import map_tensors, matrices, model_device
+from qat.tensors import map_tensors, model_device
 
 __all__ = [
     "Probe",
@@ -91,13 +91,14 @@ def seeded(seed: int | None) -> Iterator[None]:
 class Probe(TorchFunctionMode):
     """What one batch shows: the layouts in which linear layers are read, and weights that are read without a call."""
 
-    def __init__(self, layers: Mapping[str, nn.Module]) -> None:
+    def __init__(self, layers: Mapping[str, tuple[nn.Module, Mapping[str, nn.Parameter]]]) -> None:
+        """Look at ``layers``: each a module, and the parameters of its weight."""
         super().__init__()
         self.inputs: dict[str, list[torch.Tensor]] = {name: [] for name in layers}
         self.read: dict[str, str] = {}
         """Layer to the class of the module that reads its weight."""
-        self._layers = layers
-        self._weights = Weights(layers)
+        self._layers = {name: module for name, (module, _) in layers.items()}
+        self._weights = Weights({name: masters.values() for name, (_, masters) in layers.items()})
         self._running: list[nn.Module] = []
 
     @torch.no_grad()
@@ -181,8 +182,8 @@ class Readers:
 class Weights:
     """The weights of layers, by identity, and which of them a torch function reads."""
 
-    def __init__(self, layers: Mapping[str, nn.Module]) -> None:
-        self._names = {id(p): name for name, layer in layers.items() for p in matrices(layer).values()}
+    def __init__(self, layers: Mapping[str, Iterable[nn.Parameter]]) -> None:
+        self._names = {id(p): name for name, parameters in layers.items() for p in parameters}
         self._aliases: list[torch.Tensor] = []  # kept, so that no other tensor gets their identity
 
     def read_by(self, func: Any, args: Any, kwargs: Any, result: Any) -> Iterator[str]:

@@ -34,7 +34,7 @@ class _Watch(TorchFunctionMode):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
-        self.weights = Weights(dict(quantized_layers(model)))
+        self.weights = Weights({name: layer.masters(layer).values() for name, layer in quantized_layers(model)})
         self.read: set[str] = set()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -25,7 +25,6 @@ from qat.moments import Moments, rounds
 from qat.probing import Readers, several_processes, together
 from qat.runs import note_runs, runs
 from qat.starts import DATA_STARTS, RANGE_STARTS, Ends, Start, output_error
-from qat.tensors import matrices
 
 __all__ = ["StartReport", "Started", "awaiting", "find_starts", "in_float"]
 
@@ -136,7 +135,9 @@ def find_starts(
     owners: dict[int, str] = {}
     for name, layer in layers.items():
         weight = layer.effective_weight(layer)
-        first = next((one for p in matrices(layer).values() if (one := owners.setdefault(id(p), name)) != name), None)
+        first = next(
+            (one for p in layer.masters(layer).values() if (one := owners.setdefault(id(p), name)) != name), None
+        )
         if first is not None:
             raise CalibrationError(
                 f"model: layers {first!r} and {name!r} have one weight, tied after qat.prepare: a start for one would "
@@ -188,4 +189,4 @@ def in_float(model: nn.Module) -> Iterator[None]:
 
 def _writable(layer: QuantizedLayer, weight: Tensor) -> bool:
     """Whether the effective weight is a view of a parameter, and not computed from several."""
-    return any(weight.untyped_storage()._cdata == p.untyped_storage()._cdata for p in matrices(layer).values())
+    return any(weight.untyped_storage()._cdata == p.untyped_storage()._cdata for p in layer.masters(layer).values())

@@ -123,7 +123,13 @@ class Plain(Format):
         return {"weight.codes": layer.weight.codes}
 
     def build(
-        self, types: LayerTypes, shape: tuple[int, int], tensors: Mapping[str, Tensor], *, plain_on_cpu: bool = False
+        self,
+        types: LayerTypes,
+        shape: tuple[int, int],
+        tensors: Mapping[str, Tensor],
+        *,
+        like: nn.Module,
+        plain_on_cpu: bool = False,
     ) -> nn.Module:
         return nn.Identity()
 

@@ -34,7 +34,7 @@ def frozen(
 def built(layer: FrozenLayer, *, plain_on_cpu: bool = False) -> Any:
     out_features, in_features = layer.weight.shape
     shape = (out_features, in_features)
-    return QUANTO.build(layer.types, shape, QUANTO.pack(layer), plain_on_cpu=plain_on_cpu)
+    return QUANTO.build(layer.types, shape, QUANTO.pack(layer), like=nn.Linear(2, 2), plain_on_cpu=plain_on_cpu)
 
 
 @pytest.mark.parametrize("plain_on_cpu", [False, True])
@@ -97,7 +97,7 @@ def test_codes_that_a_file_leaves_unaligned_are_copied() -> None:
     codes = tensors["weight._data"]
     shifted = torch.empty(codes.numel() + 1, dtype=codes.dtype)[1:].view(codes.shape).copy_(codes)
     assert shifted.data_ptr() % 64
-    module: Any = QUANTO.build(layer.types, (64, 256), tensors | {"weight._data": shifted})
+    module: Any = QUANTO.build(layer.types, (64, 256), tensors | {"weight._data": shifted}, like=nn.Linear(2, 2))
     assert module.weight._data.data_ptr() % 64 == 0
     assert torch.equal(module.weight.dequantize(), trained)
 

@@ -119,6 +119,7 @@ class ZeroFormat(Format):
         shape: tuple[int, int],
         tensors: Mapping[str, Tensor],
         *,
+        like: nn.Module,
         plain_on_cpu: bool = False,
     ) -> nn.Module:
         return FrozenZeroPoint(types, shape, tensors)

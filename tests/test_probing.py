@@ -10,6 +10,7 @@ import qat
 from qat.errors import SpecError
 from qat.probing import Probe, kept_modes, run, seeded
 from qat.spec import QuantSpec
+from qat.tensors import matrices
 
 
 def mlp() -> nn.Sequential:
@@ -37,7 +38,7 @@ def test_a_batch_that_the_model_cannot_run_is_refused(model: nn.Sequential, batc
 def test_a_batch_on_another_device_is_moved_to_the_model() -> None:
     """As a recipe's on a GPU; the meta device stands for one here."""
     model = mlp().to("meta")
-    probe = Probe({"0": model[0]}).watch(model, {"input": torch.ones(2, 32)})
+    probe = Probe({"0": (model[0], matrices(model[0]))}).watch(model, {"input": torch.ones(2, 32)})
     assert [(x.device.type, tuple(x.shape)) for x in probe.inputs["0"]] == [("meta", (2, 32))] * 2
     qat.prepare(model, QuantSpec(dtype="float32"), example_inputs=torch.ones(2, 32))
 
@@ -53,7 +54,9 @@ def test_a_probe_sees_layouts_and_weights_that_are_read_uncalled() -> None:
             return y
 
     model = Reading()
-    probe = Probe({"called": model.called, "read": model.read}).watch(model, torch.ones(2, 32))
+    probe = Probe({key: (layer, matrices(layer)) for key, layer in model.named_children()}).watch(
+        model, torch.ones(2, 32)
+    )
     assert probe.read == {"read": "Reading"}
     assert {tuple(x.shape) for x in probe.inputs["called"]} == {(2, 32)}
     assert probe.inputs["read"] == []

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from qat.errors import CalibrationError
-from qat.layers import layer_class
+from qat.layers import float_layers, layer_class
 from qat.probing import watched
 
 __all__ = ["EXPONENTS", "Group", "candidates", "linear_layers", "power_of_two", "require_finite"]
@@ -94,7 +94,7 @@ def power_of_two(exponents: Tensor) -> Tensor:
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     """All layers of a kind that can be quantized, whether they will be or not."""
-    return {name: module for name, module in model.named_modules() if layer_class(module) is not None}
+    return {name: module for name, module, cls in float_layers(model) if cls.called}
 
 
 def _weight(layer: nn.Module) -> Tensor:

@@ -43,7 +43,7 @@ class LayerTypes:
 
 @dataclass(frozen=True)
 class FrozenLayer:
-    """One linear layer as it is final; tensors are in the serving dtype."""
+    """One layer as it is final; tensors are in the serving dtype."""
 
     weight: FrozenWeight
     bias: Tensor | None
@@ -239,12 +239,19 @@ class Format(ABC):
 
     @abstractmethod
     def build(
-        self, types: LayerTypes, shape: tuple[int, int], tensors: Mapping[str, Tensor], *, plain_on_cpu: bool = False
+        self,
+        types: LayerTypes,
+        shape: tuple[int, int],
+        tensors: Mapping[str, Tensor],
+        *,
+        like: nn.Module,
+        plain_on_cpu: bool = False,
     ) -> nn.Module:
-        """The module that runs a frozen linear layer, made of its stored tensors, on their device.
+        """The module that runs a frozen layer, made of its stored tensors, on their device.
 
-        ``shape`` is ``(out, in)``. With ``plain_on_cpu``, codes on a CPU stay as they are stored, instead of in a
-        kernel's own order.
+        ``shape`` is ``(out, in)``. ``like`` is the float or prepared layer whose place it takes: its class says which
+        function the module computes, and its attributes say with which options. With ``plain_on_cpu``, codes on a CPU
+        stay as they are stored, instead of in a kernel's own order.
         """
 
     @abstractmethod

@@ -211,8 +211,8 @@ class _Quanto(Format):
             },
         }
 
-    def empty(self, types: LayerTypes, shape: tuple[int, int], bias: bool) -> Any:
-        """A quanto layer on the meta device, to be filled."""
+    def empty(self, types: LayerTypes, shape: tuple[int, int], bias: bool, like: nn.Module) -> Any:
+        """A quanto layer on the meta device, to be filled; ``like`` is the layer whose place it takes."""
         from optimum.quanto.nn import QLinear
 
         layer: Any = QLinear(
@@ -256,9 +256,15 @@ class _Quanto(Format):
         return nn.Parameter(_held(weight, plain_on_cpu), requires_grad=False)
 
     def build(
-        self, types: LayerTypes, shape: tuple[int, int], tensors: Mapping[str, Tensor], *, plain_on_cpu: bool = False
+        self,
+        types: LayerTypes,
+        shape: tuple[int, int],
+        tensors: Mapping[str, Tensor],
+        *,
+        like: nn.Module,
+        plain_on_cpu: bool = False,
     ) -> nn.Module:
-        layer = self.empty(types, shape, "bias" in tensors)
+        layer = self.empty(types, shape, "bias" in tensors, like)
         parts = {key: tensors[key] for key in WEIGHT_KEYS if key in tensors}
         layer.weight = self.weight(layer, parts, plain_on_cpu=plain_on_cpu)
         if "bias" in tensors:

@@ -61,9 +61,11 @@ class Target:
         left = spec.model_copy(update={"quantize_outputs": False})
         return left.model_copy(update={"quantize_outputs": True}) if self.host.spec_faults(left) else left
 
-    def build(self, types: LayerTypes, shape: tuple[int, int], tensors: Mapping[str, Tensor]) -> nn.Module:
+    def build(
+        self, types: LayerTypes, shape: tuple[int, int], tensors: Mapping[str, Tensor], *, like: nn.Module
+    ) -> nn.Module:
         """The module of a frozen layer, made of its stored tensors, with the weight as the loader holds it."""
-        return self.format.build(types, shape, tensors, plain_on_cpu=self.plain_on_cpu)
+        return self.format.build(types, shape, tensors, like=like, plain_on_cpu=self.plain_on_cpu)
 
     def is_settled(self, layer: nn.Module) -> bool:
         """Whether a frozen layer has its weight as the loader holds it."""

@@ -18,10 +18,9 @@ from qat.errors import SpecError, StateError, TargetError, shown
 from qat.formats import FORMATS, LayerTypes
 from qat.hosts import Rules, Target, get_target
 from qat.inspection.report import FloatWeight, InspectReport, LayerInspection, other_notes, other_weights
-from qat.layers import QuantizedLayer, layer_class
+from qat.layers import QuantizedLayer, float_layers
 from qat.probing import Probe
 from qat.spec import LayerSpec, QuantSpec
-from qat.tensors import matrices
 
 __all__ = ["FloatWeight", "InspectReport", "LayerInspection", "inspect"]
 
@@ -42,9 +41,9 @@ class _Facts:
         """Modules that a module also holds in a list or a mapping of Python, and where."""
         self.holders = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
 
-    def tied(self, name: str, module: nn.Module) -> list[nn.Parameter]:
+    def tied(self, name: str, module: nn.Module, cls: type[QuantizedLayer]) -> list[nn.Parameter]:
         """The parameters of a layer's weight that another module holds too."""
-        own = matrices(module).items()
+        own = cls.masters(module).items()
         return [p for key, p in own if f"{name}.{key}" in self.rules.tied_keys or self.holders[id(p)] > 1]
 
     def types(self, layer: LayerSpec) -> LayerTypes:
@@ -57,6 +56,8 @@ class _Decision:
     """What becomes of a layer, while it is being decided."""
 
     module: nn.Module
+    cls: type[QuantizedLayer]
+    """What it becomes where it is quantized."""
     weight: Tensor
     """Its effective weight."""
     layer: LayerSpec | None
@@ -101,10 +102,12 @@ def inspect(model: nn.Module, spec: QuantSpec, *, target: str = "quanto", exampl
     if faults:
         raise TargetError("\n".join(faults))
     layers = dict(_layers(model, chosen))
-    others = tuple(other_weights(model, layers))
+    others = tuple(
+        other_weights(model, [p for m, cls in layers.values() for p in (*cls.masters(m).values(), *m.parameters())])
+    )
     outside = {weight.name.rpartition(".")[0]: weight.class_name for weight in others}
     spec.check_patterns(layers, outside)
-    probe = Probe({name: module for name, (module, _) in layers.items()})
+    probe = Probe({name: (module, cls.masters(module)) for name, (module, cls) in layers.items() if cls.called})
     if example_inputs is not None:
         probe.watch(model, example_inputs)
     facts = _Facts(model, spec, chosen, probe)
@@ -137,13 +140,12 @@ def _layers(model: nn.Module, target: Target) -> Iterator[tuple[str, tuple[nn.Mo
     for name, module in model.named_modules():
         if isinstance(module, QuantizedLayer) or any(format.owns(module) for format in formats):
             raise StateError(f"model: layer {name!r} is prepared or frozen already: start from a float model")
-        cls = layer_class(module)
-        if cls is not None:
-            yield name, (module, cls)
+    for name, module, cls in float_layers(model):
+        yield name, (module, cls)
 
 
 def _decide(facts: _Facts, name: str, module: nn.Module, cls: type[QuantizedLayer]) -> _Decision:
-    decision = _Decision(module, cls.effective_weight(module), *facts.spec.resolve(name))
+    decision = _Decision(module, cls, cls.effective_weight(module), *facts.spec.resolve(name))
     layer = decision.layer
     if layer is None:
         return decision
@@ -152,7 +154,7 @@ def _decide(facts: _Facts, name: str, module: nn.Module, cls: type[QuantizedLaye
         part = facts.rules.sensitive_part(name) if layer.activations is not None else None
         default = f"sensitive with quantized activations ({part})" if part is not None else None
         default = "output head" if id(module) in facts.rules.heads else default
-        if facts.tied(name, module):
+        if facts.tied(name, module, cls):
             fault = "tied to another weight (include it by name to untie and quantize it)"
         elif default is not None:
             fault = f"{default}, float by default (include it by name to quantize it)"
@@ -171,7 +173,7 @@ def _impossible(facts: _Facts, name: str, module: nn.Module, cls: type[Quantized
         return f"the loader of target {facts.target.name!r} replaces no {type(module).__name__}: use target {remedy}"
     if module is facts.model:
         return "it is the model itself, which cannot be replaced in place: put it into a module"
-    parent = facts.model.get_submodule(name.rpartition(".")[0])
+    parent = facts.model.get_submodule(name.rpartition(".")[0]) if cls.called else None
     if isinstance(parent, nn.TransformerEncoderLayer | nn.MultiheadAttention):
         return f"{type(parent).__name__} reads the weight without calling the layer"
     if name in facts.probe.read:
@@ -186,7 +188,7 @@ def _impossible(facts: _Facts, name: str, module: nn.Module, cls: type[Quantized
     types, weight = facts.types(layer), cls.effective_weight(module)
     hazards = [facts.rules.layer_fault(name, types.weights)]
     hazards += [facts.target.format.layer_hazard(types, (weight.shape[0], weight.shape[1]))]
-    hazards += [facts.target.format.input_hazard(types, x) for x in facts.probe.inputs[name]]
+    hazards += [facts.target.format.input_hazard(types, x) for x in facts.probe.inputs.get(name, ())]
     return next((hazard for hazard in hazards if hazard is not None), None)
 
 
@@ -247,12 +249,12 @@ def _resolve_collisions(facts: _Facts, decisions: Mapping[str, _Decision]) -> li
 
 def _break_ties(facts: _Facts, decisions: Mapping[str, _Decision]) -> tuple[list[str], int]:
     """Notes on the tied layers that `qat.prepare` will untie, in its order, and how many elements it will copy."""
-    chosen = Counter(id(p) for d in decisions.values() if d.layer is not None for p in matrices(d.module).values())
-    floats = {id(p) for d in decisions.values() if d.layer is None for p in matrices(d.module).values()}
+    chosen = Counter(id(p) for d in decisions.values() if d.layer is not None for p in d.cls.masters(d.module).values())
+    floats = {id(p) for d in decisions.values() if d.layer is None for p in d.cls.masters(d.module).values()}
     holders, left = facts.holders, facts.holders.copy()
     notes, copied = [], 0
     for name, decision in decisions.items():
-        tied = facts.tied(name, decision.module)
+        tied = facts.tied(name, decision.module, decision.cls)
         if decision.layer is None or not tied:
             continue
         # One holder, where the two are separate already: on the meta device.

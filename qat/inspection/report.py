@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from math import prod
 from typing import Any
@@ -134,9 +134,9 @@ def _families(weights: Iterable[FloatWeight]) -> dict[str, tuple[str, int]]:
     return families
 
 
-def other_weights(model: nn.Module, layers: Mapping[str, Any]) -> Iterator[FloatWeight]:
-    """Every parameter of two and more dimensions that neither belongs to a layer here nor makes its weight, once."""
-    seen = {id(parameter) for name in layers for parameter in model.get_submodule(name).parameters()}
+def other_weights(model: nn.Module, counted: Iterable[nn.Parameter]) -> Iterator[FloatWeight]:
+    """Every parameter of two and more dimensions, once, that is not among those ``counted`` with layers."""
+    seen = {id(parameter) for parameter in counted}
     for path, module in model.named_modules():
         for key, parameter in matrices(module).items():
             if id(parameter) not in seen:

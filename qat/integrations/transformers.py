@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,10 +36,9 @@ from qat.files.shards import TensorEntry, read_headers
 from qat.formats import LayerTypes
 from qat.formats.quanto import QUANTO, WEIGHT_KEYS
 from qat.integrations.transformers_config import PackedModule, PackedQuantoConfig
-from qat.layers import layer_class
+from qat.layers import float_layers, layer_class
 
 if TYPE_CHECKING:
-    from torch import nn
     from transformers import PreTrainedModel
 
 __all__ = ["PackedLoad", "PackedQuantizer", "PackedQuantoConfig"]
@@ -131,15 +131,16 @@ class PackedQuantizer(QuantoHfQuantizer):
         headers = read_headers(Path(file) for file in checkpoint_files)
         self.headers = {key: header.entry for key, header in headers.items()}
         modules = dict(model.named_modules(remove_duplicate=False))
+        layers = {name: (module, cls) for name, module, cls in float_layers(model)}
         faults = []
         for declared_name, declared in self.group.modules.items():
-            place = self._name_in_model(declared_name, modules, model)
-            module = modules.get(place)
+            place = self._name_in_model(declared_name, modules.keys() | layers.keys(), model)
+            module, cls = layers.get(place, (modules.get(place), None))
             if module is None:
                 # Another class than the exported one may lack a part, such as the head, as in a float load.
                 if type(model).__name__ in (model.config.architectures or [type(model).__name__]):
                     faults.append(f"{declared_name} is declared, but {type(model).__name__} has no such module")
-            elif (cls := layer_class(module)) is None:
+            elif (cls := cls or layer_class(module)) is None:
                 faults.append(f"{declared_name} is declared, but a {type(module).__name__} is no layer to quantize")
             elif (fault := cls.adoption_fault(module)) is not None:
                 faults.append(f"{declared_name} is declared, but {fault}")
@@ -147,11 +148,11 @@ class PackedQuantizer(QuantoHfQuantizer):
                 self.layers[place] = declared
                 # A layer registered under several names stays one object.
                 out_features, in_features = cls.effective_weight(module).shape
-                bias = module.bias is not None
-                qmodule = QUANTO.empty(self._types(declared), (out_features, in_features), bias)
-                for alias in [alias for alias, other in modules.items() if other is module]:
-                    self.canonical[alias] = place
-                    model.set_submodule(alias, qmodule)
+                bias = getattr(module, "bias", None) is not None
+                qmodule = QUANTO.empty(self._types(declared), (out_features, in_features), bias, module)
+                aliases = [alias for alias, other in modules.items() if other is module] or [place]
+                self.canonical |= dict.fromkeys(aliases, place)
+                cls.install(model, aliases, qmodule)
         faults += [
             f"{target} is tied to {source}, but one of them is packed; set tie_word_embeddings to false in config.json"
             for target, source in model.all_tied_weights_keys.items()
@@ -165,7 +166,7 @@ class PackedQuantizer(QuantoHfQuantizer):
         return QUANTO.types(declared.weights, declared.activations, self.serving_dtype, outputs)
 
     @staticmethod
-    def _name_in_model(name: str, modules: dict[str, nn.Module], model: PreTrainedModel) -> str:
+    def _name_in_model(name: str, modules: Collection[str], model: PreTrainedModel) -> str:
         """Translate a declared name for a base model (``LlamaModel`` for ``LlamaForCausalLM``), or the reverse."""
         prefix = f"{model.base_model_prefix}."
         return next((other for other in (name, name.removeprefix(prefix), prefix + name) if other in modules), name)

@@ -10,7 +10,16 @@ from torch import nn
 from qat.layers.base import Mode, QuantizedLayer, inside_layer
 from qat.layers.linear import QLinear
 
-__all__ = ["LAYERS", "Mode", "QLinear", "QuantizedLayer", "inside_layer", "layer_class", "quantized_layers"]
+__all__ = [
+    "LAYERS",
+    "Mode",
+    "QLinear",
+    "QuantizedLayer",
+    "float_layers",
+    "inside_layer",
+    "layer_class",
+    "quantized_layers",
+]
 
 LAYERS: dict[type[nn.Module], type[QuantizedLayer]] = {nn.Linear: QLinear}
 _OF_LIBRARIES = {"transformers.pytorch_utils.Conv1D": ("qat.layers.conv1d", "QConv1D")}
@@ -31,6 +40,18 @@ def layer_class(module: nn.Module) -> type[QuantizedLayer] | None:
         if base in LAYERS:
             return LAYERS[base]
     return None
+
+
+def float_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, type[QuantizedLayer]]]:
+    """Every module of ``model`` that can become a prepared layer, once: full name, module, and the class it becomes.
+
+    >>> [(name, cls.__name__) for name, _, cls in float_layers(nn.Sequential(nn.Linear(2, 2), nn.ReLU()))]
+    [('0', 'QLinear')]
+    """
+    for name, module in model.named_modules():
+        cls = layer_class(module)
+        if cls is not None:
+            yield name, module, cls
 
 
 def quantized_layers(module: nn.Module) -> Iterator[tuple[str, QuantizedLayer]]:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import threading
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
@@ -19,6 +20,7 @@ from qat.layers.functional import autocast_dtype
 from qat.numerics import QType
 from qat.quantizers.activation import ActivationQuantizer, LearnedScale, fake_quantize_output, with_unused
 from qat.quantizers.base import Algorithm, Quantized, WeightQuantizer
+from qat.tensors import matrices
 
 __all__ = ["Mode", "QuantizedLayer", "inside_layer"]
 
@@ -60,6 +62,8 @@ class QuantizedLayer(nn.Module):
     replaces: ClassVar[type[nn.Module]]
     targets: ClassVar[tuple[str, ...]] = ()
     """Names of the targets whose loaders can hold such a layer; empty: all."""
+    called: ClassVar[bool] = True
+    """Whether a model calls the layer itself; else the module around it reads its weight, and no hook of it runs."""
 
     weight_quantizer: WeightQuantizer
     input_quantizer: ActivationQuantizer | None
@@ -77,6 +81,30 @@ class QuantizedLayer(nn.Module):
         """
         weight: Tensor = module.weight
         return weight
+
+    @staticmethod
+    def masters(module: Any) -> dict[str, nn.Parameter]:
+        """The parameters that the effective weight is made of, by their names below the layer."""
+        return matrices(module)
+
+    def weight_in(self, state: Mapping[str, Any], prefix: str) -> Tensor | None:
+        """The effective weight that a checkpoint holds; None where it holds it not, or not in full.
+
+        ``prefix`` is the layer's name in the checkpoint, with a dot at its end, or empty.
+        """
+        if not all(f"{prefix}{key}" in state for key in self.masters(self)):
+            return None
+        found = {key: state[f"{prefix}{key}"] for key in self._parameters if f"{prefix}{key}" in state}
+        return self.effective_weight(SimpleNamespace(**{**vars(self), **found}))
+
+    @staticmethod
+    def install(model: nn.Module, names: Sequence[str], frozen: nn.Module) -> None:
+        """Put a frozen layer in the place of a float one, under each of its names in ``model``."""
+        for name in names:
+            model.set_submodule(name, frozen)
+
+    def released(self) -> None:
+        """Let go of what the layer holds elsewhere in the model: its frozen form has taken its place."""
 
     @abstractmethod
     def compute(self, x: Tensor, weight: Quantized | None) -> Tensor:

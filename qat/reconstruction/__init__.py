@@ -32,7 +32,6 @@ from qat.probing import compiled_parts, kept_modes, seeded, several_processes
 from qat.progress import counted
 from qat.reconstruction.recording import Call, Recorder, with_inputs
 from qat.runs import note_runs, runs, stop_watch
-from qat.tensors import matrices
 
 __all__ = ["BlockReport", "ReconstructionReport", "reconstruct"]
 
@@ -149,7 +148,7 @@ def reconstruct(
     groups = {name: _groups(model, name, block, lr, scale_lr, vectors) for name, block in named.items()}
     _require_one_process(model)
     layers = [layer for _, layer in quantized_layers(model)]
-    if not all(matrices(layer) for layer in layers):
+    if not all(layer.masters(layer) for layer in layers):
         raise StateError("model: has codes only, and no float weights to train: call qat.reconstruct before fix_codes")
     if half := [name for name, p in model.named_parameters() if p.dtype is torch.float16 and p.requires_grad]:
         raise StateError(
@@ -250,7 +249,7 @@ def _groups(
 ) -> list[dict[str, Any]]:
     """Optimizer groups of what a block trains: nothing that other parts of the model use too."""
     layers = [layer for _, layer in quantized_layers(block)]
-    masters = {id(p) for layer in layers for p in matrices(layer).values()}
+    masters = {id(p) for layer in layers for p in layer.masters(layer).values()}
     outside = {id(p) for _, module in model.named_modules(memo={block}) for p in module._parameters.values()}
     groups = []
     for group in parameter_groups(block, lr, scale_lr):

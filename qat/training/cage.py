@@ -15,7 +15,6 @@ from torch.optim.optimizer import Optimizer
 
 from qat.errors import TrainingError
 from qat.layers import quantized_layers
-from qat.tensors import matrices
 from qat.training.schedule import QuantizationSchedule, planned_steps
 
 if TYPE_CHECKING:
@@ -86,7 +85,7 @@ def pull_after_steps(trainer: Trainer, model: nn.Module, schedule: QuantizationS
         raise TrainingError(f"{given} needs whole weights, which {type(trainer.strategy).__name__} shards: use ddp")
     held = {id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
     layers = [layer for _, layer in quantized_layers(model)]
-    if not any(id(p) in held and p.requires_grad for layer in layers for p in matrices(layer).values()):
+    if not any(id(p) in held and p.requires_grad for layer in layers for p in layer.masters(layer).values()):
         raise TrainingError(
             f"{given} pulls trained weights of prepared layers, but no optimizer holds one: leave it out"
         )

@@ -32,7 +32,6 @@ from qat.preparation import prepare, prepared_as
 from qat.quantizers import Algorithm, Automatic
 from qat.spec import QuantSpec
 from qat.starting import awaiting
-from qat.tensors import matrices
 from qat.training.annealing import begin_with, end_first_type
 from qat.training.averaging import part_scales, require_order, require_same_kind
 from qat.training.batches import calibrate_on_training_data
@@ -253,7 +252,7 @@ class QuantizationAwareTraining(Callback):
             self.schedule.require_within(planned_steps(trainer))
         if (start := self.schedule.start_step) <= trainer.global_step:
             return
-        if not all(matrices(layer) for _, layer in quantized_layers(model)):
+        if not all(layer.masters(layer) for _, layer in quantized_layers(model)):
             raise TrainingError(
                 f"schedule: start_step={start} begins in float, but the model has codes only: leave it out"
             )
