@@ -110,7 +110,8 @@ def require_final_types(model: nn.Module, become: str) -> None:
 @torch.no_grad()
 def require_finite(name: str, layer: QuantizedLayer) -> None:
     """Raise `StateError` where training left inf or NaN in a layer."""
-    for key, parameter in layer.named_parameters():
+    own = () if layer.called else [("weight", layer.effective_weight(layer))]
+    for key, parameter in (*layer.named_parameters(), *own):
         # NaN passes through a minimum and a maximum, and neither needs memory.
         if parameter.numel() and not all(bool(end.isfinite()) for end in torch.aminmax(parameter)):
             raise StateError(

@@ -220,6 +220,9 @@ def _check_other_target(
     refused = [f"{name} ({reason})" for name, reason in reasons.items() if reason is not None]
     if refused:
         faults.append(f"{len(refused)} quantized layers would have to stay float, such as {', '.join(refused[:2])}")
+    strange = [name for name, layer in quantized if target.name not in (layer.targets or (target.name,))]
+    if strange:
+        faults.append(f"its loader replaces nothing but nn.Linear, and so cannot hold {listed(strange, 3)}")
     names = {name for name, _ in quantized}
     layers = {name for name, module in model.named_modules(remove_duplicate=False) if layer_class(module) is not None}
     key = target.host.layer_key
@@ -284,7 +287,7 @@ def _freeze_layer(
     if device.type == "cpu":
         hashed()  # so that no thread holds the value of this layer beside that of the next one
     del trained
-    kind = (type(layer), type(quantizer), types, bias is None, device.type, layer.weight.dtype)
+    kind = (type(layer), type(quantizer), types, bias is None, device.type, master.dtype)
     check = None if kind in kinds else function_check(layer)
     kinds.add(kind)
     frozen.train(layer.training)

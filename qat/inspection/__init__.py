@@ -178,11 +178,12 @@ def _impossible(facts: _Facts, name: str, module: nn.Module, cls: type[Quantized
         return f"{type(parent).__name__} reads the weight without calling the layer"
     if name in facts.probe.read:
         return f"{facts.probe.read[name]} reads the weight without calling the layer"
-    if id(module) in facts.listed:
-        return f"also held in {facts.listed[id(module)]}, a plain container, in which loaders replace nothing"
-    if len(facts.names[id(module)]) > 1:
-        return f"registered under several names {facts.names[id(module)]}: loaders replace only one of them"
-    adapter = _adapter(facts.model, name)
+    holder = id(cls.holder(module))
+    if holder in facts.listed:
+        return f"also held in {facts.listed[holder]}, a plain container, in which loaders replace nothing"
+    if len(facts.names[holder]) > 1:
+        return f"registered under several names {facts.names[holder]}: loaders replace only one of them"
+    adapter = _adapter(facts.model, name if cls.called else f"{facts.names[holder][0]}.weights")
     if adapter is not None:
         return f"belongs to the adapter {adapter}: merge it into the model first (in peft: merge_and_unload)"
     types, weight = facts.types(layer), cls.effective_weight(module)
