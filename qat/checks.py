@@ -38,13 +38,21 @@ _CODE_STEP = 0.13
 """Effect of one activation step, relative to the largest output: 1/8 with float8."""
 
 
-def unreached_layers(model: nn.Module) -> list[str]:
-    """Prepared layers that never ran quantized, if anything ran; nothing is known of compiled modules."""
+def unreached_layers(model: nn.Module) -> tuple[list[str], list[str]]:
+    """Prepared layers that never ran quantized, if anything ran; nothing is known of compiled modules.
+
+    The second list is of experts that saw no token, while others of the same parameter did: their path is known.
+    """
     layers = list(quantized_layers(model))
     if not (runs(model) or any(layer.reached for _, layer in layers)):
-        return []
+        return [], []
     compiled = compiled_parts(model)
-    return [name for name, layer in layers if not layer.reached and not f"{name}.".startswith(compiled)]
+    ran = {id(p) for _, layer in layers if layer.reached and not layer.called for p in layer.masters(layer).values()}
+    found: tuple[list[str], list[str]] = [], []
+    for name, layer in layers:
+        if not layer.reached and not f"{name}.".startswith(compiled):
+            found[any(id(p) in ran for p in layer.masters(layer).values())].append(name)
+    return found
 
 
 @torch.no_grad()

@@ -127,7 +127,7 @@ def _remarks(model: nn.Module, allow_unreached: bool, allow_reads: bool) -> list
         )
     if gone:
         logger.warning("%d prepared layers were replaced since, and stay float: %s", len(gone), listed(gone, 4))
-    unreached, read = unreached_layers(model), read_without_call(model)
+    (unreached, idle), read = unreached_layers(model), read_without_call(model)
     if unreached and not allow_unreached:
         raise StateError(
             f"model: {len(unreached)} prepared layers never ran with their quantized weight "
@@ -149,7 +149,7 @@ def _remarks(model: nn.Module, allow_unreached: bool, allow_reads: bool) -> list
         )
     if hooked:
         logger.warning("%d layers have hooks, which freezing drops: %s", len(hooked), listed(hooked, 4))
-    for warning in unchanged(model, unreached):
+    for warning in unchanged(model, [*unreached, *idle]):
         logger.warning("%s", warning)
     notes = [] if read is None else [read]
     if waiting := awaiting(model):
@@ -157,6 +157,14 @@ def _remarks(model: nn.Module, allow_unreached: bool, allow_reads: bool) -> list
             f"{len(waiting)} layers are frozen as they start with 'clip', for their own start needs data: call "
             f"qat.calibrate(model, batches) before ({listed(list(waiting), 4)})"
         )
+        logger.warning("%s", notes[-1])
+    if idle:
+        experts: dict[str, list[str]] = {}
+        for name in dict.fromkeys(name.rpartition(".")[0] for name in idle):
+            experts.setdefault(name.rpartition(".")[0], []).append(name.rpartition(".")[2])
+        places = [f"{name} ({', '.join(numbers)})" for name, numbers in experts.items()]
+        count = sum(map(len, experts.values()))
+        notes.append(f"{count} experts never saw a token, and are frozen as they began: {listed(places, 100)}")
         logger.warning("%s", notes[-1])
     if unreached:
         notes.append(f"{len(unreached)} layers were frozen although they never ran quantized: {listed(unreached, 4)}")

@@ -25,7 +25,7 @@ def expert_class() -> Any:
     """The class for an expert's matrix, made late, since quanto is imported late."""
     from optimum.quanto.nn import QLinear
 
-    class QExpertMatrix(QLinear):  # type: ignore[misc,no-any-unimported]
+    class QExpertMatrix(QLinear):  # type: ignore[misc]
         """An expert's packed matrix, which the module of all experts reads."""
 
         held_plain = True  # in no kernel's own order, since no kernel of quanto multiplies it
@@ -35,7 +35,7 @@ def expert_class() -> Any:
             return plain(self.weight).dequantize()  # type: ignore[no-any-return]
 
         def __reduce_ex__(self, protocol: Any) -> Any:
-            return _empty, (), self.__getstate__()
+            return _empty, (), vars(self)
 
     return QExpertMatrix
 

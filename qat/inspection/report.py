@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from qat.errors import listed
+from qat.layers import ExpertMatrix
 from qat.spec import QuantSpec
 from qat.tensors import matrices
 
@@ -48,6 +49,12 @@ class FloatWeight:
     """The class of the module that holds it."""
     shape: tuple[int, ...]
 
+    @property
+    def reason(self) -> str:
+        """Why it stays float."""
+        unknown = ", whose forward is unknown" if "expert" in self.class_name.lower() else ""
+        return f"{len(self.shape)}-D weight of {self.class_name}{unknown}: no quantized form"
+
 
 @dataclass(frozen=True)
 class InspectReport:
@@ -67,10 +74,7 @@ class InspectReport:
     def left_float(self) -> dict[str, str]:
         """Every weight of two and more dimensions that stays float, by its layer's or its own name, with the reason."""
         layers = {layer.name: layer.reason for layer in self.layers if layer.weights is None}
-        outside = {
-            other.name.removesuffix(".weight"): f"{len(other.shape)}-D weight of {other.class_name}: no quantized form"
-            for other in self.others
-        }
+        outside = {other.name.removesuffix(".weight"): other.reason for other in self.others}
         return layers | outside
 
     @property
@@ -106,11 +110,15 @@ class InspectReport:
 
     def __str__(self) -> str:
         rows = [("layer", "shape", "weights", "group", "MiB", "reason")]
-        for layer in self.layers:
+        for name, alike in _alike(self.layers):
+            layer, times = alike[0], f"{len(alike)} x " if len(alike) > 1 else ""
             kind = (layer.weights or "float") + (f"+{layer.activations}" if layer.activations else "")
             group = str(layer.group_size or "row") if layer.weights else "-"
-            sizes = f"{layer.bytes_before / 2**20:.2f} -> {layer.bytes_after / 2**20:.2f}"
-            rows.append((layer.name, f"{layer.shape[0]}x{layer.shape[1]}", kind, group, sizes, layer.reason))
+            before, after = (
+                sum(getattr(one, f"bytes_{when}") for one in alike) / 2**20 for when in ("before", "after")
+            )
+            sizes = f"{before:.2f} -> {after:.2f}"
+            rows.append((name, f"{times}{layer.shape[0]}x{layer.shape[1]}", kind, group, sizes, layer.reason))
         for family, (kind, count) in _families(self.others).items():
             share = f"{kind}, stays float: {count / max(1, self.parameters):.1%} of the parameters"
             rows.append((family, "", "float", "-", "", share))
@@ -122,6 +130,18 @@ class InspectReport:
             f"{self.bytes_after / 2**20:.1f} MiB"
         )
         return "\n".join([*lines, *self.notes])
+
+
+def _alike(layers: Iterable[LayerInspection]) -> list[tuple[str, list[LayerInspection]]]:
+    """Layers by their names; experts of one parameter of which the same is said, as one."""
+    found: dict[tuple[object, ...], list[LayerInspection]] = {}
+    for layer in layers:
+        name = layer.name
+        if layer.class_name == ExpertMatrix.__name__:
+            above, _, key = name.rsplit(".", 2)
+            name = f"{above}.*.{key}"
+        found.setdefault((name, layer.shape, layer.weights, layer.activations, layer.reason), []).append(layer)
+    return [(str(key[0]) if len(alike) > 1 else alike[0].name, alike) for key, alike in found.items()]
 
 
 def _families(weights: Iterable[FloatWeight]) -> dict[str, tuple[str, int]]:

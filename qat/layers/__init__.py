@@ -18,6 +18,7 @@ __all__ = [
     "QExpert",
     "QLinear",
     "QuantizedLayer",
+    "experts_in",
     "float_layers",
     "inside_layer",
     "layer_class",

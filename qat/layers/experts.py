@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar, Literal, NamedTuple, Self
+from typing import Any, ClassVar, Literal, NamedTuple, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -189,9 +189,9 @@ def _place(owner: nn.Module, index: str, key: str, layer: nn.Module) -> None:
     from qat.layers.experts_forward import QExperts, quantized_class
 
     if not isinstance(owner, QExperts):
-        form = form_of(owner)
+        form, cls = form_of(owner), cast(Any, type(owner))
         assert form is not None
-        owner.__class__ = quantized_class(type(owner), form)
+        owner.__class__ = quantized_class(cls, form)
     if index not in owner._modules:
         owner.add_module(index, nn.ModuleDict())
     owner.get_submodule(index).add_module(key, layer)

@@ -48,9 +48,11 @@ class QExperts(nn.Module):
     """A module of experts whose matrices are prepared or frozen; abstract, see `quantized_class`."""
 
     form: ClassVar[Form]
-    of: ClassVar[type[nn.Module]]
+    of: ClassVar[Any]
     """The float class."""
 
+    # Which experts are read is seen in numbers, which no graph has: so a compiler leaves this to Python.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The float class's forward, of the fake-quantized matrices."""
         if getattr(self, "_is_replica", False):
@@ -62,8 +64,6 @@ class QExperts(nn.Module):
                 return super().forward(*args, **kwargs)
         read = self._read(args, kwargs)
         dtype = autocast_dtype(next(iter((*args, *kwargs.values()))))
-        if torch.compiler.is_compiling():
-            return self._run(read, {key: self._matrices(key, found, read, dtype) for key, found in layers.items()})
         kept = Recomputed() if torch.is_grad_enabled() else None
         with nullcontext() if kept is None else kept.hooks():
             with within_layer():
@@ -100,7 +100,7 @@ class QExperts(nn.Module):
     def _read(self, args: Any, kwargs: Any) -> _Read:
         form, total = self.form, getattr(self, self.form.counts[0])
         everyone = range(total)
-        if torch.compiler.is_compiling() or not form.argument:
+        if not form.argument:
             return _Read(args, kwargs, everyone, frozenset(everyone))
         place = _place_of(self.of, form.argument)
         routes = args[place] if place < len(args) else kwargs[form.argument]
@@ -120,18 +120,17 @@ class QExperts(nn.Module):
         return _Read(args, kwargs, read, frozenset(seen), total - len(read))
 
     def _matrices(
-        self, key: str, layers: list[Any], read: _Read, dtype: torch.dtype | None, kept: Recomputed | None = None
+        self, key: str, layers: list[Any], read: _Read, dtype: torch.dtype | None, kept: Recomputed | None
     ) -> Tensor:
         """What the forward sees in place of a parameter: ``(experts, out, in)``, or as it is stored."""
         master: Any = self._parameters.get(key)
         chosen = [layers[expert] for expert in read.experts] if layers else []
         if chosen and master is None:
-            matrices = torch.stack([layer.value() for layer in chosen])
-            return matrices.transpose(1, 2) if self.form.transposed else matrices
+            return self._stored([layer.value() for layer in chosen])
         index = None if len(read.experts) == len(master) else _index(read, master)
 
         def rows() -> Tensor:
-            part = master if index is None else master[index]
+            part: Tensor = master if index is None else master[index]
             return (part.transpose(1, 2) if self.form.transposed else part).flatten(0, 1)
 
         made = rows()
@@ -144,35 +143,38 @@ class QExperts(nn.Module):
             if kept is not None:
                 states = [t for layer in chosen for t in layer.weight_quantizer.state_dict(keep_vars=True).values()]
                 kept.add(made, lambda: _quantized(chosen, again(), dtype), [t for t in states if isinstance(t, Tensor)])
-        matrices = made.unflatten(0, (len(read.experts), -1))
-        return matrices.transpose(1, 2) if self.form.transposed else matrices
+        return self._stored(made.view(len(read.experts), -1, made.shape[1]))
+
+    def _stored(self, matrices: Tensor | list[Tensor]) -> Tensor:
+        """Matrices, ``(out, in)``, in the order in which the float module stores them."""
+        stacked = torch.stack(matrices) if isinstance(matrices, list) else matrices
+        return stacked.transpose(1, 2) if self.form.transposed else stacked
 
     def __getattr__(self, name: str) -> Any:
         """A parameter that was frozen, for whoever reads it outside a forward: the values of all experts."""
         layers = self._layers(name) if name in self.form.keys else []
         if not layers or isinstance(layers[0], QExpert):
             return super().__getattr__(name)
-        values = torch.stack([layer.value() for layer in layers])
-        return values.transpose(1, 2) if self.form.transposed else values
+        return self._stored([layer.value() for layer in layers])
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """By the float class, since no module holds this one."""
-        return _rebuilt, (self.of, self.form), self.__getstate__()
+        return _rebuilt, (self.of, self.form), vars(self)
 
 
 @functools.cache
-def quantized_class(cls: type[nn.Module], form: Form) -> type[QExperts]:
+def quantized_class(cls: Any, form: Form) -> type[QExperts]:
     """The class that a module of experts gets with its first prepared or frozen layer."""
     return type(f"Quantized{cls.__name__}", (QExperts, cls), {"form": form, "of": cls, "__module__": cls.__module__})
 
 
-def _rebuilt(cls: type[nn.Module], form: Form) -> QExperts:
+def _rebuilt(cls: Any, form: Form) -> QExperts:
     made = quantized_class(cls, form)
     return made.__new__(made)
 
 
 @functools.cache
-def _place_of(cls: type[nn.Module], argument: str) -> int:
+def _place_of(cls: Any, argument: str) -> int:
     """Where an argument stands in a call of the forward."""
     return list(inspect.signature(cls.forward).parameters).index(argument) - 1
 
@@ -198,7 +200,7 @@ def _quantized(layers: list[QExpert], rows: Tensor, dtype: torch.dtype) -> Tenso
     if joined is not None:
         return fake_quantized(rows, joined.quantize(rows, dtype), joined)
     parts = []
-    for layer, part in zip(layers, rows.split(len(rows) // len(layers)), strict=True):
+    for layer, part in zip(layers, rows.chunk(len(layers)), strict=True):
         quantizer = layer.weight_quantizer
         is_on = layer.mode.weights
         parts.append(fake_quantized(part, quantizer.quantize(part, dtype), quantizer) if is_on else part.to(dtype))

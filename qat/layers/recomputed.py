@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from qat.errors import StateError
 
@@ -65,14 +66,16 @@ class Recomputed:
     """
 
     def __init__(self) -> None:
-        self._known: dict[int, _Again] = {}
+        self._known: dict[int, tuple[_Again, StorageWeakRef]] = {}
         self._outer: Any = torch._C._autograd._top_saved_tensors_default_hooks(False)
 
     def add(self, tensor: Tensor, make: Callable[[], Tensor], reads: Iterable[Tensor]) -> Callable[[], Tensor]:
         """Let ``make`` give ``tensor`` again, from what it ``reads``; a view of that is kept as any other tensor."""
         again, reads = _Again(tensor, make, reads), list(reads)
         if all(_storage(read) != _storage(tensor) for read in reads):
-            self._known[_storage(tensor)] = again
+            # Its place in memory is no other's as long as there is a weak reference.
+            reference = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
+            self._known[_storage(tensor)] = again, reference
         return again
 
     def hooks(self) -> AbstractContextManager[object]:
@@ -82,9 +85,9 @@ class Recomputed:
         return torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack)
 
     def _pack(self, tensor: Tensor) -> Any:
-        again = self._known.get(_storage(tensor))
+        again, _ = self._known.get(_storage(tensor), (None, None))
         if again is not None and again.dtype is tensor.dtype:
-            return _Part(again, tensor.size(), tensor.stride(), tensor.storage_offset())
+            return _Part(again, tensor.size(), tensor.stride(), int(tensor.storage_offset()))
         return tensor if self._outer is None else _Outer(self._outer[0](tensor), self._outer[1])
 
 
