@@ -34,6 +34,17 @@ def expert_class() -> Any:
             """What the codes stand for, ``(out, in)``, in the serving dtype."""
             return plain(self.weight).dequantize()  # type: ignore[no-any-return]
 
+        @property
+        def quantizes_input(self) -> bool:
+            """Whether `given` does anything."""
+            return self.activation_qtype is not None
+
+        def given(self, x: Tensor) -> Tensor:
+            """What the experts read of ``x``, any shape, by the one scale that they share."""
+            from optimum.quanto import quantize_activation
+
+            return quantize_activation(x, qtype=self.activation_qtype, scale=self.input_scale).dequantize()  # type: ignore[no-any-return]
+
         def __reduce_ex__(self, protocol: Any) -> Any:
             return _empty, (), vars(self)
 

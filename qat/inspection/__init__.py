@@ -25,8 +25,6 @@ from qat.spec import LayerSpec, QuantSpec
 
 __all__ = ["FloatWeight", "InspectReport", "LayerInspection", "inspect"]
 
-EXPERTS_FLOAT = "no layer is called with them"
-
 
 class _Facts:
     """What several decisions need to know of the whole model, gathered once."""
@@ -122,7 +120,8 @@ def inspect(model: nn.Module, spec: QuantSpec, *, target: str = "quanto", exampl
     notes = _resolve_collisions(facts, decisions)
     require_whole(decisions)
     if blind := [name for name, decision in decisions.items() if decision.float_activations]:
-        notes.append(f"{len(blind)} matrices of experts keep float activations ({EXPERTS_FLOAT}): {listed(blind, 4)}")
+        cause = "no layer gives their outputs" if spec.outputs else "their class does not show what its matrices read"
+        notes.append(f"{len(blind)} matrices of experts keep float activations ({cause}): {listed(blind, 4)}")
     if all(decision.layer is None for decision in decisions.values()):
         why = sorted({decision.reason for decision in decisions.values()}) or ["the model has no nn.Linear"]
         held = sorted({f"{weight.class_name} ({len(weight.shape)}-D)" for weight in others})
@@ -154,12 +153,12 @@ def _layers(model: nn.Module, target: Target) -> Iterator[tuple[str, tuple[nn.Mo
         yield name, (module, cls)
 
 
-def _decide(facts: _Facts, name: str, module: nn.Module, cls: type[QuantizedLayer]) -> _Decision:
+def _decide(facts: _Facts, name: str, module: Any, cls: type[QuantizedLayer]) -> _Decision:
     decision = _Decision(module, cls, cls.effective_weight(module), *facts.spec.resolve(name))
     layer = decision.layer
     if layer is None:
         return decision
-    if layer.activations is not None and not cls.called:
+    if layer.activations is not None and not cls.called and (facts.spec.outputs or not module.form.shows_inputs):
         layer = decision.layer = layer.model_copy(update={"activations": None})
         decision.float_activations = True
     fault = _impossible(facts, name, module, cls, layer)

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from torch import nn
 
 from qat.layers.base import Mode, QuantizedLayer, inside_layer
-from qat.layers.experts import ExpertMatrix, QExpert, experts_in
+from qat.layers.expert_forms import ExpertMatrix, experts_in
+from qat.layers.experts import QExpert
 from qat.layers.linear import QLinear
 
 __all__ = [
