@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from qat.errors import SpecError, StateError, listed, shown
 from qat.files.evidence import is_frozen
 from qat.hosts import get_target, inner_models
-from qat.inspection import InspectReport, inspect
+from qat.inspection import InspectReport, check_module, inspect
 from qat.layers import float_layers, quantized_layers
 from qat.observers import Best, ObserverChoice
 from qat.optimizers import watch
@@ -119,6 +119,7 @@ def prepare(
         raise StateError(f"algorithm: must be an Algorithm such as StraightThrough(), got {shown(algorithm)}")
     if type(model).__name__ in ("OptimizedModule", "DataParallel", "DistributedDataParallel"):
         raise StateError(f"model: a {type(model).__name__} around a model: pass it (model._orig_mod or model.module)")
+    check_module(model)
     report = inspect(model, spec, target=target, example_inputs=example_inputs)
     spec, observer, format = report.spec, observer or Best(), get_target(target).format
     untied, made, algorithms = [], [], {}
