@@ -47,8 +47,9 @@ ORDER: tuple[frozenset[str], ...] = tuple(
         "hosts",
         "agreement allocation blocks calibration checks codes_only folding freezing inspection moments optimizers "
         "output_errors preparation probing reconstruction runs serving starting",
-        "exporting loading verification integrations",
+        "exporting loading verification",
         "training",
+        "integrations",
         "cli __main__",
     )
 )
