@@ -1,15 +1,17 @@
-"""What the callbacks of trainers share: a model is prepared once, and nothing that is not finite is kept."""
+"""What the callbacks of trainers share: a model is prepared once and calibrated, and nothing non-finite is kept."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from qat.errors import StateError, TrainingError
+from qat.calibration import CalibrationReport, calibrate_parts
+from qat.errors import CalibrationError, QatError, StateError, TrainingError
 from qat.hosts import get_target
 from qat.layers import quantized_layers
 from qat.observers import ObserverChoice
@@ -19,7 +21,7 @@ from qat.quantizers import Algorithm
 from qat.spec import QuantSpec
 from qat.training.observing import activation_quantizers
 
-__all__ = ["own_statistics", "prepare_once", "require_finite", "require_finite_weights"]
+__all__ = ["calibrate_on", "own_statistics", "prepare_once", "require_finite", "require_finite_weights"]
 
 logger = logging.getLogger("qat")
 
@@ -50,6 +52,26 @@ def prepare_once(
     if found != wanted:
         raise StateError(f"spec: model is already prepared with {found}, but the callback has {wanted}: use one")
     return fresh
+
+
+def calibrate_on(
+    model: nn.Module, batches: Iterable[Any], model_inputs: Callable[[Any], Any], *, starts: bool, activations: bool
+) -> CalibrationReport:
+    """`qat.calibration.calibrate_parts`, with what ``model_inputs`` makes of training batches.
+
+    Raises:
+        CalibrationError: the model cannot be called with it, or see `qat.calibrate`.
+    """
+    try:
+        return calibrate_parts(model, map(model_inputs, batches), starts=starts, activations=activations)
+    except (QatError, AttributeError, LookupError, TypeError, ValueError) as error:
+        cause = error.__cause__ if isinstance(error, QatError) else error
+        if not isinstance(cause, AttributeError | LookupError | TypeError | ValueError):
+            raise
+        raise CalibrationError(
+            f"model_inputs: the model cannot be called with what it makes of a training batch: {type(cause).__name__}: "
+            f"{cause}: pass model_inputs, such as model_inputs=lambda batch: batch['x']"
+        ) from error
 
 
 def own_statistics(module: nn.Module, model: nn.Module) -> None:
