@@ -39,8 +39,10 @@ from qat.layers import quantized_layers
 from qat.observers import Best, ObserverChoice
 from qat.preparation import parameter_groups
 from qat.quantizers import Algorithm, Automatic
+from qat.runs import read_without_call
 from qat.spec import QuantSpec
 from qat.tensors import map_tensors, model_device
+from qat.training.observing import activation_quantizers
 from qat.training.schedule import QuantizationSchedule
 from qat.training.steps import QuantizationSteps
 from qat.training.trainers import calibrate_on, own_statistics, prepare_once, require_finite_weights
@@ -120,7 +122,7 @@ class QuantizationCallback(TrainerCallback):
         control: TrainerControl,
         model: nn.Module | None = None,
         optimizer: Any = None,
-        **_: Any,
+        **others: Any,
     ) -> None:
         """Prepare the model, before the Trainer builds its optimizer."""
         assert model is not None
@@ -135,9 +137,7 @@ class QuantizationCallback(TrainerCallback):
                 "pass optimizer_cls_and_kwargs=grouped_optimizer(arguments) in its place, or call qat.prepare first"
             )
         prepare_once(model, self.spec, self.algorithm, self.target, self.observer, self.example_inputs)
-        for _, layer in quantized_layers(model):  # safetensors writes no tensor that several layers share
-            for quantizer in layer.activation_quantizers():
-                quantizer.part()
+        _part(model)
         own_statistics(model, model)
         self._begun(args, state, model).require_whole_weights()
 
@@ -149,7 +149,7 @@ class QuantizationCallback(TrainerCallback):
         model: nn.Module | None = None,
         optimizer: Any = None,
         train_dataloader: Any = None,
-        **_: Any,
+        **others: Any,
     ) -> None:
         """Refuse what cannot work, and calibrate, where a resumed run needs it."""
         assert model is not None
@@ -160,12 +160,12 @@ class QuantizationCallback(TrainerCallback):
             )
         steps = self._steps = self._begun(args, state, model, train_dataloader)
         steps.begin([optimizer], steps=state.max_steps)
-        for _, layer in quantized_layers(model):
-            for quantizer in layer.activation_quantizers():
-                quantizer.part()
+        _part(model)
         steps.judge()
 
-    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any
+    ) -> None:
         """Switch fake quantization and observers by step; note the scales that this step is to hold."""
         self._of().before_step()
 
@@ -175,7 +175,7 @@ class QuantizationCallback(TrainerCallback):
         state: TrainerState,
         control: TrainerControl,
         model: nn.Module | None = None,
-        **_: Any,
+        **others: Any,
     ) -> None:
         """Stop before a gradient that is not finite can reach the weights; the Trainer hides such losses."""
         assert model is not None
@@ -194,12 +194,15 @@ class QuantizationCallback(TrainerCallback):
         state: TrainerState,
         control: TrainerControl,
         model: nn.Module | None = None,
-        **_: Any,
+        **others: Any,
     ) -> None:
         """Do what the schedule asks after a step; then the model is as it would be served, to be judged or saved."""
         assert model is not None
         self._of().after_step()
         self._of().judge()
+        # SFTTrainer multiplies by the weight of the head without calling it, so that a quantized head trains in float.
+        if self.export is not None and (fault := read_without_call(model)) is not None:
+            raise StateError(fault)
         if control.should_save:
             require_finite_weights(model, state.global_step)
 
@@ -209,7 +212,7 @@ class QuantizationCallback(TrainerCallback):
         state: TrainerState,
         control: TrainerControl,
         model: nn.Module | None = None,
-        **_: Any,
+        **others: Any,
     ) -> None:
         """Take the last scales, then freeze, export and verify if asked."""
         assert model is not None
@@ -280,6 +283,12 @@ def _build(model: nn.Module, arguments: TrainingArguments, scale_lr: float | Non
         )
     groups = parameter_groups(model, options["lr"], scale_lr, arguments.weight_decay)
     return cls(groups, **{key: value for key, value in options.items() if key != "optimizer_dict"})
+
+
+def _part(model: nn.Module) -> None:
+    """Give each activation a scale of its own: safetensors writes no tensor that several layers share."""
+    for quantizer in activation_quantizers(model):
+        quantizer.part()
 
 
 def _apart(loader: DataLoader[Any]) -> DataLoader[Any]:

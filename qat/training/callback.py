@@ -25,7 +25,7 @@ from qat.layers import layer_class
 from qat.observers import Best, ObserverChoice
 from qat.quantizers import Algorithm, Automatic
 from qat.spec import QuantSpec
-from qat.training.averaging import part_scales, require_order, require_same_kind
+from qat.training.averaging import come_first, part_scales, require_same_kind
 from qat.training.batches import calibrate_on_training_data
 from qat.training.checkpoints import refuse_float_optimizer, refuse_masters
 from qat.training.observing import uncalibrated
@@ -56,9 +56,8 @@ class QuantizationAwareTraining(Callback):
         StateError: the model is frozen, or prepared in another way.
         CalibrationError: activations are quantized and nothing will set their scales.
         TrainingError: no optimizer holds the learned scales, or one would decay them, or comes from a float checkpoint;
-            a callback that averages weights copied the module too early, or averages what it must not; the schedule
-            fits neither the layers nor the steps; the quantizers would be lost in worker processes; later: the loss
-            is not finite.
+            a callback that averages weights averages what it must not; the schedule fits neither the layers nor the
+            steps; the quantizers would be lost in worker processes; later: the loss is not finite.
 
     Example::
 
@@ -103,12 +102,16 @@ class QuantizationAwareTraining(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Prepare the model, or what ``configure_model`` builds right after it is built."""
-        require_order(trainer, self)
+        averages = come_first(trainer, self)
         configures = is_overridden("configure_model", pl_module)
         if not configures or self._is_built(pl_module):  # what only wraps a float model would wrap the wrong layers
             self._prepare(trainer, pl_module)
-        if not configures:
-            return
+        if configures:
+            self._prepare_after_configuring(trainer, pl_module)
+        for average in averages:
+            average.setup(trainer, pl_module, stage)  # of the prepared module
+
+    def _prepare_after_configuring(self, trainer: Trainer, pl_module: LightningModule) -> None:
         original = pl_module.configure_model
 
         @functools.wraps(original)
