@@ -158,6 +158,8 @@ class QuantizationCallback(TrainerCallback):
                 "model: was never prepared: give the callback to the Trainer's constructor, and where the Trainer has "
                 "a model_init, call qat.prepare in it"
             )
+        if self._steps is not None:  # of a run that failed
+            self._steps.close()
         steps = self._steps = self._begun(args, state, model, train_dataloader)
         steps.begin([optimizer], steps=state.max_steps)
         _part(model)
