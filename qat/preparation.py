@@ -290,10 +290,7 @@ def parameter_groups(
     """Optimizer groups in which learned scales have their own learning rate and never meet weight decay.
 
     Call it after `prepare`, which makes the learned scales. transformers' Trainer builds an optimizer of its own, which
-    decays them: give it one, and it adds its learning rate schedule::
-
-        optimizer = torch.optim.AdamW(qat.parameter_groups(model, lr=2e-5, weight_decay=0.1))
-        trainer = transformers.Trainer(model, arguments, optimizers=(optimizer, None), train_dataset=data)
+    decays them: `qat.integrations.trainer.grouped_optimizer` gives it one with these groups.
 
     Any optimizer that would decay a learned scale of a prepared model is refused at its first step.
 
