@@ -38,13 +38,21 @@ _CODE_STEP = 0.13
 """Effect of one activation step, relative to the largest output: 1/8 with float8."""
 
 
-def unreached_layers(model: nn.Module) -> list[str]:
-    """Prepared layers that never ran quantized, if anything ran; nothing is known of compiled modules."""
+def unreached_layers(model: nn.Module) -> tuple[list[str], list[str]]:
+    """Prepared layers that never ran quantized, if anything ran; nothing is known of compiled modules.
+
+    The second list is of experts that saw no token, while others of the same parameter did: their path is known.
+    """
     layers = list(quantized_layers(model))
     if not (runs(model) or any(layer.reached for _, layer in layers)):
-        return []
+        return [], []
     compiled = compiled_parts(model)
-    return [name for name, layer in layers if not layer.reached and not f"{name}.".startswith(compiled)]
+    ran = {id(p) for _, layer in layers if layer.reached and not layer.called for p in layer.masters(layer).values()}
+    found: tuple[list[str], list[str]] = [], []
+    for name, layer in layers:
+        if not layer.reached and not f"{name}.".startswith(compiled):
+            found[any(id(p) in ran for p in layer.masters(layer).values())].append(name)
+    return found
 
 
 @torch.no_grad()
@@ -110,7 +118,8 @@ def require_final_types(model: nn.Module, become: str) -> None:
 @torch.no_grad()
 def require_finite(name: str, layer: QuantizedLayer) -> None:
     """Raise `StateError` where training left inf or NaN in a layer."""
-    for key, parameter in layer.named_parameters():
+    own = () if layer.called else [("weight", layer.effective_weight(layer))]
+    for key, parameter in (*layer.named_parameters(), *own):
         # NaN passes through a minimum and a maximum, and neither needs memory.
         if parameter.numel() and not all(bool(end.isfinite()) for end in torch.aminmax(parameter)):
             raise StateError(

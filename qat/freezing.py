@@ -127,7 +127,7 @@ def _remarks(model: nn.Module, allow_unreached: bool, allow_reads: bool) -> list
         )
     if gone:
         logger.warning("%d prepared layers were replaced since, and stay float: %s", len(gone), listed(gone, 4))
-    unreached, read = unreached_layers(model), read_without_call(model)
+    (unreached, idle), read = unreached_layers(model), read_without_call(model)
     if unreached and not allow_unreached:
         raise StateError(
             f"model: {len(unreached)} prepared layers never ran with their quantized weight "
@@ -149,7 +149,7 @@ def _remarks(model: nn.Module, allow_unreached: bool, allow_reads: bool) -> list
         )
     if hooked:
         logger.warning("%d layers have hooks, which freezing drops: %s", len(hooked), listed(hooked, 4))
-    for warning in unchanged(model, unreached):
+    for warning in unchanged(model, [*unreached, *idle]):
         logger.warning("%s", warning)
     notes = [] if read is None else [read]
     if waiting := awaiting(model):
@@ -157,6 +157,14 @@ def _remarks(model: nn.Module, allow_unreached: bool, allow_reads: bool) -> list
             f"{len(waiting)} layers are frozen as they start with 'clip', for their own start needs data: call "
             f"qat.calibrate(model, batches) before ({listed(list(waiting), 4)})"
         )
+        logger.warning("%s", notes[-1])
+    if idle:
+        experts: dict[str, list[str]] = {}
+        for name in dict.fromkeys(name.rpartition(".")[0] for name in idle):
+            experts.setdefault(name.rpartition(".")[0], []).append(name.rpartition(".")[2])
+        places = [f"{name} ({', '.join(numbers)})" for name, numbers in experts.items()]
+        count = sum(map(len, experts.values()))
+        notes.append(f"{count} experts never saw a token, and are frozen as they began: {listed(places, 100)}")
         logger.warning("%s", notes[-1])
     if unreached:
         notes.append(f"{len(unreached)} layers were frozen although they never ran quantized: {listed(unreached, 4)}")
@@ -228,6 +236,9 @@ def _check_other_target(
     refused = [f"{name} ({reason})" for name, reason in reasons.items() if reason is not None]
     if refused:
         faults.append(f"{len(refused)} quantized layers would have to stay float, such as {', '.join(refused[:2])}")
+    strange = [name for name, layer in quantized if target.name not in (layer.targets or (target.name,))]
+    if strange:
+        faults.append(f"its loader replaces nothing but nn.Linear, and so cannot hold {listed(strange, 3)}")
     names = {name for name, _ in quantized}
     layers = {name for name, module in model.named_modules(remove_duplicate=False) if layer_class(module) is not None}
     key = target.host.layer_key
@@ -292,7 +303,7 @@ def _freeze_layer(
     if device.type == "cpu":
         hashed()  # so that no thread holds the value of this layer beside that of the next one
     del trained
-    kind = (type(layer), type(quantizer), types, bias is None, device.type, layer.weight.dtype)
+    kind = (type(layer), type(quantizer), types, bias is None, device.type, master.dtype)
     check = None if kind in kinds else function_check(layer)
     kinds.add(kind)
     frozen.train(layer.training)

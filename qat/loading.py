@@ -190,7 +190,12 @@ def fill(model: nn.Module, directory: Path, manifest: Manifest, device: torch.de
     for name, module in modules.items():
         aliases.setdefault(id(module), []).append(name)
     faults = _place_faults(places, model, manifest)
-    own = {name: tensor for name, tensor in stored_tensors(model) if name.rpartition(".")[0] not in record.layers}
+    masters = {id(p) for module, cls in places.values() for p in cls.masters(module).values()}
+    own = {
+        name: tensor
+        for name, tensor in stored_tensors(model)
+        if name.rpartition(".")[0] not in record.layers and id(tensor) not in masters
+    }
     below = _keys_below(record.layers, manifest.tensors)
     packed = {key for keys in below.values() for key in keys}
     plain = {name: tensor for name, tensor in manifest.tensors.items() if name not in packed}

@@ -162,10 +162,16 @@ def prepare(
             f"float8_backward: {len(inexact)} layers keep exact gradients, since a size is no multiple of 16: "
             f"{listed(inexact, 8)}"
         )
+    blind = [n for n, cls, _, q, _, _ in made if not cls.called and q.awaited_start() is not None]
+    if blind:
+        remarks.append(
+            f"{len(blind)} matrices of experts begin with 'clip', whatever starts from data others get, since no call "
+            f"shows what a single expert reads: {listed(blind, 4)}"
+        )
     notes = (*report.notes, *remarks, *(f"untied: {name}" for name in untied))
     layers = tuple(name for name, _ in quantized_layers(model))
     mark_prepared(model, Prepared(spec, algorithm, target, observer, notes, report.left_float, layers))
-    waiting = sum(quantizer.awaited_start() is not None for _, _, _, quantizer, _, _ in made)
+    waiting = sum(layer.awaited_start() is not None for _, layer in quantized_layers(model))
     return PrepareReport(report, layers, tuple(untied), tuple(remarks), algorithms, waiting)
 
 

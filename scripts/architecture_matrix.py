@@ -172,7 +172,7 @@ def dequantize(model: nn.Module) -> None:
     from optimum.quanto.nn import QLinear
 
     for name, layer in list(model.named_modules()):
-        if isinstance(layer, QLinear):
+        if isinstance(layer, QLinear) and not hasattr(layer, "value"):  # experts are dequantized in any case
             plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
             plain.weight, plain.bias = nn.Parameter(layer.weight.dequantize(), requires_grad=False), layer.bias
             model.set_submodule(name, plain)

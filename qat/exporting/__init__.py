@@ -16,7 +16,7 @@ import torch
 import yaml
 from torch import nn
 
-from qat.errors import ExportError, TargetError
+from qat.errors import ExportError, TargetError, listed
 from qat.exporting.card import write_card
 from qat.files.directory import as_path, atomic_directory, check_destination
 from qat.files.evidence import FrozenRecord, LayerEvidence, frozen_record
@@ -33,7 +33,7 @@ from qat.files.manifest import (
 from qat.files.shards import TensorEntry, parse_size, plan_shards, write_shard
 from qat.files.weights import write_weights
 from qat.formats.state import ModelState
-from qat.hosts import MODULE, Target, get_target, host_of
+from qat.hosts import MODULE, TARGETS, Target, get_target, host_of
 from qat.hosts.base import FloatGrid, shown_call
 from qat.hosts.construction import constructed_tensors, differs, unstored_tensors
 from qat.jobs import in_threads
@@ -203,6 +203,13 @@ def _check_target(model: nn.Module, record: FrozenRecord, wanted: Target) -> Non
     faults = wanted.host.spec_faults(record.spec)
     if faults:
         raise TargetError(f"target {wanted.name!r} cannot express what was trained: {'; '.join(faults)}")
+    modules = dict(model.named_modules())
+    strange = [name for name in record.layers if wanted.name not in (getattr(modules[name], "targets", ()) or TARGETS)]
+    if strange:
+        raise TargetError(
+            f"target {wanted.name!r}: its loader replaces nothing but nn.Linear, and so cannot hold {len(strange)} of "
+            f"the quantized layers ({listed(strange, 3)}): export for target {record.target!r}, or prepare for this one"
+        )
     dtype = record.spec.torch_dtype
     old, new = frozen.rules(model, dtype), wanted.rules(model, dtype)
     floats = (key for key, tensor in stored_tensors(model) if tensor.is_floating_point())

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from qat.files.evidence import FrozenRecord
 from qat.formats.base import Format, FrozenLayer, InLibrary, LayerTypes, Notice, Slot
 from qat.formats.quanto_marlin import keep_bias, loses_bias_on_cuda
+from qat.formats.quanto_modules import module_class
 from qat.formats.quanto_tinygemm import (
     can_optimize,
     is_tinygemm_on_cpu,
@@ -34,6 +35,7 @@ from qat.formats.quanto_tinygemm import (
     warn_of_old_locks,
 )
 from qat.formats.quanto_types import QTYPES, QTYPES_OF_QUANTO, QUANTO_NAMES, widened
+from qat.layers import layer_class
 from qat.numerics import FrozenWeight, QType
 from qat.tensors import inner_tensors
 
@@ -213,9 +215,7 @@ class _Quanto(Format):
 
     def empty(self, types: LayerTypes, shape: tuple[int, int], bias: bool, like: nn.Module) -> Any:
         """A quanto layer on the meta device, to be filled; ``like`` is the layer whose place it takes."""
-        from optimum.quanto.nn import QLinear
-
-        layer: Any = QLinear(
+        layer: Any = module_class(like)(
             shape[1],
             shape[0],
             bias=bias,
@@ -225,6 +225,8 @@ class _Quanto(Format):
             activations=None if types.activations is None else QUANTO_NAMES[types.activations.name],
             quantize_input=True,
         )
+        cls = layer_class(like)
+        layer.targets = () if cls is None else cls.targets
         layer.optimizer = None  # would only serve a second quantization, which must never happen
         if not types.outputs:
             layer.disable_output_quantization()
@@ -253,7 +255,7 @@ class _Quanto(Format):
             warn_of_old_locks()
             weight = WeightQBitsTensor.load_from_state_dict(group_size=layer.weight_group_size, **common)
         weight = weight if layer.bias is None else keep_bias(weight)
-        return nn.Parameter(_held(weight, plain_on_cpu), requires_grad=False)
+        return nn.Parameter(_held(layer, weight, plain_on_cpu), requires_grad=False)
 
     def build(
         self,
@@ -326,13 +328,13 @@ class _Quanto(Format):
 
     def is_settled(self, module: nn.Module, *, plain_on_cpu: bool) -> bool:
         weight: Any = module.weight
-        return type(_held(weight, plain_on_cpu)) is type(weight.data)
+        return type(_held(module, weight, plain_on_cpu)) is type(weight.data)
 
     def settle(self, module: nn.Module, *, plain_on_cpu: bool) -> None:
         """Undo what a move between devices did to the tensor class."""
         layer: Any = module
         kept = layer.weight if layer.bias is None else keep_bias(layer.weight)
-        held = _held(kept, plain_on_cpu)
+        held = _held(layer, kept, plain_on_cpu)
         if type(held) is not type(layer.weight.data):
             layer.weight = nn.Parameter(held, requires_grad=False)
 
@@ -371,8 +373,10 @@ class _Quanto(Format):
             return _codes(plain(quantize_weight(weight, qtype=qtype, axis=0, optimized=False, **parts)))
 
 
-def _held(weight: Any, plain_on_cpu: bool) -> Any:
-    """A weight in the class in which a target's loader holds it on the weight's device."""
+def _held(layer: Any, weight: Any, plain_on_cpu: bool) -> Any:
+    """The weight of a layer in the class in which a target's loader holds it on the weight's device."""
+    if getattr(layer, "held_plain", False):
+        return plain(weight)
     # Stock diffusers leaves the wrapper on the meta device; its parts say where the data is.
     if plain_on_cpu and inner_tensors(weight)[0].device.type == "cpu":
         return plain(weight) if hasattr(weight, "weight_qbits_tensor") else weight

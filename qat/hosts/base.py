@@ -23,7 +23,7 @@ from qat.files.evidence import FrozenRecord
 from qat.files.manifest import Manifest
 from qat.files.weights import write_json
 from qat.formats import Format
-from qat.layers import quantized_layers
+from qat.layers import float_layers, quantized_layers
 from qat.numerics import QType
 from qat.spec import QuantSpec
 
@@ -145,6 +145,7 @@ class Host:
         except Exception:  # whatever a class does on the meta device, or asks for beyond its configuration
             return []
         known = {name for name, _ in fresh.named_parameters(remove_duplicate=False)}
+        known |= {f"{name}.weight" for name, _, cls in float_layers(fresh) if not cls.called}  # once they are frozen
         learned = {id(p) for _, layer in quantized_layers(model) for p in layer.quantizer_parameters()}
         added = [name for name, p in model.named_parameters() if name not in known and id(p) not in learned]
         if not added:

@@ -14,16 +14,19 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from qat.errors import SpecError, StateError, TargetError, shown
+from qat.errors import SpecError, StateError, TargetError, listed, shown
 from qat.formats import FORMATS, LayerTypes
 from qat.hosts import Rules, Target, get_target
 from qat.hosts.configurations import build_on_meta
+from qat.inspection.experts import require_whole, routers
 from qat.inspection.report import FloatWeight, InspectReport, LayerInspection, other_notes, other_weights
 from qat.layers import QuantizedLayer, float_layers
 from qat.probing import Probe
 from qat.spec import LayerSpec, QuantSpec
 
 __all__ = ["FloatWeight", "InspectReport", "LayerInspection", "check_module", "inspect"]
+
+EXPERTS_FLOAT = "no layer is called with them"
 
 
 class _Facts:
@@ -40,6 +43,8 @@ class _Facts:
             self.names[id(module)].append(name)
         self.listed = {id(leaf): name for name, leaf in _in_plain_containers(model)}
         """Modules that a module also holds in a list or a mapping of Python, and where."""
+        self.routers = routers(model)
+        """Ids of the routers of experts."""
         self.holders = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
 
     def tied(self, name: str, module: nn.Module, cls: type[QuantizedLayer]) -> list[nn.Parameter]:
@@ -66,6 +71,8 @@ class _Decision:
     explicit: bool
     could_run: LayerSpec | None = None
     """For a layer left out only by a default of ours: the types it would run with."""
+    float_activations: bool = False
+    """Whether its activations stay float although the spec asks for a type."""
     float_copy: int = 0
     """Elements of its weight that were tied, and stay in the file as floats that no other row counts."""
 
@@ -117,6 +124,9 @@ def inspect(model: Any, spec: QuantSpec, *, target: str = "quanto", example_inpu
     facts = _Facts(model, spec, chosen, probe)
     decisions = {name: _decide(facts, name, module, cls) for name, (module, cls) in layers.items()}
     notes = _resolve_collisions(facts, decisions)
+    require_whole(decisions)
+    if blind := [name for name, decision in decisions.items() if decision.float_activations]:
+        notes.append(f"{len(blind)} matrices of experts keep float activations ({EXPERTS_FLOAT}): {listed(blind, 4)}")
     if all(decision.layer is None for decision in decisions.values()):
         why = sorted({decision.reason for decision in decisions.values()}) or ["the model has no nn.Linear"]
         held = sorted({f"{weight.class_name} ({len(weight.shape)}-D)" for weight in others})
@@ -159,11 +169,17 @@ def _decide(facts: _Facts, name: str, module: nn.Module, cls: type[QuantizedLaye
     layer = decision.layer
     if layer is None:
         return decision
+    if layer.activations is not None and not cls.called:
+        layer = decision.layer = layer.model_copy(update={"activations": None})
+        decision.float_activations = True
     fault = _impossible(facts, name, module, cls, layer)
+    if fault is None and not cls.called and facts.tied(name, module, cls):
+        fault = "its parameter is tied to another one, which no load of experts can hold"
     if fault is None and not decision.explicit:
         part = facts.rules.sensitive_part(name) if layer.activations is not None else None
         default = f"sensitive with quantized activations ({part})" if part is not None else None
         default = "output head" if id(module) in facts.rules.heads else default
+        default = "router: decides which expert a token goes to" if id(module) in facts.routers else default
         if facts.tied(name, module, cls):
             fault = "tied to another weight (include it by name to untie and quantize it)"
         elif default is not None:
@@ -180,7 +196,8 @@ def _impossible(facts: _Facts, name: str, module: nn.Module, cls: type[Quantized
         return fault
     if cls.targets and facts.target.name not in cls.targets:
         remedy = " or ".join(map(repr, cls.targets))
-        return f"the loader of target {facts.target.name!r} replaces no {type(module).__name__}: use target {remedy}"
+        what = type(module).__name__ if cls.called else "experts in one parameter"
+        return f"the loader of target {facts.target.name!r} replaces no {what}: use target {remedy}"
     if module is facts.model:
         return "it is the model itself, which cannot be replaced in place: put it into a module"
     parent = facts.model.get_submodule(name.rpartition(".")[0]) if cls.called else None
@@ -188,11 +205,12 @@ def _impossible(facts: _Facts, name: str, module: nn.Module, cls: type[Quantized
         return f"{type(parent).__name__} reads the weight without calling the layer"
     if name in facts.probe.read:
         return f"{facts.probe.read[name]} reads the weight without calling the layer"
-    if id(module) in facts.listed:
-        return f"also held in {facts.listed[id(module)]}, a plain container, in which loaders replace nothing"
-    if len(facts.names[id(module)]) > 1:
-        return f"registered under several names {facts.names[id(module)]}: loaders replace only one of them"
-    adapter = _adapter(facts.model, name)
+    holder = id(cls.holder(module))
+    if holder in facts.listed:
+        return f"also held in {facts.listed[holder]}, a plain container, in which loaders replace nothing"
+    if len(facts.names[holder]) > 1:
+        return f"registered under several names {facts.names[holder]}: loaders replace only one of them"
+    adapter = _adapter(facts.model, name if cls.called else f"{facts.names[holder][0]}.weights")
     if adapter is not None:
         return f"belongs to the adapter {adapter}: merge it into the model first (in peft: merge_and_unload)"
     types, weight = facts.types(layer), cls.effective_weight(module)

@@ -49,6 +49,12 @@ class FloatWeight:
     """The class of the module that holds it."""
     shape: tuple[int, ...]
 
+    @property
+    def reason(self) -> str:
+        """Why it stays float."""
+        unknown = ", whose forward is unknown" if "expert" in self.class_name.lower() else ""
+        return f"{len(self.shape)}-D weight of {self.class_name}{unknown}: no quantized form"
+
 
 @dataclass(frozen=True)
 class InspectReport:
@@ -71,10 +77,7 @@ class InspectReport:
     def left_float(self) -> dict[str, str]:
         """Every weight of two and more dimensions that stays float, by its layer's or its own name, with the reason."""
         layers = {layer.name: layer.reason for layer in self.layers if layer.weights is None}
-        outside = {
-            other.name.removesuffix(".weight"): f"{len(other.shape)}-D weight of {other.class_name}: no quantized form"
-            for other in self.others
-        }
+        outside = {other.name.removesuffix(".weight"): other.reason for other in self.others}
         return layers | outside
 
     @property

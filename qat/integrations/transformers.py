@@ -153,6 +153,8 @@ class PackedQuantizer(QuantoHfQuantizer):
                 aliases = [alias for alias, other in modules.items() if other is module] or [place]
                 self.canonical |= dict.fromkeys(aliases, place)
                 cls.install(model, aliases, qmodule)
+                if not cls.called:  # else transformers would initialise what its owner had before
+                    setattr(cls.holder(module), "_is_hf_initialized", True)  # noqa: B010
         faults += [
             f"{target} is tied to {source}, but one of them is packed; set tie_word_embeddings to false in config.json"
             for target, source in model.all_tied_weights_keys.items()

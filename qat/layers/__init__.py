@@ -8,20 +8,24 @@ from collections.abc import Iterator
 from torch import nn
 
 from qat.layers.base import Mode, QuantizedLayer, inside_layer
+from qat.layers.experts import ExpertMatrix, QExpert, experts_in
 from qat.layers.linear import QLinear
 
 __all__ = [
     "LAYERS",
+    "ExpertMatrix",
     "Mode",
+    "QExpert",
     "QLinear",
     "QuantizedLayer",
+    "experts_in",
     "float_layers",
     "inside_layer",
     "layer_class",
     "quantized_layers",
 ]
 
-LAYERS: dict[type[nn.Module], type[QuantizedLayer]] = {nn.Linear: QLinear}
+LAYERS: dict[type[nn.Module], type[QuantizedLayer]] = {nn.Linear: QLinear, ExpertMatrix: QExpert}
 _OF_LIBRARIES = {"transformers.pytorch_utils.Conv1D": ("qat.layers.conv1d", "QConv1D")}
 """Float classes of libraries that may not be installed: entered in `LAYERS` when the first of them is met."""
 
@@ -52,6 +56,8 @@ def float_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, type[Quanti
         cls = layer_class(module)
         if cls is not None:
             yield name, module, cls
+        for key, expert in experts_in(module):
+            yield f"{name}.{key}" if name else key, expert, QExpert
 
 
 def quantized_layers(module: nn.Module) -> Iterator[tuple[str, QuantizedLayer]]:

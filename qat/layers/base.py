@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -22,9 +23,9 @@ from qat.quantizers.activation import ActivationQuantizer, LearnedScale, fake_qu
 from qat.quantizers.base import Algorithm, Quantized, WeightQuantizer
 from qat.tensors import matrices
 
-__all__ = ["Mode", "QuantizedLayer", "inside_layer"]
+__all__ = ["MASTER_DTYPES", "Mode", "QuantizedLayer", "inside_layer", "within_layer"]
 
-_MASTER_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+MASTER_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class _Thread(threading.local):
@@ -37,6 +38,16 @@ _thread = _Thread()
 def inside_layer() -> bool:
     """Whether this thread is in the forward of a prepared layer, outside compiled code."""
     return _thread.inside
+
+
+@contextmanager
+def within_layer() -> Iterator[None]:
+    """Let `inside_layer` be true: weights that are read in the block are read by their layers."""
+    outer, _thread.inside = _thread.inside, True
+    try:
+        yield
+    finally:
+        _thread.inside = outer
 
 
 class Mode(NamedTuple):
@@ -87,6 +98,11 @@ class QuantizedLayer(nn.Module):
         """The parameters that the effective weight is made of, by their names below the layer."""
         return matrices(module)
 
+    @staticmethod
+    def holder(module: nn.Module) -> nn.Module:
+        """The module that has these parameters: the layer itself, unless it is not `called`."""
+        return module
+
     def weight_in(self, state: Mapping[str, Any], prefix: str) -> Tensor | None:
         """The effective weight that a checkpoint holds; None where it holds it not, or not in full.
 
@@ -136,7 +152,7 @@ class QuantizedLayer(nn.Module):
         weight = module._parameters["weight"]
         if weight is None or type(weight) is not nn.Parameter or type(weight.data) is not Tensor:
             return f"its weight is a {type(weight).__name__}, not a plain nn.Parameter: prepare before it is converted"
-        if weight.dtype not in _MASTER_DTYPES:
+        if weight.dtype not in MASTER_DTYPES:
             return f"its weight has dtype {weight.dtype}: a master weight is float32, bfloat16 or float16"
         if weight.ndim != 2 or not weight.numel():
             return f"its weight has shape {tuple(weight.shape)}, which is no matrix with elements: prepare it unsharded"
@@ -245,6 +261,10 @@ class QuantizedLayer(nn.Module):
         """The type of its activations when it is served, or None."""
         quantizer = self.input_quantizer
         return None if quantizer is None or not quantizer.enabled else quantizer.qtype
+
+    def awaited_start(self) -> str | None:
+        """The start that data has yet to give to its weight; None where nothing waits, or no hook sees the inputs."""
+        return self.weight_quantizer.awaited_start() if self.called else None
 
     def keep_float_activations(self) -> None:
         """Leave inputs and outputs float, in training and as served."""

@@ -28,6 +28,7 @@ __all__ = [
     "activation_gradients",
     "fake_quantize_output",
     "with_unused",
+    "with_zero_gradients",
 ]
 
 
@@ -258,22 +259,25 @@ def activation_gradients(x: Tensor, scale: Tensor, qtype: str, grad: Tensor) -> 
 
 class _Unused(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y: Tensor, parameter: Tensor) -> Tensor:
-        ctx.save_for_backward(parameter)
+    def forward(ctx: Any, y: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.save_for_backward(*parameters)
         return y.view_as(y)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        return grad, torch.zeros_like(*ctx.saved_tensors)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        return grad, *map(torch.zeros_like, ctx.saved_tensors)
+
+
+def with_zero_gradients(y: Tensor, parameters: Iterable[nn.Parameter]) -> Tensor:
+    """``y``, with a gradient of zero for parameters that it does not depend on: DDP waits for a gradient of each."""
+    return _Unused.apply(y, *parameters)  # type: ignore[no-any-return,no-untyped-call]
 
 
 def with_unused(y: Tensor, *quantizers: ActivationQuantizer | None) -> Tensor:
-    """``y``, with a gradient of zero for scales that are learned but not used: DDP waits for a gradient of each."""
-    for quantizer in quantizers:
-        if isinstance(quantizer, LearnedScale) and not quantizer.used:
-            y = _Unused.apply(y, quantizer.move)  # type: ignore[no-untyped-call]
-    return y
+    """`with_zero_gradients` for scales that are learned but not used."""
+    idle = [q.move for q in quantizers if isinstance(q, LearnedScale) and not q.used]
+    return with_zero_gradients(y, idle) if idle else y
 
 
 class _FakeQuantizedOutput(torch.autograd.Function):

@@ -64,6 +64,8 @@ class WeightQuantizer(QuantizerModule, ABC):
     float8. ``smooth`` is `Algorithm.gradient`, where codes are integers.
     """
 
+    by_groups: bool = False
+    """Whether groups do not depend on each other, so that weights below each other can be quantized in one call."""
     float8_backward = False
     smooth = False
     compensated: bool = False

@@ -63,6 +63,8 @@ class _ServedRange(torch.autograd.Function):
 class LearnedRange(WeightQuantizer):
     """A range whose ends move from ``low`` (None for symmetric types) and ``high``: float32, ``(groups, 1)``."""
 
+    by_groups = True
+
     low_start: Tensor | None
     high_start: Tensor
     low_move: nn.Parameter | None

@@ -87,6 +87,8 @@ def _slope(logit: Tensor) -> Tensor:
 class ClippedRange(WeightQuantizer):
     """The range of the weight as it is now, times learned parts of its ends."""
 
+    by_groups = True
+
     def __init__(self, weight: Tensor, qtype: QType, dtype: torch.dtype) -> None:
         super().__init__(qtype, dtype, masked=True)
         low, high = qtype.weight_range(weight)

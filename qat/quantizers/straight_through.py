@@ -22,6 +22,8 @@ __all__ = ["StraightThrough"]
 class DynamicRange(WeightQuantizer):
     """The range of the weight as it is now: absmax, or minimum to maximum."""
 
+    by_groups = True
+
     def quantize(self, weight: Tensor, out_dtype: torch.dtype) -> Quantized:
         """Find the range and quantize; scale and shift have no gradient."""
         return Quantized(*kernels.quantize_own_range(weight.detach(), self.qtype.key, self.dtype, out_dtype))
