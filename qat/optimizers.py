@@ -76,10 +76,10 @@ def look_again() -> None:
 
 def begin_training(model: nn.Module) -> list[str]:
     """Let layers that quantize their weight await no start any more; the names of those that did."""
-    layers = {name: layer.weight_quantizer for name, layer in quantized_layers(model) if layer.mode.weights}
-    waiting = [name for name, quantizer in layers.items() if quantizer.awaited_start() is not None]
+    layers = {name: layer for name, layer in quantized_layers(model) if layer.mode.weights}
+    waiting = [name for name, layer in layers.items() if layer.awaited_start() is not None]
     for name in waiting:
-        layers[name].stop_awaiting()
+        layers[name].weight_quantizer.stop_awaiting()
     return waiting
 
 

@@ -49,7 +49,7 @@ def awaiting(model: nn.Module) -> dict[str, QuantizedLayer]:
     `qat.optimizers` sees the steps of torch's optimizers. Of others, moved ranges tell.
     """
     layers = quantized_layers(model)
-    waiting = {name: layer for name, layer in layers if layer.weight_quantizer.awaited_start() is not None}
+    waiting = {name: layer for name, layer in layers if layer.awaited_start() is not None}
     moves = (p for layer in waiting.values() for p in layer.weight_quantizer.parameters() if not p.is_meta)
     return {} if any(bool(p.any()) for p in moves) else waiting
 

@@ -67,7 +67,10 @@ def test_inspect_prints_json(capsys: pytest.CaptureFixture[str], model_dir: Path
     ("argv", "expected"),
     [
         (["inspect", "nowhere"], "MODEL_DIR: 'nowhere' is not a directory"),
-        (["inspect", "{model}", "--exclude", "*.nothing"], "exclude: pattern '*.nothing' matches no linear layer"),
+        (
+            ["inspect", "{model}", "--exclude", "*.nothing"],
+            "exclude: pattern '*.nothing' matches no layer that can be quantized",
+        ),
         (["inspect", "x", "--overrides", "*=int5"], "QuantSpec: overrides.*: Input should be 'int8', 'float8', "),
         (["verify", "nowhere"], "'nowhere'"),
     ],

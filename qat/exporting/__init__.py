@@ -16,7 +16,7 @@ import torch
 import yaml
 from torch import nn
 
-from qat.errors import ExportError, TargetError
+from qat.errors import ExportError, TargetError, listed
 from qat.exporting.card import write_card
 from qat.files.directory import as_path, atomic_directory, check_destination
 from qat.files.evidence import FrozenRecord, LayerEvidence, frozen_record
@@ -203,6 +203,12 @@ def _check_target(model: nn.Module, record: FrozenRecord, wanted: Target) -> Non
     faults = wanted.host.spec_faults(record.spec)
     if faults:
         raise TargetError(f"target {wanted.name!r} cannot express what was trained: {'; '.join(faults)}")
+    held = {name: getattr(model.get_submodule(name), "only_for", ()) for name in record.layers}
+    if unknown := [name for name, targets in held.items() if targets and wanted.name not in targets]:
+        raise TargetError(
+            f"target {wanted.name!r} has a loader that replaces no layers of the class of {listed(unknown, 4)}: export "
+            f"for {record.target!r}, or prepare the float model for {wanted.name!r}"
+        )
     dtype = record.spec.torch_dtype
     old, new = frozen.rules(model, dtype), wanted.rules(model, dtype)
     floats = (key for key, tensor in stored_tensors(model) if tensor.is_floating_point())

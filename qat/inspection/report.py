@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from math import prod
 from typing import Any
@@ -36,22 +36,28 @@ class LayerInspection:
     """Bytes of the weight in the serving dtype."""
     bytes_after: int
     """Bytes of the weight as exported: codes, scales and shifts, and the float copy of a weight that was tied."""
+    shared_with: str | None = None
+    """The layer whose weight is also its own, tied: all bytes count there."""
 
 
 @dataclass(frozen=True)
 class FloatWeight:
-    """A weight of two or more dimensions that is in no layer that can be quantized, and stays float."""
+    """A weight of two or more dimensions that stays float: in no layer that can be quantized, or in one that is not
+    by default and that no pattern names, such as an embedding.
+    """
 
     name: str
     """Full name of the parameter."""
     class_name: str
     """The class of the module that holds it."""
     shape: tuple[int, ...]
+    reason: str = ""
+    """Why it stays float; empty: it has no quantized form."""
 
 
 @dataclass(frozen=True)
 class InspectReport:
-    """Every linear layer, and the totals; prints as a table."""
+    """Every linear layer, every other one that a pattern names, and the totals; prints as a table."""
 
     target: str
     spec: QuantSpec
@@ -68,7 +74,8 @@ class InspectReport:
         """Every weight of two and more dimensions that stays float, by its layer's or its own name, with the reason."""
         layers = {layer.name: layer.reason for layer in self.layers if layer.weights is None}
         outside = {
-            other.name.removesuffix(".weight"): f"{len(other.shape)}-D weight of {other.class_name}: no quantized form"
+            other.name.removesuffix(".weight"): other.reason
+            or f"{len(other.shape)}-D weight of {other.class_name}: no quantized form"
             for other in self.others
         }
         return layers | outside
@@ -76,7 +83,7 @@ class InspectReport:
     @property
     def quantized_parameters(self) -> int:
         """Weights that will be quantized."""
-        return sum(prod(layer.shape) for layer in self.layers if layer.weights)
+        return sum(prod(layer.shape) for layer in self.layers if layer.weights and layer.shared_with is None)
 
     @property
     def quantized_share(self) -> float:
@@ -86,7 +93,8 @@ class InspectReport:
     @property
     def linear_share(self) -> float:
         """Share of the linear layers' weights that will be quantized, 0 to 1."""
-        return self.quantized_parameters / max(1, sum(prod(layer.shape) for layer in self.layers))
+        own = (prod(layer.shape) for layer in self.layers if layer.shared_with is None)
+        return self.quantized_parameters / max(1, sum(own))
 
     @property
     def bytes_before(self) -> int:
@@ -134,14 +142,21 @@ def _families(weights: Iterable[FloatWeight]) -> dict[str, tuple[str, int]]:
     return families
 
 
-def other_weights(model: nn.Module, counted: Iterable[nn.Parameter]) -> Iterator[FloatWeight]:
-    """Every parameter of two and more dimensions, once, that is not among those ``counted`` with layers."""
+def other_weights(
+    model: nn.Module, counted: Iterable[nn.Parameter], reasons: Mapping[str, str] | None = None
+) -> Iterator[FloatWeight]:
+    """Every parameter of two and more dimensions, once, that is not among those ``counted`` with layers.
+
+    ``reasons`` says by full name why some stay float.
+    """
     seen = {id(parameter) for parameter in counted}
     for path, module in model.named_modules():
         for key, parameter in matrices(module).items():
             if id(parameter) not in seen:
                 seen.add(id(parameter))
-                yield FloatWeight(f"{path}.{key}" if path else key, type(module).__name__, tuple(parameter.shape))
+                name = f"{path}.{key}" if path else key
+                reason = (reasons or {}).get(name, "")
+                yield FloatWeight(name, type(module).__name__, tuple(parameter.shape), reason)
 
 
 def other_notes(others: Iterable[FloatWeight], parameters: int) -> list[str]:

@@ -8,11 +8,15 @@ from collections.abc import Iterator
 from torch import nn
 
 from qat.layers.base import Mode, QuantizedLayer, inside_layer
+from qat.layers.conv2d import QConv2d
+from qat.layers.embedding import QEmbedding
 from qat.layers.linear import QLinear
 
 __all__ = [
     "LAYERS",
     "Mode",
+    "QConv2d",
+    "QEmbedding",
     "QLinear",
     "QuantizedLayer",
     "float_layers",
@@ -21,7 +25,11 @@ __all__ = [
     "quantized_layers",
 ]
 
-LAYERS: dict[type[nn.Module], type[QuantizedLayer]] = {nn.Linear: QLinear}
+LAYERS: dict[type[nn.Module], type[QuantizedLayer]] = {
+    nn.Linear: QLinear,
+    nn.Embedding: QEmbedding,
+    nn.Conv2d: QConv2d,
+}
 _OF_LIBRARIES = {"transformers.pytorch_utils.Conv1D": ("qat.layers.conv1d", "QConv1D")}
 """Float classes of libraries that may not be installed: entered in `LAYERS` when the first of them is met."""
 
