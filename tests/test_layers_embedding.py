@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 import qat
 from qat.errors import SpecError, StateError, TargetError
-from qat.formats import QUANTO, FrozenLayer
+from qat.formats import QUANTO
 from qat.formats.quanto_modules import FrozenEmbedding
 from qat.layers import QEmbedding, layer_class
 from qat.quantizers.learned_affine import LearnedRange
 from tests.architectures import ARCHITECTURES
-from tests.helpers import DTYPES, WEIGHT_TYPES, LearnedStep, awkward_weight, same_bits, tiny_model
+from tests.helpers import WEIGHT_TYPES, LearnedStep, awkward_weight, same_bits, tiny_model
 
 TOKENS = torch.arange(24).reshape(2, 12) % 64
 ALGORITHMS = {
@@ -91,28 +91,6 @@ def test_it_computes_in_the_dtype_of_its_table_under_autocast() -> None:
         assert layer(ids).dtype is torch.float32  # as the float one does
     layer.mode = layer.mode._replace(weights=False)
     assert torch.equal(layer(ids), layer.weight[ids])
-
-
-SHAPES = [(64, 256), (80, 256), (50, 64), (33, 384), (16, 130), (1, 64), (208, 640)]
-
-
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("weights", WEIGHT_TYPES)
-def test_frozen_rows_are_those_of_the_dequantized_table(weights: str, dtype: torch.dtype) -> None:
-    for rows, dim in SHAPES:
-        layer, one = embedding(weights, rows=max(rows, 4), dim=dim, dtype=dtype), torch.ones((), dtype=dtype)
-        if rows == 1:
-            layer = embedding(weights, dim=dim, dtype=dtype)
-            layer.weight.data, layer.num_embeddings, layer.padding_idx = layer.weight.data[:1], 1, None
-            layer.weight_quantizer = qat.StraightThrough().make(layer.weight, QUANTO.qtypes[weights], dtype)
-        types, shape = QUANTO.types(weights, None, dtype), (rows, dim)
-        frozen = FrozenLayer(layer.weight_quantizer.final_codes(layer.weight), None, types, one, one)
-        module = QUANTO.build(types, shape, QUANTO.pack(frozen), like=layer)
-        ids = torch.arange(3 * rows).view(3, rows).flip(1) % rows
-        assert type(module) is FrozenEmbedding
-        assert same_bits(module(ids), QUANTO.values(module)[ids])
-        assert same_bits(module(ids[:, :1]), layer(ids[:, :1]).detach().to(dtype))
-        assert module(ids[:0]).shape == (0, rows, dim)
 
 
 def llama(**sizes: Any) -> Any:
