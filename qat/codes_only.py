@@ -267,6 +267,8 @@ def _thaw(model: nn.Module) -> None:
     """Let the layers of a frozen model hold codes that they were frozen with, and the model be a prepared one."""
     record = frozen_record(model)
     format = get_target(record.target).format
+    if others := [name for name in record.layers if not isinstance(model.get_submodule(name), nn.Linear)]:
+        raise StateError(f"model: is frozen with layers that are not linear ({listed(others, 4)}): exclude them")
     if active := [name for name, layer in record.layers.items() if layer.activations is not None]:
         raise StateError(
             f"model: is frozen, and {len(active)} layers quantize activations ({listed(active, 3)}); no file says "

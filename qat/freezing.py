@@ -180,9 +180,14 @@ def _freeze(model: nn.Module, target: str | None, remarks: Sequence[str] = (), p
     types = [layer.weight_quantizer.final_qtype for _, layer in quantized_layers(model)]
     algorithms = ", ".join(sorted({prepared.algorithm.for_type(qtype).kind for qtype in types}))
     kinds: set[tuple[object, ...]] = set()
+    tied: dict[int, list[str]] = {}
+    for name, layer in quantized_layers(model):
+        tied.setdefault(id(layer.weight_quantizer), []).append(name)
     calls = (_freeze_layer(name, held, chosen, prepared, kinds) for name, held in places.items())
     hashed = in_threads(calls, threads=2) if model_device(model).type == "cpu" else in_threads(calls)
     evidence = dict(zip(places, counted(hashed, "freezing", progress, len(places)), strict=True))
+    for names in tied.values():
+        chosen.format.tie([model.get_submodule(name) for name in names])
     _cast_the_rest(model, set(evidence), chosen, constructed)
     _own_forward(model)
     model.eval()
@@ -234,13 +239,24 @@ def _check_other_target(
     rules = target.rules(model, prepared.spec.torch_dtype)
     reasons = {name: rules.layer_fault(name, layer.weight_quantizer.qtype) for name, layer in quantized}
     refused = [f"{name} ({reason})" for name, reason in reasons.items() if reason is not None]
+    refused += [
+        f"{name} (its loader replaces no {layer.replaces.__name__})"
+        for name, layer in quantized
+        if layer.targets and target.name not in layer.targets
+    ]
+    if target.host.ties(model) is None:
+        refused += [f"{name} (its loader ties no weights)" for name, layer in quantized if layer.shares]
     if refused:
         faults.append(f"{len(refused)} quantized layers would have to stay float, such as {', '.join(refused[:2])}")
     strange = [name for name, layer in quantized if target.name not in (layer.targets or (target.name,))]
     if strange:
         faults.append(f"its loader replaces nothing but nn.Linear, and so cannot hold {listed(strange, 3)}")
     names = {name for name, _ in quantized}
-    layers = {name for name, module in model.named_modules(remove_duplicate=False) if layer_class(module) is not None}
+    layers = {
+        name
+        for name, module in model.named_modules(remove_duplicate=False)
+        if (cls := layer_class(module)) is not None and target.name in (cls.targets or (target.name,))
+    }
     key = target.host.layer_key
     shared = {key(name) for name in names} & {key(name) for name in layers - names}
     if shared:
@@ -279,7 +295,8 @@ def _freeze_layer(
     with other_mode(quantizer):
         weight = quantizer.final_codes(master)
     bias: Tensor | None = getattr(layer, "bias", None)
-    types = LayerTypes(weight.qtype, layer.activation_qtype, quantizer.dtype, prepared.spec.outputs)
+    kernel = layer.stored_kernel(layer)
+    types = LayerTypes(weight.qtype, layer.activation_qtype, quantizer.dtype, prepared.spec.outputs, kernel)
     out_features, in_features = weight.shape
     final = FrozenLayer(
         weight,

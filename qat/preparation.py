@@ -16,7 +16,7 @@ from qat.errors import SpecError, StateError, listed, shown
 from qat.files.evidence import is_frozen
 from qat.hosts import get_target, inner_models
 from qat.inspection import InspectReport, check_module, inspect
-from qat.layers import float_layers, quantized_layers
+from qat.layers import QuantizedLayer, float_layers, quantized_layers
 from qat.observers import Best, ObserverChoice
 from qat.optimizers import watch
 from qat.quantizers import Algorithm, Automatic, WeightQuantizer
@@ -122,7 +122,7 @@ def prepare(
     check_module(model)
     report = inspect(model, spec, target=target, example_inputs=example_inputs)
     spec, observer, format = report.spec, observer or Best(), get_target(target).format
-    untied, made, algorithms = [], [], {}
+    untied, made, algorithms, quantizers = [], [], {}, dict[str, WeightQuantizer]()
     found = {name: (module, cls) for name, module, cls in float_layers(model)}
     for row in report.layers:
         if row.weights is None:
@@ -131,12 +131,14 @@ def prepare(
         weight = cls.effective_weight(module)
         types = format.types(row.weights, row.activations, spec.torch_dtype)
         own = algorithms[row.name] = algorithm.for_type(types.weights)
-        quantizer = own.make(weight, types.weights, types.dtype)
+        shared = None if row.shared_with is None else quantizers.get(row.shared_with)
+        quantizer = own.make(weight, types.weights, types.dtype) if shared is None else shared
+        quantizers[row.name] = quantizer
         if not isinstance(quantizer, WeightQuantizer):
             raise StateError(f"algorithm: {algorithm!r} must make a WeightQuantizer, made {quantizer!r}")
         quantizer.smooth = algorithm.gradient == "stable" and types.weights.fused and not types.weights.floating
         if algorithm.float8_backward and types.activations is not None:
-            quantizer.float8_backward = types.weights.floating and types.activations.floating
+            quantizer.float8_backward |= types.weights.floating and types.activations.floating
         inputs = outputs = None
         if types.activations is not None:
             kind = LearnedScale if algorithm.learns_activations(row.name) else ActivationQuantizer
@@ -149,10 +151,14 @@ def prepare(
     calibrated = [name for name, _, _, _, inputs, _ in made if inputs is not None]
     _check_use(algorithm, calibrated, [quantizer for _, _, _, quantizer, _, _ in made])
     holders = _holders(model)
+    owners = {row.name: found[row.shared_with][0] for row in report.layers if row.shared_with is not None}
+    kept = {id(owner) for owner in owners.values()}
     for name, cls, module, quantizer, inputs, outputs in made:  # now, so that no error leaves a half-prepared model
-        if _untie(model, module, holders):
+        if name not in owners and id(module) not in kept and _untie(model, module, holders):
             untied.append(name)
-        cls.adopt(module, quantizer, inputs, outputs)
+        layer = cls.adopt(module, quantizer, inputs, outputs)
+        if isinstance(owner := owners.get(name), QuantizedLayer):
+            layer.share(owner)
     inexact = [
         n for n, cls, m, q, _, _ in made if q.float8_backward and any(s % 16 for s in cls.effective_weight(m).shape)
     ]

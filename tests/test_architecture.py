@@ -74,12 +74,12 @@ HOST_FILES = {
     "transformers": ("qat/hosts/", "qat/integrations/", "qat/layers/conv1d.py"),
     "diffusers": ("qat/hosts/",),
 }
-# Modules that are imported only where the library is there already: integrations, and layers of a library's own kinds.
-LATE_FILES = ("qat/integrations/", "qat/layers/conv1d.py")
+# Modules that are imported only where the library is there already: integrations, and classes derived from a library's.
+LATE_FILES = ("qat/integrations/", "qat/layers/conv1d.py", "qat/formats/quanto_modules.py")
 TYPE_NAMES = frozenset({"int8", "float8", "int4", "int2"})
 TYPE_FILES = ("qat/spec.py", "qat/formats/quanto")  # where a type's name is turned into an object
 
-MOST_LIBRARY_LINES = 18_823
+MOST_LIBRARY_LINES = 19_297
 MOST_LINES = 400
 MOST_RECIPE_LINES = 150  # of a recipe itself
 
@@ -175,7 +175,8 @@ def test_quanto_is_imported_late_and_in_its_format_alone() -> None:
     violations = [
         found
         for found in library_imports()
-        if found.package == "optimum" and (found.when == "module" or not path_of(found.source).startswith(QUANTO_FILES))
+        if found.package == "optimum"
+        and not path_of(found.source).startswith(QUANTO_FILES if found.when != "module" else LATE_FILES[2:])
     ]
     assert not violations, listing(violations)
 

@@ -70,7 +70,10 @@ def test_inspect_prints_json(capsys: pytest.CaptureFixture[str], model_dir: Path
     ("argv", "expected"),
     [
         (["inspect", "nowhere"], "model: 'nowhere' is no directory here"),
-        (["inspect", "{model}", "--exclude", "*.nothing"], "exclude: pattern '*.nothing' matches no linear layer"),
+        (
+            ["inspect", "{model}", "--exclude", "*.nothing"],
+            "exclude: pattern '*.nothing' matches no layer that can be quantized",
+        ),
         (["inspect", "x", "--overrides", "*=int5"], "QuantSpec: overrides.*: Input should be 'int8', 'float8', "),
         (["verify", "nowhere"], "'nowhere'"),
     ],

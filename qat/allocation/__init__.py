@@ -153,10 +153,11 @@ def search(
     """
     _check(model, types, score, algorithm)
     check_module(model)
-    inspect(model, spec, target=target)  # says what is wrong with it
+    report = inspect(model, spec, target=target)  # says what is wrong with it
     kinds = [kind for kind in types if kind != _FLOAT]
     sizes, plans, single = _options(model, spec, target, kinds, floats=_FLOAT in types)
-    most, keys = _bytes(model, spec, target, budget), {name: get_target(target).host.layer_key(name) for name in sizes}
+    tied = {row.name: row.shared_with or row.name for row in report.layers}
+    most, keys = _bytes(model, spec, target, budget), {n: get_target(target).host.layer_key(tied[n]) for n in sizes}
     smallest = min(sum(min(options.values()) for options in _families(plan, keys).values()) for plan in plans)
     if most < smallest:
         raise SpecError(

@@ -44,6 +44,8 @@ class LayerEvidence:
     output_scale: float | None
     bias: str | None = None
     """None without a bias, and in exports from before it was recorded."""
+    kernel: tuple[int, ...] = ()
+    """The dimensions of the stored weight after the first two, which are one in its matrix."""
 
     def differences(self, found: LayerEvidence) -> list[str]:
         """The names of the fields in which a layer that was ``found`` is another one."""

@@ -1,14 +1,14 @@
 """What will be quantized, what will not, and why, before anything is changed.
 
-`inspect` decides for every linear layer; `qat.prepare` does exactly what it decided. A layer that stays float does so
+`inspect` decides for every layer; `qat.prepare` does exactly what it decided. A layer that stays float does so
 for a reason, and the reason is printed.
 """
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Container, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -52,9 +52,10 @@ class _Facts:
         own = cls.masters(module).items()
         return [p for key, p in own if f"{name}.{key}" in self.rules.tied_keys or self.holders[id(p)] > 1]
 
-    def types(self, layer: LayerSpec) -> LayerTypes:
+    def types(self, decision: _Decision, layer: LayerSpec) -> LayerTypes:
         outputs = self.spec.outputs
-        return self.target.format.types(layer.weights, layer.activations, self.spec.torch_dtype, outputs)
+        types = self.target.format.types(layer.weights, layer.activations, self.spec.torch_dtype, outputs)
+        return replace(types, kernel=decision.cls.stored_kernel(decision.module))
 
 
 @dataclass
@@ -69,12 +70,21 @@ class _Decision:
     layer: LayerSpec | None
     reason: str
     explicit: bool
+    named: bool = False
+    """Whether a pattern asks for it, whatever comes of it."""
     could_run: LayerSpec | None = None
     """For a layer left out only by a default of ours: the types it would run with."""
     float_activations: bool = False
     """Whether its activations stay float although the spec asks for a type."""
     float_copy: int = 0
     """Elements of its weight that were tied, and stay in the file as floats that no other row counts."""
+    shared_with: str | None = None
+    """The layer before it that it stays tied to."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(out, in)``."""
+        return self.weight.shape[0], self.weight.shape[1]
 
 
 def inspect(model: Any, spec: QuantSpec, *, target: str = "quanto", example_inputs: Any = None) -> InspectReport:
@@ -113,11 +123,11 @@ def inspect(model: Any, spec: QuantSpec, *, target: str = "quanto", example_inpu
     if faults:
         raise TargetError("\n".join(faults))
     layers = dict(_layers(model, chosen))
-    others = tuple(
-        other_weights(model, [p for m, cls in layers.values() for p in (*cls.masters(m).values(), *m.parameters())])
-    )
-    outside = {weight.name.rpartition(".")[0]: weight.class_name for weight in others}
-    spec.check_patterns(layers, outside)
+    outside = other_weights(model, _parameters(layers.values()))
+    known = sorted(
+        layers, key=lambda name: layers[name][1].float_by_default
+    )  # what is quantized by default comes first
+    spec.check_patterns(known, {weight.name.rpartition(".")[0]: weight.class_name for weight in outside})
     probe = Probe({name: (module, cls.masters(module)) for name, (module, cls) in layers.items() if cls.called})
     if example_inputs is not None:
         probe.watch(model, example_inputs)
@@ -127,24 +137,29 @@ def inspect(model: Any, spec: QuantSpec, *, target: str = "quanto", example_inpu
     require_whole(decisions)
     if blind := [name for name, decision in decisions.items() if decision.float_activations]:
         notes.append(f"{len(blind)} matrices of experts keep float activations ({EXPERTS_FLOAT}): {listed(blind, 4)}")
+    unnamed = {name for name, d in decisions.items() if d.cls.float_by_default and d.layer is None and not d.named}
+    reasons = {f"{name}.weight": decisions[name].reason for name in unnamed}
+    rest = [pair for name, pair in layers.items() if name not in unnamed]
+    others = tuple(other_weights(model, _parameters(rest), reasons))
     if all(decision.layer is None for decision in decisions.values()):
         why = sorted({decision.reason for decision in decisions.values()}) or ["the model has no nn.Linear"]
-        held = sorted({f"{weight.class_name} ({len(weight.shape)}-D)" for weight in others})
+        held = sorted({f"{weight.class_name} ({len(weight.shape)}-D)" for weight in others if not weight.default})
         elsewhere = f"; its weights are in {', '.join(held[:5])}, which have no quantized form" if held else ""
         raise SpecError(
             f"spec: no layer of the model would be quantized; reasons: {why[:5]}{elsewhere}: change the spec's patterns"
         )
-    told, copied = _break_ties(facts, decisions)
+    _keep_ties(facts, decisions)
+    told, copied = _break_ties(facts, decisions, unnamed)
     notes += told
     notices = chosen.format.notices(
-        (facts.types(d.layer), (d.weight.shape[0], d.weight.shape[1]), getattr(d.module, "bias", None) is not None)
+        (facts.types(d, d.layer), d.shape, getattr(d.module, "bias", None) is not None)
         for d in decisions.values()
         if d.layer is not None
     )
     notes += [notice.warning for notice in notices]
     parameters = sum(parameter.numel() for parameter in model.parameters()) + copied
     notes += other_notes(others, parameters)
-    rows = tuple(_row(name, decision, facts) for name, decision in decisions.items())
+    rows = tuple(_row(name, decision, facts) for name, decision in decisions.items() if name not in unnamed)
     return InspectReport(target, spec, rows, parameters, tuple(notes), others)
 
 
@@ -164,15 +179,23 @@ def _layers(model: nn.Module, target: Target) -> Iterator[tuple[str, tuple[nn.Mo
         yield name, (module, cls)
 
 
+def _parameters(layers: Iterable[tuple[nn.Module, type[QuantizedLayer]]]) -> list[nn.Parameter]:
+    return [p for module, cls in layers for p in (*cls.masters(module).values(), *module.parameters())]
+
+
 def _decide(facts: _Facts, name: str, module: nn.Module, cls: type[QuantizedLayer]) -> _Decision:
     decision = _Decision(module, cls, cls.effective_weight(module), *facts.spec.resolve(name))
     layer = decision.layer
     if layer is None:
         return decision
+    decision.named = decision.explicit
     if layer.activations is not None and not cls.called:
         layer = decision.layer = layer.model_copy(update={"activations": None})
         decision.float_activations = True
-    fault = _impossible(facts, name, module, cls, layer)
+    if not cls.linear and layer.activations is not None:
+        decision.layer = layer = layer.model_copy(update={"activations": None})
+        decision.reason = f"{decision.reason}; float activations, since it is no linear layer"
+    fault = _impossible(facts, name, decision, layer)
     if fault is None and not cls.called and facts.tied(name, module, cls):
         fault = "its parameter is tied to another one, which no load of experts can hold"
     if fault is None and not decision.explicit:
@@ -180,7 +203,8 @@ def _decide(facts: _Facts, name: str, module: nn.Module, cls: type[QuantizedLaye
         default = f"sensitive with quantized activations ({part})" if part is not None else None
         default = "output head" if id(module) in facts.rules.heads else default
         default = "router: decides which expert a token goes to" if id(module) in facts.routers else default
-        if facts.tied(name, module, cls):
+        default = cls.float_by_default or default
+        if facts.tied(name, module, cls) and not cls.float_by_default:
             fault = "tied to another weight (include it by name to untie and quantize it)"
         elif default is not None:
             fault = f"{default}, float by default (include it by name to quantize it)"
@@ -190,7 +214,8 @@ def _decide(facts: _Facts, name: str, module: nn.Module, cls: type[QuantizedLaye
     return decision
 
 
-def _impossible(facts: _Facts, name: str, module: nn.Module, cls: type[QuantizedLayer], layer: LayerSpec) -> str | None:
+def _impossible(facts: _Facts, name: str, decision: _Decision, layer: LayerSpec) -> str | None:
+    module, cls = decision.module, decision.cls
     fault = cls.adoption_fault(module)
     if fault is not None:
         return fault
@@ -213,10 +238,11 @@ def _impossible(facts: _Facts, name: str, module: nn.Module, cls: type[Quantized
     adapter = _adapter(facts.model, name if cls.called else f"{facts.names[holder][0]}.weights")
     if adapter is not None:
         return f"belongs to the adapter {adapter}: merge it into the model first (in peft: merge_and_unload)"
-    types, weight = facts.types(layer), cls.effective_weight(module)
+    types = facts.types(decision, layer)
     hazards = [facts.rules.layer_fault(name, types.weights)]
-    hazards += [facts.target.format.layer_hazard(types, (weight.shape[0], weight.shape[1]))]
-    hazards += [facts.target.format.input_hazard(types, x) for x in facts.probe.inputs.get(name, ())]
+    if cls.linear:
+        hazards += [facts.target.format.layer_hazard(types, decision.shape)]
+        hazards += [facts.target.format.input_hazard(types, x) for x in facts.probe.inputs.get(name, ())]
     return next((hazard for hazard in hazards if hazard is not None), None)
 
 
@@ -243,6 +269,8 @@ def _resolve_collisions(facts: _Facts, decisions: Mapping[str, _Decision]) -> li
     """Make layers of one last name all quantized or all float, in place, since the target cannot tell them apart."""
     families: dict[str, dict[str, _Decision]] = defaultdict(dict)
     for name, decision in decisions.items():
+        if decision.cls.targets and facts.target.name not in decision.cls.targets:
+            continue  # the loader replaces no layer of its class, whatever its name
         for alias in facts.names[id(decision.module)]:
             families[facts.target.host.layer_key(alias)][name] = decision
     total = sum(d.weight.numel() for d in decisions.values())
@@ -275,13 +303,43 @@ def _resolve_collisions(facts: _Facts, decisions: Mapping[str, _Decision]) -> li
     return notes
 
 
-def _break_ties(facts: _Facts, decisions: Mapping[str, _Decision]) -> tuple[list[str], int]:
-    """Notes on the tied layers that `qat.prepare` will untie, in its order, and how many elements it will copy."""
+def _keep_ties(facts: _Facts, decisions: Mapping[str, _Decision]) -> None:
+    """Let layers share one quantized weight that are tied, all chosen, and tied again by the loader."""
+    ties, groups = facts.target.host.ties(facts.model) or {}, defaultdict[str, list[str]](list)
+    for name, decision in decisions.items():
+        if decision.layer is not None and decision.weight is getattr(decision.module, "weight", None):
+            groups[ties.get(f"{name}.weight", f"{name}.weight")].append(name)
+    for first, *others in groups.values():
+        weight = decisions[first].weight
+        tied = [name for name in others if decisions[name].weight is weight or weight.is_meta]
+        if not tied or facts.holders[id(weight)] > 1 + len(tied):  # something float uses it too
+            continue
+        types = {name: layer.weights for name in (first, *tied) if (layer := decisions[name].layer) is not None}
+        if len(set(types.values())) > 1:
+            told = " and ".join(f"{name} {kind}" for name, kind in types.items())
+            raise SpecError(
+                f"overrides: {told} are one tied weight, which has one type: give both the same, or exclude one, which "
+                "breaks the tie"
+            )
+        for name in tied:
+            decisions[name].shared_with = first
+            decisions[name].reason += f"{'; ' if decisions[name].reason else ''}tied to {first}, one table for both"
+
+
+def _break_ties(facts: _Facts, decisions: Mapping[str, _Decision], unnamed: Container[str]) -> tuple[list[str], int]:
+    """Notes on the tied layers that `qat.prepare` will untie, in its order, and how many elements it will copy.
+
+    Layers that are ``unnamed`` have no row.
+    """
     chosen = Counter(id(p) for d in decisions.values() if d.layer is not None for p in d.cls.masters(d.module).values())
-    floats = {id(p) for d in decisions.values() if d.layer is None for p in d.cls.masters(d.module).values()}
+    left_float = [d for name, d in decisions.items() if d.layer is None and name not in unnamed]
+    floats = {id(p) for d in left_float for p in d.cls.masters(d.module).values()}
     holders, left = facts.holders, facts.holders.copy()
     notes, copied = [], 0
+    together = {other for d in decisions.values() if (other := d.shared_with) is not None}
     for name, decision in decisions.items():
+        if decision.shared_with is not None or name in together:
+            continue
         tied = facts.tied(name, decision.module, decision.cls)
         if decision.layer is None or not tied:
             continue
@@ -299,13 +357,14 @@ def _break_ties(facts: _Facts, decisions: Mapping[str, _Decision]) -> tuple[list
 
 
 def _row(name: str, decision: _Decision, facts: _Facts) -> LayerInspection:
-    layer, (out_features, in_features) = decision.layer, decision.weight.shape
+    layer, (out_features, in_features) = decision.layer, decision.shape
     itemsize = facts.spec.torch_dtype.itemsize
-    before = out_features * in_features * itemsize
+    before = 0 if decision.shared_with is not None else out_features * in_features * itemsize
     what = (name, type(decision.module).__name__, (out_features, in_features))
     if layer is None:
         return LayerInspection(*what, None, None, None, decision.reason, before, before)
-    types = facts.types(layer)
-    after = facts.target.format.nbytes(types, (out_features, in_features)) + decision.float_copy * itemsize
-    group_size = types.weights.group_size(in_features)
-    return LayerInspection(*what, layer.weights, layer.activations, group_size, decision.reason, before, after)
+    types = facts.types(decision, layer)
+    after = facts.target.format.nbytes(types, decision.shape) + decision.float_copy * itemsize
+    after = 0 if decision.shared_with is not None else after
+    group_size, chosen = types.weights.group_size(in_features), (layer.weights, layer.activations)
+    return LayerInspection(*what, *chosen, group_size, decision.reason, before, after, decision.shared_with)

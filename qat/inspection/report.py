@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from math import prod
 from typing import Any
@@ -37,28 +37,34 @@ class LayerInspection:
     """Bytes of the weight in the serving dtype."""
     bytes_after: int
     """Bytes of the weight as exported: codes, scales and shifts, and the float copy of a weight that was tied."""
+    shared_with: str | None = None
+    """The layer whose weight is also its own, tied: all bytes count there."""
 
 
 @dataclass(frozen=True)
 class FloatWeight:
-    """A weight of two or more dimensions that is in no layer that can be quantized, and stays float."""
+    """A weight of two or more dimensions that stays float: in no layer that can be quantized, or in one that is not
+    by default and that no pattern names, such as an embedding.
+    """
 
     name: str
     """Full name of the parameter."""
     class_name: str
     """The class of the module that holds it."""
     shape: tuple[int, ...]
+    default: str = ""
+    """By what default it stays float; empty: it has no quantized form."""
 
     @property
     def reason(self) -> str:
         """Why it stays float."""
         unknown = ", whose forward is unknown" if "expert" in self.class_name.lower() else ""
-        return f"{len(self.shape)}-D weight of {self.class_name}{unknown}: no quantized form"
+        return self.default or f"{len(self.shape)}-D weight of {self.class_name}{unknown}: no quantized form"
 
 
 @dataclass(frozen=True)
 class InspectReport:
-    """Every linear layer, and the totals.
+    """Every linear layer, every other one that a pattern names, and the totals.
 
     Prints as a table, where layers that differ only by the numbers in their names are one line, with their count.
     """
@@ -83,7 +89,7 @@ class InspectReport:
     @property
     def quantized_parameters(self) -> int:
         """Weights that will be quantized."""
-        return sum(prod(layer.shape) for layer in self.layers if layer.weights)
+        return sum(prod(layer.shape) for layer in self.layers if layer.weights and layer.shared_with is None)
 
     @property
     def quantized_share(self) -> float:
@@ -93,7 +99,8 @@ class InspectReport:
     @property
     def linear_share(self) -> float:
         """Share of the linear layers' weights that will be quantized, 0 to 1."""
-        return self.quantized_parameters / max(1, sum(prod(layer.shape) for layer in self.layers))
+        own = (prod(layer.shape) for layer in self.layers if layer.shared_with is None)
+        return self.quantized_parameters / max(1, sum(own))
 
     @property
     def bytes_before(self) -> int:
@@ -170,14 +177,21 @@ def _families(weights: Iterable[FloatWeight]) -> dict[str, tuple[str, int]]:
     return families
 
 
-def other_weights(model: nn.Module, counted: Iterable[nn.Parameter]) -> Iterator[FloatWeight]:
-    """Every parameter of two and more dimensions, once, that is not among those ``counted`` with layers."""
+def other_weights(
+    model: nn.Module, counted: Iterable[nn.Parameter], reasons: Mapping[str, str] | None = None
+) -> Iterator[FloatWeight]:
+    """Every parameter of two and more dimensions, once, that is not among those ``counted`` with layers.
+
+    ``reasons`` says by full name why some stay float.
+    """
     seen = {id(parameter) for parameter in counted}
     for path, module in model.named_modules():
         for key, parameter in matrices(module).items():
             if id(parameter) not in seen:
                 seen.add(id(parameter))
-                yield FloatWeight(f"{path}.{key}" if path else key, type(module).__name__, tuple(parameter.shape))
+                name = f"{path}.{key}" if path else key
+                reason = (reasons or {}).get(name, "")
+                yield FloatWeight(name, type(module).__name__, tuple(parameter.shape), reason)
 
 
 def other_notes(others: Iterable[FloatWeight], parameters: int) -> list[str]:

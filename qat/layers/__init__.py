@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from torch import nn
 
 from qat.layers.base import Mode, QuantizedLayer, inside_layer
+from qat.layers.conv2d import QConv2d
+from qat.layers.embedding import QEmbedding
 from qat.layers.experts import ExpertMatrix, QExpert, experts_in
 from qat.layers.linear import QLinear
 
@@ -15,6 +17,8 @@ __all__ = [
     "LAYERS",
     "ExpertMatrix",
     "Mode",
+    "QConv2d",
+    "QEmbedding",
     "QExpert",
     "QLinear",
     "QuantizedLayer",
@@ -25,7 +29,12 @@ __all__ = [
     "quantized_layers",
 ]
 
-LAYERS: dict[type[nn.Module], type[QuantizedLayer]] = {nn.Linear: QLinear, ExpertMatrix: QExpert}
+LAYERS: dict[type[nn.Module], type[QuantizedLayer]] = {
+    nn.Linear: QLinear,
+    nn.Embedding: QEmbedding,
+    nn.Conv2d: QConv2d,
+    ExpertMatrix: QExpert,
+}
 _OF_LIBRARIES = {"transformers.pytorch_utils.Conv1D": ("qat.layers.conv1d", "QConv1D")}
 """Float classes of libraries that may not be installed: entered in `LAYERS` when the first of them is met."""
 
