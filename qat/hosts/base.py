@@ -114,6 +114,10 @@ class Host:
     def untie(self, model: Any) -> None:
         """Tell a model, and no other that shares its configuration, that its embeddings are not tied any more."""
 
+    def can_untie(self, model: Any) -> bool:
+        """Whether a configuration can say that a model's embeddings are not tied, so that a load leaves them so."""
+        return True
+
     def attention(self, model: Any) -> str | None:
         """The attention implementation that a model runs with, where it has one: it decides how outputs round."""
         return None

@@ -137,6 +137,7 @@ def inspect(model: Any, spec: QuantSpec, *, target: str = "quanto", example_inpu
     require_whole(decisions)
     if blind := [name for name, decision in decisions.items() if decision.float_activations]:
         notes.append(f"{len(blind)} matrices of experts keep float activations ({EXPERTS_FLOAT}): {listed(blind, 4)}")
+    _keep_ties(facts, decisions)
     unnamed = {name for name, d in decisions.items() if d.cls.float_by_default and d.layer is None and not d.named}
     reasons = {f"{name}.weight": decisions[name].reason for name in unnamed}
     rest = [pair for name, pair in layers.items() if name not in unnamed]
@@ -148,7 +149,6 @@ def inspect(model: Any, spec: QuantSpec, *, target: str = "quanto", example_inpu
         raise SpecError(
             f"spec: no layer of the model would be quantized; reasons: {why[:5]}{elsewhere}: change the spec's patterns"
         )
-    _keep_ties(facts, decisions)
     told, copied = _break_ties(facts, decisions, unnamed)
     notes += told
     notices = chosen.format.notices(
@@ -324,6 +324,18 @@ def _keep_ties(facts: _Facts, decisions: Mapping[str, _Decision]) -> None:
         for name in tied:
             decisions[name].shared_with = first
             decisions[name].reason += f"{'; ' if decisions[name].reason else ''}tied to {first}, one table for both"
+    for name in decisions.keys() - _together(decisions) if ties else ():
+        d = decisions[name]
+        tied = d.layer is not None and facts.tied(name, d.module, d.cls)
+        if tied and not facts.target.host.can_untie(facts.model):
+            d.layer, d.explicit = None, False
+            d.reason = "its model's class ties it on every load: include all layers that share the weight, or none"
+
+
+def _together(decisions: Mapping[str, _Decision]) -> set[str]:
+    """The layers that stay tied."""
+    pairs = [(name, d.shared_with) for name, d in decisions.items() if d.shared_with is not None]
+    return {name for pair in pairs for name in pair}
 
 
 def _break_ties(facts: _Facts, decisions: Mapping[str, _Decision], unnamed: Container[str]) -> tuple[list[str], int]:
@@ -336,9 +348,9 @@ def _break_ties(facts: _Facts, decisions: Mapping[str, _Decision], unnamed: Cont
     floats = {id(p) for d in left_float for p in d.cls.masters(d.module).values()}
     holders, left = facts.holders, facts.holders.copy()
     notes, copied = [], 0
-    together = {other for d in decisions.values() if (other := d.shared_with) is not None}
+    together = _together(decisions)
     for name, decision in decisions.items():
-        if decision.shared_with is not None or name in together:
+        if name in together:
             continue
         tied = facts.tied(name, decision.module, decision.cls)
         if decision.layer is None or not tied:
