@@ -108,7 +108,7 @@ def require_final_types(model: nn.Module, become: str) -> None:
 
 
 @torch.no_grad()
-def require_finite(name: str, layer: QuantizedLayer) -> None:
+def require_finite(name: str, layer: nn.Module) -> None:
     """Raise `StateError` where training left inf or NaN in a layer."""
     for key, parameter in layer.named_parameters():
         # NaN passes through a minimum and a maximum, and neither needs memory.

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from qat.adapters import adapters, without_peft
 from qat.errors import SpecError, StateError, TargetError, shown
 from qat.formats import FORMATS, LayerTypes
 from qat.hosts import Rules, Target, get_target
@@ -39,6 +40,7 @@ class _Facts:
             self.names[id(module)].append(name)
         self.listed = {id(leaf): name for name, leaf in _in_plain_containers(model)}
         """Modules that a module also holds in a list or a mapping of Python, and where."""
+        self.adapters = [name for name, _ in adapters(model)]
         self.holders = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
 
     def tied(self, name: str, module: nn.Module, cls: type[QuantizedLayer]) -> list[nn.Parameter]:
@@ -73,7 +75,7 @@ def inspect(model: nn.Module, spec: QuantSpec, *, target: str = "quanto", exampl
     """Decide for every linear layer of ``model`` what ``spec`` means for it. Changes nothing; works on the meta device.
 
     Args:
-        model: any module.
+        model: any module; of a ``PeftModel``, the model inside.
         spec: what to quantize.
         target: who will load the export: ``"quanto"``, ``"transformers"`` or ``"diffusers"``.
         example_inputs: one batch (tensor, tuple or mapping), run through the float model to find the layers whose
@@ -96,12 +98,15 @@ def inspect(model: nn.Module, spec: QuantSpec, *, target: str = "quanto", exampl
         )
     if not isinstance(model, nn.Module):
         raise SpecError(f"model: must be an nn.Module, got {type(model).__name__}: load the model first")
-    chosen = get_target(target)
+    model, chosen = without_peft(model), get_target(target)
     spec = chosen.resolved(spec)
     faults = chosen.faults(model, spec)
     if faults:
         raise TargetError("\n".join(faults))
     layers = dict(_layers(model, chosen))
+    for name, (module, cls) in layers.items():
+        if spec.resolve(name)[0] is not None and (fault := cls.usage_fault(module)) is not None:
+            raise StateError(f"model: layer {name!r} {fault}")
     others = tuple(
         other_weights(model, [p for m, cls in layers.values() for p in (*cls.masters(m).values(), *m.parameters())])
     )
@@ -182,7 +187,7 @@ def _impossible(facts: _Facts, name: str, module: nn.Module, cls: type[Quantized
         return f"also held in {facts.listed[id(module)]}, a plain container, in which loaders replace nothing"
     if len(facts.names[id(module)]) > 1:
         return f"registered under several names {facts.names[id(module)]}: loaders replace only one of them"
-    adapter = _adapter(facts.model, name)
+    adapter = next((above for above in facts.adapters if name.startswith(f"{above}.")), None)
     if adapter is not None:
         return f"belongs to the adapter {adapter}: merge it into the model first (in peft: merge_and_unload)"
     types, weight = facts.types(layer), cls.effective_weight(module)
@@ -198,17 +203,6 @@ def _in_plain_containers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             if isinstance(value, list | tuple | dict) and not key.startswith("_"):
                 leaves = (leaf for leaf in tree_leaves(value) if isinstance(leaf, nn.Module))
                 yield from ((f"{name}.{key}" if name else key, leaf) for leaf in leaves)
-
-
-def _adapter(model: nn.Module, name: str) -> str | None:
-    """The layer of peft that a linear layer belongs to as a part of an adapter, or None; told without importing it."""
-    above, _, own = name.rpartition(".")
-    while above and own != "base_layer":
-        module = model.get_submodule(above)
-        if hasattr(module, "base_layer") and type(module).__module__.partition(".")[0] == "peft":
-            return above
-        above = above.rpartition(".")[0]
-    return None
 
 
 def _resolve_collisions(facts: _Facts, decisions: Mapping[str, _Decision]) -> list[str]:

@@ -143,6 +143,11 @@ class QuantizedLayer(nn.Module):
         return None
 
     @staticmethod
+    def usage_fault(module: Any) -> str | None:
+        """What must be mended before the module is quantized, where it would be wrong to leave it float; or None."""
+        return None
+
+    @staticmethod
     def object_fault(module: nn.Module) -> str | None:
         """Why the object is not what its class says, or None; asked before it is adopted and before it is frozen."""
         if "forward" in vars(module):

@@ -1,0 +1,206 @@
+"""`QLoraLinear`: a linear layer under peft's LoRA, of which base and adapter are fake-quantized as one weight.
+
+The weight is ``W + scaling * B A``, or DoRA's ``m (W + scaling * B A) / |W + scaling * B A|``, computed as peft merges
+it, with the same bits. So what is trained is what the merged model serves.
+
+A base that needs no gradient gets none. Between forward and backward the layer keeps its input and the adapter: the
+weight is computed again in backward, and neither it nor its gradient outlives a step of the graph. What it trades away:
+each product ``B A`` is computed twice, and the weight's whole gradient once, where plain LoRA has neither.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from typing import Any, ClassVar
+
+import torch
+from peft.tuners.lora.layer import Linear
+from peft.tuners.lora.variants import DoraLinearVariant
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from qat.errors import StateError
+from qat.layers.functional import Recipe
+from qat.layers.linear import LinearForm, QLinear
+from qat.quantizers.activation import with_unused
+
+__all__ = ["QLoraLinear"]
+
+_NOW = "_qat_merged"  # the weight of the forward that runs
+
+
+def _exact(tensor: Tensor) -> Any:
+    """A block in which autocast changes nothing."""
+    return nullcontext() if tensor.is_meta else torch.autocast(tensor.device.type, enabled=False)
+
+
+def _product(scaling: float, a: Tensor, b: Tensor) -> Tensor:
+    """``scaling * B A`` as peft computes it; half precision is widened on a CPU."""
+    wide = b.device.type == "cpu" and b.dtype in (torch.float16, torch.bfloat16)
+    product = (b.float() @ a.float() if wide else b @ a).mul_(scaling)
+    return product.to(b.dtype) if wide else product
+
+
+@torch.no_grad()
+def _merge(scaling: float, base: Tensor, a: Tensor, b: Tensor, magnitude: Tensor | None = None) -> Tensor:
+    """The merged weight, ``(out, in)``, in the dtype of the base."""
+    with _exact(base):
+        change = _product(scaling, a, b)
+        if magnitude is None:
+            return torch.add(base, change, out=torch.empty_like(base))
+        value, norm = _direction(base, change)
+        return ((magnitude / norm).view(-1, 1) * value).to(base.dtype)
+
+
+def _direction(base: Tensor, change: Tensor) -> tuple[Tensor, Tensor]:
+    """The weight that DoRA scales, and the norm of each of its rows."""
+    value = base + change
+    return value, torch.linalg.norm(value, dim=1).to(value.dtype)
+
+
+class _Merged(torch.autograd.Function):
+    """The merged weight, whose gradient goes on to base, A, B and magnitude; peft's norm of DoRA has none."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, value: Tensor, scaling: float, base: Tensor, a: Tensor, b: Tensor, magnitude: Tensor | None = None
+    ) -> Tensor:
+        ctx.save_for_backward(base, a, b, magnitude)
+        ctx.scaling = scaling
+        return value.view_as(value)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        base, a, b, magnitude = ctx.saved_tensors
+        of_base = of_magnitude = None
+        with _exact(base):
+            grad = grad.to(b.dtype)
+            if magnitude is not None:
+                value, norm = _direction(base, _product(ctx.scaling, a, b))
+                of_magnitude = ((grad * value).sum(1) / norm).to(magnitude.dtype)
+                grad = (grad * (magnitude / norm).view(-1, 1)).to(b.dtype)
+            if ctx.needs_input_grad[2]:
+                of_base = grad.to(base.dtype)
+            of_a, of_b = (b.t() @ grad).mul_(ctx.scaling), (grad @ a.t()).mul_(ctx.scaling)
+        return None, None, of_base, of_a, of_b, of_magnitude
+
+
+class QLoraLinear(LinearForm, Linear):
+    """``x V^T + b`` with the merged weight V fake-quantized, and, if asked, inputs and outputs.
+
+    Without an active adapter, as within peft's ``disable_adapter()``, V is the base weight. While nothing is quantized
+    (`Mode`), the layer is peft's own.
+    """
+
+    replaces: ClassVar[type[nn.Module]] = Linear
+
+    @staticmethod
+    def masters(module: Any) -> dict[str, nn.Parameter]:
+        """The weights of the base and of the active adapter."""
+        base = module.base_layer.weight
+        found = {"base_layer.weight": base} if isinstance(base, nn.Parameter) else {}
+        for name in _active(module):
+            parts = ("lora_A", "lora_B", *(("lora_magnitude_vector",) if name in module.lora_magnitude_vector else ()))
+            found |= {f"{part}.{name}.weight": getattr(module, part)[name].weight for part in parts}
+        return found
+
+    @staticmethod
+    def effective_weight(module: Any) -> Tensor:
+        """The merged weight, ``(out, in)``, with gradients to the adapter, and to the base where it wants one.
+
+        Raises:
+            StateError: several adapters are active.
+        """
+        if (now := vars(module).get(_NOW)) is not None:
+            return now  # type: ignore[no-any-return]
+        (base, *parts), names = QLoraLinear.masters(module).values(), _active(module)
+        if not names:
+            return base
+        scaling = module.scaling[names[0]]
+        value = _merge(scaling, base, *parts)
+        return _Merged.apply(value, scaling, base, *parts)  # type: ignore[no-any-return,no-untyped-call]
+
+    def recipe(self) -> Recipe | None:
+        """How backward computes the merged weight again."""
+        names = _active(self)
+        if not names or torch.compiler.is_compiling():
+            return None
+        return Recipe(_merge, (self.scaling[names[0]],), tuple(self.masters(self).values()))
+
+    def weight_in(self, state: Mapping[str, Any], prefix: str) -> Tensor | None:
+        """The merged weight that a checkpoint holds; None where it lacks base or adapter."""
+        keys = [f"{prefix}{key}" for key in self.masters(self)]
+        if not all(key in state for key in keys):
+            return None
+        base, *parts = (state[key] for key in keys)
+        return _merge(self.scaling[_active(self)[0]], base, *parts) if parts else base
+
+    @classmethod
+    def adoption_fault(cls, module: nn.Module) -> str | None:
+        """As for any layer. The base is an exact `nn.Linear`, and the adapters are LoRA or DoRA."""
+        if type(module) is not cls.replaces:
+            return f"{type(module).__name__} is not exactly peft's lora.Linear: its own forward would be lost"
+        base: nn.Module = module.base_layer  # type: ignore[assignment]
+        fault = cls.object_fault(module) or QLinear.adoption_fault(base)
+        if fault is not None:
+            return f"under its adapter, {fault}"
+        others = {type(v).__name__ for v in module.lora_variant.values() if type(v) is not DoraLinearVariant}  # type: ignore[operator]
+        return f"its adapter has a forward of its own ({', '.join(sorted(others))})" if others else None
+
+    @staticmethod
+    def object_fault(module: nn.Module) -> str | None:
+        """As for any layer, and its base likewise."""
+        if "forward" in vars(module):
+            return "its object has a forward of its own, which would run instead of the quantized one: remove the hook"
+        return QLinear.object_fault(module.base_layer)  # type: ignore[arg-type]
+
+    @staticmethod
+    def usage_fault(module: Any) -> str | None:
+        """Several active adapters, dropout, or a bias of the adapter: none is part of one merged weight."""
+        names = _found(module)
+        if len(names) > 1:
+            return (
+                f"has several active adapters {names}, but one weight is trained and served: activate one "
+                "(set_adapter), or merge the others first"
+            )
+        for name in names:
+            if (p := getattr(module.lora_dropout[name], "p", 0.0)) > 0:
+                return (
+                    f"has lora_dropout={p}, which drops inputs of the adapter alone, and the merged weight has no such "
+                    "input: use LoraConfig(lora_dropout=0.0)"
+                )
+            if module.lora_bias[name]:
+                return "has a bias in its adapter: use lora_bias=False, and bias='lora_only' to train that of the base"
+        if module.disable_adapters and module.merged:
+            return "has a merged adapter that is disabled: unmerge it first (unmerge_adapter)"
+        return None
+
+    def _run(self, input: Tensor) -> Tensor:
+        if (fault := self.usage_fault(self)) is not None:
+            raise StateError(f"model: a layer under LoRA {fault}")
+        if not self.mode.weights and not self.mode.observe:
+            y = Linear.forward(self, input)
+            return with_unused(y, self.input_quantizer, self.output_quantizer) if self.learns_activations else y
+        if torch.compiler.is_compiling():  # in which the compiler finds what is computed twice
+            return super()._run(input)
+        vars(self)[_NOW] = self.effective_weight(self)
+        try:
+            return super()._run(input)
+        finally:
+            vars(self).pop(_NOW, None)
+
+
+def _found(module: Any) -> list[str]:
+    return [name for name in module.active_adapters if name in module.lora_A]
+
+
+def _active(module: Any) -> list[str]:
+    """The name of the adapter that is part of the weight, if one is."""
+    if module.disable_adapters or module.merged:
+        return []
+    names = _found(module)
+    if len(names) > 1:
+        raise StateError(f"model: a layer under LoRA {QLoraLinear.usage_fault(module)}")
+    return names
