@@ -46,7 +46,7 @@ ORDER: tuple[frozenset[str], ...] = tuple(
         "formats",
         "hosts",
         "agreement allocation blocks calibration checks codes_only folding freezing inspection moments optimizers "
-        "output_errors preparation probing reconstruction runs serving starting",
+        "output_errors packing preparation probing reconstruction runs serving starting",
         "exporting loading verification integrations",
         "training",
         "cli __main__",

@@ -92,7 +92,7 @@ class QuantizedLayer(nn.Module):
 
         ``prefix`` is the layer's name in the checkpoint, with a dot at its end, or empty.
         """
-        if not all(f"{prefix}{key}" in state for key in self.masters(self)):
+        if not all(f"{prefix}{key}" in state for key in self.masters(self) or ("weight",)):
             return None
         found = {key: state[f"{prefix}{key}"] for key in self._parameters if f"{prefix}{key}" in state}
         return self.effective_weight(SimpleNamespace(**{**vars(self), **found}))

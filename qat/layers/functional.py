@@ -47,7 +47,7 @@ class Recipe(NamedTuple):
 
     make: Callable[..., Tensor]
     arguments: tuple[Any, ...]
-    parts: tuple[Tensor, ...]
+    parts: tuple[Tensor | None, ...]
 
 
 class _Options(NamedTuple):

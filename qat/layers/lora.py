@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import nullcontext
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from peft.tuners.lora.layer import Linear
@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 from qat.errors import StateError
 from qat.layers.functional import Recipe
 from qat.layers.linear import LinearForm, QLinear
+from qat.layers.packed import PackedForm, PackedLinear
 from qat.quantizers.activation import with_unused
 
 __all__ = ["QLoraLinear"]
@@ -42,11 +43,34 @@ def _product(scaling: float, a: Tensor, b: Tensor) -> Tensor:
     return product.to(b.dtype) if wide else product
 
 
+class _Form(NamedTuple):
+    """What is no tensor of a merged weight."""
+
+    scaling: float
+    packed: PackedForm | None
+    """Where the base is held as codes: how they make its weight."""
+
+    def base(self, weight: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
+        """The base's weight, ``(out, in)``."""
+        return weight if self.packed is None or scale is None else self.packed.weight(weight, scale, shift)
+
+
 @torch.no_grad()
-def _merge(scaling: float, base: Tensor, a: Tensor, b: Tensor, magnitude: Tensor | None = None) -> Tensor:
-    """The merged weight, ``(out, in)``, in the dtype of the base."""
+def _merge(
+    form: _Form,
+    weight: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
+    magnitude: Tensor | None = None,
+) -> Tensor:
+    """The merged weight, ``(out, in)``, in the dtype of the base; without an adapter, the base's."""
+    base = form.base(weight, scale, shift)
+    if a is None or b is None:
+        return base
     with _exact(base):
-        change = _product(scaling, a, b)
+        change = _product(form.scaling, a, b)
         if magnitude is None:
             return torch.add(base, change, out=torch.empty_like(base))
         value, norm = _direction(base, change)
@@ -63,28 +87,26 @@ class _Merged(torch.autograd.Function):
     """The merged weight, whose gradient goes on to base, A, B and magnitude; peft's norm of DoRA has none."""
 
     @staticmethod
-    def forward(
-        ctx: Any, value: Tensor, scaling: float, base: Tensor, a: Tensor, b: Tensor, magnitude: Tensor | None = None
-    ) -> Tensor:
-        ctx.save_for_backward(base, a, b, magnitude)
-        ctx.scaling = scaling
+    def forward(ctx: Any, value: Tensor, form: _Form, *parts: Tensor | None) -> Tensor:
+        ctx.save_for_backward(*parts)
+        ctx.form = form
         return value.view_as(value)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        base, a, b, magnitude = ctx.saved_tensors
+        *held, a, b, magnitude = ctx.saved_tensors
         of_base = of_magnitude = None
-        with _exact(base):
+        with _exact(grad):
             grad = grad.to(b.dtype)
             if magnitude is not None:
-                value, norm = _direction(base, _product(ctx.scaling, a, b))
+                value, norm = _direction(ctx.form.base(*held), _product(ctx.form.scaling, a, b))
                 of_magnitude = ((grad * value).sum(1) / norm).to(magnitude.dtype)
                 grad = (grad * (magnitude / norm).view(-1, 1)).to(b.dtype)
             if ctx.needs_input_grad[2]:
-                of_base = grad.to(base.dtype)
-            of_a, of_b = (b.t() @ grad).mul_(ctx.scaling), (grad @ a.t()).mul_(ctx.scaling)
-        return None, None, of_base, of_a, of_b, of_magnitude
+                of_base = grad.to(held[0].dtype)
+            of_a, of_b = (part.mul_(ctx.form.scaling) for part in (b.t() @ grad, grad @ a.t()))
+        return None, None, of_base, None, None, of_a, of_b, of_magnitude
 
 
 class QLoraLinear(LinearForm, Linear):
@@ -98,13 +120,8 @@ class QLoraLinear(LinearForm, Linear):
 
     @staticmethod
     def masters(module: Any) -> dict[str, nn.Parameter]:
-        """The weights of the base and of the active adapter."""
-        base = module.base_layer.weight
-        found = {"base_layer.weight": base} if isinstance(base, nn.Parameter) else {}
-        for name in _active(module):
-            parts = ("lora_A", "lora_B", *(("lora_magnitude_vector",) if name in module.lora_magnitude_vector else ()))
-            found |= {f"{part}.{name}.weight": getattr(module, part)[name].weight for part in parts}
-        return found
+        """The weights of the base, unless it is packed, and of the active adapter."""
+        return {key: part for key, part in _parts(module).items() if isinstance(part, nn.Parameter)}
 
     @staticmethod
     def effective_weight(module: Any) -> Tensor:
@@ -115,27 +132,30 @@ class QLoraLinear(LinearForm, Linear):
         """
         if (now := vars(module).get(_NOW)) is not None:
             return now  # type: ignore[no-any-return]
-        (base, *parts), names = QLoraLinear.masters(module).values(), _active(module)
-        if not names:
-            return base
-        scaling = module.scaling[names[0]]
-        value = _merge(scaling, base, *parts)
-        return _Merged.apply(value, scaling, base, *parts)  # type: ignore[no-any-return,no-untyped-call]
+        form, parts = _form(module), _parts(module)
+        if not _active(module):
+            return module.base_layer.weight  # type: ignore[no-any-return]
+        value = _merge(form, *parts.values())  # type: ignore[arg-type]
+        return _Merged.apply(value, form, *parts.values())  # type: ignore[no-any-return,no-untyped-call]
 
     def recipe(self) -> Recipe | None:
         """How backward computes the merged weight again."""
-        names = _active(self)
-        if not names or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or (isinstance(self.base_layer, nn.Linear) and not _active(self)):
             return None
-        return Recipe(_merge, (self.scaling[names[0]],), tuple(self.masters(self).values()))
+        return Recipe(_merge, (_form(self),), tuple(_parts(self).values()))
 
     def weight_in(self, state: Mapping[str, Any], prefix: str) -> Tensor | None:
         """The merged weight that a checkpoint holds; None where it lacks base or adapter."""
-        keys = [f"{prefix}{key}" for key in self.masters(self)]
-        if not all(key in state for key in keys):
+        parts = _parts(self)
+        if not all(f"{prefix}{key}" in state for key, part in parts.items() if part is not None):
             return None
-        base, *parts = (state[key] for key in keys)
-        return _merge(self.scaling[_active(self)[0]], base, *parts) if parts else base
+        return _merge(_form(self), *(state.get(f"{prefix}{key}") for key in parts))  # type: ignore[arg-type]
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """As in peft; `StateError` where the base holds codes, which cannot take the adapter."""
+        if not isinstance(self.base_layer, nn.Linear):
+            raise StateError("model: its base is packed, and no float weight takes the adapter: qat.freeze merges it")
+        super().merge(safe_merge, adapter_names)
 
     @classmethod
     def adoption_fault(cls, module: nn.Module) -> str | None:
@@ -154,7 +174,8 @@ class QLoraLinear(LinearForm, Linear):
         """As for any layer, and its base likewise."""
         if "forward" in vars(module):
             return "its object has a forward of its own, which would run instead of the quantized one: remove the hook"
-        return QLinear.object_fault(module.base_layer)  # type: ignore[arg-type]
+        base: nn.Module = module.base_layer  # type: ignore[assignment]
+        return None if isinstance(base, PackedLinear) else QLinear.object_fault(base)
 
     @staticmethod
     def usage_fault(module: Any) -> str | None:
@@ -204,3 +225,23 @@ def _active(module: Any) -> list[str]:
     if len(names) > 1:
         raise StateError(f"model: a layer under LoRA {QLoraLinear.usage_fault(module)}")
     return names
+
+
+def _form(module: Any) -> _Form:
+    names, base = _active(module), module.base_layer
+    return _Form(module.scaling[names[0]] if names else 1.0, base.form if isinstance(base, PackedLinear) else None)
+
+
+def _parts(module: Any) -> dict[str, Tensor | None]:
+    """The tensors of the merged weight in the order of `_merge`, by their names below the layer."""
+    base = module.base_layer
+    found: dict[str, Tensor | None] = {"base_layer.weight": None, "base_layer.scale": None, "base_layer.shift": None}
+    if isinstance(base, PackedLinear):
+        found = {f"base_layer.{key}": getattr(base, key) for key in ("packed", "scale", "shift")}
+    else:
+        found["base_layer.weight"] = base.weight
+    for name in _active(module):
+        for part in ("lora_A", "lora_B", "lora_magnitude_vector"):
+            held = getattr(module, part)
+            found[f"{part}.{name}.weight"] = held[name].weight if name in held else None
+    return found
