@@ -45,6 +45,7 @@ _HOMES = {
     "qat.training.cage": ("cage_step",),
     "qat.training.distillation": ("Distillation", "Distiller"),
     "qat.training.schedule": ("QuantizationSchedule", "rate_factor"),
+    "qat.training.steps": ("QuantizationSteps",),
     "qat.training.task": ("QuantizedTask",),
     "qat.training.teacher": ("CachedLogits", "cache_logits"),
     "qat.verification": ("VerifyReport", "verify"),

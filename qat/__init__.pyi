@@ -47,6 +47,7 @@ from qat.training.distillation import Distillation as Distillation
 from qat.training.distillation import Distiller as Distiller
 from qat.training.schedule import QuantizationSchedule as QuantizationSchedule
 from qat.training.schedule import rate_factor as rate_factor
+from qat.training.steps import QuantizationSteps as QuantizationSteps
 from qat.training.task import QuantizedTask as QuantizedTask
 from qat.training.teacher import CachedLogits as CachedLogits
 from qat.training.teacher import cache_logits as cache_logits

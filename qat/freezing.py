@@ -187,12 +187,20 @@ def _freeze(model: nn.Module, target: str | None, remarks: Sequence[str] = (), p
     hashed = in_threads(calls, threads=2) if model_device(model).type == "cpu" else in_threads(calls)
     evidence = dict(zip(places, counted(hashed, "freezing", progress, len(places)), strict=True))
     _cast_the_rest(model, set(evidence), chosen, constructed)
+    _own_forward(model)
     model.eval()
     forget_prepared(model)
     record = FrozenRecord(prepared.spec, chosen.name, algorithms, evidence, notes, prepared.left_float)
     record_frozen(model, record)
     host_of(model).set_dtype(model, prepared.spec.torch_dtype)
     return FreezeReport(chosen.name, prepared.spec.dtype, evidence)
+
+
+def _own_forward(model: nn.Module) -> None:
+    """Take off the autocast that accelerate has put around a model's forward: a frozen one computes as it is served."""
+    original = vars(model).pop("_original_forward", None)
+    if original is not None and vars(model).pop("forward", None) and original.__func__ is not type(model).forward:
+        setattr(model, "forward", original)  # noqa: B010 (mypy takes the plain form for a method)
 
 
 def _check_layers(model: nn.Module, chosen: Target, prepared: Prepared) -> list[str]:

@@ -16,7 +16,7 @@ from qat.adapters import without_peft
 from qat.errors import SpecError, StateError, listed, shown
 from qat.files.evidence import is_frozen
 from qat.hosts import get_target, inner_models
-from qat.inspection import InspectReport, inspect
+from qat.inspection import InspectReport, check_module, inspect
 from qat.layers import QuantizedLayer, float_layers, quantized_layers
 from qat.observers import Best, ObserverChoice
 from qat.optimizers import watch
@@ -120,6 +120,7 @@ def prepare(
         raise StateError(f"algorithm: must be an Algorithm such as StraightThrough(), got {shown(algorithm)}")
     if type(model).__name__ in ("OptimizedModule", "DataParallel", "DistributedDataParallel"):
         raise StateError(f"model: a {type(model).__name__} around a model: pass it (model._orig_mod or model.module)")
+    check_module(model)
     report = inspect(model, spec, target=target, example_inputs=example_inputs)
     spec, observer, format = report.spec, observer or Best(), get_target(target).format
     untied, made, algorithms = [], [], {}
@@ -293,10 +294,7 @@ def parameter_groups(
     """Optimizer groups in which learned scales have their own learning rate and never meet weight decay.
 
     Call it after `prepare`, which makes the learned scales. transformers' Trainer builds an optimizer of its own, which
-    decays them: give it one, and it adds its learning rate schedule::
-
-        optimizer = torch.optim.AdamW(qat.parameter_groups(model, lr=2e-5, weight_decay=0.1))
-        trainer = transformers.Trainer(model, arguments, optimizers=(optimizer, None), train_dataset=data)
+    decays them: `qat.integrations.trainer.grouped_optimizer` gives it one with these groups.
 
     Any optimizer that would decay a learned scale of a prepared model is refused at its first step.
 

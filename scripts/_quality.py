@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import qat
 from scripts._quality_problems import Problem
-from scripts._quality_schedule import Timetable
+from scripts._quality_schedule import Average, schedule_of
 
 __all__ = ["ARMS", "Arm", "Run", "evaluate", "post_training", "train"]
 
@@ -50,7 +50,9 @@ class Arm:
     afterwards: bool = False
     """Train in float, and quantize what came of it by ``best``."""
     schedule: dict[str, float] = field(default_factory=dict)
-    """Arguments of `Timetable`."""
+    """Arguments of `schedule_of`."""
+    average: float = 0.0
+    """Share of the steps at the end whose weights and ranges are averaged."""
     rates: dict[str, tuple[float, ...]] = field(default_factory=dict)
     """By type; else `RATES`."""
 
@@ -122,7 +124,7 @@ ARMS: dict[str, Arm] = {
     "best, delayed": dataclasses.replace(_BEST, schedule={"delay": 0.1}),
     "best, int4 first": dataclasses.replace(_BEST, schedule={"first": 0.25}),
     "best, held": dataclasses.replace(_BEST, schedule={"hold": 0.2}),
-    "best, averaged": dataclasses.replace(_BEST, schedule={"average": 0.2}),
+    "best, averaged": dataclasses.replace(_BEST, average=0.2),
     **{f"lora {rank}": dataclasses.replace(_LORA, rank=rank) for rank in (8, 16, 32, 64)},
     "lora 16, then quantized": Arm(loss="task", tuned=False, rank=16, afterwards=True, rates=_LORA.rates),
 }
@@ -155,26 +157,29 @@ def fit(
     steps: int,
     decay: Any,
     loss_of: Callable[[nn.Module, Any], Tensor],
-    cage: float = 0.0,
-    timetable: Timetable | None = None,
+    training: qat.QuantizationSteps | None = None,
+    average: float = 0.0,
 ) -> float:
-    """Train for ``steps``. Returns the last loss."""
+    """Train for ``steps``, of which the last share ``average`` is averaged. Returns the last loss."""
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: qat.rate_factor(step, steps, decay=decay))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: qat.rate_factor(step, steps, decay=decay))
     loss = torch.zeros(())
-    pull = qat.QuantizationSchedule(cage=cage)
+    mean = Average(model, steps, average)
+    if training is not None:
+        training.begin([optimizer], steps=steps)
     for step, batch in enumerate(itertools.islice(batches, steps)):
-        if timetable is not None:
-            timetable.before(step, optimizer)
+        if training is not None:
+            training.before_step()
         loss = loss_of(model, batch)
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
-        if cage:
-            qat.cage_step(model, optimizer, pull.cage_at(step, steps))
-        if timetable is not None:
-            timetable.after(step)
-        schedule.step()
+        if training is not None:
+            training.after_step()
+        mean.after(step)
+        scheduler.step()
         optimizer.zero_grad()
+    if training is not None:
+        training.end()
     return float(loss.detach())
 
 
@@ -202,7 +207,7 @@ def add_lora(model: nn.Module, rank: int) -> None:
 
 def prepared(
     model: nn.Module, run: Run, arm: Arm, problem: Problem
-) -> tuple[nn.Module, list[dict[str, Any]], Timetable | None]:
+) -> tuple[nn.Module, list[dict[str, Any]], qat.QuantizationSteps | None]:
     """``model`` with fake quantization in place, the groups of its optimizer, and what happens at some steps."""
     calibration = list(itertools.islice(problem.batches(run.seed + 1000), 16))
     if arm.prepare == "quanto":
@@ -230,13 +235,15 @@ def prepared(
         qat.fold_outliers(model, inputs, spec=run.spec, target=problem.target)
     qat.prepare(model, run.spec, algorithm=made(arm), target=problem.target)
     needs_data = run.activations is not None or arm.options.get("start") in DATA
-    timetable = Timetable(model, inputs, run.steps, **arm.schedule)
-    timetable.start(needs_data)
     steps, rate = arm.reconstruct
     if steps:
+        if needs_data:
+            qat.calibrate(model, inputs)
         rate *= run.rate
         qat.reconstruct(model, inputs, steps=steps, lr=rate, scale_lr=arm.scale_rate * rate, seed=run.seed)
-    return model, qat.parameter_groups(model, lr=run.rate, scale_lr=arm.scale_rate * run.rate), timetable
+    schedule = schedule_of(run.steps, arm.cage, **arm.schedule)
+    training = qat.QuantizationSteps(model, schedule, inputs if needs_data else None)
+    return model, qat.parameter_groups(model, lr=run.rate, scale_lr=arm.scale_rate * run.rate), training
 
 
 def distilled(student: nn.Module, teacher: nn.Module, arm: Arm, problem: Problem) -> Callable[[nn.Module, Any], Tensor]:
@@ -257,11 +264,11 @@ def train(run: Run, problem: Problem, tuned: nn.Module) -> dict[str, Any]:
     arm = ARMS[run.arm]
     torch.manual_seed(run.seed)
     model = copy.deepcopy(tuned if arm.tuned else problem.model)
-    model, groups, timetable = prepared(model, run, arm, problem)
+    model, groups, training = prepared(model, run, arm, problem)
     model.train()
     teacher = copy.deepcopy(tuned).eval().requires_grad_(False)
     loss_of = problem.task_loss if arm.loss == "task" else distilled(model, teacher, arm, problem)
-    last = fit(model, groups, problem.batches(run.seed), run.steps, arm.decay, loss_of, arm.cage, timetable)
+    last = fit(model, groups, problem.batches(run.seed), run.steps, arm.decay, loss_of, training, arm.average)
     if arm.afterwards:
         model.eval()
         qat.prepare(model, run.spec, algorithm=qat.LearnedAffine(start="best"), target=problem.target)

@@ -26,7 +26,7 @@ from qat.allocation.state import State, batches_digest, model_digest
 from qat.data import list_batches
 from qat.errors import SpecError, StateError, meant, shown
 from qat.hosts import get_target
-from qat.inspection import inspect
+from qat.inspection import check_module, inspect
 from qat.probing import several_processes
 from qat.progress import counted
 from qat.quantizers import Algorithm
@@ -154,6 +154,7 @@ def search(
     """
     model = without_peft(model)
     _check(model, types, score, algorithm)
+    check_module(model)
     inspect(model, spec, target=target)  # says what is wrong with it
     kinds = [kind for kind in types if kind != _FLOAT]
     sizes, plans, single = _options(model, spec, target, kinds, floats=_FLOAT in types)

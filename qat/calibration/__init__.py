@@ -17,6 +17,7 @@ from qat.calibration.activations import calibrate_activations
 from qat.calibration.report import ActivationReport, CalibrationReport
 from qat.data import require_several
 from qat.errors import StateError
+from qat.inspection import check_module
 from qat.moments import BUDGET
 from qat.preparation import prepare, prepared_as
 from qat.probing import kept_modes, run_batch, together
@@ -88,6 +89,7 @@ def calibrate(
                 raise StateError(f"{name}: belongs to a spec, got {value!r} without one: pass spec=, or leave it out")
         prepared_as(model)
         return calibrate_parts(model, batches, forward, progress)
+    check_module(model)
     restore = snapshot(model)
     try:
         prepare(model, spec, algorithm=algorithm, target=target or "quanto")

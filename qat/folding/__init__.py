@@ -29,7 +29,7 @@ from qat.folding.groups import EXPONENTS, Group, candidates, power_of_two, requi
 from qat.folding.proof import Proof, agree, elements
 from qat.formats import LayerTypes
 from qat.hosts import get_target
-from qat.inspection import inspect
+from qat.inspection import check_module, inspect
 from qat.observers import Best
 from qat.probing import kept_modes, run_batch, seeded, watched
 from qat.quantizers import StraightThrough
@@ -123,6 +123,7 @@ def fold_outliers(
     """
     if strength != "best" and not (isinstance(strength, int | float) and 0 < strength <= 1):
         raise SpecError(f"strength: must be above 0 and at most 1, or 'best', got {strength!r}: write strength=0.5")
+    check_module(model)
     model = without_peft(model)
     if around := [name for name, _ in adapters(model)]:
         raise StateError(

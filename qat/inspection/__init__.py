@@ -18,12 +18,13 @@ from qat.adapters import adapters, without_peft
 from qat.errors import SpecError, StateError, TargetError, shown
 from qat.formats import FORMATS, LayerTypes
 from qat.hosts import Rules, Target, get_target
+from qat.hosts.configurations import build_on_meta
 from qat.inspection.report import FloatWeight, InspectReport, LayerInspection, other_notes, other_weights
 from qat.layers import QuantizedLayer, float_layers
 from qat.probing import Probe
 from qat.spec import LayerSpec, QuantSpec
 
-__all__ = ["FloatWeight", "InspectReport", "LayerInspection", "inspect"]
+__all__ = ["FloatWeight", "InspectReport", "LayerInspection", "check_module", "inspect"]
 
 
 class _Facts:
@@ -71,11 +72,13 @@ class _Decision:
     """Elements of its weight that were tied, and stay in the file as floats that no other row counts."""
 
 
-def inspect(model: nn.Module, spec: QuantSpec, *, target: str = "quanto", example_inputs: Any = None) -> InspectReport:
+def inspect(model: Any, spec: QuantSpec, *, target: str = "quanto", example_inputs: Any = None) -> InspectReport:
     """Decide for every linear layer of ``model`` what ``spec`` means for it. Changes nothing; works on the meta device.
 
     Args:
-        model: any module; of a ``PeftModel``, the model inside.
+        model: any module (of a ``PeftModel``, the model inside); or what stands for one that is built without its
+            weights: a directory, a name on the hub, a configuration of transformers, or the fields of a config.json
+            (`qat.hosts.configurations.build_on_meta`).
         spec: what to quantize.
         target: who will load the export: ``"quanto"``, ``"transformers"`` or ``"diffusers"``.
         example_inputs: one batch (tensor, tuple or mapping), run through the float model to find the layers whose
@@ -86,6 +89,7 @@ def inspect(model: nn.Module, spec: QuantSpec, *, target: str = "quanto", exampl
             cannot run ``example_inputs``.
         TargetError: the target cannot express the spec, or cannot load such a model.
         StateError: the model is prepared or frozen already.
+        LoadError: a directory, name or configuration from which no model can be built.
 
     >>> model = nn.Sequential(nn.Linear(256, 64), nn.ReLU(), nn.Linear(64, 10))
     >>> report = inspect(model, QuantSpec(weights="int4", overrides={"2": "int8"}))
@@ -97,7 +101,7 @@ def inspect(model: nn.Module, spec: QuantSpec, *, target: str = "quanto", exampl
             f"spec: must be a QuantSpec, got {shown(spec)}: write QuantSpec(weights='int8'), or QuantSpec(**spec)"
         )
     if not isinstance(model, nn.Module):
-        raise SpecError(f"model: must be an nn.Module, got {type(model).__name__}: load the model first")
+        model = build_on_meta(model)
     model, chosen = without_peft(model), get_target(target)
     spec = chosen.resolved(spec)
     faults = chosen.faults(model, spec)
@@ -137,6 +141,12 @@ def inspect(model: nn.Module, spec: QuantSpec, *, target: str = "quanto", exampl
     notes += other_notes(others, parameters)
     rows = tuple(_row(name, decision, facts) for name, decision in decisions.items())
     return InspectReport(target, spec, rows, parameters, tuple(notes), others)
+
+
+def check_module(model: Any) -> None:
+    """Check that a model, which a verb will change or run, is one with weights."""
+    if not isinstance(model, nn.Module):
+        raise SpecError(f"model: must be an nn.Module, got {shown(model)}: load the model first")
 
 
 def _layers(model: nn.Module, target: Target) -> Iterator[tuple[str, tuple[nn.Module, type[QuantizedLayer]]]]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from math import prod
 from typing import Any
 
@@ -51,7 +52,10 @@ class FloatWeight:
 
 @dataclass(frozen=True)
 class InspectReport:
-    """Every linear layer, and the totals; prints as a table."""
+    """Every linear layer, and the totals.
+
+    Prints as a table, where layers that differ only by the numbers in their names are one line, with their count.
+    """
 
     target: str
     spec: QuantSpec
@@ -105,12 +109,22 @@ class InspectReport:
         return asdict(self) | {"spec": spec} | {name: getattr(self, name) for name in totals}
 
     def __str__(self) -> str:
+        return self._shown(_groups(self.layers))
+
+    def table(self) -> str:
+        """As ``str``, but with a line for each layer, also for those that differ only by the numbers in their names."""
+        return self._shown((layer.name, [layer]) for layer in self.layers)
+
+    def _shown(self, groups: Iterable[tuple[str, Sequence[LayerInspection]]]) -> str:
         rows = [("layer", "shape", "weights", "group", "MiB", "reason")]
-        for layer in self.layers:
+        for name, group in groups:
+            layer = group[0]
             kind = (layer.weights or "float") + (f"+{layer.activations}" if layer.activations else "")
-            group = str(layer.group_size or "row") if layer.weights else "-"
-            sizes = f"{layer.bytes_before / 2**20:.2f} -> {layer.bytes_after / 2**20:.2f}"
-            rows.append((layer.name, f"{layer.shape[0]}x{layer.shape[1]}", kind, group, sizes, layer.reason))
+            size = str(layer.group_size or "row") if layer.weights else "-"
+            before = sum(layer.bytes_before for layer in group) / 2**20
+            after = sum(layer.bytes_after for layer in group) / 2**20
+            sizes = f"{before:.2f} -> {after:.2f}"
+            rows.append((name, f"{layer.shape[0]}x{layer.shape[1]}", kind, size, sizes, layer.reason))
         for family, (kind, count) in _families(self.others).items():
             share = f"{kind}, stays float: {count / max(1, self.parameters):.1%} of the parameters"
             rows.append((family, "", "float", "-", "", share))
@@ -124,11 +138,30 @@ class InspectReport:
         return "\n".join([*lines, *self.notes])
 
 
+def _groups(layers: Iterable[LayerInspection]) -> Iterator[tuple[str, list[LayerInspection]]]:
+    """Layers whose rows are equal but for the numbers in names, with stars for those that differ, and their count."""
+    groups: dict[LayerInspection, list[LayerInspection]] = defaultdict(list)
+    for layer in layers:
+        reason = re.sub(r"[A-Za-z_][\w.]*", lambda found: _starred(found[0]), layer.reason)
+        groups[replace(layer, name=_starred(layer.name), reason=reason)].append(layer)
+    for key, group in groups.items():
+        if len({layer.reason for layer in group}) > 1:
+            group[0] = replace(group[0], reason=key.reason)
+        parts = zip(*(layer.name.split(".") for layer in group), strict=True)
+        name = ".".join(part[0] if len(set(part)) == 1 else "*" for part in parts)
+        yield (f"{name}  x{len(group)}" if len(group) > 1 else name), group
+
+
+def _starred(name: str) -> str:
+    """A dotted name with a star for each number that is a part of it."""
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))
+
+
 def _families(weights: Iterable[FloatWeight]) -> dict[str, tuple[str, int]]:
     """Weights that differ only in the numbers in their names, as one: class of the module and count of elements."""
     families: dict[str, tuple[str, int]] = {}
     for weight in weights:
-        family = re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", weight.name)
+        family = _starred(weight.name)
         count = families.get(family, ("", 0))[1]
         families[family] = (weight.class_name, count + prod(weight.shape))
     return families
