@@ -33,6 +33,7 @@ _HOMES = {
     "qat.layers": ("QLinear",),
     "qat.loading": ("load",),
     "qat.observers": ("Absmax", "Best", "MovingAverage", "Mse", "Percentile"),
+    "qat.packing": ("PackReport", "pack_base"),
     "qat.preparation": ("PrepareReport", "parameter_groups", "prepare"),
     "qat.quantizers": (
         *("Algorithm", "AnyAlgorithm", "Automatic", "DualLSQ", "LearnedAffine", "LearnedClipping"),

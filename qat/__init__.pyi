@@ -23,6 +23,8 @@ from qat.observers import Best as Best
 from qat.observers import MovingAverage as MovingAverage
 from qat.observers import Mse as Mse
 from qat.observers import Percentile as Percentile
+from qat.packing import PackReport as PackReport
+from qat.packing import pack_base as pack_base
 from qat.preparation import PrepareReport as PrepareReport
 from qat.preparation import parameter_groups as parameter_groups
 from qat.preparation import prepare as prepare

@@ -117,9 +117,11 @@ def require_final_types(model: nn.Module, become: str) -> None:
 
 
 @torch.no_grad()
-def require_finite(name: str, layer: QuantizedLayer) -> None:
+def require_finite(name: str, layer: nn.Module) -> None:
     """Raise `StateError` where training left inf or NaN in a layer."""
-    own = () if layer.called else [("weight", layer.effective_weight(layer))]
+    own = []
+    if isinstance(layer, QuantizedLayer) and not layer.called:  # its master is its owner's
+        own.append(("weight", layer.effective_weight(layer)))
     for key, parameter in (*layer.named_parameters(), *own):
         # NaN passes through a minimum and a maximum, and neither needs memory.
         if parameter.numel() and not all(bool(end.isfinite()) for end in torch.aminmax(parameter)):

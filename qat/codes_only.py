@@ -20,6 +20,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
+from qat.adapters import without_peft
 from qat.checks import require_final_types, require_finite
 from qat.errors import StateError, listed
 from qat.files.evidence import forget_frozen, frozen_record, is_frozen
@@ -204,7 +205,7 @@ def fix_codes(model: nn.Module, *, vectors: bool = False) -> FixCodesReport:
     >>> [group["name"] for group in parameter_groups(model, lr=1e-4)]
     ['scales']
     """
-    before = 0
+    model, before = without_peft(model), 0
     if isinstance(model, nn.Module) and is_frozen(model):
         _thaw(model)
     else:

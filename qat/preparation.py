@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qat.adapters import without_peft
 from qat.errors import SpecError, StateError, listed, shown
 from qat.files.evidence import is_frozen
 from qat.hosts import get_target, inner_models
@@ -24,7 +25,6 @@ from qat.quantizers.activation import ActivationQuantizer, LearnedScale
 from qat.quantizers.base import TYPE_KEY
 from qat.runs import note_runs, observe_runs
 from qat.spec import QuantSpec
-from qat.tensors import matrices
 
 __all__ = [
     "PrepareReport",
@@ -99,7 +99,8 @@ def prepare(
     """Turn the layers that `qat.inspect` chooses into quantized ones, in place.
 
     Args:
-        model: a float model. Its parameters stay the same objects, under the same names.
+        model: a float model. Its parameters stay the same objects, under the same names. Of a ``PeftModel`` with LoRA,
+            the model inside is prepared, and base and adapter of a layer are quantized as one weight.
         spec: what to quantize, and the serving dtype.
         algorithm: how scales are found; default `Automatic`, the best for the type of each layer.
         target: who will load the export; decides what can be expressed.
@@ -114,7 +115,7 @@ def prepare(
     >>> prepare(model, QuantSpec(weights="int4")).layers
     ('0', '2')
     """
-    algorithm = algorithm or Automatic()
+    model, algorithm = without_peft(model), algorithm or Automatic()
     if not isinstance(algorithm, Algorithm):
         raise StateError(f"algorithm: must be an Algorithm such as StraightThrough(), got {shown(algorithm)}")
     if type(model).__name__ in ("OptimizedModule", "DataParallel", "DistributedDataParallel"):
@@ -154,7 +155,7 @@ def prepare(
     owners = {row.name: found[row.shared_with][0] for row in report.layers if row.shared_with is not None}
     kept = {id(owner) for owner in owners.values()}
     for name, cls, module, quantizer, inputs, outputs in made:  # now, so that no error leaves a half-prepared model
-        if name not in owners and id(module) not in kept and _untie(model, module, holders):
+        if name not in owners and id(module) not in kept and _untie(model, module, cls, holders):
             untied.append(name)
         layer = cls.adopt(module, quantizer, inputs, outputs)
         if isinstance(owner := owners.get(name), QuantizedLayer):
@@ -211,6 +212,7 @@ def prepared_as(model: nn.Module) -> Prepared:
     """How ``model`` was prepared; `StateError` if it was not (or only a submodule of it was)."""
     if not isinstance(model, nn.Module):
         raise StateError(f"model: must be a prepared nn.Module, got {type(model).__name__}")
+    model = without_peft(model)
     prepared: Prepared | None = getattr(model, _ATTRIBUTE, None)
     if is_frozen(model):
         raise StateError(f"model: is frozen already: {_FLOAT_AGAIN}")
@@ -235,16 +237,18 @@ def _holders(model: nn.Module) -> dict[int, set[int]]:
     return holders
 
 
-def _untie(model: nn.Module, module: Any, all_holders: dict[int, set[int]]) -> bool:
+def _untie(model: nn.Module, module: nn.Module, cls: type[QuantizedLayer], all_holders: dict[int, set[int]]) -> bool:
     """Give a layer a weight of its own if it shares one, and tell the configs of the models around it."""
     untied = False
-    for key, weight in matrices(module).items():
+    for key, weight in cls.masters(module).items():
         holders = all_holders[id(weight)]
         if len(holders) < 2:
             continue
         untied = True
-        all_holders[id(weight)] = holders - {id(module)}
-        setattr(module, key, nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad))
+        path, _, own = key.rpartition(".")
+        holder = module.get_submodule(path)
+        all_holders[id(weight)] = holders - {id(holder)}
+        setattr(holder, own, nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad))
         for _, inner, host in inner_models(model):
             if holders <= {id(part) for part in inner.modules()}:
                 host.untie(inner)

@@ -45,6 +45,10 @@ class Arm:
     reconstruct: tuple[int, float] = (0, 0.0)
     """Steps of block-wise reconstruction a block before, and their rate relative to that of the weights."""
     cage: float = 0.0
+    rank: int = 0
+    """Of LoRA on every linear layer, which then trains alone; 0: all weights train."""
+    afterwards: bool = False
+    """Train in float, and quantize what came of it by ``best``."""
     schedule: dict[str, float] = field(default_factory=dict)
     """Arguments of `schedule_of`."""
     average: float = 0.0
@@ -75,6 +79,7 @@ _PLAIN_KL = Arm(
 _BEST = Arm(
     hidden=1.0, options={"start": "best"}, rates={"int4": (2e-5, 5e-5, 1e-4, 2e-4), "int2": (2e-4, 3e-4, 5e-4, 1e-3)}
 )
+_LORA = dataclasses.replace(_BEST, rates={"int4": (5e-4, 1e-3, 2e-3), "int2": (1e-3, 2e-3, 4e-3)})
 ARMS: dict[str, Arm] = {
     "quanto": dataclasses.replace(_PLAIN, prepare="quanto"),
     "quanto, kl": dataclasses.replace(_PLAIN_KL, prepare="quanto"),
@@ -120,6 +125,8 @@ ARMS: dict[str, Arm] = {
     "best, int4 first": dataclasses.replace(_BEST, schedule={"first": 0.25}),
     "best, held": dataclasses.replace(_BEST, schedule={"hold": 0.2}),
     "best, averaged": dataclasses.replace(_BEST, average=0.2),
+    **{f"lora {rank}": dataclasses.replace(_LORA, rank=rank) for rank in (8, 16, 32, 64)},
+    "lora 16, then quantized": Arm(loss="task", tuned=False, rank=16, afterwards=True, rates=_LORA.rates),
 }
 
 
@@ -133,11 +140,13 @@ class Run:
     steps: int
     seed: int
     rate: float
+    dtype: str = "bfloat16"
+    """In which it is served and judged."""
 
     @property
     def spec(self) -> qat.QuantSpec:
         return qat.QuantSpec.model_validate(
-            {"weights": self.weights, "activations": self.activations, "dtype": "bfloat16"}
+            {"weights": self.weights, "activations": self.activations, "dtype": self.dtype}
         )
 
 
@@ -188,6 +197,14 @@ def made(arm: Arm) -> qat.Algorithm:
     return found
 
 
+def add_lora(model: nn.Module, rank: int) -> None:
+    """Put adapters over all linear layers but the head, in place; nothing else trains."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", exclude_modules=["lm_head"])
+    inject_adapter_in_model(config, model)
+
+
 def prepared(
     model: nn.Module, run: Run, arm: Arm, problem: Problem
 ) -> tuple[nn.Module, list[dict[str, Any]], qat.QuantizationSteps | None]:
@@ -210,6 +227,10 @@ def prepared(
         arm_torchao(model, run.weights, "bfloat16")
         return model, [{"params": list(model.parameters()), "lr": run.rate}], None
     inputs = [problem.inputs(batch) for batch in calibration]
+    if arm.rank:
+        add_lora(model, arm.rank)
+    if arm.afterwards:
+        return model, qat.parameter_groups(model, lr=run.rate), None
     if arm.fold:
         qat.fold_outliers(model, inputs, spec=run.spec, target=problem.target)
     qat.prepare(model, run.spec, algorithm=made(arm), target=problem.target)
@@ -248,6 +269,12 @@ def train(run: Run, problem: Problem, tuned: nn.Module) -> dict[str, Any]:
     teacher = copy.deepcopy(tuned).eval().requires_grad_(False)
     loss_of = problem.task_loss if arm.loss == "task" else distilled(model, teacher, arm, problem)
     last = fit(model, groups, problem.batches(run.seed), run.steps, arm.decay, loss_of, training, arm.average)
+    if arm.afterwards:
+        model.eval()
+        qat.prepare(model, run.spec, algorithm=qat.LearnedAffine(start="best"), target=problem.target)
+        qat.calibrate(
+            model, [problem.inputs(batch) for batch in itertools.islice(problem.batches(run.seed + 1000), 16)]
+        )
     return served(model.eval(), arm, problem, tuned) | {"last": last}
 
 

@@ -258,11 +258,12 @@ class _Lora(nn.Module):
         self.lora_B = nn.ModuleDict({"default": nn.Linear(4, 64, bias=False)})
 
 
-@pytest.mark.parametrize("module", ["peft.tuners.lora.layer", "mine"])
-def test_only_the_base_layer_under_an_adapter_of_peft_is_quantized(module: str) -> None:
+@pytest.mark.parametrize("module", ["peft.tuners.loha.layer", "mine"])
+def test_what_is_part_of_an_adapter_of_peft_stays_float(module: str) -> None:
     lora = type("Linear", (_Lora,), {"__module__": module})
     model = nn.ModuleDict({"up": lora(nn.Linear(64, 64)), "down": nn.Linear(64, 64)})
     found = reasons(inspect(nn.ModuleDict({"deep": model}), F32))
+    parts = ("base_layer", "lora_A.default", "lora_B.default")
     reason = "belongs to the adapter deep.up: merge it into the model first (in peft: merge_and_unload)"
-    expected = {f"deep.up.lora_{which}.default": reason for which in "AB"}
+    expected = {f"deep.up.{part}": reason for part in parts}
     assert found == (expected if module.startswith("peft") else {})

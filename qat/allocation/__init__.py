@@ -19,6 +19,7 @@ from typing import Any, TypeVar, get_args
 import yaml
 from torch import nn
 
+from qat.adapters import without_peft
 from qat.allocation.damage import Score, damages
 from qat.allocation.knapsack import allocate
 from qat.allocation.state import State, batches_digest, model_digest
@@ -151,6 +152,7 @@ def search(
     >>> report.nbytes <= inspect(model, QuantSpec(weights="int4")).bytes_after
     True
     """
+    model = without_peft(model)
     _check(model, types, score, algorithm)
     check_module(model)
     report = inspect(model, spec, target=target)  # says what is wrong with it

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from qat.adapters import without_peft
 from qat.calibration.activations import calibrate_activations
 from qat.calibration.report import ActivationReport, CalibrationReport
 from qat.data import require_several
@@ -81,6 +82,7 @@ def calibrate(
     froze 2 layers (int8) for target 'quanto', served in bfloat16
     """
     require_several(batches)
+    model = without_peft(model)
     if spec is None:
         for name, value in (("target", target), ("algorithm", algorithm)):
             if value is not None:

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from qat.adapters import adapters, without_peft
 from qat.errors import SpecError, StateError, TargetError, listed, shown
 from qat.formats import FORMATS, LayerTypes
 from qat.hosts import Rules, Target, get_target
@@ -45,6 +46,7 @@ class _Facts:
         """Modules that a module also holds in a list or a mapping of Python, and where."""
         self.routers = routers(model)
         """Ids of the routers of experts."""
+        self.adapters = [name for name, _ in adapters(model)]
         self.holders = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
 
     def tied(self, name: str, module: nn.Module, cls: type[QuantizedLayer]) -> list[nn.Parameter]:
@@ -91,8 +93,8 @@ def inspect(model: Any, spec: QuantSpec, *, target: str = "quanto", example_inpu
     """Decide for every linear layer of ``model`` what ``spec`` means for it. Changes nothing; works on the meta device.
 
     Args:
-        model: any module; or what stands for one that is built without its weights: a directory, a name on the hub, a
-            configuration of transformers, or the fields of a config.json
+        model: any module (of a ``PeftModel``, the model inside); or what stands for one that is built without its
+            weights: a directory, a name on the hub, a configuration of transformers, or the fields of a config.json
             (`qat.hosts.configurations.build_on_meta`).
         spec: what to quantize.
         target: who will load the export: ``"quanto"``, ``"transformers"`` or ``"diffusers"``.
@@ -117,16 +119,17 @@ def inspect(model: Any, spec: QuantSpec, *, target: str = "quanto", example_inpu
         )
     if not isinstance(model, nn.Module):
         model = build_on_meta(model)
-    chosen = get_target(target)
+    model, chosen = without_peft(model), get_target(target)
     spec = chosen.resolved(spec)
     faults = chosen.faults(model, spec)
     if faults:
         raise TargetError("\n".join(faults))
     layers = dict(_layers(model, chosen))
+    for name, (module, cls) in layers.items():
+        if spec.resolve(name)[0] is not None and (fault := cls.usage_fault(module)) is not None:
+            raise StateError(f"model: layer {name!r} {fault}")
     outside = other_weights(model, _parameters(layers.values()))
-    known = sorted(
-        layers, key=lambda name: layers[name][1].float_by_default
-    )  # what is quantized by default comes first
+    known = sorted(layers, key=lambda name: layers[name][1].float_by_default)  # first what is quantized by default
     spec.check_patterns(known, {weight.name.rpartition(".")[0]: weight.class_name for weight in outside})
     probe = Probe({name: (module, cls.masters(module)) for name, (module, cls) in layers.items() if cls.called})
     if example_inputs is not None:
@@ -235,7 +238,7 @@ def _impossible(facts: _Facts, name: str, decision: _Decision, layer: LayerSpec)
         return f"also held in {facts.listed[holder]}, a plain container, in which loaders replace nothing"
     if len(facts.names[holder]) > 1:
         return f"registered under several names {facts.names[holder]}: loaders replace only one of them"
-    adapter = _adapter(facts.model, name if cls.called else f"{facts.names[holder][0]}.weights")
+    adapter = next((above for above in facts.adapters if name.startswith(f"{above}.")), None)
     if adapter is not None:
         return f"belongs to the adapter {adapter}: merge it into the model first (in peft: merge_and_unload)"
     types = facts.types(decision, layer)
@@ -252,17 +255,6 @@ def _in_plain_containers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             if isinstance(value, list | tuple | dict) and not key.startswith("_"):
                 leaves = (leaf for leaf in tree_leaves(value) if isinstance(leaf, nn.Module))
                 yield from ((f"{name}.{key}" if name else key, leaf) for leaf in leaves)
-
-
-def _adapter(model: nn.Module, name: str) -> str | None:
-    """The layer of peft that a linear layer belongs to as a part of an adapter, or None; told without importing it."""
-    above, _, own = name.rpartition(".")
-    while above and own != "base_layer":
-        module = model.get_submodule(above)
-        if hasattr(module, "base_layer") and type(module).__module__.partition(".")[0] == "peft":
-            return above
-        above = above.rpartition(".")[0]
-    return None
 
 
 def _resolve_collisions(facts: _Facts, decisions: Mapping[str, _Decision]) -> list[str]:
@@ -326,8 +318,8 @@ def _keep_ties(facts: _Facts, decisions: Mapping[str, _Decision]) -> None:
             decisions[name].reason += f"{'; ' if decisions[name].reason else ''}tied to {first}, one table for both"
     for name in decisions.keys() - _together(decisions) if ties else ():
         d = decisions[name]
-        tied = d.layer is not None and facts.tied(name, d.module, d.cls)
-        if tied and not facts.target.host.can_untie(facts.model):
+        apart = d.layer is not None and bool(facts.tied(name, d.module, d.cls))
+        if apart and not facts.target.host.can_untie(facts.model):
             d.layer, d.explicit = None, False
             d.reason = "its model's class ties it on every load: include all layers that share the weight, or none"
 

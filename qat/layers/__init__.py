@@ -35,7 +35,10 @@ LAYERS: dict[type[nn.Module], type[QuantizedLayer]] = {
     nn.Conv2d: QConv2d,
     ExpertMatrix: QExpert,
 }
-_OF_LIBRARIES = {"transformers.pytorch_utils.Conv1D": ("qat.layers.conv1d", "QConv1D")}
+_OF_LIBRARIES = {
+    "transformers.pytorch_utils.Conv1D": ("qat.layers.conv1d", "QConv1D"),
+    "peft.tuners.lora.layer.Linear": ("qat.layers.lora", "QLoraLinear"),
+}
 """Float classes of libraries that may not be installed: entered in `LAYERS` when the first of them is met."""
 
 
@@ -55,16 +58,24 @@ def layer_class(module: nn.Module) -> type[QuantizedLayer] | None:
     return None
 
 
-def float_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, type[QuantizedLayer]]]:
+def float_layers(
+    model: nn.Module, *, remove_duplicate: bool = True
+) -> Iterator[tuple[str, nn.Module, type[QuantizedLayer]]]:
     """Every module of ``model`` that can become a prepared layer, once: full name, module, and the class it becomes.
+
+    Parts of such a module, as those of an adapter over a linear layer, are no layers of their own. Without
+    ``remove_duplicate``, a module comes under each of its names. Prepared layers come too.
 
     >>> [(name, cls.__name__) for name, _, cls in float_layers(nn.Sequential(nn.Linear(2, 2), nn.ReLU()))]
     [('0', 'QLinear')]
     """
-    for name, module in model.named_modules():
+    inside = "\0"  # begins no name
+    for name, module in model.named_modules(remove_duplicate=remove_duplicate):
         cls = layer_class(module)
-        if cls is not None:
+        if cls is not None and not name.startswith(inside):
             yield name, module, cls
+            if type(module) in (cls, cls.replaces):
+                inside = f"{name}."
         for key, expert in experts_in(module):
             yield f"{name}.{key}" if name else key, expert, QExpert
 

@@ -120,7 +120,7 @@ class QuantizedLayer(nn.Module):
 
         ``prefix`` is the layer's name in the checkpoint, with a dot at its end, or empty.
         """
-        if not all(f"{prefix}{key}" in state for key in self.masters(self)):
+        if not all(f"{prefix}{key}" in state for key in self.masters(self) or ("weight",)):
             return None
         found = {key: state[f"{prefix}{key}"] for key in self._parameters if f"{prefix}{key}" in state}
         return self.effective_weight(SimpleNamespace(**{**vars(self), **found}))
@@ -179,6 +179,11 @@ class QuantizedLayer(nn.Module):
     def class_for(cls, module: nn.Module) -> type[Self]:
         """The class that ``module`` gets: this one, or one derived from it."""
         return cls
+
+    @staticmethod
+    def usage_fault(module: Any) -> str | None:
+        """What must be mended before the module is quantized, where it would be wrong to leave it float; or None."""
+        return None
 
     @staticmethod
     def object_fault(module: nn.Module) -> str | None:
