@@ -33,6 +33,7 @@ _HOMES = {
     "qat.layers": ("QLinear",),
     "qat.loading": ("load",),
     "qat.observers": ("Absmax", "Best", "MovingAverage", "Mse", "Percentile"),
+    "qat.packing": ("PackReport", "pack_base"),
     "qat.preparation": ("PrepareReport", "parameter_groups", "prepare"),
     "qat.quantizers": (
         *("Algorithm", "AnyAlgorithm", "Automatic", "DualLSQ", "LearnedAffine", "LearnedClipping"),
@@ -44,6 +45,7 @@ _HOMES = {
     "qat.training.cage": ("cage_step",),
     "qat.training.distillation": ("Distillation", "Distiller"),
     "qat.training.schedule": ("QuantizationSchedule", "rate_factor"),
+    "qat.training.steps": ("QuantizationSteps",),
     "qat.training.task": ("QuantizedTask",),
     "qat.training.teacher": ("CachedLogits", "cache_logits"),
     "qat.verification": ("VerifyReport", "verify"),

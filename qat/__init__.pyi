@@ -23,6 +23,8 @@ from qat.observers import Best as Best
 from qat.observers import MovingAverage as MovingAverage
 from qat.observers import Mse as Mse
 from qat.observers import Percentile as Percentile
+from qat.packing import PackReport as PackReport
+from qat.packing import pack_base as pack_base
 from qat.preparation import PrepareReport as PrepareReport
 from qat.preparation import parameter_groups as parameter_groups
 from qat.preparation import prepare as prepare
@@ -45,6 +47,7 @@ from qat.training.distillation import Distillation as Distillation
 from qat.training.distillation import Distiller as Distiller
 from qat.training.schedule import QuantizationSchedule as QuantizationSchedule
 from qat.training.schedule import rate_factor as rate_factor
+from qat.training.steps import QuantizationSteps as QuantizationSteps
 from qat.training.task import QuantizedTask as QuantizedTask
 from qat.training.teacher import CachedLogits as CachedLogits
 from qat.training.teacher import cache_logits as cache_logits

@@ -47,4 +47,5 @@ def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _is_layer(module: nn.Module) -> bool:
-    return isinstance(module, QuantizedLayer) or layer_class(module) is not None
+    cls = layer_class(module)
+    return isinstance(module, QuantizedLayer) or (cls is not None and not cls.float_by_default)

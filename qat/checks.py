@@ -47,10 +47,11 @@ def unreached_layers(model: nn.Module) -> tuple[list[str], list[str]]:
     if not (runs(model) or any(layer.reached for _, layer in layers)):
         return [], []
     compiled = compiled_parts(model)
+    shared = {id(layer.weight_quantizer) for _, layer in layers if layer.reached}  # layers may share a weight
     ran = {id(p) for _, layer in layers if layer.reached and not layer.called for p in layer.masters(layer).values()}
     found: tuple[list[str], list[str]] = [], []
     for name, layer in layers:
-        if not layer.reached and not f"{name}.".startswith(compiled):
+        if id(layer.weight_quantizer) not in shared and not f"{name}.".startswith(compiled):
             found[any(id(p) in ran for p in layer.masters(layer).values())].append(name)
     return found
 
@@ -116,9 +117,11 @@ def require_final_types(model: nn.Module, become: str) -> None:
 
 
 @torch.no_grad()
-def require_finite(name: str, layer: QuantizedLayer) -> None:
+def require_finite(name: str, layer: nn.Module) -> None:
     """Raise `StateError` where training left inf or NaN in a layer."""
-    own = () if layer.called else [("weight", layer.effective_weight(layer))]
+    own = []
+    if isinstance(layer, QuantizedLayer) and not layer.called:  # its master is its owner's
+        own.append(("weight", layer.effective_weight(layer)))
     for key, parameter in (*layer.named_parameters(), *own):
         # NaN passes through a minimum and a maximum, and neither needs memory.
         if parameter.numel() and not all(bool(end.isfinite()) for end in torch.aminmax(parameter)):
@@ -130,13 +133,16 @@ def require_finite(name: str, layer: QuantizedLayer) -> None:
 
 def _example(layer: QuantizedLayer, dtype: torch.dtype) -> Tensor:
     """A few random rows, on the grid of a quantized input, so that no value lies near a rounding boundary."""
-    weight = layer.effective_weight(layer)
-    cpu = torch.Generator("cpu").manual_seed(0)
-    x = torch.randn(_ROWS, weight.shape[1], generator=cpu, device="cpu").to(weight.device, dtype)
+    x = layer.example_input(_ROWS, torch.Generator("cpu").manual_seed(0))
+    x = _cast(x, dtype).to(layer.effective_weight(layer).device)
     quantizer = layer.input_quantizer
     if quantizer is None or not quantizer.initialized or not quantizer.enabled:
         return x
     return fake_quantize_output(x * (quantizer.serving_scale() * quantizer.qtype.steps / 3).to(dtype), quantizer)
+
+
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.to(dtype) if x.is_floating_point() else x  # ids stay ids
 
 
 @torch.no_grad()
@@ -197,7 +203,7 @@ def function_check(layer: QuantizedLayer) -> Callable[[nn.Module], str | None]:
     layer.mode, x = Mode(), _example(layer, dtype)
     mixed = dtype is not torch.float32 and dtype is not master_dtype
     with torch.autocast(x.device.type, dtype if mixed else None, enabled=mixed):
-        wanted = layer.forward(x if mixed else x.to(master_dtype))
+        wanted = layer.forward(x if mixed else _cast(x, master_dtype))
     tolerance = max(TOLERANCE.get(str(d).removeprefix("torch."), 0.0) for d in (dtype, wanted.dtype))
     if layer.input_quantizer is not None:
         tolerance = max(tolerance, _CODE_STEP)

@@ -1,6 +1,6 @@
 """The ``qat`` command: the verbs that need no training code.
 
-``qat inspect MODEL_DIR`` says what a spec would do to a model, from its configuration alone. ``qat calibrate MODEL``
+``qat inspect MODEL`` says what a spec would do to a model, from its configuration alone. ``qat calibrate MODEL``
 makes a quantized export of a float model, without training. ``qat verify DIRECTORY`` checks an export against its
 evidence. They print a table; inspect and verify print JSON with ``--json``. Exit codes: 0; 1 when a
 verification failed; 2 for a user's mistake; 141 when whoever read the output has left. Torch is imported when a verb
@@ -52,26 +52,31 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _inspect(
-    model_dir: Path,
+    model: str,
     /,
     spec: Annotated[QuantSpec, tyro.conf.OmitArgPrefixes],
     target: Literal["quanto", "transformers", "diffusers"] = "quanto",
+    full: bool = False,
     json: bool = False,
 ) -> None:
     """Show what a spec would quantize in a model, without reading its weights.
 
     Args:
-        model_dir: A model's or a pipeline's directory; only its config.json is read.
+        model: A model's or a pipeline's directory, or a hub's name; only its config.json is read.
         spec: What to quantize.
         target: Who will load the export.
+        full: Print a line for each layer, also for layers that differ only by the numbers in their names.
         json: Print JSON instead of a table.
     """
     made = QuantSpec(**dict(spec))  # which is a mapping, by `_spec_rule`
-    from qat.hosts import directories
     from qat.inspection import inspect
 
     quiet_libraries()
-    _show(inspect(directories.build_on_meta(model_dir), made, target=target), json)
+    report = inspect(model, made, target=target)
+    if full and not json:
+        print(report.table())
+    else:
+        _show(report, json)
 
 
 def _calibrate(

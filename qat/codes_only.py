@@ -20,6 +20,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
+from qat.adapters import without_peft
 from qat.checks import require_final_types, require_finite
 from qat.errors import StateError, listed
 from qat.files.evidence import forget_frozen, frozen_record, is_frozen
@@ -204,7 +205,7 @@ def fix_codes(model: nn.Module, *, vectors: bool = False) -> FixCodesReport:
     >>> [group["name"] for group in parameter_groups(model, lr=1e-4)]
     ['scales']
     """
-    before = 0
+    model, before = without_peft(model), 0
     if isinstance(model, nn.Module) and is_frozen(model):
         _thaw(model)
     else:
@@ -267,6 +268,8 @@ def _thaw(model: nn.Module) -> None:
     """Let the layers of a frozen model hold codes that they were frozen with, and the model be a prepared one."""
     record = frozen_record(model)
     format = get_target(record.target).format
+    if others := [name for name in record.layers if not isinstance(model.get_submodule(name), nn.Linear)]:
+        raise StateError(f"model: is frozen with layers that are not linear ({listed(others, 4)}): exclude them")
     if active := [name for name, layer in record.layers.items() if layer.activations is not None]:
         raise StateError(
             f"model: is frozen, and {len(active)} layers quantize activations ({listed(active, 3)}); no file says "

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from qat.adapters import adapters, merge_adapters, without_peft
 from qat.checks import (
     function_check,
     hooks_change,
@@ -28,12 +29,12 @@ from qat.checks import (
     values_fault,
 )
 from qat.errors import QatError, StateError, TargetError, listed
-from qat.files.evidence import FrozenRecord, LayerEvidence, record_frozen
+from qat.files.evidence import FrozenRecord, LayerEvidence, record_frozen, refuse_saving
 from qat.formats import FrozenLayer, LayerTypes
 from qat.hosts import Target, get_target, host_of
 from qat.hosts.construction import constructed_tensors, differs, unstored_tensors
 from qat.jobs import begun, in_threads
-from qat.layers import QuantizedLayer, layer_class, quantized_layers
+from qat.layers import QuantizedLayer, float_layers, quantized_layers
 from qat.optimizers import unchanged
 from qat.preparation import Prepared, forget_prepared, prepared_as
 from qat.progress import counted
@@ -78,7 +79,7 @@ def freeze(
     All other float parameters and persistent buffers get the dtype in which the target's loader holds them (never by
     ``Module.to``); rotary tables and other buffers that no file holds become what that loader makes them. The model is
     put into evaluation mode; nothing in it requires a gradient afterwards in the quantized layers. ``save_pretrained``
-    of a frozen model raises: `qat.export` writes it.
+    of a frozen model raises: `qat.export` writes it. Adapters of peft are merged, those over float layers too.
 
     Args:
         model: a prepared model, the very module that `qat.prepare` was called on.
@@ -111,13 +112,22 @@ def freeze(
     >>> print(freeze(model))
     froze 2 layers (int4, int8) for target 'quanto', served in bfloat16
     """
-    return _freeze(model, target, _remarks(model, allow_unreached, allow_reads), progress)
+    outer, model = model, without_peft(model)
+    report = _freeze(model, target, _remarks(model, allow_unreached, allow_reads), progress)
+    refuse_saving(outer)
+    return report
 
 
 def _remarks(model: nn.Module, allow_unreached: bool, allow_reads: bool) -> list[str]:
     """What the record keeps of how the model was trained; `StateError` where that forbids to freeze it."""
     layers = dict(quantized_layers(model))
     prepared, modules = prepared_as(model), dict(model.named_modules())
+    for above, _ in adapters(model):
+        if under := [name for name in layers if name.startswith(f"{above}.")]:
+            raise StateError(
+                f"model: the adapter {above!r} was put over a prepared layer ({under[0]!r}), and stays float "
+                "beside its weight: wrap the float model (get_peft_model), and call qat.prepare on that"
+            )
     gone = [name for name in prepared.layers if name not in layers]
     format = get_target(prepared.target).format
     if half := [name for name in gone if name in modules and format.is_frozen(modules[name])]:
@@ -138,8 +148,8 @@ def _remarks(model: nn.Module, allow_unreached: bool, allow_reads: bool) -> list
     if read is not None and not allow_reads:
         raise StateError(f"{read}, or pass allow_reads=True if the outputs do not depend on them")
     require_final_types(model, "frozen")
-    for name, layer in layers.items():
-        require_finite(name, layer)
+    for name, module in (*layers.items(), *adapters(model)):
+        require_finite(name, module)
     hooked = [name for name, layer in layers.items() if layer._forward_hooks or layer._forward_pre_hooks]
     changing = [name for name in hooked if hooks_change(layers[name])]
     if changing:
@@ -175,21 +185,35 @@ def _freeze(model: nn.Module, target: str | None, remarks: Sequence[str] = (), p
     prepared = prepared_as(model)
     chosen = get_target(target or prepared.target)
     notes = (*prepared.notes, *remarks, *_check_layers(model, chosen, prepared))
-    constructed = constructed_tensors(model, chosen, prepared.spec.torch_dtype)
     places = _places(model)
+    merge_adapters(model, places)
+    constructed = constructed_tensors(model, chosen, prepared.spec.torch_dtype)
     types = [layer.weight_quantizer.final_qtype for _, layer in quantized_layers(model)]
     algorithms = ", ".join(sorted({prepared.algorithm.for_type(qtype).kind for qtype in types}))
     kinds: set[tuple[object, ...]] = set()
+    tied: dict[int, list[str]] = {}
+    for name, layer in quantized_layers(model):
+        tied.setdefault(id(layer.weight_quantizer), []).append(name)
     calls = (_freeze_layer(name, held, chosen, prepared, kinds) for name, held in places.items())
     hashed = in_threads(calls, threads=2) if model_device(model).type == "cpu" else in_threads(calls)
     evidence = dict(zip(places, counted(hashed, "freezing", progress, len(places)), strict=True))
+    for names in tied.values():
+        chosen.format.tie([model.get_submodule(name) for name in names])
     _cast_the_rest(model, set(evidence), chosen, constructed)
+    _own_forward(model)
     model.eval()
     forget_prepared(model)
     record = FrozenRecord(prepared.spec, chosen.name, algorithms, evidence, notes, prepared.left_float)
     record_frozen(model, record)
     host_of(model).set_dtype(model, prepared.spec.torch_dtype)
     return FreezeReport(chosen.name, prepared.spec.dtype, evidence)
+
+
+def _own_forward(model: nn.Module) -> None:
+    """Take off the autocast that accelerate has put around a model's forward: a frozen one computes as it is served."""
+    original = vars(model).pop("_original_forward", None)
+    if original is not None and vars(model).pop("forward", None) and original.__func__ is not type(model).forward:
+        setattr(model, "forward", original)  # noqa: B010 (mypy takes the plain form for a method)
 
 
 def _check_layers(model: nn.Module, chosen: Target, prepared: Prepared) -> list[str]:
@@ -201,7 +225,7 @@ def _check_layers(model: nn.Module, chosen: Target, prepared: Prepared) -> list[
         for quantizer in layer.activation_quantizers():
             quantizer.require_scale()
     for name, layer in layers:
-        if (fault := layer.object_fault(layer)) is not None:
+        if (fault := layer.object_fault(layer) or layer.usage_fault(layer)) is not None:
             raise StateError(f"model: layer {name!r} has changed since it was prepared: {fault}")
     require_range(model, layers, chosen.rules(model, prepared.spec.torch_dtype))
     narrow = [name for name, layer in layers if _narrower(layer.weight_quantizer.dtype, layer)]
@@ -226,13 +250,21 @@ def _check_other_target(
     rules = target.rules(model, prepared.spec.torch_dtype)
     reasons = {name: rules.layer_fault(name, layer.weight_quantizer.qtype) for name, layer in quantized}
     refused = [f"{name} ({reason})" for name, reason in reasons.items() if reason is not None]
+    refused += [
+        f"{name} (its loader replaces no {layer.replaces.__name__})"
+        for name, layer in quantized
+        if layer.targets and target.name not in layer.targets
+    ]
+    if target.host.ties(model) is None:
+        refused += [f"{name} (its loader ties no weights)" for name, layer in quantized if layer.shares]
     if refused:
         faults.append(f"{len(refused)} quantized layers would have to stay float, such as {', '.join(refused[:2])}")
-    strange = [name for name, layer in quantized if target.name not in (layer.targets or (target.name,))]
-    if strange:
-        faults.append(f"its loader replaces nothing but nn.Linear, and so cannot hold {listed(strange, 3)}")
     names = {name for name, _ in quantized}
-    layers = {name for name, module in model.named_modules(remove_duplicate=False) if layer_class(module) is not None}
+    layers = {
+        name
+        for name, _, cls in float_layers(model, remove_duplicate=False)
+        if target.name in (cls.targets or (target.name,))
+    }
     key = target.host.layer_key
     shared = {key(name) for name in names} & {key(name) for name in layers - names}
     if shared:
@@ -271,7 +303,8 @@ def _freeze_layer(
     with other_mode(quantizer):
         weight = quantizer.final_codes(master)
     bias: Tensor | None = getattr(layer, "bias", None)
-    types = LayerTypes(weight.qtype, layer.activation_qtype, quantizer.dtype, prepared.spec.outputs)
+    kernel = layer.stored_kernel(layer)
+    types = LayerTypes(weight.qtype, layer.activation_qtype, quantizer.dtype, prepared.spec.outputs, kernel)
     out_features, in_features = weight.shape
     final = FrozenLayer(
         weight,

@@ -128,24 +128,35 @@ def check_headers(directory: Path, manifest: Manifest) -> list[str]:
     record, format = manifest.frozen, get_target(manifest.target).format
     codes: set[str] = set()
     faults: list[str] = []
-    below = _keys_below(record.layers, headers)
+    below = _keys_of_layers(manifest, headers)
     for name, layer in record.layers.items():
-        prefix = f"{name}."
-        found = {key.removeprefix(prefix): headers[key].entry for key in below[name]}
+        found = {key: headers[full].entry for key, full in below[name].items()}
         types = replace(format.recorded(record, name), dtype=getattr(torch, manifest.dtype))
         faults += format.faults(name, types, layer.shape, "bias" in found, layer.group_size, found)
-        codes |= {prefix + key for key, slot in format.slots(types, layer.shape, bias=False).items() if slot.is_code}
+        slots = format.slots(types, layer.shape, bias=False)
+        codes |= {below[name].get(key, f"{name}.{key}") for key, slot in slots.items() if slot.is_code}
     return header_faults(headers, manifest.tensors, codes) + faults
 
 
-def _keys_below(names: Iterable[str], keys: Iterable[str]) -> dict[str, list[str]]:
-    """The keys that begin with each name and a dot; models of experts have thousands of both."""
-    below: dict[str, list[str]] = {name: [] for name in names}
+def _keys_of_layers(manifest: Manifest, keys: Iterable[str]) -> dict[str, dict[str, str]]:
+    """For each layer the keys that begin with its name and a dot, by what follows; those of a tied weight too.
+
+    Models of experts have thousands of both.
+    """
+    below: dict[str, dict[str, str]] = {name: {} for name in manifest.frozen.layers}
     for key in keys:
         for dot in re.finditer(r"\.", key):
             if key[: dot.start()] in below:
-                below[key[: dot.start()]].append(key)
+                below[key[: dot.start()]][key[dot.end() :]] = key
+    for name, source in _tied_layers(manifest).items():
+        below[name] |= {rest: key for rest, key in below[source].items() if rest.startswith("weight")}
     return below
+
+
+def _tied_layers(manifest: Manifest) -> dict[str, str]:
+    """The quantized layers without a weight of their own, each with the layer that has it."""
+    tied = {name: manifest.tied.get(f"{name}.weight", "").removesuffix(".weight") for name in manifest.frozen.layers}
+    return {name: source for name, source in tied.items() if source in manifest.frozen.layers}
 
 
 def skeleton(directory: Path, manifest: Manifest) -> nn.Module:
@@ -196,8 +207,8 @@ def fill(model: nn.Module, directory: Path, manifest: Manifest, device: torch.de
         for name, tensor in stored_tensors(model)
         if name.rpartition(".")[0] not in record.layers and id(tensor) not in masters
     }
-    below = _keys_below(record.layers, manifest.tensors)
-    packed = {key for keys in below.values() for key in keys}
+    below = _keys_of_layers(manifest, manifest.tensors)
+    packed = {key for keys in below.values() for key in keys.values()}
     plain = {name: tensor for name, tensor in manifest.tensors.items() if name not in packed}
     faults += [f"the files have {name}, which the model has not" for name in plain if name not in own]
     held = plain.keys() | manifest.tied.keys()
@@ -215,10 +226,12 @@ def fill(model: nn.Module, directory: Path, manifest: Manifest, device: torch.de
         return opened[manifest.tensors[key].file].get_tensor(key).to(device)  # type: ignore[no-any-return]
 
     for name, layer in record.layers.items():
-        tensors = {key.removeprefix(f"{name}."): read(key) for key in below[name]}
+        tensors = {rest: read(key) for rest, key in below[name].items()}
         module, cls = places[name]
         new = target.build(target.format.recorded(record, name), layer.shape, tensors, like=module)
         cls.install(model, aliases.get(id(module), [name]), new)
+    for name, source in _tied_layers(manifest).items():
+        target.format.tie([model.get_submodule(source), model.get_submodule(name)])
     loaded: dict[str, Any] = {}
     for name, old in own.items():
         source = manifest.tied.get(name, name)
@@ -250,6 +263,8 @@ def _place_faults(
         shape = layers[name].shape
         if (found := tuple(cls.effective_weight(module).shape)) != shape:
             faults.append(f"layer {name} is {found} in the model, {shape} in the files")
+        elif (found := cls.stored_kernel(module)) != layers[name].kernel:
+            faults.append(f"layer {name} has a kernel of {found} in the model, of {layers[name].kernel} in the files")
         elif (getattr(module, "bias", None) is None) != (f"{name}.bias" not in manifest.tensors):
             has, lacks = ("files", "model") if getattr(module, "bias", None) is None else ("model", "files")
             faults.append(f"layer {name} has a bias in the {has} but none in the {lacks}: the model is another one")

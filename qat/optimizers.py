@@ -40,7 +40,8 @@ logger = logging.getLogger("qat")
 
 REMEDY = (
     "build the optimizer from qat.parameter_groups(module, lr, scale_lr, weight_decay) after qat.prepare (with "
-    "Lightning in configure_optimizers, with transformers' Trainer as optimizers=(optimizer, None))"
+    "Lightning in configure_optimizers, with transformers' Trainer as optimizer_cls_and_kwargs=grouped_optimizer("
+    "arguments) of qat.integrations.trainer)"
 )
 _ELEMENTS = 1 << 20  # that a fingerprint widens at a time
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qat.adapters import without_peft
 from qat.errors import SpecError, StateError, listed, shown
 from qat.files.evidence import is_frozen
 from qat.hosts import get_target, inner_models
-from qat.inspection import InspectReport, inspect
-from qat.layers import float_layers, quantized_layers
+from qat.inspection import InspectReport, check_module, inspect
+from qat.layers import QuantizedLayer, float_layers, quantized_layers
 from qat.observers import Best, ObserverChoice
 from qat.optimizers import watch
 from qat.quantizers import Algorithm, Automatic, WeightQuantizer
@@ -24,7 +25,6 @@ from qat.quantizers.activation import ActivationQuantizer, LearnedScale
 from qat.quantizers.base import TYPE_KEY
 from qat.runs import note_runs, observe_runs
 from qat.spec import QuantSpec
-from qat.tensors import matrices
 
 __all__ = [
     "PrepareReport",
@@ -99,7 +99,8 @@ def prepare(
     """Turn the layers that `qat.inspect` chooses into quantized ones, in place.
 
     Args:
-        model: a float model. Its parameters stay the same objects, under the same names.
+        model: a float model. Its parameters stay the same objects, under the same names. Of a ``PeftModel`` with LoRA,
+            the model inside is prepared, and base and adapter of a layer are quantized as one weight.
         spec: what to quantize, and the serving dtype.
         algorithm: how scales are found; default `Automatic`, the best for the type of each layer.
         target: who will load the export; decides what can be expressed.
@@ -114,15 +115,16 @@ def prepare(
     >>> prepare(model, QuantSpec(weights="int4")).layers
     ('0', '2')
     """
-    algorithm = algorithm or Automatic()
+    model, algorithm = without_peft(model), algorithm or Automatic()
     if not isinstance(algorithm, Algorithm):
         raise StateError(f"algorithm: must be an Algorithm such as StraightThrough(), got {shown(algorithm)}")
     if type(model).__name__ in ("OptimizedModule", "DataParallel", "DistributedDataParallel"):
         raise StateError(f"model: a {type(model).__name__} around a model: pass it (model._orig_mod or model.module)")
+    check_module(model)
     report = inspect(model, spec, target=target, example_inputs=example_inputs)
     spec, observer, format = report.spec, observer or Best(), get_target(target).format
-    untied, made, algorithms = [], [], {}
-    shared: dict[tuple[int, ...], ActivationQuantizer] = {}  # of experts, which read one tensor at a parameter
+    untied, made, algorithms, quantizers = [], [], {}, dict[str, WeightQuantizer]()
+    read_by_all: dict[tuple[int, ...], ActivationQuantizer] = {}  # of experts, which read one tensor at a parameter
     found = {name: (module, cls) for name, module, cls in float_layers(model)}
     for row in report.layers:
         if row.weights is None:
@@ -131,18 +133,20 @@ def prepare(
         weight = cls.effective_weight(module)
         types = format.types(row.weights, row.activations, spec.torch_dtype)
         own = algorithms[row.name] = algorithm.for_type(types.weights)
-        quantizer = own.make(weight, types.weights, types.dtype)
+        shared = None if row.shared_with is None else quantizers.get(row.shared_with)
+        quantizer = own.make(weight, types.weights, types.dtype) if shared is None else shared
+        quantizers[row.name] = quantizer
         if not isinstance(quantizer, WeightQuantizer):
             raise StateError(f"algorithm: {algorithm!r} must make a WeightQuantizer, made {quantizer!r}")
         quantizer.smooth = algorithm.gradient == "stable" and types.weights.fused and not types.weights.floating
-        if algorithm.float8_backward and types.activations is not None:
-            quantizer.float8_backward = types.weights.floating and types.activations.floating
+        if algorithm.float8_backward and types.activations is not None and cls.called:
+            quantizer.float8_backward |= types.weights.floating and types.activations.floating
         inputs = outputs = None
         if types.activations is not None:
             kind = LearnedScale if algorithm.learns_activations(row.name) else ActivationQuantizer
             inputs = kind(types.activations, types.dtype, observer).to(weight.device)
             if not cls.called:
-                inputs = shared.setdefault(tuple(map(id, cls.masters(module).values())), inputs)
+                inputs = read_by_all.setdefault(tuple(map(id, cls.masters(module).values())), inputs)
             if spec.outputs:
                 outputs = kind(types.activations, types.dtype, observer).to(weight.device)
             for quantizes in filter(None, (inputs, outputs)):
@@ -151,10 +155,14 @@ def prepare(
     calibrated = [name for name, _, _, _, inputs, _ in made if inputs is not None]
     _check_use(algorithm, calibrated, [quantizer for _, _, _, quantizer, _, _ in made])
     holders = _holders(model)
+    owners = {row.name: found[row.shared_with][0] for row in report.layers if row.shared_with is not None}
+    kept = {id(owner) for owner in owners.values()}
     for name, cls, module, quantizer, inputs, outputs in made:  # now, so that no error leaves a half-prepared model
-        if _untie(model, module, holders):
+        if name not in owners and id(module) not in kept and _untie(model, module, cls, holders):
             untied.append(name)
-        cls.adopt(module, quantizer, inputs, outputs)
+        layer = cls.adopt(module, quantizer, inputs, outputs)
+        if isinstance(owner := owners.get(name), QuantizedLayer):
+            layer.share(owner)
     inexact = [
         n for n, cls, m, q, _, _ in made if q.float8_backward and any(s % 16 for s in cls.effective_weight(m).shape)
     ]
@@ -207,6 +215,7 @@ def prepared_as(model: nn.Module) -> Prepared:
     """How ``model`` was prepared; `StateError` if it was not (or only a submodule of it was)."""
     if not isinstance(model, nn.Module):
         raise StateError(f"model: must be a prepared nn.Module, got {type(model).__name__}")
+    model = without_peft(model)
     prepared: Prepared | None = getattr(model, _ATTRIBUTE, None)
     if is_frozen(model):
         raise StateError(f"model: is frozen already: {_FLOAT_AGAIN}")
@@ -231,16 +240,18 @@ def _holders(model: nn.Module) -> dict[int, set[int]]:
     return holders
 
 
-def _untie(model: nn.Module, module: Any, all_holders: dict[int, set[int]]) -> bool:
+def _untie(model: nn.Module, module: nn.Module, cls: type[QuantizedLayer], all_holders: dict[int, set[int]]) -> bool:
     """Give a layer a weight of its own if it shares one, and tell the configs of the models around it."""
     untied = False
-    for key, weight in matrices(module).items():
+    for key, weight in cls.masters(module).items():
         holders = all_holders[id(weight)]
         if len(holders) < 2:
             continue
         untied = True
-        all_holders[id(weight)] = holders - {id(module)}
-        setattr(module, key, nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad))
+        path, _, own = key.rpartition(".")
+        holder = module.get_submodule(path)
+        all_holders[id(weight)] = holders - {id(holder)}
+        setattr(holder, own, nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad))
         for _, inner, host in inner_models(model):
             if holders <= {id(part) for part in inner.modules()}:
                 host.untie(inner)
@@ -298,10 +309,7 @@ def parameter_groups(
     """Optimizer groups in which learned scales have their own learning rate and never meet weight decay.
 
     Call it after `prepare`, which makes the learned scales. transformers' Trainer builds an optimizer of its own, which
-    decays them: give it one, and it adds its learning rate schedule::
-
-        optimizer = torch.optim.AdamW(qat.parameter_groups(model, lr=2e-5, weight_decay=0.1))
-        trainer = transformers.Trainer(model, arguments, optimizers=(optimizer, None), train_dataset=data)
+    decays them: `qat.integrations.trainer.grouped_optimizer` gives it one with these groups.
 
     Any optimizer that would decay a learned scale of a prepared model is refused at its first step.
 

@@ -97,6 +97,7 @@ class Probe(TorchFunctionMode):
         self.inputs: dict[str, list[torch.Tensor]] = {name: [] for name in layers}
         self.read: dict[str, str] = {}
         """Layer to the class of the module that reads its weight."""
+        self._masters = {name: set(map(id, masters.values())) for name, (_, masters) in layers.items()}
         self._layers = {name: module for name, (module, _) in layers.items()}
         self._weights = Weights({name: masters.values() for name, (_, masters) in layers.items()})
         self._running: list[nn.Module] = []
@@ -115,7 +116,9 @@ class Probe(TorchFunctionMode):
         for name, layer in self._layers.items():
             handles.append(
                 layer.register_forward_pre_hook(
-                    lambda _, args, layouts=self.inputs[name]: layouts.extend(map(_layout, args[:1]))
+                    lambda _, args, layouts=self.inputs[name]: layouts.extend(
+                        _layout(x) for x in args[:1] if torch.is_tensor(x)
+                    )
                 )
             )
         buffers = [(m, key, b, b.clone()) for m in model.modules() for key, b in m._buffers.items() if b is not None]
@@ -143,7 +146,8 @@ class Probe(TorchFunctionMode):
         result = func(*args, **(kwargs or {}))
         reader = self._running[-1] if self._running else None
         for name in self._weights.read_by(func, args, kwargs, result):
-            if reader is None or reader is not self._layers[name]:
+            # A layer that a weight is tied to reads its own.
+            if reader is None or not any(own in self._masters[name] for own in map(id, reader._parameters.values())):
                 self.read[name] = type(reader).__name__
         return result
 

@@ -46,8 +46,6 @@ def run_command(main: Callable[[], object]) -> NoReturn:
 
 def quiet_libraries() -> None:
     """Silence, in this process, what other libraries say about themselves; their errors still come through."""
-    for name in ("transformers", "torch.utils.flop_counter"):
-        logging.getLogger(name).setLevel(logging.ERROR)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the tokenizer would warn in every forked process
     from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars  # type: ignore[attr-defined]
 
@@ -55,5 +53,7 @@ def quiet_libraries() -> None:
     for name in ("transformers", "diffusers"):  # both draw bars while they read weights
         if find_spec(name) is not None:
             import_module(f"{name}.utils.logging").disable_progress_bar()
+    for name in ("transformers", "torch.utils.flop_counter"):  # now, since transformers sets its level when imported
+        logging.getLogger(name).setLevel(logging.ERROR)
     if downloads:  # which transformers hides too, but which can take minutes
         enable_progress_bars()

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from qat.adapters import adapters
 from qat.errors import CalibrationError
 from qat.freezing import frozen_copy
 from qat.layers import QuantizedLayer, quantized_layers
@@ -73,8 +74,8 @@ def snapshot(model: nn.Module) -> Callable[[], None]:
 def as_served(model: nn.Module) -> Iterator[None]:
     """Let ``model`` be its frozen copy within the block, for all who hold it; inputs are cast to the serving dtype."""
     dtype, duplicate, restore = prepared_as(model).spec.torch_dtype, frozen_copy(model), snapshot(model)
-    layers = {id(layer) for _, layer in quantized_layers(model)}
-    inside = {id(part) for _, layer in quantized_layers(model) for part in layer.modules()}
+    replaced = [module for _, module in (*quantized_layers(model), *adapters(model))]
+    layers, inside = {id(module) for module in replaced}, {id(part) for module in replaced for part in module.modules()}
 
     def cast(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return map_tensors(lambda x: x.to(dtype) if x.is_floating_point() else x, (args, kwargs))

@@ -193,7 +193,7 @@ class QuantSpec(NamedArguments):
                 elif close:
                     hint = f": a pattern matches the whole name; did you mean {close[0]!r}?"
                 else:
-                    hint = f"; linear layers here: {known[:5]}..."
-                faults.append(f"{argument}: pattern {pattern!r} matches no linear layer of the model{hint}")
+                    hint = f"; layers here: {known[:5]}..."
+                faults.append(f"{argument}: pattern {pattern!r} matches no layer that can be quantized{hint}")
         if faults:
             raise SpecError("\n".join(faults))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import qat
 from scripts._quality_problems import Problem
-from scripts._quality_schedule import Timetable
+from scripts._quality_schedule import Average, schedule_of
 
 __all__ = ["ARMS", "Arm", "Run", "evaluate", "post_training", "train"]
 
@@ -45,8 +45,14 @@ class Arm:
     reconstruct: tuple[int, float] = (0, 0.0)
     """Steps of block-wise reconstruction a block before, and their rate relative to that of the weights."""
     cage: float = 0.0
+    rank: int = 0
+    """Of LoRA on every linear layer, which then trains alone; 0: all weights train."""
+    afterwards: bool = False
+    """Train in float, and quantize what came of it by ``best``."""
     schedule: dict[str, float] = field(default_factory=dict)
-    """Arguments of `Timetable`."""
+    """Arguments of `schedule_of`."""
+    average: float = 0.0
+    """Share of the steps at the end whose weights and ranges are averaged."""
     rates: dict[str, tuple[float, ...]] = field(default_factory=dict)
     """By type; else `RATES`."""
 
@@ -73,6 +79,7 @@ _PLAIN_KL = Arm(
 _BEST = Arm(
     hidden=1.0, options={"start": "best"}, rates={"int4": (2e-5, 5e-5, 1e-4, 2e-4), "int2": (2e-4, 3e-4, 5e-4, 1e-3)}
 )
+_LORA = dataclasses.replace(_BEST, rates={"int4": (5e-4, 1e-3, 2e-3), "int2": (1e-3, 2e-3, 4e-3)})
 ARMS: dict[str, Arm] = {
     "quanto": dataclasses.replace(_PLAIN, prepare="quanto"),
     "quanto, kl": dataclasses.replace(_PLAIN_KL, prepare="quanto"),
@@ -117,7 +124,9 @@ ARMS: dict[str, Arm] = {
     "best, delayed": dataclasses.replace(_BEST, schedule={"delay": 0.1}),
     "best, int4 first": dataclasses.replace(_BEST, schedule={"first": 0.25}),
     "best, held": dataclasses.replace(_BEST, schedule={"hold": 0.2}),
-    "best, averaged": dataclasses.replace(_BEST, schedule={"average": 0.2}),
+    "best, averaged": dataclasses.replace(_BEST, average=0.2),
+    **{f"lora {rank}": dataclasses.replace(_LORA, rank=rank) for rank in (8, 16, 32, 64)},
+    "lora 16, then quantized": Arm(loss="task", tuned=False, rank=16, afterwards=True, rates=_LORA.rates),
 }
 
 
@@ -131,11 +140,13 @@ class Run:
     steps: int
     seed: int
     rate: float
+    dtype: str = "bfloat16"
+    """In which it is served and judged."""
 
     @property
     def spec(self) -> qat.QuantSpec:
         return qat.QuantSpec.model_validate(
-            {"weights": self.weights, "activations": self.activations, "dtype": "bfloat16"}
+            {"weights": self.weights, "activations": self.activations, "dtype": self.dtype}
         )
 
 
@@ -146,26 +157,29 @@ def fit(
     steps: int,
     decay: Any,
     loss_of: Callable[[nn.Module, Any], Tensor],
-    cage: float = 0.0,
-    timetable: Timetable | None = None,
+    training: qat.QuantizationSteps | None = None,
+    average: float = 0.0,
 ) -> float:
-    """Train for ``steps``. Returns the last loss."""
+    """Train for ``steps``, of which the last share ``average`` is averaged. Returns the last loss."""
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: qat.rate_factor(step, steps, decay=decay))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: qat.rate_factor(step, steps, decay=decay))
     loss = torch.zeros(())
-    pull = qat.QuantizationSchedule(cage=cage)
+    mean = Average(model, steps, average)
+    if training is not None:
+        training.begin([optimizer], steps=steps)
     for step, batch in enumerate(itertools.islice(batches, steps)):
-        if timetable is not None:
-            timetable.before(step, optimizer)
+        if training is not None:
+            training.before_step()
         loss = loss_of(model, batch)
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
-        if cage:
-            qat.cage_step(model, optimizer, pull.cage_at(step, steps))
-        if timetable is not None:
-            timetable.after(step)
-        schedule.step()
+        if training is not None:
+            training.after_step()
+        mean.after(step)
+        scheduler.step()
         optimizer.zero_grad()
+    if training is not None:
+        training.end()
     return float(loss.detach())
 
 
@@ -183,9 +197,17 @@ def made(arm: Arm) -> qat.Algorithm:
     return found
 
 
+def add_lora(model: nn.Module, rank: int) -> None:
+    """Put adapters over all linear layers but the head, in place; nothing else trains."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", exclude_modules=["lm_head"])
+    inject_adapter_in_model(config, model)
+
+
 def prepared(
     model: nn.Module, run: Run, arm: Arm, problem: Problem
-) -> tuple[nn.Module, list[dict[str, Any]], Timetable | None]:
+) -> tuple[nn.Module, list[dict[str, Any]], qat.QuantizationSteps | None]:
     """``model`` with fake quantization in place, the groups of its optimizer, and what happens at some steps."""
     calibration = list(itertools.islice(problem.batches(run.seed + 1000), 16))
     if arm.prepare == "quanto":
@@ -205,17 +227,23 @@ def prepared(
         arm_torchao(model, run.weights, "bfloat16")
         return model, [{"params": list(model.parameters()), "lr": run.rate}], None
     inputs = [problem.inputs(batch) for batch in calibration]
+    if arm.rank:
+        add_lora(model, arm.rank)
+    if arm.afterwards:
+        return model, qat.parameter_groups(model, lr=run.rate), None
     if arm.fold:
         qat.fold_outliers(model, inputs, spec=run.spec, target=problem.target)
     qat.prepare(model, run.spec, algorithm=made(arm), target=problem.target)
     needs_data = run.activations is not None or arm.options.get("start") in DATA
-    timetable = Timetable(model, inputs, run.steps, **arm.schedule)
-    timetable.start(needs_data)
     steps, rate = arm.reconstruct
     if steps:
+        if needs_data:
+            qat.calibrate(model, inputs)
         rate *= run.rate
         qat.reconstruct(model, inputs, steps=steps, lr=rate, scale_lr=arm.scale_rate * rate, seed=run.seed)
-    return model, qat.parameter_groups(model, lr=run.rate, scale_lr=arm.scale_rate * run.rate), timetable
+    schedule = schedule_of(run.steps, arm.cage, **arm.schedule)
+    training = qat.QuantizationSteps(model, schedule, inputs if needs_data else None)
+    return model, qat.parameter_groups(model, lr=run.rate, scale_lr=arm.scale_rate * run.rate), training
 
 
 def distilled(student: nn.Module, teacher: nn.Module, arm: Arm, problem: Problem) -> Callable[[nn.Module, Any], Tensor]:
@@ -236,11 +264,17 @@ def train(run: Run, problem: Problem, tuned: nn.Module) -> dict[str, Any]:
     arm = ARMS[run.arm]
     torch.manual_seed(run.seed)
     model = copy.deepcopy(tuned if arm.tuned else problem.model)
-    model, groups, timetable = prepared(model, run, arm, problem)
+    model, groups, training = prepared(model, run, arm, problem)
     model.train()
     teacher = copy.deepcopy(tuned).eval().requires_grad_(False)
     loss_of = problem.task_loss if arm.loss == "task" else distilled(model, teacher, arm, problem)
-    last = fit(model, groups, problem.batches(run.seed), run.steps, arm.decay, loss_of, arm.cage, timetable)
+    last = fit(model, groups, problem.batches(run.seed), run.steps, arm.decay, loss_of, training, arm.average)
+    if arm.afterwards:
+        model.eval()
+        qat.prepare(model, run.spec, algorithm=qat.LearnedAffine(start="best"), target=problem.target)
+        qat.calibrate(
+            model, [problem.inputs(batch) for batch in itertools.islice(problem.batches(run.seed + 1000), 16)]
+        )
     return served(model.eval(), arm, problem, tuned) | {"last": last}
 
 

@@ -12,7 +12,7 @@ with its quartiles: what slows the machine for seconds meets an arm and its refe
 The arm ``learned`` is qat with ranges that are learned. In ``activations`` inputs are quantized too. The arms below it
 in `ARMS` change that: float8 gradients, learned scales, quantized outputs, products of values. In ``observed`` and
 ``observed_absmax`` observers record in every step. Run by path, with ``PYTHONPATH`` naming another checkout, the script
-measures that one: so states of the library are compared in turns.
+measures that one: so states of the library are compared in turns. Arms of LoRA are those of `benchmark_lora`.
 
 torchao is not installed by default (it makes importing optimum-quanto noisy): ``pip install -e .[benchmark]``.
 """
@@ -146,7 +146,7 @@ def arm_quanto(model: nn.Module, qtype: str, serving: str) -> None:
     quantize(model, weights=qtypes[name], exclude=["lm_head"])
 
 
-def arm_torchao(model: nn.Module, qtype: str, serving: str) -> None:
+def arm_torchao(model: nn.Module, qtype: str, serving: str, chosen: Any = None) -> None:
     from torchao.quantization import quantize_
     from torchao.quantization.granularity import PerRow
     from torchao.quantization.qat import Float8FakeQuantizeConfig, IntxFakeQuantizeConfig, QATConfig
@@ -158,10 +158,37 @@ def arm_torchao(model: nn.Module, qtype: str, serving: str) -> None:
         "int2": lambda: IntxFakeQuantizeConfig(torch.int2, group_size=128, is_symmetric=False),  # type: ignore[attr-defined]
     }
     body = model.get_submodule("model")
-    quantize_(body, QATConfig(weight_config=configs[qtype](), step="prepare"))
+    quantize_(body, QATConfig(weight_config=configs[qtype](), step="prepare"), chosen)
+
+
+def arm_lora(model: nn.Module, qtype: str, serving: str) -> None:
+    """LoRA of peft on every linear layer but the head; nothing else trains."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", exclude_modules=["lm_head"])
+    inject_adapter_in_model(config, model)
+
+
+def arm_lora_quantized(model: nn.Module, qtype: str, serving: str, arm: Any, base: str | None = None) -> None:
+    """LoRA, quantized as ``arm`` says; with a base of packed codes."""
+    arm_lora(model, qtype, serving)
+    arm(model, qtype, serving)
+    if base is not None:
+        qat.pack_base(model, base)
+
+
+def arm_lora_torchao(model: nn.Module, qtype: str, serving: str) -> None:
+    """LoRA, whose base layers torchao fake-quantizes; the adapters beside them stay float."""
+    arm_lora(model, qtype, serving)
+    arm_torchao(model, qtype, serving, lambda module, name: name.endswith(".base_layer"))
 
 
 ARMS: dict[str, Callable[[nn.Module, str, str], None]] = {
+    "lora": arm_lora,
+    "lora_qat": partial(arm_lora_quantized, arm=arm_qat),
+    "lora_learned": partial(arm_lora_quantized, arm=arm_learned),
+    "lora_packed": partial(arm_lora_quantized, arm=arm_learned, base="int4"),
+    "lora_torchao": arm_lora_torchao,
     "float": arm_float,
     "qat": arm_qat,
     "learned": arm_learned,
@@ -189,7 +216,8 @@ class Arm:
         ARMS[arm](self.model, qtype, arguments.serving)
         self.called = torch.compile(self.model) if arguments.compile else self.model
         # Learned ranges must not be decayed; every other parameter is treated as AdamW treats it by default.
-        groups = qat.parameter_groups(self.model, lr=1e-5, weight_decay=0.01) if "learned" in arm else None
+        learns = "learned" in arm or "lora" in arm
+        groups = qat.parameter_groups(self.model, lr=1e-5, weight_decay=0.01) if learns else None
         self.optimizer = torch.optim.AdamW(groups or self.model.parameters(), lr=1e-5, fused=arguments.device == "cuda")
 
     def step(self) -> float:

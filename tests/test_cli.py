@@ -10,10 +10,10 @@ import pytest
 from transformers import LlamaConfig
 
 import qat
+from qat import inspection
 from qat.cli import main
 from qat.errors import LoadError, VerifyError
-from qat.hosts import directories
-from qat.hosts.directories import build_on_meta
+from qat.hosts.configurations import build_on_meta
 from tests.exports import frozen_llama
 
 
@@ -24,7 +24,7 @@ def model_dir(tmp_path: Path) -> Path:
         vocab_size=64,
         hidden_size=256,
         intermediate_size=128,
-        num_hidden_layers=1,
+        num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
         tie_word_embeddings=True,
@@ -44,9 +44,12 @@ def test_inspect_prints_a_table(capsys: pytest.CaptureFixture[str], model_dir: P
     code, out, err = run(capsys, "inspect", model_dir, "--weights", "int4", "--exclude", "*.q_proj")
     assert (code, err) == (0, "")
     rows = {line.split()[0]: line for line in out.splitlines()}
-    assert "int4" in rows["model.layers.0.mlp.up_proj"]
-    assert "excluded by '*.q_proj'" in rows["model.layers.0.self_attn.q_proj"]
+    assert "int4" in rows["model.layers.*.mlp.up_proj"]
+    assert "excluded by '*.q_proj'" in rows["model.layers.*.self_attn.q_proj"]
     assert "parameters quantized for target 'quanto'" in out
+    code, full, err = run(capsys, "inspect", model_dir, "--weights", "int4", "--full")
+    assert (code, err) == (0, "")
+    assert {line.split()[0] for line in full.splitlines()} >= {f"model.layers.{n}.mlp.up_proj" for n in (0, 1)}
 
 
 def test_inspect_prints_json(capsys: pytest.CaptureFixture[str], model_dir: Path) -> None:
@@ -66,8 +69,11 @@ def test_inspect_prints_json(capsys: pytest.CaptureFixture[str], model_dir: Path
 @pytest.mark.parametrize(
     ("argv", "expected"),
     [
-        (["inspect", "nowhere"], "MODEL_DIR: 'nowhere' is not a directory"),
-        (["inspect", "{model}", "--exclude", "*.nothing"], "exclude: pattern '*.nothing' matches no linear layer"),
+        (["inspect", "nowhere"], "model: 'nowhere' is no directory here"),
+        (
+            ["inspect", "{model}", "--exclude", "*.nothing"],
+            "exclude: pattern '*.nothing' matches no layer that can be quantized",
+        ),
         (["inspect", "x", "--overrides", "*=int5"], "QuantSpec: overrides.*: Input should be 'int8', 'float8', "),
         (["verify", "nowhere"], "'nowhere'"),
     ],
@@ -88,7 +94,7 @@ def test_a_users_mistake_is_one_line_and_code_2(
     [
         (["inspect", "x", "--weights", "int3"], "invalid choice 'int3' for argument '--weights'"),
         (["inspect", "x", "--overrides", "a"], "--overrides: expected KEY=VALUE"),
-        (["inspect"], "Missing from qat inspect: MODEL-DIR"),
+        (["inspect"], "Missing from qat inspect: MODEL"),
         (["inspect", "x", "--wieghts", "int4"], "Perhaps you meant: --weights"),
         (["inspect", "x", "--help=1"], "--help=1"),
         (["export", "x"], "Available subcommands: inspect, calibrate, verify"),
@@ -120,7 +126,7 @@ def test_a_failed_verification_is_code_1(capsys: pytest.CaptureFixture[str], mon
 
 
 def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, model_dir: Path) -> None:
-    monkeypatch.setattr(directories, "build_on_meta", lambda _: 1 / 0)
+    monkeypatch.setattr(inspection, "build_on_meta", lambda _: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         main(["inspect", str(model_dir)])
 

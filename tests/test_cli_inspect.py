@@ -9,7 +9,7 @@ import pytest
 
 from qat.cli import main
 from qat.errors import LoadError
-from qat.hosts.directories import build_on_meta
+from qat.hosts.configurations import build_on_meta
 from tests.exports import small_flux
 
 

@@ -173,7 +173,7 @@ def test_inspect_tells_it_in_one_line(tmp_path: Path, marker: Path, capsys: pyte
     with pytest.raises(SystemExit):
         main(["inspect", str(folder)])
     told = capsys.readouterr().err
-    assert told.startswith(f"error: MODEL_DIR: the model's directory {str(folder)!r} brings code of its own")
+    assert told.startswith(f"error: model: the model's directory {str(folder)!r} brings code of its own")
     assert told.count("\n") == 1
 
 

@@ -48,13 +48,17 @@ class Mixed(nn.Module):
         self.tied.weight = self.embed.weight
 
 
+TABLE = "the loader of target 'quanto' replaces no Embedding: use target 'transformers'"
+CONVOLUTION = "convolution, float by default (include it by name to quantize it)"
+
+
 def test_every_weight_outside_linear_layers_is_listed_once() -> None:
     report = inspect(Mixed(), F32)
     assert report.others == (
         FloatWeight("experts", "Mixed", (3, 16, 8)),
-        FloatWeight("embed.weight", "Embedding", (10, 16)),
-        FloatWeight("blocks.0.conv.weight", "Conv2d", (4, 2, 3, 3)),
-        FloatWeight("blocks.1.conv.weight", "Conv2d", (4, 2, 3, 3)),
+        FloatWeight("embed.weight", "Embedding", (10, 16), TABLE),
+        FloatWeight("blocks.0.conv.weight", "Conv2d", (4, 2, 3, 3), CONVOLUTION),
+        FloatWeight("blocks.1.conv.weight", "Conv2d", (4, 2, 3, 3), CONVOLUTION),
         FloatWeight("bag.weight", "EmbeddingBag", (10, 16)),
         FloatWeight("pair.weight", "Bilinear", (4, 4, 4)),
         FloatWeight("recurrent.weight_ih_l0", "LSTM", (16, 4)),
@@ -62,9 +66,9 @@ def test_every_weight_outside_linear_layers_is_listed_once() -> None:
     )
     assert report.left_float == {
         "experts": "3-D weight of Mixed: no quantized form",
-        "embed": "2-D weight of Embedding: no quantized form",
-        "blocks.0.conv": "4-D weight of Conv2d: no quantized form",
-        "blocks.1.conv": "4-D weight of Conv2d: no quantized form",
+        "embed": TABLE,
+        "blocks.0.conv": CONVOLUTION,
+        "blocks.1.conv": CONVOLUTION,
         "bag": "2-D weight of EmbeddingBag: no quantized form",
         "pair": "3-D weight of Bilinear: no quantized form",
         "recurrent.weight_ih_l0": "2-D weight of LSTM: no quantized form",
@@ -85,7 +89,7 @@ def test_a_note_tells_the_largest_of_them_but_for_embeddings() -> None:
     )
     only = nn.ModuleDict({"embed": nn.Embedding(10, 16), "linear": nn.Linear(16, 16)})
     assert inspect(only, F32).notes == ()
-    assert inspect(only, F32).left_float == {"embed": "2-D weight of Embedding: no quantized form"}
+    assert inspect(only, F32).left_float == {"embed": TABLE}
 
 
 def test_they_stand_in_the_table_and_in_json() -> None:
@@ -139,16 +143,16 @@ def test_the_refusal_of_gpt2_says_what_its_layers_are() -> None:
         inspect(ARCHITECTURES["GPT2LMHeadModel"].build(), QuantSpec())
     assert str(raised.value) == (
         "spec: no layer of the model would be quantized; reasons: [\"the loader of target 'quanto' replaces no Conv1D: "
-        "use target 'transformers'\", 'tied to another weight (include it by name to untie and quantize it)']; its "
-        "weights are in Embedding (2-D), which have no quantized form: change the spec's patterns"
+        "use target 'transformers'\", \"the loader of target 'quanto' replaces no Embedding: use target "
+        "'transformers'\", 'tied to another weight (include it by name to untie and quantize it)']: change the "
+        "spec's patterns"
     )
 
 
 @pytest.mark.parametrize(
     ("name", "pattern", "module", "cls"),
     [
-        ("ViTForImageClassification", "*patch_embeddings.projection", None, "Conv2d"),
-        ("LlamaForCausalLM", "*embed_tokens", "model.embed_tokens", "Embedding"),
+        ("Wav2Vec2ForCTC", "*conv_layers.0.conv", None, "Conv1d"),
     ],
 )
 def test_a_pattern_for_such_weights_is_told_what_they_are(
@@ -159,8 +163,8 @@ def test_a_pattern_for_such_weights_is_told_what_they_are(
     with pytest.raises(SpecError) as raised:
         inspect(model, QuantSpec(include=pattern))
     assert str(raised.value) == (
-        f"include: pattern {pattern!r} matches no linear layer of the model, only {found} and the like: a {cls}, whose "
-        "weights have no quantized form"
+        f"include: pattern {pattern!r} matches no layer that can be quantized, only {found} and the like: a {cls}, "
+        "whose weights have no quantized form"
     )
 
 
@@ -262,11 +266,12 @@ class _Lora(nn.Module):
         self.lora_B = nn.ModuleDict({"default": nn.Linear(4, 64, bias=False)})
 
 
-@pytest.mark.parametrize("module", ["peft.tuners.lora.layer", "mine"])
-def test_only_the_base_layer_under_an_adapter_of_peft_is_quantized(module: str) -> None:
+@pytest.mark.parametrize("module", ["peft.tuners.loha.layer", "mine"])
+def test_what_is_part_of_an_adapter_of_peft_stays_float(module: str) -> None:
     lora = type("Linear", (_Lora,), {"__module__": module})
     model = nn.ModuleDict({"up": lora(nn.Linear(64, 64)), "down": nn.Linear(64, 64)})
     found = reasons(inspect(nn.ModuleDict({"deep": model}), F32))
+    parts = ("base_layer", "lora_A.default", "lora_B.default")
     reason = "belongs to the adapter deep.up: merge it into the model first (in peft: merge_and_unload)"
-    expected = {f"deep.up.lora_{which}.default": reason for which in "AB"}
+    expected = {f"deep.up.{part}": reason for part in parts}
     assert found == (expected if module.startswith("peft") else {})

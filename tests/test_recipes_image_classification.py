@@ -108,7 +108,7 @@ def test_bad_models_are_one_clear_error(small: list[str], tiny: Path, tmp_path: 
         (broken / file).write_bytes((tiny / file).read_bytes())
     with pytest.raises(LoadError, match=r"model: '.*broken' has no image processor that can be loaded .*: put the"):
         image_classification.main([*small, "--model", str(broken)])
-    with pytest.raises(SpecError, match="matches no linear layer"):
+    with pytest.raises(SpecError, match="matches no layer that can be quantized"):
         image_classification.main([*small, "--spec.exclude", "*.nothing"])
 
 

@@ -261,7 +261,7 @@ def test_the_last_weights_are_saved_and_a_run_goes_on_from_them(
         (["--data.source", "./nowhere"], DataError, r"data\.source: './nowhere' does not exist"),
         (["--data.source", ""], ConfigError, r"data\.source: String should have at least 1 character"),
         (["--spec.activations", "int8", "--target", "diffusers"], TargetError, "activations"),
-        (["--spec.exclude", "*.nothing"], SpecError, "matches no linear layer"),
+        (["--spec.exclude", "*.nothing"], SpecError, "matches no layer that can be quantized"),
         (["--optimization.batch-size", "5000"], DataError, "there is no whole batch"),
         (["--optimization.temperature", "2"], SystemExit, "2"),  # there is none
         (["--max-sequence-length", "4000"], DataError, "FluxPipeline cannot make an image"),

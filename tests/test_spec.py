@@ -208,7 +208,7 @@ def test_patterns_that_match_are_fine() -> None:
         (QuantSpec(exclude="encodr.0.to_q"), "did you mean 'encoder.0.to_q'"),
         (
             QuantSpec(overrides={"xyzzy": "int4"}),
-            "overrides: pattern 'xyzzy' .*; linear layers here: .*'encoder.0.to_q'",
+            "overrides: pattern 'xyzzy' .*; layers here: .*'encoder.0.to_q'",
         ),
     ],
     ids=["misspelt", "by its last part", "without a star", "a whole name", "nothing near"],
@@ -233,18 +233,18 @@ OTHERS = {"encoder.0.experts": "Experts", "encoder.1.experts": "Experts", "encod
     [
         (
             QuantSpec(include=("*experts*", "*to_q")),
-            "include: pattern '*experts*' matches no linear layer of the model, only encoder.0.experts and the like: a "
-            "Experts, whose weights have no quantized form",
+            "include: pattern '*experts*' matches no layer that can be quantized, only encoder.0.experts and the like: "
+            "a Experts, whose weights have no quantized form",
         ),
         (
             QuantSpec(overrides={"*.c_attn": "int8"}),
-            "overrides: pattern '*.c_attn' matches no linear layer of the model, only encoder.0.c_attn and the like: a "
-            "Conv1D, whose weights have no quantized form",
+            "overrides: pattern '*.c_attn' matches no layer that can be quantized, only encoder.0.c_attn and the like: "
+            "a Conv1D, whose weights have no quantized form",
         ),
         (
             QuantSpec(overrides={"*.c_attn": LayerSpec(weights="int8")}),
-            "overrides: pattern '*.c_attn' matches no linear layer of the model, only encoder.0.c_attn and the like: a "
-            "Conv1D, whose weights have no quantized form",
+            "overrides: pattern '*.c_attn' matches no layer that can be quantized, only encoder.0.c_attn and the like: "
+            "a Conv1D, whose weights have no quantized form",
         ),
     ],
     ids=["include", "override", "layer spec"],
@@ -268,5 +268,5 @@ def test_a_pattern_that_asks_to_quantize_what_cannot_be_is_told_so(spec: QuantSp
 def test_a_pattern_that_leaves_float_what_is_float_anyway_is_fine(spec: QuantSpec) -> None:
     spec.check_patterns(NAMES, OTHERS)
     if not spec.include:
-        with pytest.raises(SpecError, match="matches no linear layer"):
+        with pytest.raises(SpecError, match="matches no layer that can be quantized"):
             spec.check_patterns(NAMES)

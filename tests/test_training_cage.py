@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -166,9 +165,5 @@ def test_a_fit_without_an_end_or_without_masters_is_refused(tmp_path: Path) -> N
 
 
 def test_sharded_weights_are_refused() -> None:
-    class Sharding:
-        restore_checkpoint_after_setup = True
-
-    trainer: Any = SimpleNamespace(estimated_stepping_batches=4, strategy=Sharding(), optimizers=[])
     with pytest.raises(qat.TrainingError, match=r"cage=1\.0 needs whole weights, which Sharding shards: use ddp"):
-        pull_after_steps(trainer, nn.Identity(), QuantizationSchedule(cage=1.0))
+        pull_after_steps(nn.Identity(), QuantizationSchedule(cage=1.0), [], lambda: 0, 4, "Sharding")

@@ -149,19 +149,23 @@ def test_an_error_leaves_the_layers_as_they_are_used(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Swapping scheduler:UserWarning")
+@pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback with a model that overrides:UserWarning")
 @pytest.mark.parametrize(
-    "make",
+    ("make", "kind"),
     [
-        lambda: StochasticWeightAveraging(1e-3, swa_epoch_start=1),
-        lambda: WeightAveraging(use_buffers=False),
-        lambda: EMAWeightAveraging(use_buffers=False),
+        (lambda: StochasticWeightAveraging(1e-3, swa_epoch_start=1), UserModule),
+        (lambda: WeightAveraging(use_buffers=False), UserModule),
+        (lambda: EMAWeightAveraging(use_buffers=False), UserModule),
+        (lambda: EMAWeightAveraging(use_buffers=False), LateModule),
     ],
-    ids=["stochastic", "mean", "exponential"],
+    ids=["stochastic", "mean", "exponential", "exponential, configured"],
 )
-def test_weights_are_averaged_by_callbacks_after_ours(make: Any, tmp_path: Path) -> None:
-    module = UserModule()
-    with pytest.raises(qat.TrainingError, match="it must come after QuantizationAwareTraining"):
-        quiet_trainer(tmp_path, make(), quantization()).fit(module, loader())
-    assert module.losses == []
-    quiet_trainer(tmp_path, quantization(INT4, qat.LearnedAffine()), make(), max_epochs=3).fit(module, loader())
-    assert set(qat.freeze(module.model).layers) == {"first", "second", "head"}
+def test_weights_are_averaged_by_callbacks_in_any_order(make: Any, kind: type[UserModule], tmp_path: Path) -> None:
+    modules = [kind(), kind()]
+    for module, first in zip(modules, (True, False), strict=True):
+        ours, theirs = quantization(INT4, qat.LearnedAffine(), hold_scales_from=6), make()
+        order = (ours, theirs) if first else (theirs, ours)
+        quiet_trainer(tmp_path, *order, max_epochs=3).fit(module, loader())
+    assert modules[0].losses == modules[1].losses
+    assert_equal_state(*modules)
+    assert set(qat.freeze(modules[1].model).layers) == {"first", "second", "head"}

@@ -19,13 +19,14 @@ from typing import Any, TypeVar, get_args
 import yaml
 from torch import nn
 
+from qat.adapters import without_peft
 from qat.allocation.damage import Score, damages
 from qat.allocation.knapsack import allocate
 from qat.allocation.state import State, batches_digest, model_digest
 from qat.data import list_batches
 from qat.errors import SpecError, StateError, listed, meant, shown
 from qat.hosts import get_target
-from qat.inspection import inspect
+from qat.inspection import check_module, inspect
 from qat.layers import ExpertMatrix
 from qat.probing import several_processes
 from qat.progress import counted
@@ -152,11 +153,14 @@ def search(
     >>> report.nbytes <= inspect(model, QuantSpec(weights="int4")).bytes_after
     True
     """
+    model = without_peft(model)
     _check(model, types, score, algorithm)
-    inspect(model, spec, target=target)  # says what is wrong with it
+    check_module(model)
+    report = inspect(model, spec, target=target)  # says what is wrong with it
     kinds = [kind for kind in types if kind != _FLOAT]
     sizes, plans, single = _options(model, spec, target, kinds, floats=_FLOAT in types)
-    most, keys = _bytes(model, spec, target, budget), {name: get_target(target).host.layer_key(name) for name in sizes}
+    tied = {row.name: row.shared_with or row.name for row in report.layers}
+    most, keys = _bytes(model, spec, target, budget), {n: get_target(target).host.layer_key(tied[n]) for n in sizes}
     smallest = min(sum(min(options.values()) for options in _families(plan, keys).values()) for plan in plans)
     if most < smallest:
         raise SpecError(

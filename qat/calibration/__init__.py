@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from qat.adapters import without_peft
 from qat.calibration.activations import calibrate_activations
 from qat.calibration.report import ActivationReport, CalibrationReport
 from qat.data import require_several
 from qat.errors import StateError
+from qat.inspection import check_module
 from qat.moments import BUDGET
 from qat.preparation import prepare, prepared_as
 from qat.probing import kept_modes, run_batch, together
@@ -80,12 +82,14 @@ def calibrate(
     froze 2 layers (int8) for target 'quanto', served in bfloat16
     """
     require_several(batches)
+    model = without_peft(model)
     if spec is None:
         for name, value in (("target", target), ("algorithm", algorithm)):
             if value is not None:
                 raise StateError(f"{name}: belongs to a spec, got {value!r} without one: pass spec=, or leave it out")
         prepared_as(model)
         return calibrate_parts(model, batches, forward, progress)
+    check_module(model)
     restore = snapshot(model)
     try:
         prepare(model, spec, algorithm=algorithm, target=target or "quanto")

@@ -16,6 +16,7 @@ import torch
 import yaml
 from torch import nn
 
+from qat.adapters import without_peft
 from qat.errors import ExportError, TargetError, listed
 from qat.exporting.card import write_card
 from qat.files.directory import as_path, atomic_directory, check_destination
@@ -119,6 +120,7 @@ def export(
     >>> sorted(report.files)
     ['README.md', 'model.safetensors', 'qat_evidence.safetensors', 'qat_manifest.json', 'quanto_qmap.json']
     """
+    model = without_peft(model)
     record = frozen_record(model)
     to = get_target(target or record.target)
     destination = as_path(directory, ExportError).absolute()

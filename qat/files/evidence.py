@@ -18,7 +18,15 @@ from torch import nn
 from qat.errors import StateError
 from qat.spec import QuantSpec
 
-__all__ = ["FrozenRecord", "LayerEvidence", "forget_frozen", "frozen_record", "is_frozen", "record_frozen"]
+__all__ = [
+    "FrozenRecord",
+    "LayerEvidence",
+    "forget_frozen",
+    "frozen_record",
+    "is_frozen",
+    "record_frozen",
+    "refuse_saving",
+]
 
 _ATTRIBUTE = "_qat_frozen"
 
@@ -44,6 +52,8 @@ class LayerEvidence:
     output_scale: float | None
     bias: str | None = None
     """None without a bias, and in exports from before it was recorded."""
+    kernel: tuple[int, ...] = ()
+    """The dimensions of the stored weight after the first two, which are one in its matrix."""
 
     def differences(self, found: LayerEvidence) -> list[str]:
         """The names of the fields in which a layer that was ``found`` is another one."""
@@ -74,7 +84,13 @@ def record_frozen(model: nn.Module, record: FrozenRecord, *, may_save: bool = Fa
     configuration, so they ``may_save``.
     """
     setattr(model, _ATTRIBUTE, record)
-    for module in () if may_save else model.modules():
+    if not may_save:
+        refuse_saving(model)
+
+
+def refuse_saving(model: nn.Module) -> None:
+    """Let ``save_pretrained`` of ``model``, and of the modules in it, raise."""
+    for module in model.modules():
         if hasattr(type(module), "save_pretrained"):
             object.__setattr__(module, "save_pretrained", functools.partial(_saving_refused, type(module).__name__))
 

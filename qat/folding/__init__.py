@@ -22,13 +22,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from qat.adapters import adapters, without_peft
 from qat.data import list_batches
 from qat.errors import CalibrationError, SpecError, StateError, listed
 from qat.folding.groups import EXPONENTS, Group, candidates, power_of_two, require_finite
 from qat.folding.proof import Proof, agree, elements
 from qat.formats import LayerTypes
 from qat.hosts import get_target
-from qat.inspection import inspect
+from qat.inspection import check_module, inspect
 from qat.observers import Best
 from qat.probing import kept_modes, run_batch, seeded, watched
 from qat.quantizers import StraightThrough
@@ -109,7 +110,7 @@ def fold_outliers(
             what ``forward`` returns.
 
     Raises:
-        StateError: the model is prepared or frozen already, or has no data (meta device).
+        StateError: the model is prepared or frozen already, has no data (meta device), or has adapters.
         SpecError, TargetError: see `qat.inspect`; or no layer has an activation type.
         CalibrationError: there are no batches, the model cannot run one, two runs of one differ, one gives inf or NaN,
             or a later one shows operations that the first did not. The model is as before then.
@@ -122,6 +123,13 @@ def fold_outliers(
     """
     if strength != "best" and not (isinstance(strength, int | float) and 0 < strength <= 1):
         raise SpecError(f"strength: must be above 0 and at most 1, or 'best', got {strength!r}: write strength=0.5")
+    check_module(model)
+    model = without_peft(model)
+    if around := [name for name, _ in adapters(model)]:
+        raise StateError(
+            f"model: {len(around)} layers have adapters (first: {around[0]!r}), whose weights would have to be folded "
+            "too: call qat.fold_outliers before get_peft_model"
+        )
     report = inspect(model, spec, target=target)
     format, dtype = get_target(target).format, spec.torch_dtype
     rows = [row for row in report.layers if row.weights is not None and row.activations is not None]

@@ -93,8 +93,8 @@ def power_of_two(exponents: Tensor) -> Tensor:
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """All layers of a kind that can be quantized, whether they will be or not."""
-    return {name: module for name, module, cls in float_layers(model) if cls.called}
+    """All linear layers of a kind that can be quantized, whether they will be or not."""
+    return {name: module for name, module, cls in float_layers(model) if cls.called and cls.linear}
 
 
 def _weight(layer: nn.Module) -> Tensor:

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -39,6 +39,8 @@ class LayerTypes:
     dtype: torch.dtype
     outputs: bool = True
     """Whether a layer with an activation type quantizes its output too."""
+    kernel: tuple[int, ...] = ()
+    """The dimensions of the stored weight after the first two, which are one in its matrix."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,7 @@ class FrozenLayer:
             input_scale=None if active is None else float(self.input_scale),
             output_scale=None if active is None else float(self.output_scale),
             bias=None if self.bias is None else digest(self.bias),
+            kernel=self.types.kernel,
         )
 
 
@@ -174,7 +177,8 @@ class Format(ABC):
     def recorded(self, record: FrozenRecord, name: str) -> LayerTypes:
         """The types of a layer that was frozen."""
         layer, spec = record.layers[name], record.spec
-        return self.types(layer.weights, layer.activations, spec.torch_dtype, spec.outputs)
+        types = self.types(layer.weights, layer.activations, spec.torch_dtype, spec.outputs)
+        return replace(types, kernel=layer.kernel)
 
     def faults(
         self,
@@ -270,15 +274,25 @@ class Format(ABC):
         """``(out, in)`` of a frozen layer, without reading its weight."""
         weight = module.weight
         assert isinstance(weight, Tensor)
-        return weight.shape[0], weight.shape[1]
+        return weight.shape[0], weight.numel() // weight.shape[0]
 
     @abstractmethod
     def read(self, module: nn.Module) -> FrozenLayer:
-        """What a frozen linear layer holds, on whichever device it is now."""
+        """What a frozen layer holds, on whichever device it is now."""
 
     def values(self, module: nn.Module) -> Tensor:
         """What the weight of a frozen layer dequantizes to when it runs, ``(out, in)``, in the serving dtype."""
         return self.read(module).weight.dequantize()
+
+    def keeper(self, layers: Sequence[Any]) -> Any:
+        """Of frozen layers that are to share one weight, the one whose weight serves them all."""
+        return layers[0]
+
+    def tie(self, layers: Sequence[nn.Module]) -> None:
+        """Let frozen layers with equal weights share one."""
+        shared = self.keeper(layers).weight
+        for layer in layers:
+            layer.weight = shared
 
     def value_blocks(self, module: nn.Module, layer: FrozenLayer) -> Iterator[Tensor]:
         """`values`, perhaps some rows at a time; ``layer`` is what `read` gives of the module."""

@@ -14,7 +14,8 @@ Every measured fault of optimum-quanto 0.2.7 and torch 2.13 that a layer must av
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from math import prod
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,7 +25,6 @@ from torch import Tensor, nn
 from qat.files.evidence import FrozenRecord
 from qat.formats.base import Format, FrozenLayer, InLibrary, LayerTypes, Notice, Slot
 from qat.formats.quanto_marlin import keep_bias, loses_bias_on_cuda
-from qat.formats.quanto_modules import module_class
 from qat.formats.quanto_tinygemm import (
     can_optimize,
     is_tinygemm_on_cpu,
@@ -35,7 +35,6 @@ from qat.formats.quanto_tinygemm import (
     warn_of_old_locks,
 )
 from qat.formats.quanto_types import QTYPES, QTYPES_OF_QUANTO, QUANTO_NAMES, widened
-from qat.layers import layer_class
 from qat.numerics import FrozenWeight, QType
 from qat.tensors import inner_tensors
 
@@ -51,7 +50,7 @@ _ALIGNMENT = 64  # bytes; fresh memory has it
 def _codes(weight: Any) -> Tensor:
     """The codes of a plain weight, ``(out, in)``."""
     data = unpacked(weight._data) if hasattr(weight._data, "unpack") else weight._data
-    return data.reshape(weight.shape)
+    return data.reshape(weight.shape[0], -1)
 
 
 def _aligned(codes: Tensor) -> Tensor:
@@ -141,18 +140,23 @@ class _Quanto(Format):
     def slots(self, types: LayerTypes, shape: tuple[int, int], bias: bool) -> dict[str, Slot]:
         out_features, in_features = shape
         qtype, dtype = types.weights, types.dtype
-        rows = out_features * in_features // (qtype.group_size(in_features) or in_features)
-        scalar = ((),)
+        size = qtype.group_size(in_features)
+        rows = out_features * in_features // (size or in_features)
+        row: tuple[int, ...] = (in_features,)
+        scalar, ones = ((),), (1, *row[:0])
+        if size is not None:
+            row = (size,)
+        elif types.kernel:  # groups are rows of a matrix, and whole rows keep their dimensions
+            row, ones = (in_features // prod(types.kernel), *types.kernel), (1,) * (1 + len(types.kernel))
         slots = {}
         if qtype.has_shift:
-            width = out_features * in_features // rows
-            packed = (-(-rows // (8 // qtype.bits)), width)  # packing fills whole bytes along dim 0
+            packed = (-(-rows // (8 // qtype.bits)), *row)  # packing fills whole bytes along dim 0
             slots["weight._data._data"] = Slot(torch.uint8, (packed,), is_code=True)
-            slots["weight._scale"] = slots["weight._shift"] = Slot(dtype, ((rows, 1),))
+            slots["weight._scale"] = slots["weight._shift"] = Slot(dtype, ((rows, *ones),))
         else:
-            slots["weight._data"] = Slot(qtype.storage, ((out_features, in_features),), is_code=True)
+            slots["weight._data"] = Slot(qtype.storage, ((out_features, *row),), is_code=True)
             # One row has a scale of its own for all: a scalar, as quanto has it.
-            slots["weight._scale"] = Slot(dtype, ((rows, 1),) if rows > 1 else ((), (1, 1)))
+            slots["weight._scale"] = Slot(dtype, ((rows, *ones),) if rows > 1 else ((), (1, *ones)))
         if bias:
             slots["bias"] = Slot(dtype, ((out_features,),))
         return slots | {"input_scale": Slot(dtype, scalar), "output_scale": Slot(dtype, scalar)}
@@ -167,8 +171,9 @@ class _Quanto(Format):
             packed = PackedTensor.pack(rows, weight.qtype.bits)._data
             tensors = {"weight._data._data": packed, "weight._scale": weight.scale, "weight._shift": weight.shift}
         else:
-            scale = weight.scale.reshape(()) if weight.shape[0] == 1 else weight.scale
-            tensors = {"weight._data": weight.codes, "weight._scale": scale}
+            tensors = {"weight._data": weight.codes, "weight._scale": weight.scale}
+        slots = self.slots(layer.types, (weight.shape[0], weight.shape[1]), bias=False)
+        tensors = {key: tensor.reshape(slots[key].shape) for key, tensor in tensors.items()}
         if layer.bias is not None:
             tensors["bias"] = layer.bias
         return tensors | {"input_scale": layer.input_scale, "output_scale": layer.output_scale}
@@ -215,18 +220,16 @@ class _Quanto(Format):
 
     def empty(self, types: LayerTypes, shape: tuple[int, int], bias: bool, like: nn.Module) -> Any:
         """A quanto layer on the meta device, to be filled; ``like`` is the layer whose place it takes."""
-        layer: Any = module_class(like)(
-            shape[1],
-            shape[0],
-            bias=bias,
+        from qat.formats.quanto_modules import empty_module
+
+        layer = empty_module(
+            like,
+            shape,
+            bias,
             dtype=types.dtype,
-            device=torch.device("meta"),
             weights=QUANTO_NAMES[types.weights.name],
             activations=None if types.activations is None else QUANTO_NAMES[types.activations.name],
-            quantize_input=True,
         )
-        cls = layer_class(like)
-        layer.targets = () if cls is None else cls.targets
         layer.optimizer = None  # would only serve a second quantization, which must never happen
         if not types.outputs:
             layer.disable_output_quantization()
@@ -283,7 +286,13 @@ class _Quanto(Format):
     def values(self, module: nn.Module) -> Tensor:
         """By quanto's own arithmetic, not ours."""
         weight: Any = module.weight
-        return (plain(weight) if is_tinygemm_on_cpu(weight) else weight).dequantize()  # type: ignore[no-any-return]
+        value: Tensor = (plain(weight) if is_tinygemm_on_cpu(weight) else weight).dequantize()
+        return value.reshape(self.shape(module))
+
+    def keeper(self, layers: Sequence[Any]) -> Any:
+        """One with quantized activations or a bias, since its weight is marked for them."""
+        marked = (layer for layer in layers if layer.activation_qtype is not None or layer.bias is not None)
+        return next(marked, layers[0])
 
     def value_blocks(self, module: nn.Module, layer: FrozenLayer) -> Iterator[Tensor]:
         """Quanto's arithmetic too, on weights of some rows each, whose codes need no unpacking or slow cast before."""
@@ -312,6 +321,7 @@ class _Quanto(Format):
             QTYPES_OF_QUANTO[layer.weight_qtype.name],
             None if active is None else QTYPES_OF_QUANTO[active.name],
             layer.weight.dtype,
+            kernel=tuple(layer.weight.shape[2:]),
         )
 
     def read(self, module: nn.Module) -> FrozenLayer:
@@ -320,8 +330,9 @@ class _Quanto(Format):
         parts = parts_of_tinygemm(layer.weight)
         if parts is None:
             weight = plain(layer.weight)
-            scale = weight._scale.reshape(1, 1) if weight._scale.ndim == 0 else weight._scale
-            frozen = FrozenWeight(_codes(weight), scale, getattr(weight, "_shift", None), types.weights)
+            shift = getattr(weight, "_shift", None)
+            groups = weight._scale.reshape(-1, 1), None if shift is None else shift.reshape(-1, 1)
+            frozen = FrozenWeight(_codes(weight), *groups, types.weights)
         else:
             frozen = FrozenWeight(*parts, types.weights)
         return FrozenLayer(frozen, layer.bias, types, layer.input_scale, layer.output_scale)
@@ -339,12 +350,12 @@ class _Quanto(Format):
             layer.weight = nn.Parameter(held, requires_grad=False)
 
     def fill(self, model: nn.Module, directory: Path, files: Iterable[str]) -> tuple[nn.Module, str] | None:
-        """None for layers of other classes than ``nn.Linear``, which quanto's loader does not replace."""
+        """None for layers of other classes than those that quanto's loader replaces."""
         from optimum.quanto import requantize
         from safetensors.torch import load_file
 
         types = json.loads((directory / self.map_name).read_text(encoding="utf-8"))
-        if not all(isinstance(model.get_submodule(name), nn.Linear) for name in types):
+        if not all(isinstance(model.get_submodule(name), nn.Linear | nn.Conv2d) for name in types):
             return None
         state: dict[str, Tensor] = {}
         for file in files:

@@ -29,6 +29,7 @@ __all__ = [
     "is_tinygemm_on_cpu",
     "parts_of_tinygemm",
     "plain",
+    "rows_of_tinygemm",
     "tinygemm_from_plain",
     "unpacked",
     "warn_of_old_locks",
@@ -57,6 +58,8 @@ def warn_of_old_locks() -> None:
 
 def can_optimize(weight: Any) -> bool:
     """Whether ``optimize()`` can convert a weight: TinyGemm's packing raises on other row counts."""
+    if weight.ndim != 2:
+        return False  # kernels multiply matrices
     if weight.qtype.bits < 8 and (weight.qtype.name != QUANTO_NAMES["int4"] or weight.dtype == torch.float32):
         return False  # there is no kernel, and quanto would unpack and pack for nothing
     if weight.qtype.bits == 8 or weight.dtype != torch.bfloat16 or weight._group_size != 128:
@@ -91,6 +94,24 @@ def parts_of_tinygemm(weight: Any) -> tuple[Tensor, Tensor, Tensor] | None:
         return None
     scale, middle = (part.T.reshape(-1, 1) for part in weight._scale_shift.unbind(2))
     return _unpack(_stored(weight._data), block), scale, 8 * scale - middle
+
+
+def rows_of_tinygemm(weight: Any, ids: Tensor) -> Tensor | None:
+    """The values of rows, ``(len(ids), in)``; None if the weight is not the kernel's or its order not known."""
+    if not is_tinygemm_on_cpu(weight) or (block := _block(*weight._data.size())) is None:
+        return None
+    rows, columns = weight._data.size()
+    last = rows - rows % block  # where the rows begin that fill no block
+    inside, rest = ids < last, rows - last or block
+    first = torch.where(inside, ids - ids % block, last)
+    size = torch.where(inside, block, rest)
+    place = torch.where(inside, _places(block)[ids % block], _places(rest)[(ids - first) % rest])
+    start = first * (columns // 2) + place // 2
+    codes = _stored(weight._data).reshape(-1)[start[:, None] + size[:, None] // 2 * torch.arange(columns)]
+    codes = codes.bitwise_right_shift_((place % 2 * 4).to(torch.uint8)[:, None]).bitwise_and_(15)
+    scale, middle = (part[:, ids].T.reshape(-1, 1) for part in weight._scale_shift.unbind(2))
+    values: Tensor = scale * codes.view(-1, weight._group_size)
+    return values.sub_(8 * scale - middle).view(len(ids), columns)
 
 
 def unpacked(data: Any) -> Tensor:
@@ -162,6 +183,12 @@ def _order(block: int) -> Tensor:
         stored = _packed(numbers >> shift & 15).view(32, -1)[0]
         found += torch.stack((stored & 15, stored >> 4), 1).reshape(-1).long() << shift
     return found
+
+
+@functools.cache
+def _places(block: int) -> Tensor:
+    """Where the code of each row stands in a packed column."""
+    return _order(block).argsort()
 
 
 @functools.cache

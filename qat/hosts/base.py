@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from qat.adapters import adapters
 from qat.errors import ExportError, LoadError, listed
 from qat.files.evidence import FrozenRecord
 from qat.files.manifest import Manifest
@@ -114,6 +115,10 @@ class Host:
     def untie(self, model: Any) -> None:
         """Tell a model, and no other that shares its configuration, that its embeddings are not tied any more."""
 
+    def can_untie(self, model: Any) -> bool:
+        """Whether a configuration can say that a model's embeddings are not tied, so that a load leaves them so."""
+        return True
+
     def attention(self, model: Any) -> str | None:
         """The attention implementation that a model runs with, where it has one: it decides how outputs round."""
         return None
@@ -131,8 +136,9 @@ class Host:
         return False
 
     def added_faults(self, model: nn.Module) -> list[str]:
-        """The fault of a model with parameters that a fresh one of its class and configuration lacks, as of adapters.
+        """The fault of a model with parameters that a fresh one of its class and configuration lacks.
 
+        Adapters of peft are none, since freezing merges them.
         The fresh model is built on the meta device; where none can be built, there is no fault.
         """
         config: Any = getattr(model, "config", None)
@@ -147,6 +153,7 @@ class Host:
         known = {name for name, _ in fresh.named_parameters(remove_duplicate=False)}
         known |= {f"{name}.weight" for name, _, cls in float_layers(fresh) if not cls.called}  # once they are frozen
         learned = {id(p) for _, layer in quantized_layers(model) for p in layer.quantizer_parameters()}
+        learned |= {id(p) for _, module in adapters(model) for p in module.parameters()}
         added = [name for name, p in model.named_parameters() if name not in known and id(p) not in learned]
         if not added:
             return []

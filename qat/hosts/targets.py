@@ -73,9 +73,14 @@ class Target:
 
     def settle(self, model: nn.Module) -> None:
         """Bring all frozen layers back to how the loader holds them, after moves between devices."""
+        holders: dict[int, list[nn.Module]] = {}
         for module in model.modules():
             if self.format.is_frozen(module):
+                holders.setdefault(id(module.weight), []).append(module)
+        for modules in holders.values():
+            for module in modules:
                 self.format.settle(module, plain_on_cpu=self.plain_on_cpu)
+            self.format.tie(modules)
 
     def rules(self, model: nn.Module, dtype: torch.dtype) -> Rules:
         """What the target's loader, and the classes inside the model, say of its layers and tensors."""

@@ -98,6 +98,14 @@ class _Transformers(Host):
             if self.ties(model) is not None:
                 model.all_tied_weights_keys = {}
 
+    def can_untie(self, model: Any) -> bool:
+        """Those of T5 and others say "tied" whatever they are given."""
+        config: Any = getattr(model, "config", None)
+        if not getattr(config, "tie_word_embeddings", False):
+            return True
+        other = type(config).from_dict({**config.to_dict(), "tie_word_embeddings": False})
+        return not other.tie_word_embeddings
+
     def attention(self, model: Any) -> str | None:
         return getattr(getattr(model, "config", None), "_attn_implementation", None)
 

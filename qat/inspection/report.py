@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from math import prod
 from typing import Any
 
 from torch import nn
 
 from qat.errors import listed
-from qat.layers import ExpertMatrix
 from qat.spec import QuantSpec
 from qat.tensors import matrices
 
@@ -37,28 +37,37 @@ class LayerInspection:
     """Bytes of the weight in the serving dtype."""
     bytes_after: int
     """Bytes of the weight as exported: codes, scales and shifts, and the float copy of a weight that was tied."""
+    shared_with: str | None = None
+    """The layer whose weight is also its own, tied: all bytes count there."""
 
 
 @dataclass(frozen=True)
 class FloatWeight:
-    """A weight of two or more dimensions that is in no layer that can be quantized, and stays float."""
+    """A weight of two or more dimensions that stays float: in no layer that can be quantized, or in one that is not
+    by default and that no pattern names, such as an embedding.
+    """
 
     name: str
     """Full name of the parameter."""
     class_name: str
     """The class of the module that holds it."""
     shape: tuple[int, ...]
+    default: str = ""
+    """By what default it stays float; empty: it has no quantized form."""
 
     @property
     def reason(self) -> str:
         """Why it stays float."""
         unknown = ", whose forward is unknown" if "expert" in self.class_name.lower() else ""
-        return f"{len(self.shape)}-D weight of {self.class_name}{unknown}: no quantized form"
+        return self.default or f"{len(self.shape)}-D weight of {self.class_name}{unknown}: no quantized form"
 
 
 @dataclass(frozen=True)
 class InspectReport:
-    """Every linear layer, and the totals; prints as a table."""
+    """Every linear layer, every other one that a pattern names, and the totals.
+
+    Prints as a table, where layers that differ only by the numbers in their names are one line, with their count.
+    """
 
     target: str
     spec: QuantSpec
@@ -80,7 +89,7 @@ class InspectReport:
     @property
     def quantized_parameters(self) -> int:
         """Weights that will be quantized."""
-        return sum(prod(layer.shape) for layer in self.layers if layer.weights)
+        return sum(prod(layer.shape) for layer in self.layers if layer.weights and layer.shared_with is None)
 
     @property
     def quantized_share(self) -> float:
@@ -90,7 +99,8 @@ class InspectReport:
     @property
     def linear_share(self) -> float:
         """Share of the linear layers' weights that will be quantized, 0 to 1."""
-        return self.quantized_parameters / max(1, sum(prod(layer.shape) for layer in self.layers))
+        own = (prod(layer.shape) for layer in self.layers if layer.shared_with is None)
+        return self.quantized_parameters / max(1, sum(own))
 
     @property
     def bytes_before(self) -> int:
@@ -109,16 +119,22 @@ class InspectReport:
         return asdict(self) | {"spec": spec} | {name: getattr(self, name) for name in totals}
 
     def __str__(self) -> str:
+        return self._shown(_groups(self.layers))
+
+    def table(self) -> str:
+        """As ``str``, but with a line for each layer, also for those that differ only by the numbers in their names."""
+        return self._shown((layer.name, [layer]) for layer in self.layers)
+
+    def _shown(self, groups: Iterable[tuple[str, Sequence[LayerInspection]]]) -> str:
         rows = [("layer", "shape", "weights", "group", "MiB", "reason")]
-        for name, alike in _alike(self.layers):
-            layer, times = alike[0], f"{len(alike)} x " if len(alike) > 1 else ""
+        for name, group in groups:
+            layer = group[0]
             kind = (layer.weights or "float") + (f"+{layer.activations}" if layer.activations else "")
-            group = str(layer.group_size or "row") if layer.weights else "-"
-            before, after = (
-                sum(getattr(one, f"bytes_{when}") for one in alike) / 2**20 for when in ("before", "after")
-            )
+            size = str(layer.group_size or "row") if layer.weights else "-"
+            before = sum(layer.bytes_before for layer in group) / 2**20
+            after = sum(layer.bytes_after for layer in group) / 2**20
             sizes = f"{before:.2f} -> {after:.2f}"
-            rows.append((name, f"{times}{layer.shape[0]}x{layer.shape[1]}", kind, group, sizes, layer.reason))
+            rows.append((name, f"{layer.shape[0]}x{layer.shape[1]}", kind, size, sizes, layer.reason))
         for family, (kind, count) in _families(self.others).items():
             share = f"{kind}, stays float: {count / max(1, self.parameters):.1%} of the parameters"
             rows.append((family, "", "float", "-", "", share))
@@ -132,36 +148,50 @@ class InspectReport:
         return "\n".join([*lines, *self.notes])
 
 
-def _alike(layers: Iterable[LayerInspection]) -> list[tuple[str, list[LayerInspection]]]:
-    """Layers by their names; experts of one parameter of which the same is said, as one."""
-    found: dict[tuple[object, ...], list[LayerInspection]] = {}
+def _groups(layers: Iterable[LayerInspection]) -> Iterator[tuple[str, list[LayerInspection]]]:
+    """Layers whose rows are equal but for the numbers in names, with stars for those that differ, and their count."""
+    groups: dict[LayerInspection, list[LayerInspection]] = defaultdict(list)
     for layer in layers:
-        name = layer.name
-        if layer.class_name == ExpertMatrix.__name__:
-            above, _, key = name.rsplit(".", 2)
-            name = f"{above}.*.{key}"
-        found.setdefault((name, layer.shape, layer.weights, layer.activations, layer.reason), []).append(layer)
-    return [(str(key[0]) if len(alike) > 1 else alike[0].name, alike) for key, alike in found.items()]
+        reason = re.sub(r"[A-Za-z_][\w.]*", lambda found: _starred(found[0]), layer.reason)
+        groups[replace(layer, name=_starred(layer.name), reason=reason)].append(layer)
+    for key, group in groups.items():
+        if len({layer.reason for layer in group}) > 1:
+            group[0] = replace(group[0], reason=key.reason)
+        parts = zip(*(layer.name.split(".") for layer in group), strict=True)
+        name = ".".join(part[0] if len(set(part)) == 1 else "*" for part in parts)
+        yield (f"{name}  x{len(group)}" if len(group) > 1 else name), group
+
+
+def _starred(name: str) -> str:
+    """A dotted name with a star for each number that is a part of it."""
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
 def _families(weights: Iterable[FloatWeight]) -> dict[str, tuple[str, int]]:
     """Weights that differ only in the numbers in their names, as one: class of the module and count of elements."""
     families: dict[str, tuple[str, int]] = {}
     for weight in weights:
-        family = re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", weight.name)
+        family = _starred(weight.name)
         count = families.get(family, ("", 0))[1]
         families[family] = (weight.class_name, count + prod(weight.shape))
     return families
 
 
-def other_weights(model: nn.Module, counted: Iterable[nn.Parameter]) -> Iterator[FloatWeight]:
-    """Every parameter of two and more dimensions, once, that is not among those ``counted`` with layers."""
+def other_weights(
+    model: nn.Module, counted: Iterable[nn.Parameter], reasons: Mapping[str, str] | None = None
+) -> Iterator[FloatWeight]:
+    """Every parameter of two and more dimensions, once, that is not among those ``counted`` with layers.
+
+    ``reasons`` says by full name why some stay float.
+    """
     seen = {id(parameter) for parameter in counted}
     for path, module in model.named_modules():
         for key, parameter in matrices(module).items():
             if id(parameter) not in seen:
                 seen.add(id(parameter))
-                yield FloatWeight(f"{path}.{key}" if path else key, type(module).__name__, tuple(parameter.shape))
+                name = f"{path}.{key}" if path else key
+                reason = (reasons or {}).get(name, "")
+                yield FloatWeight(name, type(module).__name__, tuple(parameter.shape), reason)
 
 
 def other_notes(others: Iterable[FloatWeight], parameters: int) -> list[str]:

@@ -73,6 +73,8 @@ class PackedQuantizer(QuantoHfQuantizer):
         """The dtype that scales were packed in."""
         self.layers: dict[str, PackedModule] = {}
         self.canonical: dict[str, str] = {}
+        self.tied: dict[str, str] = {}
+        """Packed layers whose weight is that of another one, and its name."""
         self.headers: dict[str, TensorEntry] | None = None
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
@@ -155,11 +157,17 @@ class PackedQuantizer(QuantoHfQuantizer):
                 cls.install(model, aliases, qmodule)
                 if not cls.called:  # else transformers would initialise what its owner had before
                     setattr(cls.holder(module), "_is_hf_initialized", True)  # noqa: B010
-        faults += [
-            f"{target} is tied to {source}, but one of them is packed; set tie_word_embeddings to false in config.json"
-            for target, source in model.all_tied_weights_keys.items()
-            if self._owner(target) != self._owner(source)
-        ]
+        for target, source in model.all_tied_weights_keys.items():
+            ends = [None if (owner := self._owner(key)) is None else owner[0] for key in (target, source)]
+            if not target.endswith("weight"):
+                continue  # a bias stands in the files under both names
+            if ends[0] != ends[1] and None in ends:
+                faults.append(
+                    f"{target} is tied to {source}, but one of them is packed; set tie_word_embeddings to false in "
+                    "config.json"
+                )
+            elif ends[0] != ends[1]:
+                self.tied[str(ends[0])] = str(ends[1])
         if faults:
             raise load_error("the declared modules do not fit the model", faults)
 
@@ -196,9 +204,14 @@ class PackedQuantizer(QuantoHfQuantizer):
             renamings = [conversion for conversion in weight_conversions if isinstance(conversion, WeightRenaming)]
             found, strays = self._placed(renamings, model)
         faults = [f"{key} is packed, but not declared in the group 'qat' of config.json" for key in strays]
+        for name, source in self.tied.items():
+            here, there = (any(key.startswith("weight") for key in found[end]) for end in (name, source))
+            if not (here and there):  # a load ties the one that the files lack to the other, whichever it is
+                weight = {key: entry for key, entry in (found[name] | found[source]).items() if key[:6] == "weight"}
+                found[name], found[source] = found[name] | weight, found[source] | weight
         for name, declared in self.layers.items():
             module: Any = model.get_submodule(name)
-            shape, bias = (module.out_features, module.in_features), module.bias is not None
+            shape, bias = QUANTO.shape(module), module.bias is not None
             faults += QUANTO.faults(name, self._types(declared), shape, bias, declared.group_size, found[name])
         if faults:
             raise load_error("the files do not hold what config.json declares", faults)
@@ -260,7 +273,10 @@ class PackedLoad(ConversionOps):
         """Return the weight of one layer, frozen."""
         name = full_layer_name.removesuffix(".weight")
         qmodule = model.get_submodule(name)
-        weight = QUANTO.weight(qmodule, {slot: tensors[0] for slot, tensors in input_dict.items()})
+        ties = self.hf_quantizer.tied.items()
+        ends = [target if source == name else source for target, source in ties if name in (target, source)]
+        keeper = QUANTO.keeper([qmodule, *map(model.get_submodule, ends)])
+        weight = QUANTO.weight(keeper, {slot: tensors[0] for slot, tensors in input_dict.items()})
         # The other names of a shared layer have no tensors of their own; transformers would fill them anew.
         for alias, canonical in self.hf_quantizer.canonical.items():
             if missing_keys is not None and canonical == self.hf_quantizer.canonical[name] and alias != name:

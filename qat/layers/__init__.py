@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from torch import nn
 
 from qat.layers.base import Mode, QuantizedLayer, inside_layer
+from qat.layers.conv2d import QConv2d
+from qat.layers.embedding import QEmbedding
 from qat.layers.expert_forms import ExpertMatrix, experts_in
 from qat.layers.experts import QExpert
 from qat.layers.linear import QLinear
@@ -16,6 +18,8 @@ __all__ = [
     "LAYERS",
     "ExpertMatrix",
     "Mode",
+    "QConv2d",
+    "QEmbedding",
     "QExpert",
     "QLinear",
     "QuantizedLayer",
@@ -26,8 +30,16 @@ __all__ = [
     "quantized_layers",
 ]
 
-LAYERS: dict[type[nn.Module], type[QuantizedLayer]] = {nn.Linear: QLinear, ExpertMatrix: QExpert}
-_OF_LIBRARIES = {"transformers.pytorch_utils.Conv1D": ("qat.layers.conv1d", "QConv1D")}
+LAYERS: dict[type[nn.Module], type[QuantizedLayer]] = {
+    nn.Linear: QLinear,
+    nn.Embedding: QEmbedding,
+    nn.Conv2d: QConv2d,
+    ExpertMatrix: QExpert,
+}
+_OF_LIBRARIES = {
+    "transformers.pytorch_utils.Conv1D": ("qat.layers.conv1d", "QConv1D"),
+    "peft.tuners.lora.layer.Linear": ("qat.layers.lora", "QLoraLinear"),
+}
 """Float classes of libraries that may not be installed: entered in `LAYERS` when the first of them is met."""
 
 
@@ -47,16 +59,24 @@ def layer_class(module: nn.Module) -> type[QuantizedLayer] | None:
     return None
 
 
-def float_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, type[QuantizedLayer]]]:
+def float_layers(
+    model: nn.Module, *, remove_duplicate: bool = True
+) -> Iterator[tuple[str, nn.Module, type[QuantizedLayer]]]:
     """Every module of ``model`` that can become a prepared layer, once: full name, module, and the class it becomes.
+
+    Parts of such a module, as those of an adapter over a linear layer, are no layers of their own. Without
+    ``remove_duplicate``, a module comes under each of its names. Prepared layers come too.
 
     >>> [(name, cls.__name__) for name, _, cls in float_layers(nn.Sequential(nn.Linear(2, 2), nn.ReLU()))]
     [('0', 'QLinear')]
     """
-    for name, module in model.named_modules():
+    inside = "\0"  # begins no name
+    for name, module in model.named_modules(remove_duplicate=remove_duplicate):
         cls = layer_class(module)
-        if cls is not None:
+        if cls is not None and not name.startswith(inside):
             yield name, module, cls
+            if type(module) in (cls, cls.replaces):
+                inside = f"{name}."
         for key, expert in experts_in(module):
             yield f"{name}.{key}" if name else key, expert, QExpert
 

@@ -75,12 +75,19 @@ class QuantizedLayer(nn.Module):
     """Names of the targets whose loaders can hold such a layer; empty: all."""
     called: ClassVar[bool] = True
     """Whether a model calls the layer itself; else the module around it reads its weight, and no hook of it runs."""
+    linear: ClassVar[bool] = True
+    """Whether it multiplies the last dimension of its input by its weight, as `nn.Linear` does. Others keep float
+    activations, have no inputs for a start from data, and meet no hazard of such products."""
+    float_by_default: ClassVar[str] = ""
+    """What a layer is called that is quantized only where a pattern names it; empty: quantized by default."""
 
     weight_quantizer: WeightQuantizer
     input_quantizer: ActivationQuantizer | None
     output_quantizer: ActivationQuantizer | None
     learns_activations = False
     mode: Mode
+    shares: bool = False
+    """Whether another layer uses the same master and the same weight quantizer, as a head tied to its embedding."""
     reached: bool
     """Whether the layer ran with its quantized weight, outside compiled code, since it was prepared or loaded."""
 
@@ -92,6 +99,11 @@ class QuantizedLayer(nn.Module):
         """
         weight: Tensor = module.weight
         return weight
+
+    @staticmethod
+    def stored_kernel(module: Any) -> tuple[int, ...]:
+        """The dimensions of the stored weight after the first two, where it is no matrix."""
+        return ()
 
     @staticmethod
     def masters(module: Any) -> dict[str, nn.Parameter]:
@@ -108,7 +120,7 @@ class QuantizedLayer(nn.Module):
 
         ``prefix`` is the layer's name in the checkpoint, with a dot at its end, or empty.
         """
-        if not all(f"{prefix}{key}" in state for key in self.masters(self)):
+        if not all(f"{prefix}{key}" in state for key in self.masters(self) or ("weight",)):
             return None
         found = {key: state[f"{prefix}{key}"] for key in self._parameters if f"{prefix}{key}" in state}
         return self.effective_weight(SimpleNamespace(**{**vars(self), **found}))
@@ -143,7 +155,7 @@ class QuantizedLayer(nn.Module):
         >>> QLinear.adoption_fault(nn.Linear(4, 4)) is None
         True
         """
-        if type(module) is not cls.replaces:
+        if not cls.takes(module):
             of = "nn." if cls.replaces.__module__.startswith("torch.") else ""
             return f"{type(module).__name__} is not exactly {of}{cls.replaces.__name__}: its own forward would be lost"
         fault = cls.object_fault(module)
@@ -154,8 +166,23 @@ class QuantizedLayer(nn.Module):
             return f"its weight is a {type(weight).__name__}, not a plain nn.Parameter: prepare before it is converted"
         if weight.dtype not in MASTER_DTYPES:
             return f"its weight has dtype {weight.dtype}: a master weight is float32, bfloat16 or float16"
-        if weight.ndim != 2 or not weight.numel():
+        if weight.ndim != 2 + len(cls.stored_kernel(module)) or not weight.numel():
             return f"its weight has shape {tuple(weight.shape)}, which is no matrix with elements: prepare it unsharded"
+        return None
+
+    @classmethod
+    def takes(cls, module: nn.Module) -> bool:
+        """Whether the class of ``module`` computes exactly what this one does."""
+        return type(module) is cls.replaces
+
+    @classmethod
+    def class_for(cls, module: nn.Module) -> type[Self]:
+        """The class that ``module`` gets: this one, or one derived from it."""
+        return cls
+
+    @staticmethod
+    def usage_fault(module: Any) -> str | None:
+        """What must be mended before the module is quantized, where it would be wrong to leave it float; or None."""
         return None
 
     @staticmethod
@@ -187,7 +214,7 @@ class QuantizedLayer(nn.Module):
         fault = cls.adoption_fault(module)
         if fault is not None:
             raise StateError(f"module: {fault}")
-        module.__class__ = cls
+        module.__class__ = cls.class_for(module)
         assert isinstance(module, cls)
         module.weight_quantizer = weight_quantizer
         module.input_quantizer = input_quantizer
@@ -249,6 +276,19 @@ class QuantizedLayer(nn.Module):
                         "move the whole model at once, or load a checkpoint into the whole prepared model"
                     )
 
+    def share(self, owner: QuantizedLayer) -> None:
+        """Use the weight quantizer of a layer with the same master; only that layer has it in its state."""
+        vars(self)["weight_quantizer"] = self._modules.pop("weight_quantizer")
+        self.shares = owner.shares = True
+
+    def awaited_start(self) -> str | None:
+        """The start from data that its weight waits for; None where there is none, or no data can give it."""
+        return self.weight_quantizer.awaited_start() if self.linear and self.called and not self.shares else None
+
+    def example_input(self, rows: int, generator: torch.Generator) -> Tensor:
+        """Some random rows that the layer can read, on the CPU of its generator."""
+        return torch.randn(rows, self.effective_weight(self).shape[1], generator=generator, device=generator.device)
+
     def active_input_quantizer(self) -> ActivationQuantizer | None:
         """The quantizer that the input goes through now; None where the input comes quantized from its producer."""
         quantizer = self.input_quantizer
@@ -261,10 +301,6 @@ class QuantizedLayer(nn.Module):
         """The type of its activations when it is served, or None."""
         quantizer = self.input_quantizer
         return None if quantizer is None or not quantizer.enabled else quantizer.qtype
-
-    def awaited_start(self) -> str | None:
-        """The start that data has yet to give to its weight; None where nothing waits, or no hook sees the inputs."""
-        return self.weight_quantizer.awaited_start() if self.called else None
 
     def keep_float_activations(self) -> None:
         """Leave inputs and outputs float, in training and as served."""

@@ -14,6 +14,7 @@ element.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +26,7 @@ from qat.numerics import QType
 from qat.quantizers.activation import ActivationQuantizer, activation_gradients, fake_quantize_output
 from qat.quantizers.base import Quantized, WeightQuantizer
 
-__all__ = ["autocast_dtype", "fake_quantized", "quantized_linear"]
+__all__ = ["Recipe", "autocast_dtype", "fake_quantized", "quantized_linear"]
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -39,6 +40,14 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     if device == "meta" or not torch.is_autocast_enabled(device):  # of the meta device torch cannot tell
         return None
     return torch.get_autocast_dtype(device)
+
+
+class Recipe(NamedTuple):
+    """How an effective weight that is computed is computed again: ``make(*arguments, *parts)``."""
+
+    make: Callable[..., Tensor]
+    arguments: tuple[Any, ...]
+    parts: tuple[Tensor | None, ...]
 
 
 class _Options(NamedTuple):
@@ -108,8 +117,9 @@ class _QuantizedLinear(torch.autograd.Function):
         x_scale: Tensor | None,
         y_scale: Tensor | None,
         options: _Options,
+        recipe: Recipe | None,
     ) -> Tensor:
-        ctx.options = options
+        ctx.options, ctx.recipe = options, None if recipe is None else recipe._replace(parts=())
         y_inside = None
         if codes is None or x_scale is None:
             y = torch.nn.functional.linear(x, value, bias)
@@ -123,16 +133,19 @@ class _QuantizedLinear(torch.autograd.Function):
             else:
                 y, y_inside = kernels.linear_codes_quantized(*factors, y_scale, key, options.output_key, options.dtype)
         needed = ctx.needs_input_grad[0] or ctx.needs_input_grad[5]
-        kept = value if needed and weight.dtype is not y.dtype else None
+        kept = value if needed and weight.dtype is not y.dtype and recipe is None else None
         if learned is not None:  # whose gradient needs the input itself
             codes, inside, x_scale = None, None, learned
-        ctx.save_for_backward(x if codes is None else codes, weight, scale, shift, inside, x_scale, kept, y_inside)
+        saved = (x if codes is None else codes, weight if recipe is None else None, scale, shift, inside, x_scale, kept)
+        ctx.save_for_backward(*saved, y_inside, *(() if recipe is None else recipe.parts))
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, scale, shift, inside, x_scale, kept, y_inside = ctx.saved_tensors
+        x, weight, scale, shift, inside, x_scale, kept, y_inside, *parts = ctx.saved_tensors
+        if ctx.recipe is not None:
+            weight = ctx.recipe.make(*ctx.recipe.arguments, *parts)
         qtype, dtype, _, input_key, _, float8 = ctx.options
         needs_x, *needs_scales, needs_bias, learned = ctx.needs_input_grad[:6]
         needs_x, needs_weight = needs_x or learned, any(needs_scales)
@@ -174,7 +187,7 @@ class _QuantizedLinear(torch.autograd.Function):
         if needs_bias:
             grad_bias = rows.sum(0)
         found = grad_x, grad_weight, grad_scale, grad_shift, grad_bias, grad_learned
-        return *found, None, None, None, None, None, None
+        return *found, None, None, None, None, None, None, None
 
 
 def quantized_linear(
@@ -185,12 +198,13 @@ def quantized_linear(
     quantizer: WeightQuantizer,
     activation: ActivationQuantizer | None = None,
     output: ActivationQuantizer | None = None,
+    recipe: Recipe | None = None,
 ) -> Tensor:
     """Linear map with the weight, and perhaps input and output, fake-quantized: ``(..., in)`` to ``(..., out)``.
 
     ``weight`` is the effective master weight, ``(out, in)``; ``quantized`` is what the quantizer made of it in the
     compute dtype, which is the result's, or its codes. ``activation`` quantizes the input, and ``output`` the result;
-    what saturates there gets no gradient.
+    what saturates there gets no gradient. With a ``recipe``, neither the master nor a quantized copy is kept.
 
     Raises:
         CalibrationError: input or output is quantized, has elements, and there is no scale yet.
@@ -212,5 +226,5 @@ def quantized_linear(
     if bias is not None:
         bias = bias.to(dtype)
     options = _Options(quantizer.qtype, quantizer.dtype, quantizer.masked, key, y_key, quantizer.float8_backward)
-    y: Tensor = _QuantizedLinear.apply(x, weight, scale, shift, bias, learned, value, *codes, y_scale, options)  # type: ignore[no-untyped-call]
+    y: Tensor = _QuantizedLinear.apply(x, weight, scale, shift, bias, learned, value, *codes, y_scale, options, recipe)  # type: ignore[no-untyped-call]
     return y if output is None else fake_quantize_output(y, output)

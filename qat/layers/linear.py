@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from qat.layers.base import QuantizedLayer
-from qat.layers.functional import autocast_dtype, quantized_linear
+from qat.layers.functional import Recipe, autocast_dtype, quantized_linear
 from qat.quantizers.activation import ActivationQuantizer
 from qat.quantizers.base import Quantized
 
@@ -19,6 +19,10 @@ class LinearForm(QuantizedLayer):
     """A layer that computes ``x W^T + b`` of its effective weight W, ``(out, in)``; abstract."""
 
     bias: Any
+
+    def recipe(self) -> Recipe | None:
+        """How backward computes the effective weight again, where that is computed; None: it is a parameter."""
+        return None
 
     def multiplies_codes(self, x: Tensor, dtype: torch.dtype) -> bool:
         """Where weight and input have codes of one 8-bit type, and nothing is rounded to another dtype than served."""
@@ -32,11 +36,12 @@ class LinearForm(QuantizedLayer):
         master = self.effective_weight(self)
         if weight is None:
             return nn.functional.linear(x, master, self.bias)
-        return quantized_linear(x, master, self.bias, weight, self.weight_quantizer, self.active_input_quantizer())
+        options = (self.weight_quantizer, self.active_input_quantizer(), None, self.recipe())
+        return quantized_linear(x, master, self.bias, weight, *options)
 
     def compute_quantized(self, x: Tensor, weight: Quantized, output: ActivationQuantizer) -> Tensor:
         """The same with a fake-quantized output."""
-        options = (self.weight_quantizer, self.active_input_quantizer(), output)
+        options = (self.weight_quantizer, self.active_input_quantizer(), output, self.recipe())
         return quantized_linear(x, self.effective_weight(self), self.bias, weight, *options)
 
 

@@ -21,6 +21,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from qat.adapters import without_peft
 from qat.blocks import find_blocks
 from qat.data import list_batches
 from qat.errors import CalibrationError, SpecError, StateError, TrainingError, listed, meant, shown
@@ -142,6 +143,7 @@ def reconstruct(
     >>> [block.after < block.before for block in report.blocks.values()]
     [True, True]
     """
+    model = without_peft(model)
     prepared_as(model)
     kept = _checked(batches, steps, lr, scale_lr, inputs, seed)
     named = _named_blocks(model, blocks)

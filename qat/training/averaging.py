@@ -21,17 +21,23 @@ from qat.training.schedule import QuantizationSchedule, planned_steps
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
-__all__ = ["part_scales", "require_order", "require_same_kind"]
+__all__ = ["come_first", "part_scales", "require_same_kind"]
 
 
-def require_order(trainer: Trainer, callback: Callback) -> None:
-    """Raise `TrainingError` when a callback that averages weights would copy the module before it is prepared."""
+def come_first(trainer: Trainer, callback: Callback) -> list[Callback]:
+    """Move ``callback`` before those that average weights; return those that have copied the module by now.
+
+    They copy it in ``setup``, which Lightning calls in the order of the callbacks, so theirs must be called again.
+    """
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
-    for other in callbacks[: callbacks.index(callback)]:
-        if isinstance(other, StochasticWeightAveraging | WeightAveraging):
-            raise TrainingError(
-                f"callbacks: {type(other).__name__} copies the module: it must come after QuantizationAwareTraining"
-            )
+    earlier = callbacks[: callbacks.index(callback)]
+    copied: list[Callback] = [
+        other for other in earlier if isinstance(other, StochasticWeightAveraging | WeightAveraging)
+    ]
+    if copied:
+        callbacks.remove(callback)
+        callbacks.insert(callbacks.index(copied[0]), callback)
+    return copied
 
 
 def require_same_kind(trainer: Trainer, model: nn.Module, schedule: QuantizationSchedule) -> None:

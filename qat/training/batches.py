@@ -14,8 +14,8 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
-from qat.calibration import CalibrationReport, calibrate_parts
-from qat.errors import CalibrationError, QatError
+from qat.calibration import CalibrationReport
+from qat.training.trainers import calibrate_on
 
 __all__ = ["calibrate_on_training_data"]
 
@@ -26,8 +26,8 @@ def calibrate_on_training_data(
     trainer: Trainer,
     pl_module: LightningModule,
     model: nn.Module,
-    count: int,
     model_inputs: Callable[[Any], Any] | None,
+    count: int,
     *,
     starts: bool = True,
     activations: bool = True,
@@ -40,19 +40,10 @@ def calibrate_on_training_data(
         CalibrationError: the model cannot be called with them, or see `qat.calibrate`.
     """
     own: Callable[[Any], Any] = getattr(pl_module, "model_inputs", lambda b: b[0] if isinstance(b, tuple | list) else b)
-    try:
-        # Random numbers of its own: a run with and one without this calibration shuffle their data alike.
-        with isolate_rng(), trainer.precision_plugin.forward_context():
-            inputs = map(model_inputs or own, _batches(trainer, pl_module, count))
-            return calibrate_parts(model, inputs, starts=starts, activations=activations)
-    except (QatError, AttributeError, LookupError, TypeError, ValueError) as error:
-        cause = error.__cause__ if isinstance(error, QatError) else error
-        if not isinstance(cause, AttributeError | LookupError | TypeError | ValueError):
-            raise
-        raise CalibrationError(
-            f"model_inputs: the model cannot be called with what it makes of a training batch: {type(cause).__name__}: "
-            f"{cause}: pass model_inputs, such as model_inputs=lambda batch: batch['x']"
-        ) from error
+    # Random numbers of its own: a run with and one without this calibration shuffle their data alike.
+    with isolate_rng(), trainer.precision_plugin.forward_context():
+        batches = _batches(trainer, pl_module, count)
+        return calibrate_on(model, batches, model_inputs or own, starts=starts, activations=activations)
 
 
 def _batches(trainer: Trainer, pl_module: LightningModule, count: int) -> Iterator[Any]:

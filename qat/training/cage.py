@@ -7,19 +7,17 @@ their codes, where the loss was measured. `QuantizationSchedule.cage_at` is the 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 from torch.optim.optimizer import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from qat.errors import TrainingError
 from qat.layers import quantized_layers
-from qat.training.schedule import QuantizationSchedule, planned_steps
-
-if TYPE_CHECKING:
-    from lightning.pytorch import Trainer
-    from torch.utils.hooks import RemovableHandle
+from qat.training.schedule import QuantizationSchedule
 
 __all__ = ["cage_step", "pull_after_steps"]
 
@@ -53,12 +51,13 @@ def cage_step(model: nn.Module, optimizer: Optimizer, strength: float) -> int:
     True
     """
     rates = {id(p): float(group["lr"]) for group in optimizer.param_groups for p in group["params"]}
-    pulled = 0
+    pulled, seen = 0, set[int]()
     for name, layer in quantized_layers(model):
         weight = layer.effective_weight(layer)
         owner = weight if weight._base is None else weight._base
-        if not layer.mode.weights or id(owner) not in rates or not owner.requires_grad:
+        if not layer.mode.weights or id(owner) not in rates or not owner.requires_grad or id(owner) in seen:
             continue
+        seen.add(id(owner))  # a tied one is pulled once
         if hasattr(weight, "to_local"):
             raise TrainingError(
                 f"cage: the weight of layer {name!r} is sharded: use a strategy that keeps weights whole"
@@ -70,20 +69,30 @@ def cage_step(model: nn.Module, optimizer: Optimizer, strength: float) -> int:
     return pulled
 
 
-def pull_after_steps(trainer: Trainer, model: nn.Module, schedule: QuantizationSchedule) -> list[RemovableHandle]:
-    """Have every optimizer of a fit followed by `cage_step`, until the handles are removed; none without ``cage``.
+def pull_after_steps(
+    model: nn.Module,
+    schedule: QuantizationSchedule,
+    optimizers: Sequence[Optimizer],
+    step: Callable[[], int],
+    steps: int | None,
+    sharded: str | None = None,
+) -> list[RemovableHandle]:
+    """Have every optimizer be followed by `cage_step`, until the handles are removed; none without ``cage``.
+
+    ``step`` tells how many of all ``steps`` are done before the one that an optimizer does; ``sharded`` names what
+    shards parameters.
 
     Raises:
         TrainingError: the number of steps is not known, parameters are sharded, or no optimizer trains a master.
     """
     if not schedule.cage:
         return []
-    steps, given = planned_steps(trainer), f"schedule: cage={schedule.cage}"
+    given = f"schedule: cage={schedule.cage}"
     if steps is None:
         raise TrainingError(f"{given} needs the number of steps: set max_steps or max_epochs of the Trainer")
-    if trainer.strategy.restore_checkpoint_after_setup:  # those shard parameters
-        raise TrainingError(f"{given} needs whole weights, which {type(trainer.strategy).__name__} shards: use ddp")
-    held = {id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
+    if sharded is not None:
+        raise TrainingError(f"{given} needs whole weights, which {sharded} shards: use ddp")
+    held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     layers = [layer for _, layer in quantized_layers(model)]
     if not any(id(p) in held and p.requires_grad for layer in layers for p in layer.masters(layer).values()):
         raise TrainingError(
@@ -91,6 +100,6 @@ def pull_after_steps(trainer: Trainer, model: nn.Module, schedule: QuantizationS
         )
 
     def pull(optimizer: Optimizer, *_: Any) -> None:
-        cage_step(model, optimizer, schedule.cage_at(trainer.global_step, steps))
+        cage_step(model, optimizer, schedule.cage_at(step(), steps))
 
-    return [optimizer.register_step_post_hook(pull) for optimizer in trainer.optimizers]
+    return [optimizer.register_step_post_hook(pull) for optimizer in optimizers]

@@ -15,11 +15,12 @@ from qat.preparation import parameter_groups
 from qat.training.distillation import Distillation, Distiller, Predictions
 from qat.training.schedule import Decay, planned_steps, rate_factor
 from qat.training.teacher import CachedLogits
+from qat.training.trainers import require_finite
 
 if TYPE_CHECKING:
     from torchmetrics import MetricCollection
 
-__all__ = ["QuantizedTask", "Task", "require_finite"]
+__all__ = ["QuantizedTask", "Task"]
 
 
 class Task(Protocol):
@@ -60,15 +61,6 @@ class Task(Protocol):
 
     def update(self, metrics: MetricCollection, outputs: Any, batch: Any) -> None:
         """Add one batch to ``metrics``; arguments as for `loss`."""
-
-
-def require_finite(loss: Tensor, step: int) -> None:
-    """Raise `TrainingError` when ``loss`` (any shape) holds inf or NaN."""
-    if not bool(torch.isfinite(loss.detach()).all()):
-        raise TrainingError(
-            f"loss: became {float(loss.detach().float().mean())} at step {step}; the weights and the last checkpoint "
-            "are untouched: lower the learning rate, or clip gradients"
-        )
 
 
 class QuantizedTask(LightningModule):

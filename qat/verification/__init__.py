@@ -28,6 +28,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
+from qat.adapters import without_peft
 from qat.errors import LoadError, StateError, VerifyError
 from qat.files.evidence import frozen_record
 from qat.files.examples import read_example
@@ -117,6 +118,7 @@ def verify(
     if fresh_process and model is not None:
         raise StateError("model: cannot be handed to a fresh process; verify in this one (fresh_process=False)")
     if reference is not None:
+        reference = without_peft(reference)
         frozen_record(reference)
     path = Path(directory)
     manifest = read_manifest(path)

@@ -1,0 +1,66 @@
+"""`PackedLinear`: the base of an adapter, held as packed codes; its weight is computed wherever it is read."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from qat.numerics import FrozenWeight, QType
+
+__all__ = ["PackedForm", "PackedLinear"]
+
+
+class PackedForm(NamedTuple):
+    """How a weight is made of packed codes, scale and shift."""
+
+    qtype: QType
+    shape: torch.Size
+    serving: torch.dtype
+    """In which values are computed; below, the dtype that they are handed on in."""
+    dtype: torch.dtype
+
+    def pack(self, codes: Tensor) -> Tensor:
+        """The codes, uint8, as many a byte as fit: the first byte has the first code of each of its parts."""
+        parts, flat = 8 // self.qtype.bits, codes.view(torch.uint8).flatten()
+        flat = nn.functional.pad(flat, (0, -flat.numel() % parts)).view(parts, -1)
+        packed = flat[0].clone()
+        for place in range(1, parts):
+            packed |= flat[place] << (place * self.qtype.bits)
+        return packed
+
+    @torch.no_grad()
+    def weight(self, packed: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
+        """The weight, ``(out, in)``."""
+        bits = self.qtype.bits
+        parts = [(packed >> place) & (2**bits - 1) for place in range(0, 8, bits)] if bits < 8 else [packed]
+        codes = torch.cat(parts)[: self.shape.numel()].view(self.qtype.storage).view(self.shape)
+        shift = None if shift is None else shift.to(self.serving)
+        return FrozenWeight(codes, scale.to(self.serving), shift, self.qtype).dequantize().to(self.dtype)
+
+
+class PackedLinear(nn.Module):
+    """A frozen linear layer in the place of an `nn.Linear`, ``dtype`` its dtype."""
+
+    packed: Tensor
+    scale: Tensor
+    shift: Tensor | None
+
+    def __init__(self, weight: FrozenWeight, bias: nn.Parameter | None, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.form = PackedForm(weight.qtype, weight.shape, weight.dtype, dtype)
+        self.register_buffer("packed", self.form.pack(weight.codes))
+        self.register_buffer("scale", weight.scale)
+        self.register_buffer("shift", weight.shift)
+        self.bias = bias
+
+    @property
+    def weight(self) -> Tensor:
+        """What the codes stand for, ``(out, in)``."""
+        return self.form.weight(self.packed, self.scale, self.shift)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``x W^T + b``."""
+        return nn.functional.linear(input, self.weight, self.bias)
