@@ -14,6 +14,8 @@ import qat
 from qat.errors import CalibrationError, SpecError, StateError
 from qat.layers import quantized_layers
 from qat.quantizers.activation import LearnedScale
+from qat.training.annealing import begin_with, end_first_type
+from qat.training.cage import cage_step
 from tests.helpers import same_bits
 from tests.test_experts import TOKENS, build, logits, train
 
@@ -123,6 +125,28 @@ def test_scales_of_activations_learn() -> None:
     qat.prepare(other, spec, target="transformers", algorithm=qat.StraightThrough(learn_activations=True))
     other.load_state_dict(model.state_dict())
     assert same_bits(logits(other), logits(model))
+
+
+def test_cage_pulls_every_expert() -> None:
+    model = build("GptOssForCausalLM")
+    qat.prepare(model, qat.QuantSpec(weights="int4"), target="transformers")
+    optimizer = torch.optim.SGD(qat.parameter_groups(model, lr=0.1))
+    assert cage_step(model, optimizer, strength=10.0) == 24
+    for _, layer in quantized_layers(model):
+        weight = layer.effective_weight(layer).detach()
+        assert torch.equal(weight, layer.weight_quantizer.quantize(weight, torch.float32).value)
+
+
+def test_another_type_may_come_first() -> None:
+    model = build("MixtralForCausalLM")
+    qat.prepare(model, qat.QuantSpec(weights="int2"), target="transformers", algorithm=qat.LearnedAffine())
+    begin_with(model, "int4")
+    first = logits(model)
+    with pytest.raises(StateError, match="still train as int4"):
+        qat.freeze(model)
+    end_first_type(model)
+    assert not torch.equal(logits(model), first)
+    qat.freeze(model)
 
 
 def test_an_uncalibrated_model_is_refused() -> None:

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import copy
 import gc
+import importlib
+import inspect
 import pickle
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from diffusers.models.transformers.transformer_nucleusmoe_image import SwiGLUExperts
 from torch import Tensor, nn
 from torch.func import functional_call
-from transformers import AriaTextConfig, GptOssConfig, MixtralConfig, NemotronHConfig
+from transformers import AriaTextConfig, GptOssConfig, LongcatFlashConfig, MixtralConfig, NemotronHConfig
 from transformers.models.aria.modeling_aria import AriaExperts
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+from transformers.models.longcat_flash.modeling_longcat_flash import LongcatFlashExperts
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 
@@ -22,7 +26,7 @@ import qat
 from qat.errors import StateError
 from qat.formats import QUANTO
 from qat.layers import QExpert, float_layers, quantized_layers
-from qat.layers.expert_forms import form_of
+from qat.layers.expert_forms import _FORMS, form_of
 from qat.layers.functional import fake_quantized
 from qat.quantizers import Algorithm
 from tests.helpers import same_bits
@@ -322,3 +326,46 @@ def test_a_class_with_a_forward_of_its_own_is_unknown() -> None:
     assert form_of(module) is not None
     module.__class__ = Mine
     assert form_of(module) is None
+
+
+@pytest.mark.parametrize("path", _FORMS)
+def test_the_table_names_classes_that_exist_and_their_arguments(path: str) -> None:
+    module, _, name = path.rpartition(".")
+    cls, form = getattr(importlib.import_module(module), name), _FORMS[path]
+    assert not form.argument or form.argument in inspect.signature(cls.forward).parameters
+    source = inspect.getsource(cls)
+    assert all(f"self.{key}" in source or f'"{key}"' in source for key in (*form.keys, *form.counts))
+
+
+def test_sorted_tokens_of_diffusers_run_by_their_sizes() -> None:
+    torch.manual_seed(0)
+    module = SwiGLUExperts(HIDDEN, INNER, EXPERTS)
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    prepared(module)
+    x, sizes = torch.randn(9, HIDDEN), torch.tensor([0, 3, 0, 5, 0, 0])
+    found = module(x, sizes)
+    for first, last, expert in ((0, 3, 1), (3, 8, 3)):
+        up, down = (module.get_submodule(f"{expert}.{key}") for key in ("gate_up_proj", "down_proj"))
+        values = [m.weight_quantizer.quantize(m.effective_weight(m), torch.float32).value for m in (up, down)]
+        gate, rest = (x[first:last] @ values[0].t()).chunk(2, -1)
+        assert_near(found[first:last].detach(), ((nn.functional.silu(gate) * rest) @ values[1].t()).detach())
+    assert not found[8:].any()
+    assert {layer.index for _, layer in quantized_layers(module) if layer.reached} == {1, 3}
+
+
+def test_longcats_zero_experts_are_no_experts() -> None:
+    config = LongcatFlashConfig(
+        hidden_size=HIDDEN, expert_ffn_hidden_size=INNER, n_routed_experts=4, zero_expert_num=2, head_dim=64
+    )
+    torch.manual_seed(0)
+    module = LongcatFlashExperts(config)
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    prepared(module)
+    x, _, weights = call(0, 1)
+    routes = torch.tensor([[1, 5], [3, 4], [1, 3], [3, 1], [5, 4], [1, 4], [3, 5]])
+    found = module(x, routes, weights)
+    wanted, _ = reference(module, (x, routes, weights))
+    assert_near(found.detach(), wanted)
+    assert {layer.index for _, layer in quantized_layers(module) if layer.reached} == {1, 3}

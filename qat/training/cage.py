@@ -51,13 +51,14 @@ def cage_step(model: nn.Module, optimizer: Optimizer, strength: float) -> int:
     True
     """
     rates = {id(p): float(group["lr"]) for group in optimizer.param_groups for p in group["params"]}
-    pulled, seen = 0, set[int]()
+    pulled, seen = 0, set[tuple[int, int]]()
     for name, layer in quantized_layers(model):
         weight = layer.effective_weight(layer)
         owner = weight if weight._base is None else weight._base
-        if not layer.mode.weights or id(owner) not in rates or not owner.requires_grad or id(owner) in seen:
+        place = id(owner), int(weight.storage_offset())  # a parameter may hold the weights of many experts
+        if not layer.mode.weights or id(owner) not in rates or not owner.requires_grad or place in seen:
             continue
-        seen.add(id(owner))  # a tied one is pulled once
+        seen.add(place)  # a tied one is pulled once
         if hasattr(weight, "to_local"):
             raise TrainingError(
                 f"cage: the weight of layer {name!r} is sharded: use a strategy that keeps weights whole"
