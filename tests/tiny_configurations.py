@@ -8,7 +8,7 @@ is shrunk: ``all``; ``depth`` leaves widths alone, for networks whose widths han
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -225,7 +225,9 @@ def _small_mapping(name: str, value: Mapping[str, Any], values: Mapping[str, Any
     """Rotary sections shrink with the head; the rest stays."""
     if not name.startswith("rope"):
         return value
-    made = {key: _small_mapping(name, item, values) if isinstance(item, Mapping) else item for key, item in value.items()}
+    made = {
+        key: _small_mapping(name, item, values) if isinstance(item, Mapping) else item for key, item in value.items()
+    }
     if "mrope_section" in value:
         made["mrope_section"] = _sections(value["mrope_section"], values)
     return made

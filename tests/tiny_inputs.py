@@ -80,7 +80,7 @@ def _shapes(name: str, config: Any) -> list[Any]:
         "audio_codes": [(2, 4, 16), (2, 8, 16)],
         "past_values": [(2, 32), (2, 64, 4), (2, 32, 4)],
         "inputs": [(2, 128, 64)],
-        "hidden_states": pairs + [(32, channels * temporal * patch * patch)],
+        "hidden_states": [*pairs, (32, channels * temporal * patch * patch)],
         "inputs_embeds": [(2, 8, width) for width in _attributes(config, "hidden_size")],
     }
     return known.get(name, [(2, 8)] if name.endswith(("ids", "mask")) else [])
@@ -123,7 +123,9 @@ def _with_image_tokens(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str,
     accepted = inspect.signature(make).parameters
     try:
         with torch.no_grad():
-            features = make(**{n: tensor_of(n, kind) for n, kind in inputs.items() if n != "input_ids" and n in accepted})
+            features = make(
+                **{n: tensor_of(n, kind) for n, kind in inputs.items() if n != "input_ids" and n in accepted}
+            )
         features = getattr(features, "pooler_output", features)
         tensors = [features] if isinstance(features, torch.Tensor) else list(features)
         count = sum(tensor.numel() // tensor.shape[-1] for tensor in tensors)
