@@ -52,10 +52,21 @@ _LARGEST: tuple[tuple[str, int], ...] = (
     (r"sliding_window", 8),
     (r"num_queries|query_tokens|num_latents|n_latents", 8),
     (r"patch_size$", 16),
+    (r"^(n|num)_filters$", 8),
     (r"num_frames", 4),
     (r"(position_embedding|image|patch|window|kernel|stride|chunk|crop|codebook|batch|buffer|sample)", 10**9),
 )
 """The largest number for what a name matches; the first that matches counts, before `_WIDTHS`."""
+
+
+_MISSING: dict[str, int] = {
+    "head_dim": HEAD_DIM,
+    "num_key_value_heads": HEADS,
+    "vocab_size": VOCABULARY,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+}
+"""Where the default is None, in a configuration of attention."""
 
 
 def shrunk(kind: Any, sizes: Mapping[str, Any], rules: str = "all") -> Any:
@@ -101,8 +112,12 @@ def _arguments(config: Any, sizes: Mapping[str, Any], rules: _Rules) -> dict[str
     for name, value in values.items():
         if name in sizes and not (_is_config(value) and _overrides(sizes[name])):
             arguments[name] = _made(sizes[name])
+        elif _is_config(value) and value.model_type == "timm_backbone":
+            stages = [f"stage{number}" for number in value.out_indices or [4]]
+            arguments[name] = _made({"config": "ResNetConfig", "out_features": stages})
         elif _is_config(value):
-            arguments[name] = type(value)(**_arguments(value, sizes.get(name, {}), rules))
+            own = {**_peculiar(value), **_arguments(value, sizes.get(name, {}), rules)}
+            arguments[name] = type(value)(**own)
         elif rules.amount != "none":
             new = _small(name, value, values, layers, rules)
             if new is not value:
@@ -110,6 +125,16 @@ def _arguments(config: Any, sizes: Mapping[str, Any], rules: _Rules) -> dict[str
     if layers.taken and rules.amount != "none":
         arguments["out_indices"] = layers.taken
     return arguments | {name: _made(value) for name, value in sizes.items() if name not in values}
+
+
+def _peculiar(config: Any) -> dict[str, Any]:
+    """What a nested configuration has that its class's default has not; the stages whose maps it gives are kept too."""
+    plain = vars(type(config)())
+    own = {n: v for n, v in vars(config).items() if not n.startswith("_") and not (n in plain and plain[n] == v)}
+    staged = isinstance(getattr(config, "depths", None), list | tuple) or "stage" in str(getattr(config, "out_features", ""))
+    if staged and getattr(config, "_out_indices", None) is not None:
+        own["out_indices"] = list(config.out_indices)
+    return own
 
 
 def _overrides(value: Any) -> bool:
@@ -168,8 +193,8 @@ def _small(name: str, value: Any, values: Mapping[str, Any], layers: _Layers, ru
         return _small_list(name, value, len(layers.kept) or 2, rules)
     if isinstance(value, Mapping):
         return _small_mapping(name, value, values) if rules.amount == "all" else value
-    if value is None and rules.amount == "all" and "num_attention_heads" in values:
-        return {"head_dim": HEAD_DIM, "num_key_value_heads": HEADS}.get(name)
+    if value is None and rules.amount == "all":
+        return _MISSING.get(name) if "num_attention_heads" in values else None
     if not isinstance(value, int):
         return value
     if re.search(r"token_(id|index)$", name):
@@ -187,6 +212,8 @@ def _number(name: str, value: int, values: Mapping[str, Any], rules: _Rules) -> 
         if re.search(r"key_value_heads|kv_heads", name):
             heads = values.get("num_attention_heads") or 0
             return min(value, HEADS if isinstance(heads, int) and value >= heads else 2)
+        if name == "encoder_hidden_size" and "downsampling_ratios" in values:
+            return 8  # doubled from stage to stage
         if name in _EXACT:
             return _EXACT[name]
     table = _LARGEST + _WIDTHS if rules.amount == "all" else [row for row in _LARGEST if "head" not in row[0]]
@@ -228,13 +255,21 @@ def _small_mapping(name: str, value: Mapping[str, Any], values: Mapping[str, Any
     made = {
         key: _small_mapping(name, item, values) if isinstance(item, Mapping) else item for key, item in value.items()
     }
-    if "mrope_section" in value:
-        made["mrope_section"] = _sections(value["mrope_section"], values)
+    if "mrope_section" in value or ("rope_type" in value and "mrope_section" in (values.get(_UNCHECKED) or ())):
+        partial = value.get("partial_rotary_factor", values.get("partial_rotary_factor")) or 1.0
+        made["mrope_section"] = _sections(value.get("mrope_section"), values, partial)
     return made
 
 
-def _sections(sections: Sequence[int], values: Mapping[str, Any]) -> list[int]:
+_UNCHECKED = "ignore_keys_at_rope_validation"
+"""The attribute that names ``mrope_section`` where a model reads it, be it set or not."""
+
+
+def _sections(sections: Sequence[int] | None, values: Mapping[str, Any], partial: float) -> list[int]:
     """As many sections, with the sum that a head of `HEAD_DIM` needs in the place of the default's."""
+    if sections is None:
+        total = int(HEAD_DIM * partial) // 2
+        return [total - 2 * (total // 3), total // 3, total // 3]
     head = values.get("head_dim") or values["hidden_size"] // values["num_attention_heads"]
     total = max(len(sections), sum(sections) * HEAD_DIM // head)
     made = [max(1, item * total // sum(sections)) for item in sections]

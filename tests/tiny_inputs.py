@@ -132,4 +132,8 @@ def _with_image_tokens(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str,
     except Exception:
         return None
     ids = tensor_of("input_ids", (2, 8)).tolist()
-    return {**inputs, "input_ids": {"value": [[3, *[token] * (count // 2), *row] for row in ids]}}
+    rows = [[3, *[token] * (count // 2), *row] for row in ids]
+    made = {**inputs, "input_ids": {"value": rows}}
+    if "mm_token_type_ids" in inspect.signature(model.forward).parameters:
+        made["mm_token_type_ids"] = {"value": [[int(item == token) for item in row] for row in rows]}
+    return made
