@@ -212,6 +212,8 @@ def _number(name: str, value: int, values: Mapping[str, Any], rules: _Rules) -> 
         if re.search(r"key_value_heads|kv_heads", name):
             heads = values.get("num_attention_heads") or 0
             return min(value, HEADS if isinstance(heads, int) and value >= heads else 2)
+        if name == "window_size" and isinstance(values.get("depths"), list | tuple):
+            return 2  # no larger than what the last stage has left of the image
         if name == "encoder_hidden_size" and "downsampling_ratios" in values:
             return 8  # doubled from stage to stage
         if name in _EXACT:
