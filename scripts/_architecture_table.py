@@ -61,7 +61,8 @@ def table(rows: Mapping[str, Row]) -> str:
         f"{version('optimum-quanto')} and torch {version('torch').partition('+')[0]}, on a CPU. Each is prepared, "
         "trained for two steps, frozen, exported for transformers (causal language models made by hand for quanto too) "
         "and loaded by the target's own loader. *equal*: every code, scale, shift, other parameter and buffer, and "
-        "every output, bit for bit. *float*: nothing in the model can be quantized.",
+        "every output, bit for bit. *float*: nothing in the model can be quantized. *unfit*: the float model does not "
+        "train, or not run in the dtype, either.",
         "",
         ", ".join(f"{count} {result}" for result, count in counts.most_common()) + f", of {counts.total()} cases.",
         "",
@@ -85,14 +86,15 @@ def table(rows: Mapping[str, Row]) -> str:
 
 def _tasks(rows: Mapping[str, Row]) -> Iterator[str]:
     """How many classes and equal cases each task has."""
-    yield "| task | classes | run | equal | float | other |"
-    yield "|---|---|---|---|---|---|"
+    yield "| task | classes | run | equal | float | unfit | other |"
+    yield "|---|---|---|---|---|---|---|"
     for task in dict.fromkeys(row.task for row in rows.values()):
         some = [row for row in rows.values() if row.task == task]
         results = Counter(outcome["result"] for row in some for outcome in row.outcomes)
-        other = results.total() - results["equal"] - results["float"]
+        other = results.total() - results["equal"] - results["float"] - results["unfit"]
+        known = " | ".join(str(results[result]) for result in ("equal", "float", "unfit"))
         run = sum(bool(row.outcomes) for row in some)
-        yield f"| {task} | {len(some)} | {run} | {results['equal']} | {results['float']} | {other} |"
+        yield f"| {task} | {len(some)} | {run} | {known} | {other} |"
     yield ""
 
 

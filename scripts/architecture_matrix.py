@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import signal
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -56,7 +57,8 @@ class Outcome:
 
     case: str
     result: str
-    """``equal``, ``float`` (nothing can be quantized), ``difference``, ``error`` or ``crash``."""
+    """``equal``, ``float`` (nothing can be quantized), ``unfit`` (nor does the float model), ``difference``, ``error``
+    or ``crash``."""
     detail: str = ""
     share: float = 0.0
     """Share of all parameters quantized, 0 to 1."""
@@ -256,15 +258,50 @@ def answer(request: Mapping[str, Any]) -> dict[str, Any]:
     signal.alarm(SECONDS)
     try:
         if "case" not in request:
-            architecture.build()
-            architecture.example()
-            return {}
-        with tempfile.TemporaryDirectory() as folder:
-            return asdict(run_case(architecture, cases_of(name)[request["case"]], Path(folder)))
+            return {"reason": reason_against(architecture)}
+        case = cases_of(name)[request["case"]]
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                return asdict(run_case(architecture, case, Path(folder)))
+        except Exception:
+            fault = float_fault(architecture, case)
+            if fault is None:
+                raise
+            return asdict(Outcome(str(case), "unfit", fault))
     except _OutOfTime:
         raise TimeoutError(f"over {SECONDS} s") from None
     finally:
         signal.alarm(0)
+
+
+def reason_against(architecture: Architecture | TinyTransformer) -> str:
+    """Why no tiny model of a class can be made and run, in one line; empty if one can."""
+    step = "no tiny configuration of it builds"
+    try:
+        architecture.build()
+        step = "no input that was tried runs"
+        architecture.example()
+    except ImportError as error:
+        package = re.search(r"requires the (\S+) library", str(error))
+        return f"needs the package {package[1]}, which is not installed" if package else str(error)
+    except Exception as error:
+        return f"{step}: {type(error).__name__}: {error}"
+    return ""
+
+
+def float_fault(architecture: Architecture | TinyTransformer, case: Case) -> str | None:
+    """Why the float model could not have been trained, or served in the case's dtype; None if it could."""
+    dtype = getattr(torch, case.dtype)
+    step = "does not train"
+    try:
+        take_two_steps(architecture.build(), architecture)
+        step = f"does not run in {case.dtype}"
+        model: Any = architecture.build()
+        model = type(model)._from_config(model.config, dtype=dtype)  # as its loader builds it
+        outputs_of(model.eval(), architecture.example(dtype))
+    except Exception as error:
+        return f"the float model {step} either: {type(error).__name__}: {error}"
+    return None
 
 
 class _OutOfTime(BaseException):
@@ -278,7 +315,8 @@ def _out_of_time(*_: object) -> None:
 def run_architecture(name: str, ask: Ask) -> Row:
     """All cases of one class; one whose model cannot be made or run as it stands has a reason in their place."""
     task = task_of(name)
-    reason = LEFT_OUT.get(name) or ask({"name": name}).get("error")
+    asked = {} if name in LEFT_OUT else ask({"name": name})
+    reason = LEFT_OUT.get(name) or asked.get("reason") or asked.get("error")
     if reason:
         return Row(task, reason=" ".join(reason.split()))
     outcomes = []
@@ -314,7 +352,7 @@ def main() -> None:
             for name in share:
                 found[name] = run_architecture(name, worker.ask)
                 results = [outcome["result"] for outcome in found[name].outcomes] or ["not run:", found[name].reason]
-                faults = [o["detail"] for o in found[name].outcomes if o["result"] not in ("equal", "float")]
+                faults = [o["detail"] for o in found[name].outcomes if o["result"] not in ("equal", "float", "unfit")]
                 print(" ".join([f"{name:40}", *results, *faults[:1]])[:300], flush=True)
 
     jobs = max(1, min(arguments.jobs, len(names)))

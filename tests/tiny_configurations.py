@@ -131,7 +131,9 @@ def _peculiar(config: Any) -> dict[str, Any]:
     """What a nested configuration has that its class's default has not; the stages whose maps it gives are kept too."""
     plain = vars(type(config)())
     own = {n: v for n, v in vars(config).items() if not n.startswith("_") and not (n in plain and plain[n] == v)}
-    staged = isinstance(getattr(config, "depths", None), list | tuple) or "stage" in str(getattr(config, "out_features", ""))
+    staged = isinstance(getattr(config, "depths", None), list | tuple) or "stage" in str(
+        getattr(config, "out_features", "")
+    )
     if staged and getattr(config, "_out_indices", None) is not None:
         own["out_indices"] = list(config.out_indices)
     return own
