@@ -260,14 +260,17 @@ def answer(request: Mapping[str, Any]) -> dict[str, Any]:
         if "case" not in request:
             return {"reason": reason_against(architecture)}
         case = cases_of(name)[request["case"]]
-        try:
-            with tempfile.TemporaryDirectory() as folder:
-                return asdict(run_case(architecture, case, Path(folder)))
-        except Exception:
-            fault = float_fault(architecture, case)
-            if fault is None:
-                raise
-            return asdict(Outcome(str(case), "unfit", fault))
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                outcome = run_case(architecture, case, Path(folder) / "quantized")
+            except Exception:
+                fault = float_fault(architecture, case)
+                if fault is None:
+                    raise
+                return asdict(Outcome(str(case), "unfit", fault))
+            if outcome.result == "difference" and (fault := stock_fault(architecture, Path(folder) / "float")):
+                outcome.result, outcome.detail = "unfit", fault
+            return asdict(outcome)
     except _OutOfTime:
         raise TimeoutError(f"over {SECONDS} s") from None
     finally:
@@ -302,6 +305,17 @@ def float_fault(architecture: Architecture | TinyTransformer, case: Case) -> str
     except Exception as error:
         return f"the float model {step} either: {type(error).__name__}: {error}"
     return None
+
+
+def stock_fault(architecture: Architecture | TinyTransformer, directory: Path) -> str | None:
+    """What the float model loses between ``save_pretrained`` and ``from_pretrained``; None where it loses nothing."""
+    model: Any = architecture.build()
+    take_two_steps(model, architecture)  # so that no two tensors stay alike
+    model.save_pretrained(directory)
+    faults = state_faults(model, type(model).from_pretrained(directory))
+    return (
+        f"the float model comes back with other tensors from stock transformers, too: {faults[0]}" if faults else None
+    )
 
 
 class _OutOfTime(BaseException):
