@@ -228,7 +228,7 @@ def _small_list(name: str, value: Sequence[Any], layers: int, rules: _Rules) -> 
     """Depths become ones, widths and heads smaller, indices those of the layers left."""
     if not value or not all(isinstance(item, int) and not isinstance(item, bool) for item in value):
         return value
-    kind = type(value)
+    kind: Any = type(value)
     if name == "image_size":
         return kind([IMAGE] * len(value))
     if re.search(r"depths|num_blocks|blocks_per_stage|^layers$|num_block_repeats|numb_of_layers", name):
