@@ -275,6 +275,11 @@ def _thaw(model: nn.Module) -> None:
             f"model: is frozen, and {len(active)} layers quantize activations ({listed(active, 3)}); no file says "
             "which inputs arrive quantized: prepare and calibrate a float model"
         )
+    if held := [name for name in record.layers if hasattr(model.get_submodule(name), "value")]:
+        raise StateError(
+            f"model: is frozen, and {len(held)} layers are experts in one parameter ({listed(held, 3)}), which train "
+            "with a master alone: prepare a float model, and exclude them before qat.fix_codes"
+        )
     try:
         kind = "automatic" if "," in record.algorithm else record.algorithm
         algorithm = TypeAdapter[Algorithm](AnyAlgorithm).validate_python({"kind": kind})

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from contextlib import ExitStack
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qat.layers import QuantizedLayer
 from qat.probing import watched
@@ -40,7 +41,12 @@ class OutputErrors:
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:
-        self._stack.enter_context(watched(self._layers, self._compare))
+        called = {name: layer for name, layer in self._layers.items() if layer.called}
+        self._stack.enter_context(watched(called, self._compare))
+        for name in self._layers.keys() - called.keys():
+            hook = functools.partial(self._compare_around, name)
+            around = self._layers[name].holder(self._layers[name])
+            self._stack.callback(around.register_forward_hook(hook, with_kwargs=True).remove)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -63,6 +69,20 @@ class OutputErrors:
             quantized = output.qtype.fake_quantize_activation(y, output.serving_scale(), output.dtype)
             found += [_distance(quantized, y), *_beyond(y, output)]
         sums = torch.stack(found)
+        self._sums[name] = self._sums[name] + sums if name in self._sums else sums
+
+    @torch.no_grad()
+    def _compare_around(self, name: str, module: nn.Module, args: Any, kwargs: Any, y: Tensor) -> None:
+        """For what a module reads that calls no layer: the error is that of the module's output."""
+        layer = self._layers[name]
+        given = next(layer.activation_quantizers())
+        with ExitStack() as kept:
+            for thing, key in ((layer, "mode"), (given, "enabled")):
+                kept.callback(setattr, thing, key, getattr(thing, key))
+            layer.mode, given.enabled = layer.mode._replace(activations=True, observe=False), True
+            distance = _distance(module.forward(*args, **kwargs), y)
+        beyond = given.observer.saturated(given.serving_scale() * given.qtype.steps).to(distance)
+        sums = torch.stack([_distance(y, torch.zeros_like(y)), distance, beyond, torch.ones_like(distance)])
         self._sums[name] = self._sums[name] + sums if name in self._sums else sums
 
     def found(self, name: str) -> tuple[SideError, ...]:

@@ -124,6 +124,7 @@ def prepare(
     report = inspect(model, spec, target=target, example_inputs=example_inputs)
     spec, observer, format = report.spec, observer or Best(), get_target(target).format
     untied, made, algorithms, quantizers = [], [], {}, dict[str, WeightQuantizer]()
+    read_by_all: dict[tuple[int, ...], ActivationQuantizer] = {}  # of experts, which read one tensor at a parameter
     found = {name: (module, cls) for name, module, cls in float_layers(model)}
     for row in report.layers:
         if row.weights is None:
@@ -138,16 +139,18 @@ def prepare(
         if not isinstance(quantizer, WeightQuantizer):
             raise StateError(f"algorithm: {algorithm!r} must make a WeightQuantizer, made {quantizer!r}")
         quantizer.smooth = algorithm.gradient == "stable" and types.weights.fused and not types.weights.floating
-        if algorithm.float8_backward and types.activations is not None:
+        if algorithm.float8_backward and types.activations is not None and cls.called:
             quantizer.float8_backward |= types.weights.floating and types.activations.floating
         inputs = outputs = None
         if types.activations is not None:
             kind = LearnedScale if algorithm.learns_activations(row.name) else ActivationQuantizer
             inputs = kind(types.activations, types.dtype, observer).to(weight.device)
+            if not cls.called:
+                inputs = read_by_all.setdefault(tuple(map(id, cls.masters(module).values())), inputs)
             if spec.outputs:
                 outputs = kind(types.activations, types.dtype, observer).to(weight.device)
             for quantizes in filter(None, (inputs, outputs)):
-                quantizes.layer = row.name
+                quantizes.layer = quantizes.layer or row.name
         made.append((row.name, cls, module, quantizer.to(weight.device), inputs, outputs))
     calibrated = [name for name, _, _, _, inputs, _ in made if inputs is not None]
     _check_use(algorithm, calibrated, [quantizer for _, _, _, quantizer, _, _ in made])

@@ -13,9 +13,10 @@ from torch import nn
 
 import qat
 from qat.formats import QUANTO, FrozenLayer
-from qat.formats.quanto_modules import FrozenEmbedding
+from qat.formats.quanto_modules import FrozenEmbedding, FrozenExpertMatrix
 from qat.formats.quanto_types import QUANTO_NAMES
-from qat.layers import layer_class
+from qat.layers import ExpertMatrix, layer_class
+from qat.layers.expert_forms import Form
 from tests.helpers import DTYPES, WEIGHT_TYPES, same_bits
 from tests.test_layers_embedding import embedding
 
@@ -121,3 +122,22 @@ def test_its_matrix_is_read_back_from_any_form() -> None:
             assert torch.equal(again.weight.scale, codes.scale)
             assert torch.equal(QUANTO.values(module), codes.dequantize())
             assert torch.equal(torch.cat([*QUANTO.value_blocks(module, again)]), codes.dequantize())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("weights", WEIGHT_TYPES)
+def test_the_value_of_an_experts_matrix_is_that_of_its_codes(weights: str, dtype: torch.dtype) -> None:
+    types, weight = QUANTO.types(weights, None, dtype), torch.randn(32, 256, generator=torch.Generator().manual_seed(0))
+    frozen, one = (
+        qat.StraightThrough().make(weight, types.weights, dtype).final_codes(weight),
+        torch.ones((), dtype=dtype),
+    )
+    like = ExpertMatrix(nn.Module(), "down_proj", 0, Form(("down_proj",)))
+    tensors = QUANTO.pack(FrozenLayer(frozen, None, types, one, one))
+    module: Any = QUANTO.build(types, (32, 256), tensors, like=like)
+    assert type(module) is FrozenExpertMatrix
+    assert type(module.weight.data).__name__ in ("WeightQBitsTensor", "WeightQBytesTensor")
+    assert QUANTO.is_settled(module, plain_on_cpu=False)
+    QUANTO.settle(module, plain_on_cpu=False)
+    assert same_bits(module.value(), frozen.dequantize())
+    assert same_bits(QUANTO.values(module), frozen.dequantize())

@@ -22,7 +22,7 @@ import qat
 from qat.errors import StateError
 from qat.formats import QUANTO
 from qat.layers import QExpert, float_layers, quantized_layers
-from qat.layers.experts import form_of
+from qat.layers.expert_forms import form_of
 from qat.layers.functional import fake_quantized
 from qat.quantizers import Algorithm
 from tests.helpers import same_bits

@@ -24,9 +24,10 @@ from qat.allocation.damage import Score, damages
 from qat.allocation.knapsack import allocate
 from qat.allocation.state import State, batches_digest, model_digest
 from qat.data import list_batches
-from qat.errors import SpecError, StateError, meant, shown
+from qat.errors import SpecError, StateError, listed, meant, shown
 from qat.hosts import get_target
 from qat.inspection import check_module, inspect
+from qat.layers import ExpertMatrix
 from qat.probing import several_processes
 from qat.progress import counted
 from qat.quantizers import Algorithm
@@ -224,6 +225,13 @@ def _options(
     sizes: _Options = {}
     for row in (row for report in reports for row in report.layers):
         sizes.setdefault(row.name, {})[row.weights or _FLOAT] = row.bytes_after
+    blind = [row.name for row in reports[0].layers if row.class_name == ExpertMatrix.__name__]
+    if blind := [name for name in blind if _is_searched(spec, name, sizes[name])]:
+        raise SpecError(
+            f"overrides: no damage of {len(blind)} matrices of experts can be seen, since no layer is called with what "
+            f"a single one reads ({listed(blind, 3)}): give them a type, as by overrides={{'*experts*': 'int4'}}, or "
+            "exclude them"
+        )
     for row in reports[0].layers:
         if _is_searched(spec, row.name, sizes[row.name]):
             sizes[row.name].pop(_FLOAT, None)  # of a type that such a layer cannot have

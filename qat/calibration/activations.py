@@ -42,7 +42,7 @@ def calibrate_activations(
     model: nn.Module, batches: Iterable[Any], forward: Callable[[nn.Module, Any], Any] | None, progress: bool
 ) -> CalibrationReport:
     """Set the scales of a prepared model's activations, and say which layers keep float ones; see `qat.calibrate`."""
-    layers = {name: layer for name, layer in quantized_layers(model) if layer.input_quantizer is not None}
+    layers = {name: layer for name, layer in quantized_layers(model) if any(layer.activation_quantizers())}
     if not layers:
         return CalibrationReport(0, {}, ())
     before = [(q, copy.deepcopy(q.state_dict())) for layer in layers.values() for q in layer.activation_quantizers()]

@@ -6,6 +6,7 @@ import functools
 from typing import Any
 
 import torch
+from optimum.quanto import quantize_activation
 from optimum.quanto.nn import QConv2d, QLinear, QModuleMixin
 from torch import Tensor, nn
 
@@ -65,6 +66,15 @@ class FrozenExpertMatrix(QLinear):  # type: ignore[misc]
     def value(self) -> Tensor:
         """What the codes stand for, ``(out, in)``, in the serving dtype."""
         return plain(self.weight).dequantize()  # type: ignore[no-any-return]
+
+    @property
+    def quantizes_input(self) -> bool:
+        """Whether `given` does anything."""
+        return self.activation_qtype is not None
+
+    def given(self, x: Tensor) -> Tensor:
+        """What the experts read of ``x``, any shape, by the one scale that they share."""
+        return quantize_activation(x, qtype=self.activation_qtype, scale=self.input_scale).dequantize()  # type: ignore[no-any-return]
 
 
 class FrozenEmbedding(QModuleMixin, nn.Embedding):  # type: ignore[misc]

@@ -27,8 +27,6 @@ from qat.spec import LayerSpec, QuantSpec
 
 __all__ = ["FloatWeight", "InspectReport", "LayerInspection", "check_module", "inspect"]
 
-EXPERTS_FLOAT = "no layer is called with them"
-
 
 class _Facts:
     """What several decisions need to know of the whole model, gathered once."""
@@ -139,7 +137,8 @@ def inspect(model: Any, spec: QuantSpec, *, target: str = "quanto", example_inpu
     notes = _resolve_collisions(facts, decisions)
     require_whole(decisions)
     if blind := [name for name, decision in decisions.items() if decision.float_activations]:
-        notes.append(f"{len(blind)} matrices of experts keep float activations ({EXPERTS_FLOAT}): {listed(blind, 4)}")
+        cause = "no layer gives their outputs" if spec.outputs else "their class does not show what its matrices read"
+        notes.append(f"{len(blind)} matrices of experts keep float activations ({cause}): {listed(blind, 4)}")
     _keep_ties(facts, decisions)
     unnamed = {name for name, d in decisions.items() if d.cls.float_by_default and d.layer is None and not d.named}
     reasons = {f"{name}.weight": decisions[name].reason for name in unnamed}
@@ -186,13 +185,13 @@ def _parameters(layers: Iterable[tuple[nn.Module, type[QuantizedLayer]]]) -> lis
     return [p for module, cls in layers for p in (*cls.masters(module).values(), *module.parameters())]
 
 
-def _decide(facts: _Facts, name: str, module: nn.Module, cls: type[QuantizedLayer]) -> _Decision:
+def _decide(facts: _Facts, name: str, module: Any, cls: type[QuantizedLayer]) -> _Decision:
     decision = _Decision(module, cls, cls.effective_weight(module), *facts.spec.resolve(name))
     layer = decision.layer
     if layer is None:
         return decision
     decision.named = decision.explicit
-    if layer.activations is not None and not cls.called:
+    if layer.activations is not None and not cls.called and (facts.spec.outputs or not module.form.shows_inputs):
         layer = decision.layer = layer.model_copy(update={"activations": None})
         decision.float_activations = True
     if not cls.linear and layer.activations is not None:

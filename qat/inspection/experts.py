@@ -61,6 +61,12 @@ def require_whole(decisions: Mapping[str, Any]) -> None:
                 parameters.setdefault(id(parameter), []).append(name)
     for names in parameters.values():
         floats = [name for name in names if decisions[name].layer is None]
+        kinds = {decisions[name].layer.activations for name in names if name not in floats}
+        if len(kinds) > 1:
+            raise SpecError(
+                f"overrides: experts of one parameter read one tensor ({listed(names, 3)}), but would quantize it in "
+                "different ways: give all of them the same activations"
+            )
         if floats and len(floats) < len(names):
             raise SpecError(
                 f"spec: {len(floats)} of {len(names)} experts of one parameter would stay float ({listed(floats, 3)}: "

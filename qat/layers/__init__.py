@@ -10,7 +10,8 @@ from torch import nn
 from qat.layers.base import Mode, QuantizedLayer, inside_layer
 from qat.layers.conv2d import QConv2d
 from qat.layers.embedding import QEmbedding
-from qat.layers.experts import ExpertMatrix, QExpert, experts_in
+from qat.layers.expert_forms import ExpertMatrix, experts_in
+from qat.layers.experts import QExpert
 from qat.layers.linear import QLinear
 
 __all__ = [

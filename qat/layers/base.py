@@ -316,7 +316,7 @@ class QuantizedLayer(nn.Module):
         fresh = algorithm.make(weight, quantizer.final_qtype, quantizer.dtype)
         made = fresh.state_dict(prefix=f"{prefix}weight_quantizer.")
         for name in ("input_quantizer", "output_quantizer"):
-            old: ActivationQuantizer | None = getattr(self, name)
+            old: Any = self._modules.get(name)
             if old is not None:
                 made |= (
                     type(old)(old.qtype, old.dtype, old.rule).to(weight.device).state_dict(prefix=f"{prefix}{name}.")

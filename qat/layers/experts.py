@@ -6,91 +6,19 @@ and its own forward; `qat.layers.experts_forward` hands it fake-quantized matric
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar, Literal, NamedTuple, Self, cast
+from typing import Any, ClassVar, Self, cast
 
 import torch
 from torch import Tensor, nn
 
 from qat.layers.base import MASTER_DTYPES
+from qat.layers.expert_forms import ExpertMatrix, form_of
 from qat.layers.linear import LinearForm
 from qat.quantizers.activation import ActivationQuantizer
 from qat.quantizers.base import WeightQuantizer
 
-__all__ = ["ExpertMatrix", "Form", "QExpert", "experts_in", "form_of"]
-
-
-class Form(NamedTuple):
-    """How a module of experts keeps its matrices, and where its forward learns which of them it reads."""
-
-    keys: tuple[str, ...]
-    """Names of its parameters, ``(experts, out, in)``."""
-    transposed: bool = False
-    """Whether they are ``(experts, in, out)``."""
-    argument: str = ""
-    """The argument of its forward that says which experts are read; empty: all are."""
-    kind: Literal["indices", "sizes", "rows"] = "indices"
-    """What that holds: an expert's number for each token, the tokens of each expert, or equal parts for all experts."""
-    counts: tuple[str, ...] = ("num_experts",)
-    """Attributes that count experts. Numbers from the first one on are no experts of these parameters."""
-
-
-_GATED = ("gate_up_proj", "down_proj")
-_MODELS = "transformers.models"
-_FORMS = {
-    f"{_MODELS}.llama4.modeling_llama4.Llama4TextExperts": Form(_GATED, True, "hidden_states", "rows"),
-    f"{_MODELS}.inkling.modeling_inkling.InklingSharedExperts": Form(
-        ("gate_proj", "up_proj", "down_proj"), counts=("n_shared_experts",)
-    ),
-    f"{_MODELS}.jetmoe.modeling_jetmoe.JetMoeParallelExperts": Form(("weight",), False, "expert_size", "sizes"),
-    f"{_MODELS}.longcat_flash.modeling_longcat_flash.LongcatFlashExperts": Form(
-        _GATED, False, "top_k_index", counts=("num_routed_experts", "total_experts")
-    ),
-    f"{_MODELS}.step3p7.modeling_step3p7.Step3p7Experts": Form(_GATED, False, "top_k_index"),
-    "diffusers.models.transformers.transformer_nucleusmoe_image.SwiGLUExperts": Form(
-        _GATED, True, "num_tokens_per_expert", "sizes"
-    ),
-}
-"""Classes of experts whose forward is known one by one."""
-_INTERFACE = "transformers.integrations.moe"  # whose decorator gives all others their forward, and says how it reads
-
-
-def form_of(module: nn.Module) -> Form | None:
-    """How a float module of experts reads its matrices; None for any other module, and where its forward is unknown."""
-    cls = type(module)
-    form = _FORMS.get(f"{cls.__module__}.{cls.__qualname__}")
-    if form is None and getattr(cls.forward, "__globals__", {}).get("__name__") == _INTERFACE:
-        kept: Any = module
-        argument = list(inspect.signature(cls.forward).parameters)[2]
-        form = Form(("gate_up_proj" if kept.has_gate else "up_proj", "down_proj"), kept.is_transposed, argument)
-    known = form is not None and all(getattr(module._parameters.get(key), "ndim", 0) == 3 for key in form.keys)
-    return form if known else None
-
-
-def experts_in(module: nn.Module) -> Iterator[tuple[str, ExpertMatrix]]:
-    """The matrices of a float module of experts, by their names below it; nothing for any other module."""
-    form = form_of(module)
-    if form is None:
-        return
-    for index in range(max(len(module._parameters[key]) for key in form.keys)):  # type: ignore[arg-type]
-        for key in form.keys:
-            if index < len(module._parameters[key]):  # type: ignore[arg-type]
-                yield f"{index}.{key}", ExpertMatrix(module, key, index, form)
-
-
-class ExpertMatrix(nn.Module):
-    """A view of one expert's matrix; the parameter stays with its ``owner``."""
-
-    def __init__(self, owner: nn.Module, key: str, index: int, form: Form) -> None:
-        super().__init__()
-        self._owner = (owner,)  # in a tuple, in which no module looks for modules
-        self.key, self.index, self.form = key, index, form
-
-    @property
-    def owner(self) -> Any:
-        """The module that holds the parameter, and reads it."""
-        return self._owner[0]
+__all__ = ["QExpert"]
 
 
 class QExpert(LinearForm, ExpertMatrix):
@@ -99,7 +27,21 @@ class QExpert(LinearForm, ExpertMatrix):
     replaces: ClassVar[type[nn.Module]] = ExpertMatrix
     targets: ClassVar[tuple[str, ...]] = ("transformers",)
     called: ClassVar[bool] = False
+    _shared: tuple[ActivationQuantizer | None] = (None,)
     bias: Any = None  # which stays float, with the owner
+
+    @property
+    def input_quantizer(self) -> ActivationQuantizer | None:
+        """That of all experts at this parameter, of which the first one is the parent in the model."""
+        return self._shared[0]
+
+    @input_quantizer.setter
+    def input_quantizer(self, quantizer: ActivationQuantizer | None) -> None:
+        """Whatever is set, `adopt` says what is shared: nn.Module takes a quantizer before this is asked."""
+
+    def activation_quantizers(self) -> Iterator[ActivationQuantizer]:
+        """Only the first expert has one to take care of."""
+        return (quantizer for quantizer in self._shared if quantizer is not None and self.index == 0)
 
     @staticmethod
     def effective_weight(module: Any) -> Tensor:
@@ -176,6 +118,9 @@ class QExpert(LinearForm, ExpertMatrix):
     ) -> Self:
         """Turn the view into a layer of its owner, which runs by the fake-quantized matrices from now on."""
         layer = super().adopt(module, weight_quantizer, input_quantizer, output_quantizer)
+        layer._shared = (input_quantizer,)
+        if layer.index:
+            layer._modules.pop("input_quantizer", None)
         _place(layer.owner, str(layer.index), layer.key, layer)
         return layer
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any, ClassVar, NamedTuple
 
@@ -20,11 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from qat.errors import StateError
-from qat.layers.base import within_layer
-from qat.layers.experts import Form, QExpert
+from qat.layers.base import QuantizedLayer, within_layer
+from qat.layers.expert_forms import Form
 from qat.layers.functional import autocast_dtype, fake_quantized
 from qat.layers.recomputed import Recomputed
-from qat.quantizers.activation import with_zero_gradients
+from qat.quantizers.activation import LearnedScale, fake_quantize_output, with_zero_gradients
 from qat.quantizers.base import WeightQuantizer
 
 __all__ = ["QExperts", "quantized_class"]
@@ -58,7 +58,7 @@ class QExperts(nn.Module):
         if getattr(self, "_is_replica", False):
             raise StateError("model: DataParallel copies modules without their experts: use DistributedDataParallel")
         layers = {key: self._layers(key) for key in self.form.keys}
-        prepared = [layer for found in layers.values() for layer in found if isinstance(layer, QExpert)]
+        prepared = [layer for found in layers.values() for layer in found if isinstance(layer, QuantizedLayer)]
         if prepared and not any(layer.mode.weights for layer in prepared):
             with within_layer():
                 return super().forward(*args, **kwargs)
@@ -68,16 +68,26 @@ class QExperts(nn.Module):
         with nullcontext() if kept is None else kept.hooks():
             with within_layer():
                 seen_so = {key: self._matrices(key, found, read, dtype, kept) for key, found in layers.items()}
-            output = self._run(read, seen_so)
+            output = self._run(read, seen_so, layers)
         idle: list[nn.Parameter] = []
         for layer in prepared:
             layer.reached |= layer.mode.weights and layer.index in read.seen
             if layer.index not in read.experts:
                 idle += layer.weight_quantizer.parameters()
+            idle += [q.move for q in layer.activation_quantizers() if isinstance(q, LearnedScale) and not q.used]
         return with_zero_gradients(output, idle) if idle and torch.is_grad_enabled() else output
 
-    def _run(self, read: _Read, changed: dict[str, Any]) -> Any:
+    def _run(self, read: _Read, changed: dict[str, Any], layers: dict[str, list[Any]]) -> Any:
         """The float class's forward, which sees what is ``changed`` in place of the module's own."""
+        args, forward = _positional(self, read.args, read.kwargs), super().forward
+        first, *_, last = map(self._given, (*layers.values(), *layers.values()))
+        if first is not None:
+            args = (first(args[0]), *args[1:])
+        if last is not None and self.form.inner:
+            own = getattr(self, self.form.inner)
+            changed[self.form.inner] = lambda x: last(own(x))
+            if not self._uses_inner():  # another form of the product does
+                forward = functools.partial(self.of.forward.__globals__["grouped_mm_experts_forward"], self)
         if read.gone:
             changed |= {name: getattr(self, name) - read.gone for name in self.form.counts}
             others = {n: p for n, p in self._parameters.items() if p is not None and p.ndim > 1 and n not in changed}
@@ -86,11 +96,39 @@ class QExperts(nn.Module):
         before = {name: vars(self)[name] for name in changed if name in vars(self)}
         vars(self).update(changed)  # where a lookup comes before that of parameters
         try:
-            return super().forward(*read.args, **read.kwargs)
+            return forward(*args)
         finally:
             for name in changed:
                 del vars(self)[name]
             vars(self).update(before)
+
+    def _given(self, layers: list[Any]) -> Callable[[Tensor], Tensor] | None:
+        """What the input of the matrices at one parameter goes through, one scale for all experts; None: nothing."""
+        if not layers or not isinstance(layers[0], QuantizedLayer):
+            return layers[0].given if layers and layers[0].quantizes_input else None
+        layer: Any = layers[0]
+        quantizer, mode = layer.input_quantizer, layer.mode
+        active = layer.active_input_quantizer() if mode.weights else None
+        if quantizer is None or (active is None and not mode.observe):
+            return None
+
+        def given(x: Tensor) -> Tensor:
+            if mode.observe:
+                with within_layer():
+                    master: Any = self._parameters[layer.key]
+                    rows = (master.transpose(1, 2) if self.form.transposed else master).detach().flatten(0, 1)
+                    quantizer.observe(x, rows, training=mode.activations)
+            return x if active is None else fake_quantize_output(x, active)
+
+        return given
+
+    def _uses_inner(self) -> bool:
+        """Whether the form of the product that is configured calls what gives the last matrix its input."""
+        if self.form.inner != "_apply_gate" or getattr(self, "config", None) is None:
+            return True
+        form = self.config._experts_implementation
+        loop = getattr(self.of.forward, "__wrapped__", self.of.forward)
+        return form in ("batched_mm", "grouped_mm") or (form in (None, "eager") and _calls(loop, self.form.inner))
 
     def _layers(self, key: str) -> list[Any]:
         """The layers of all experts at one parameter; empty where it stays float."""
@@ -153,7 +191,7 @@ class QExperts(nn.Module):
     def __getattr__(self, name: str) -> Any:
         """A parameter that was frozen, for whoever reads it outside a forward: the values of all experts."""
         layers = self._layers(name) if name in self.form.keys else []
-        if not layers or isinstance(layers[0], QExpert):
+        if not layers or isinstance(layers[0], QuantizedLayer):
             return super().__getattr__(name)
         return self._stored([layer.value() for layer in layers])
 
@@ -179,6 +217,15 @@ def _place_of(cls: Any, argument: str) -> int:
     return list(inspect.signature(cls.forward).parameters).index(argument) - 1
 
 
+def _positional(module: QExperts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    """All arguments by position, as every form of the product takes them."""
+    return inspect.signature(module.of.forward).bind(module, *args, **kwargs).args[1:] if kwargs else args
+
+
+def _calls(function: Any, name: str) -> bool:
+    return name in function.__code__.co_names
+
+
 def _index(read: _Read, parameter: Tensor) -> Tensor:
     return torch.tensor(read.experts, device=parameter.device)
 
@@ -194,7 +241,7 @@ def _seen(routes: Any, form: Form, total: int) -> list[int]:
     return [expert for expert, size in enumerate(sizes) if size]
 
 
-def _quantized(layers: list[QExpert], rows: Tensor, dtype: torch.dtype) -> Tensor:
+def _quantized(layers: list[Any], rows: Tensor, dtype: torch.dtype) -> Tensor:
     """The fake-quantized ``rows`` of matrices below each other, ``(experts * out, in)``, with their gradients."""
     joined = _joined(layers, rows)
     if joined is not None:
@@ -207,7 +254,7 @@ def _quantized(layers: list[QExpert], rows: Tensor, dtype: torch.dtype) -> Tenso
     return torch.cat(parts)
 
 
-def _joined(layers: list[QExpert], rows: Tensor) -> WeightQuantizer | None:
+def _joined(layers: list[Any], rows: Tensor) -> WeightQuantizer | None:
     """One quantizer for the matrices of all, where groups of rows do not depend on each other; else None.
 
     A call for each of a hundred experts would take longer than all the arithmetic.
@@ -226,7 +273,7 @@ def _joined(layers: list[QExpert], rows: Tensor) -> WeightQuantizer | None:
             state[name] = torch.cat([getattr(quantizer, name) for quantizer in quantizers])
         else:
             return None
-    joined = copy.copy(first)
+    joined: WeightQuantizer = copy.copy(first)
     vars(joined).update(_parameters={}, _buffers=state)
     return joined
 

@@ -94,7 +94,7 @@ def activation_use(module: nn.Module) -> dict[str, tuple[float, float]]:
     """
     found = {}
     for name, layer in quantized_layers(module):
-        quantizer = layer.input_quantizer
+        quantizer = next(layer.activation_quantizers(), None)
         if quantizer is None or not quantizer.initialized or not bool(quantizer.observer.initialized):
             continue
         limit = quantizer.serving_scale() * quantizer.qtype.steps
