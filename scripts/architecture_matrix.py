@@ -312,7 +312,7 @@ def stock_fault(architecture: Architecture | TinyTransformer, directory: Path) -
     model: Any = architecture.build()
     take_two_steps(model, architecture)  # so that no two tensors stay alike
     model.save_pretrained(directory)
-    faults = state_faults(model, type(model).from_pretrained(directory))
+    faults = state_faults(model, type(model).from_pretrained(directory, trust_remote_code=False))
     return (
         f"the float model comes back with other tensors from stock transformers, too: {faults[0]}" if faults else None
     )

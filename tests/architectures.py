@@ -1,7 +1,8 @@
 """Tiny random models of many transformers architectures, built in code: no downloads, a second each at most.
 
 Widths of 128, 192, 256 and 384 keep whole rows and groups of 96 and 128 in the set; depth and vocabulary are as small
-as an architecture allows. `scripts.architecture_matrix` runs them all, `test_architectures` the first eighteen.
+as an architecture allows. `scripts.architecture_matrix` runs them all, `test_architectures` the first eighteen. Of all
+other classes `tests.tiny_transformers` makes models by rules.
 """
 
 from __future__ import annotations

@@ -142,9 +142,13 @@ class _Transformers(Host):
 
     def built_in_float32(self, model: Any, dtype: torch.dtype) -> set[str]:
         """Those whose dtype the class names itself, which the loader leaves (``A_log`` of a linear attention)."""
-        if not self.owns(model) or not self.can_build(type(model)):
+        config = getattr(model, "config", None)
+        if config is None or not self.can_build(type(model)):
             return set()
-        fresh = self.build(type(model), model.config, dtype, empty=True)
+        try:
+            fresh = self.build(type(model), config, dtype, empty=True)
+        except TypeError:  # a class that its config alone does not build has no such loader
+            return set()
         return {name for name, tensor in fresh.state_dict().items() if tensor.dtype is torch.float32}
 
     def constructed(self, build: Callable[[torch.dtype], dict[str, Tensor]], dtype: torch.dtype) -> dict[str, Tensor]:
