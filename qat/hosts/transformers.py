@@ -66,8 +66,9 @@ class _Transformers(Host):
         config.architectures = [type(model).__name__]
         if getattr(config, "tie_word_embeddings", False):
             weights = dict(model.named_parameters(remove_duplicate=False))
-            ties = (self.ties(model) or {}).items()
-            config.tie_word_embeddings = all(weights.get(one) is weights.get(other) for one, other in ties)
+            pairs = [(weights.get(one), weights.get(other)) for one, other in (self.ties(model) or {}).items()]
+            # A frozen layer has a bias of its own, which stands in the files under both names.
+            config.tie_word_embeddings = all(a is b for a, b in pairs if a is None or a.ndim >= 2)
         return json.loads(config.to_json_string(use_diff=True))  # type: ignore[no-any-return]
 
     def set_dtype(self, model: Any, dtype: torch.dtype) -> None:
