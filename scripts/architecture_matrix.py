@@ -28,6 +28,7 @@ from torch import nn
 
 import qat
 from qat.errors import SpecError, TargetError
+from qat.hosts.transformers import TRANSFORMERS
 from scripts._architecture_table import Row, table
 from scripts.json_workers import Ask, Worker, serve
 from tests.architectures import ARCHITECTURES, Architecture
@@ -300,7 +301,7 @@ def float_fault(architecture: Architecture | TinyTransformer, case: Case) -> str
         take_two_steps(architecture.build(), architecture)
         step = f"does not run in {case.dtype}"
         model: Any = architecture.build()
-        model = type(model)._from_config(model.config, dtype=dtype)  # as its loader builds it
+        model = TRANSFORMERS.build(type(model), model.config, dtype, empty=False)  # as its loader does
         outputs_of(model.eval(), architecture.example(dtype))
     except Exception as error:
         return f"the float model {step} either: {type(error).__name__}: {error}"
