@@ -271,18 +271,22 @@ def _complete_float_checkpoint(
         note_runs(module, frozenset())
     fresh: dict[str, Tensor] = {}
     lacking, stateful = [], 0
+    given, kept = 0, []
     for name, layer in quantized_layers(module):
         name = f"{prefix}{name}." if name else prefix
         weight = layer.weight_in(state, name)
-        if weight is None:
-            continue
-        layer.reached = False  # what ran before says nothing of these weights
+        if weight is not None:
+            layer.reached = False  # what ran before says nothing of these weights
         state_of = layer.state_dict(prefix=name)
         own = [key for key in state_of if "_quantizer." in key[len(name) :] and not key.endswith(f".{TYPE_KEY}")]
         if not own:
             continue
-        stateful += 1
         absent = [key for key in own if key not in state]
+        if weight is None:
+            given += not absent
+            kept += [name.rstrip(".")] if len(absent) == len(own) else []
+            continue
+        stateful += 1
         if absent and len(absent) < len(own):
             raise StateError(
                 f"state_dict: layer {name.rstrip('.')!r} has only a part of its quantizers' state ({absent[0]!r} is "
@@ -291,6 +295,14 @@ def _complete_float_checkpoint(
         if len(absent) == len(own):
             lacking.append(name)
             fresh |= layer.fresh_state(name, weight, algorithm)
+    if given and kept:
+        logger.warning(
+            "state_dict holds the quantizers of %d layers, as an adapter's file does; those of %d others stay as they "
+            "are, so load the whole model.state_dict() to go on with training: %s",
+            given,
+            len(kept),
+            listed(kept, 4),
+        )
     if lacking and len(lacking) < stateful:
         raise StateError(
             f"state_dict: quantizer keys may be absent only for all layers together, but {len(lacking)} of {stateful} "

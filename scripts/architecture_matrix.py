@@ -1,25 +1,24 @@
 """Which transformers architectures survive the whole line, and what of each is quantized.
 
-For each of the tiny random models of `tests.architectures`, and each weight type and serving dtype: prepare, two
-optimizer steps, freeze, export, load with the target's own loader (`from_pretrained` with the plug-in; for causal
-language models also optimum-quanto's), and compare every tensor and every output bit for bit. One process an
-architecture, so that a crash of a kernel is a result like any other. Writes ``architectures.md`` and
-``architectures.json``::
+The tiny random models of `tests.architectures`, made by hand, meet each weight type and serving dtype. Those of
+`tests.tiny_transformers`, made by rules, are one class for each model type and task of transformers; they meet int8
+and int4. A case is: prepare, two optimizer steps, freeze, export, load with the target's own loader (`from_pretrained`
+with the plug-in; for causal language models made by hand also optimum-quanto's), and a comparison of every tensor and
+every output bit for bit. Models live in processes of their own, so that a crash of a kernel is a result like any other.
+Writes ``architectures.md`` and ``architectures.json``; a run of some classes replaces their rows and keeps the rest::
 
-    python -m scripts.architecture_matrix [--only Llama Bert] [--output docs/results]
+    python -m scripts.architecture_matrix [--only Llama Bert] [--jobs 2] [--part 1/4] [--output docs/results]
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import logging
-import subprocess
-import sys
+import re
+import signal
 import tempfile
-import warnings
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,11 +28,16 @@ from torch import nn
 
 import qat
 from qat.errors import SpecError, TargetError
+from qat.hosts.transformers import TRANSFORMERS
+from scripts._architecture_table import Row, table
+from scripts.json_workers import Ask, Worker, serve
 from tests.architectures import ARCHITECTURES, Architecture
+from tests.tiny_transformers import LEFT_OUT, TinyTransformer, tiny_transformers
 
-COMMAND = "python -m scripts.architecture_matrix"
 WEIGHTS = ("int8", "float8", "int4", "int2")
 DTYPES = ("float32", "bfloat16")
+SECONDS = 120
+"""What a case may take."""
 
 
 @dataclass(frozen=True)
@@ -54,12 +58,15 @@ class Outcome:
 
     case: str
     result: str
-    """``equal``, ``float`` (nothing can be quantized), ``difference``, ``error`` or ``crash``."""
+    """``equal``, ``float`` (nothing can be quantized), ``unfit`` (nor does the float model), ``difference``, ``error``
+    or ``crash``."""
     detail: str = ""
     share: float = 0.0
     """Share of all parameters quantized, 0 to 1."""
+    matrix_share: float = 0.0
+    """The same of all weights with two and more dimensions."""
     left_float: dict[str, str] = field(default_factory=dict)
-    """Linear layers that stay float, with the reason."""
+    """Weights with two and more dimensions that stay float, by layer or name, with the reason."""
     fake_gap: float | None = None
     """Largest difference of fake-quantized and frozen outputs, relative to the largest output; float32 only."""
     kernel_gap: float | None = None
@@ -67,10 +74,11 @@ class Outcome:
 
 
 CASES = tuple(Case(weights, dtype) for dtype in DTYPES for weights in WEIGHTS)
+RULE_CASES = tuple(Case(weights, dtype) for dtype in DTYPES for weights in ("int8", "int4"))
 ACTIVATION_CASES = tuple(Case(kind, dtype, kind) for dtype in DTYPES for kind in ("int8", "float8"))
 
 
-def run_case(architecture: Architecture, case: Case, directory: Path) -> Outcome:
+def run_case(architecture: Architecture | TinyTransformer, case: Case, directory: Path) -> Outcome:
     """Take one tiny model through the whole line into ``directory`` and compare what comes back.
 
     Raises whatever the library or the model raises; differences and models without a layer to quantize are outcomes.
@@ -83,14 +91,18 @@ def run_case(architecture: Architecture, case: Case, directory: Path) -> Outcome
         if "no layer of the model would be quantized" not in str(error):
             raise
         return Outcome(str(case), "float", str(error))
-    floats = {layer.name: layer.reason for layer in report.layers if layer.weights is None}
-    outcome = Outcome(str(case), "equal", "", report.quantized_share, floats)
+    matrices = sum(weight.numel() for weight in architecture.build().parameters() if weight.ndim >= 2)
+    share = report.quantized_parameters / max(1, matrices)
+    outcome = Outcome(str(case), "equal", "", report.quantized_share, share, report.left_float)
     fake_quantized = outputs_of(model, architecture.example())
     qat.freeze(model, allow_unreached=True)  # not every layer is in the way of every input
     frozen = outputs_of(model, example)
     if case.dtype == "float32":
         outcome.fake_gap = largest_gap(fake_quantized, frozen)
-    for target in ("transformers", "quanto") if architecture.model.endswith("CausalLM") else ("transformers",):
+    by_hand = isinstance(architecture, Architecture)
+    for target in (
+        ("transformers", "quanto") if by_hand and architecture.model.endswith("CausalLM") else ("transformers",)
+    ):
         try:
             qat.export(model, directory / target, target=target, example_inputs=example)
         except TargetError:  # this loader holds some tensor in another dtype, so the model must be frozen for it
@@ -109,7 +121,9 @@ def run_case(architecture: Architecture, case: Case, directory: Path) -> Outcome
     return outcome
 
 
-def train(architecture: Architecture, spec: qat.QuantSpec, target: str) -> tuple[Any, qat.InspectReport]:
+def train(
+    architecture: Architecture | TinyTransformer, spec: qat.QuantSpec, target: str
+) -> tuple[Any, qat.InspectReport]:
     """A prepared model after two optimizer steps, calibrated before and after them, in evaluation mode."""
     model: Any = architecture.build()
     example = architecture.example()
@@ -120,7 +134,7 @@ def train(architecture: Architecture, spec: qat.QuantSpec, target: str) -> tuple
     return model.eval(), report
 
 
-def take_two_steps(model: nn.Module, architecture: Architecture) -> None:
+def take_two_steps(model: nn.Module, architecture: Architecture | TinyTransformer) -> None:
     """Two optimizer steps on the mean square of the outputs; random models need no better loss."""
     optimizer = torch.optim.AdamW(qat.parameter_groups(model, lr=1e-3))
     for _ in range(2):
@@ -229,129 +243,152 @@ def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
 
 
-def work(name: str, skip: int) -> None:
-    """Run the cases of one architecture, from number ``skip`` on; a line of JSON each."""
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)
-    with tempfile.TemporaryDirectory() as folder:
-        for number, case in enumerate(CASES):
-            if number < skip:
-                continue
+def cases_of(name: str) -> tuple[Case, ...]:
+    return CASES if name in ARCHITECTURES else RULE_CASES
+
+
+def task_of(name: str) -> str:
+    return "by hand" if name in ARCHITECTURES else tiny_transformers()[name].task
+
+
+def answer(request: Mapping[str, Any]) -> dict[str, Any]:
+    """One case of one class, or what keeps a class from being made."""
+    name = request["name"]
+    architecture = ARCHITECTURES.get(name) or tiny_transformers()[name]
+    signal.signal(signal.SIGALRM, _out_of_time)
+    signal.alarm(SECONDS)
+    try:
+        if "case" not in request:
+            return {"reason": reason_against(architecture)}
+        case = cases_of(name)[request["case"]]
+        with tempfile.TemporaryDirectory() as folder:
             try:
-                outcome = run_case(ARCHITECTURES[name], case, Path(folder) / str(number))
-            except Exception as error:
-                outcome = Outcome(str(case), "error", f"{type(error).__name__}: {error}")
-            print(json.dumps(asdict(outcome)), flush=True)
+                outcome = run_case(architecture, case, Path(folder) / "quantized")
+            except Exception:
+                fault = float_fault(architecture, case)
+                if fault is None:
+                    raise
+                return asdict(Outcome(str(case), "unfit", fault))
+            if outcome.result == "difference" and (fault := stock_fault(architecture, Path(folder) / "float")):
+                outcome.result, outcome.detail = "unfit", fault
+            return asdict(outcome)
+    except _OutOfTime:
+        raise TimeoutError(f"over {SECONDS} s") from None
+    finally:
+        signal.alarm(0)
 
 
-def run_architecture(name: str) -> list[Outcome]:
-    """All cases of one architecture in a process of their own, started again behind a case that ends it."""
-    outcomes: list[Outcome] = []
-    while len(outcomes) < len(CASES):
-        command = [sys.executable, "-m", "scripts.architecture_matrix", "--work", name, str(len(outcomes))]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        outcomes += [Outcome(**json.loads(line)) for line in done.stdout.splitlines() if line.startswith("{")]
-        if len(outcomes) < len(CASES):
-            said = (done.stderr.strip().splitlines() or [""])[-1]
-            outcomes.append(
-                Outcome(str(CASES[len(outcomes)]), "crash", f"process ended with {done.returncode}: {said}")
-            )
-    return outcomes
+def reason_against(architecture: Architecture | TinyTransformer) -> str:
+    """Why no tiny model of a class can be made and run, in one line; empty if one can."""
+    step = "no tiny configuration of it builds"
+    try:
+        architecture.build()
+        step = "no input that was tried runs"
+        architecture.example()
+    except ImportError as error:
+        package = re.search(r"requires the (\S+) library", str(error))
+        return f"needs the package {package[1]}, which is not installed" if package else str(error)
+    except Exception as error:
+        return f"{step}: {type(error).__name__}: {error}"
+    return ""
 
 
-def table(results: Mapping[str, list[Outcome]]) -> str:
-    """The results as Markdown."""
-    import optimum.quanto
-    import transformers
-
-    counts = Counter(outcome.result for outcomes in results.values() for outcome in outcomes)
-    lines = [
-        "# Architectures",
-        "",
-        f"`{COMMAND}`",
-        "",
-        f"Tiny random models of {len(results)} architectures of transformers {transformers.__version__}, with "
-        f"optimum-quanto {optimum.quanto.__version__} and torch {torch.__version__.split('+')[0]}, on a CPU. Each is "
-        "prepared, trained for two steps, frozen, exported for transformers (causal language models for quanto too) "
-        "and loaded by the target's own loader. *equal*: every code, scale, shift, other parameter and buffer, and "
-        "every output, bit for bit. *float*: nothing in the model can be quantized.",
-        "",
-        ", ".join(f"{count} {result}" for result, count in counts.most_common()) + f", of {counts.total()} cases.",
-        "",
-        "| class | quantized | " + " | ".join(str(case) for case in CASES) + " |",
-        "|---|---|" + "---|" * len(CASES),
-    ]
-    for name, outcomes in results.items():
-        share = max(outcome.share for outcome in outcomes)
-        lines.append(f"| {name} | {share:.1%} | " + " | ".join(outcome.result for outcome in outcomes) + " |")
-    gaps = {
-        dtype: max((o.kernel_gap or 0.0 for os in results.values() for o in os if o.case.endswith(dtype)), default=0.0)
-        for dtype in DTYPES
-    }
-    lines += [
-        "",
-        "`quantized` is the share of all parameters, the largest over the cases. Against plain layers with the "
-        "dequantized weights, the frozen models' outputs differ by rounding in the stock kernels: by at most "
-        + ", ".join(f"{gap:.1e} ({dtype})" for dtype, gap in gaps.items())
-        + " of the largest output.",
-        "",
-    ]
-    lines += ["## Linear layers left float", ""]
-    lines += ["Output heads and tied weights, which stay float by default, are not listed.", ""]
-    for name, outcomes in results.items():
-        lines += [f"- {name}: {reason}" for reason in sorted(set(reasons(outcomes)))]
-        nothing = {outcome.detail.splitlines()[0] for outcome in outcomes if outcome.result == "float"}
-        lines += [f"- {name}: all: {detail}" for detail in sorted(nothing)]
-    faults = [
-        f"- {name}, {outcome.case}: {outcome.result}: {' '.join(outcome.detail.split())[:400]}"
-        for name, outcomes in results.items()
-        for outcome in outcomes
-        if outcome.result not in ("equal", "float")
-    ]
-    return "\n".join([*lines, "", "## Faults", "", *(faults or ["None."]), ""])
+def float_fault(architecture: Architecture | TinyTransformer, case: Case) -> str | None:
+    """Why the float model could not have been trained, or served in the case's dtype; None if it could."""
+    dtype = getattr(torch, case.dtype)
+    step = "does not train"
+    try:
+        take_two_steps(architecture.build(), architecture)
+        step = f"does not run in {case.dtype}"
+        model: Any = architecture.build()
+        model = TRANSFORMERS.build(type(model), model.config, dtype, empty=False)  # as its loader does
+        outputs_of(model.eval(), architecture.example(dtype))
+    except Exception as error:
+        return f"the float model {step} either: {type(error).__name__}: {error}"
+    return None
 
 
-def reasons(outcomes: list[Outcome]) -> Iterator[str]:
-    """Why layers stayed float, one sentence a reason with the layers' last names and the cases it holds for."""
-    found: dict[str, tuple[set[str], set[str]]] = {}
-    for outcome in outcomes:
-        for layer, reason in outcome.left_float.items():
-            if "by default" in reason or reason.startswith("tied"):
-                continue
-            layers, cases = found.setdefault(reason, (set(), set()))
-            layers.add(layer)
-            cases.add(outcome.case)
-    for reason, (layers, cases) in found.items():
-        where = "all cases" if len(cases) == len(outcomes) else ", ".join(sorted(cases))
-        shown = ", ".join(f"`{layer}`" for layer in sorted(layers)[:3])
-        shown += f" and {len(layers) - 3} more" if len(layers) > 3 else ""
-        yield f"{shown} ({where}): {reason}"
+def stock_fault(architecture: Architecture | TinyTransformer, directory: Path) -> str | None:
+    """What the float model loses between ``save_pretrained`` and ``from_pretrained``; None where it loses nothing."""
+    model: Any = architecture.build()
+    take_two_steps(model, architecture)  # so that no two tensors stay alike
+    model.save_pretrained(directory)
+    faults = state_faults(model, type(model).from_pretrained(directory, trust_remote_code=False))
+    return (
+        f"the float model comes back with other tensors from stock transformers, too: {faults[0]}" if faults else None
+    )
+
+
+class _OutOfTime(BaseException):
+    """What no ``except Exception`` on the way stops."""
+
+
+def _out_of_time(*_: object) -> None:
+    raise _OutOfTime
+
+
+def run_architecture(name: str, ask: Ask) -> Row:
+    """All cases of one class; one whose model cannot be made or run as it stands has a reason in their place."""
+    task = task_of(name)
+    asked = {} if name in LEFT_OUT else ask({"name": name})
+    reason = LEFT_OUT.get(name) or asked.get("reason") or asked.get("error")
+    if reason:
+        return Row(task, reason=" ".join(reason.split()))
+    outcomes = []
+    for number, case in enumerate(cases_of(name)):
+        made = ask({"name": name, "case": number})
+        if "error" in made:
+            kind = "crash" if made["error"].startswith("the process ended") else "error"
+            made = asdict(Outcome(str(case), kind, made["error"]))
+        outcomes.append(made)
+    return Row.of(task, outcomes)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", default=[""], help="parts of class names; default all")
+    parser.add_argument("--tasks", nargs="*", help="tasks as the table names them; default all")
+    parser.add_argument("--jobs", type=int, default=1, help="processes, each on one thread")
+    parser.add_argument("--part", default="1/1", help="i/n: the i-th of n parts of the classes")
     parser.add_argument("--output", type=Path, default=Path("docs/results"))
-    parser.add_argument("--work", nargs=2, metavar=("NAME", "SKIP"), help=argparse.SUPPRESS)
+    parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.work:
-        work(arguments.work[0], int(arguments.work[1]))
+        serve(answer)
         return
-    results: dict[str, list[Outcome]] = {}
-    for name in ARCHITECTURES:
-        if any(part.lower() in name.lower() for part in arguments.only):
-            results[name] = run_architecture(name)
-            print(f"{name:40} " + " ".join(outcome.result for outcome in results[name]), flush=True)
-    write(results, arguments.output)
+    part, parts = map(int, arguments.part.split("/"))
+    every = [*ARCHITECTURES, *(name for name in tiny_transformers() if name not in ARCHITECTURES)]
+    names = [name for name in every if any(word.lower() in name.lower() for word in arguments.only)]
+    names = [name for name in names if not arguments.tasks or task_of(name) in arguments.tasks][part - 1 :: parts]
+    found: dict[str, Row] = {}
+
+    def some(share: Sequence[str]) -> None:
+        with Worker("scripts.architecture_matrix", "--work") as worker:
+            for name in share:
+                found[name] = run_architecture(name, worker.ask)
+                results = [outcome["result"] for outcome in found[name].outcomes] or ["not run:", found[name].reason]
+                faults = [o["detail"] for o in found[name].outcomes if o["result"] not in ("equal", "float", "unfit")]
+                print(" ".join([f"{name:40}", *results, *faults[:1]])[:300], flush=True)
+
+    jobs = max(1, min(arguments.jobs, len(names)))
+    with ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(some, [names[job::jobs] for job in range(jobs)]))
+    write({name: found[name] for name in names}, every if len(names) < len(every) else names, arguments.output)
 
 
-def write(results: Mapping[str, list[Outcome]], output: Path) -> None:
+def write(found: Mapping[str, Row], order: Sequence[str], output: Path) -> None:
+    """Write both files; rows of classes in ``order`` that were not run are those already there."""
     output.mkdir(parents=True, exist_ok=True)
-    plain = {name: [asdict(outcome) for outcome in outcomes] for name, outcomes in results.items()}
-    text = json.dumps({"command": COMMAND, "results": plain}, indent=1)
-    (output / "architectures.json").write_text(text + "\n", encoding="utf-8")
-    (output / "architectures.md").write_text(table(results), encoding="utf-8")
+    path = output / "architectures.json"
+    kept = {}
+    if len(found) < len(order) and path.exists():
+        kept = {name: Row(**row) for name, row in json.loads(path.read_text(encoding="utf-8"))["results"].items()}
+    rows = {**kept, **found}
+    rows = {name: rows[name] for name in order if name in rows}
+    plain = {name: asdict(row) for name, row in rows.items()}
+    text = json.dumps({"command": "python -m scripts.architecture_matrix", "results": plain}, indent=1)
+    path.write_text(text + "\n", encoding="utf-8")
+    (output / "architectures.md").write_text(table(rows), encoding="utf-8")
 
 
 if __name__ == "__main__":

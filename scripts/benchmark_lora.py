@@ -1,8 +1,9 @@
 """Quantization-aware training of LoRA adapters: its quality beside training of all weights, and its memory and time.
 
 The quality is measured on the reference language model as in `benchmark_quality`. All arms begin with one fine-tuned
-float model. ``gain`` is the share of full training's gain over the start `best` without training; ``gain_from_clip``
-is that over `clip`. The memory is measured as in `benchmark_speed`, with full training as the first arms::
+float model. ``gain_from_best`` is the share of full training's gain over the start `best` without training, and
+``gain_from_clip`` that over `clip`. The memory is measured as in `benchmark_speed`; `qat` and
+`learned` train all weights::
 
     python -m scripts.benchmark_lora quality --types int4 int2 --steps 80
     python -m scripts.benchmark_lora memory --shape 8b --device cuda --dtype bfloat16
@@ -15,6 +16,8 @@ base alone, beside a float adapter.
 from __future__ import annotations
 
 import argparse
+import copy
+import dataclasses
 import json
 import platform
 import sys
@@ -36,10 +39,11 @@ MEMORY_ARMS = ("qat", "learned", "lora", "lora_qat", "lora_learned", "lora_packe
 
 def quality(arguments: argparse.Namespace) -> dict[str, Any]:
     """Rows of all runs, and for each type the share of full training's gain that each arm has at its best rate."""
-    import copy
-
     rows: list[dict[str, Any]] = []
     _quality_problems.BATCH = arguments.batch
+    for arm in (FULL, *arguments.arms):
+        ARMS[arm] = dataclasses.replace(ARMS[arm], options={"start": arguments.start})
+    untrained = ["PTQ clip"] + ["PTQ best"] * (arguments.start == "best")
     data: Problem = problem("language", arguments.device, arguments.held_out)
     for seed in range(arguments.seeds):
         tuned = copy.deepcopy(data.model)
@@ -48,7 +52,7 @@ def quality(arguments: argparse.Namespace) -> dict[str, Any]:
         floats = evaluate(copy.deepcopy(tuned).to(getattr(torch, arguments.serving)), data)
         rows.append({"arm": "FT", "seed": seed, "loss": floats["loss"]})
         for weights in arguments.types:
-            for arm in ("PTQ clip", "PTQ best", FULL, *arguments.arms):
+            for arm in (*untrained, FULL, *arguments.arms):
                 rates = (0.0,) if arm.startswith("PTQ") else ARMS[arm].rates.get(weights, RATES[weights])
                 for rate in rates if arguments.sweep or len(rates) == 1 else rates[1:2]:
                     start = time.monotonic()
@@ -72,8 +76,9 @@ def gains(rows: list[dict[str, Any]], weights: str) -> dict[str, dict[str, float
     full = best[FULL][0]
     told = {}
     for arm, (loss, rate) in best.items():
-        share = {ptq: (best[f"PTQ {ptq}"][0] - loss) / (best[f"PTQ {ptq}"][0] - full) for ptq in ("best", "clip")}
-        told[arm] = {"loss": loss, "rate": rate, "gain": share["best"], "gain_from_clip": share["clip"]}
+        starts = {start: best[f"PTQ {start}"][0] for start in ("clip", "best") if f"PTQ {start}" in best}
+        shares = {f"gain_from_{start}": (before - loss) / (before - full) for start, before in starts.items()}
+        told[arm] = {"loss": loss, "rate": rate} | shares
     return told
 
 
@@ -104,6 +109,7 @@ def main() -> None:
     of_quality.add_argument("--held-out", type=int, default=64, help="blocks to judge by")
     of_quality.add_argument("--batch", type=int, default=8, help="blocks of 256 tokens a step")
     of_quality.add_argument("--float-rate", type=float, default=1e-4, help="of the fine-tuning before; 0: none")
+    of_quality.add_argument("--start", choices=("best", "clip"), default="best", help="clip needs no data")
     of_quality.add_argument("--serving", default="bfloat16", help="dtype in which models are served and judged")
     of_quality.add_argument("--sweep", action="store_true", help="all rates of an arm, not its second one alone")
     of_memory = parser.add_argument_group("memory")

@@ -245,6 +245,17 @@ def test_adapters_are_saved_and_loaded_as_peft_does(tmp_path: Path) -> None:
         assert same_bits(logits(other), logits(model))
 
 
+def test_what_the_file_of_an_adapter_lacks_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = adapted()
+    qat.prepare(model, INT4)
+    model.save_pretrained(tmp_path / "adapter")
+    assert "state_dict" not in caplog.text
+    model.load_adapter(tmp_path / "adapter", "default")
+    assert (
+        "state_dict holds the quantizers of 4 layers, as an adapter's file does; those of 10 others stay" in caplog.text
+    )
+
+
 @pytest.mark.parametrize("small", [False, True], ids=["whole", "what-trains"])
 def test_a_checkpoint_resumes(small: bool) -> None:
     model, other = adapted(), adapted()

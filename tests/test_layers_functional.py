@@ -92,3 +92,16 @@ def test_a_quantized_input_needs_its_scale_where_it_has_elements() -> None:
     assert x.grad.shape == (0, 16)
     assert weight.grad is not None
     assert not weight.grad.any()
+
+
+@pytest.mark.parametrize("shape", [(6, 64), (2, 3, 64)], ids=str)
+def test_a_model_may_add_to_the_output_in_place(shape: tuple[int, ...]) -> None:
+    weight, bias, x = nn.Parameter(torch.randn(8, 64)), nn.Parameter(torch.randn(8)), torch.randn(shape)
+    quantizer = StraightThrough().make(weight, QTYPES["int8"], torch.float32)
+    results = []
+    for in_place in (False, True):
+        y = quantized_linear(x, weight, bias, quantizer.quantize(weight, torch.float32), quantizer)
+        y = y.add_(x.sum()) if in_place else y + x.sum()
+        results.append([y.detach(), *torch.autograd.grad(y.square().sum(), [weight, bias])])
+    for one, other in zip(*results, strict=True):
+        assert same_bits(one, other)

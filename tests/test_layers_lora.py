@@ -13,8 +13,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 import qat
-from qat.errors import StateError
+from qat.errors import StateError, TrainingError
 from qat.layers.lora import QLoraLinear
+from qat.training.cage import pull_after_steps
 from tests.helpers import same_bits
 
 KINDS = {
@@ -255,3 +256,12 @@ def test_an_adapter_without_a_model_around_it() -> None:
     inner(torch.randn(2, 128)).sum().backward()
     qat.freeze(inner)
     assert not any("lora" in name for name, _ in inner.named_parameters())
+
+
+def test_cage_needs_weights_of_their_own() -> None:
+    model = prepared("int4")
+    optimizer = torch.optim.AdamW(qat.parameter_groups(model, lr=1e-3))
+    assert qat.cage_step(model, optimizer, 1.0) == 0
+    schedule = qat.QuantizationSchedule(cage=10.0)
+    with pytest.raises(TrainingError, match="pulls trained weights of prepared layers, but no optimizer holds one"):
+        pull_after_steps(model, schedule, [optimizer], lambda: 0, 10)

@@ -34,6 +34,6 @@ def test_gains_are_shares_of_what_full_training_gains() -> None:
         for shift in (-0.125, 0.125)
     ]
     found = benchmark_lora.gains([*rows, {"arm": "FT", "loss": 1.0}], "int4")
-    assert found["lora 8"] == {"loss": 2.25, "rate": 2e-3, "gain": 0.75, "gain_from_clip": 0.875}
-    assert found["PTQ best"]["gain"] == 0.0
-    assert found["best"]["gain"] == 1.0
+    assert found["lora 8"] == {"loss": 2.25, "rate": 2e-3, "gain_from_clip": 0.875, "gain_from_best": 0.75}
+    assert found["PTQ best"]["gain_from_best"] == 0.0
+    assert found["best"]["gain_from_best"] == 1.0

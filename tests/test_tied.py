@@ -227,3 +227,22 @@ def test_settling_keeps_the_tie() -> None:
 def test_a_target_that_ties_nothing_refuses_it() -> None:
     with pytest.raises(TargetError, match=r"model.embed_tokens \(its loader ties no weights\)"):
         qat.freeze(prepared(), target="quanto")
+
+
+def test_a_search_gives_both_one_type() -> None:
+    spec = qat.QuantSpec(include=(*BOTH, "*q_proj"), dtype="float32")
+    report = qat.search(
+        llama(), spec, [{"input_ids": TOKENS}], budget="int4", types=("int2", "int8"), target="transformers"
+    )
+    types = {choice.name: choice.weights for choice in report.layers}
+    assert types["lm_head"] == types["model.embed_tokens"]
+    rows = {row.name: row for row in qat.inspect(llama(), report.spec, target="transformers").layers}
+    assert rows["lm_head"].shared_with == "model.embed_tokens"
+
+
+def test_a_prepared_model_is_saved_by_its_library(tmp_path: Path) -> None:
+    prepared(include=BOTH).save_pretrained(tmp_path)
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        names = {key for key in file.keys() if "quantizer" in key or "lm_head" in key}  # noqa: SIM118
+    assert names >= set(RANGES)
+    assert all(name.startswith("model.embed_tokens.weight_quantizer.") for name in names)

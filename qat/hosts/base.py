@@ -189,6 +189,10 @@ class Host:
         """Whether the loader holds the tensor or module called ``name`` in float32 when serving ``dtype``."""
         return False
 
+    def built_in_float32(self, model: nn.Module, dtype: torch.dtype) -> set[str]:
+        """Names of the stored tensors that a model built to serve ``dtype`` has in float32 all the same."""
+        return set()
+
     def layer_fault(self, model: nn.Module, name: str, weights: QType, dtype: torch.dtype) -> str | None:
         """Why the loader cannot hold the linear layer called ``name`` with such weights, or None."""
         return "kept in float32 by the loader" if self.kept_in_float32(model, name, dtype) else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -114,8 +115,15 @@ class Rules:
 
     def tensor_dtype(self, name: str) -> torch.dtype:
         """The dtype in which the loader holds the float tensor called ``name``."""
-        kept = self.target.host.kept_in_float32(self.model, name, self.dtype) or self._computes_in_float32(name)
-        return torch.float32 if kept else self.dtype
+        if self.target.host.kept_in_float32(self.model, name, self.dtype) or self._computes_in_float32(name):
+            return torch.float32
+        return torch.float32 if name in self._built_in_float32 else self.dtype
+
+    @cached_property
+    def _built_in_float32(self) -> set[str]:
+        if self.dtype is torch.float32:
+            return set()
+        return self.target.host.built_in_float32(self.model, self.dtype)
 
     def sensitive_part(self, name: str) -> str | None:
         """In which part of a model inside, that quantized activations harm, the linear layer ``name`` stands."""

@@ -65,9 +65,10 @@ class _Transformers(Host):
         _set_config_dtype(config, dtype)
         config.architectures = [type(model).__name__]
         if getattr(config, "tie_word_embeddings", False):
-            ends = (model.get_input_embeddings(), model.get_output_embeddings())
-            weights = [getattr(end, "weight", None) for end in ends if end is not None]
-            config.tie_word_embeddings = all(weight is weights[0] for weight in weights)
+            weights = dict(model.named_parameters(remove_duplicate=False))
+            pairs = [(weights.get(one), weights.get(other)) for one, other in (self.ties(model) or {}).items()]
+            # A frozen layer has a bias of its own, which stands in the files under both names.
+            config.tie_word_embeddings = all(a is b for a, b in pairs if a is None or a.ndim >= 2)
         return json.loads(config.to_json_string(use_diff=True))  # type: ignore[no-any-return]
 
     def set_dtype(self, model: Any, dtype: torch.dtype) -> None:
@@ -139,6 +140,17 @@ class _Transformers(Host):
         if dtype in (torch.float16, torch.bfloat16):
             kept |= set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
         return matches_path_part(name, kept)
+
+    def built_in_float32(self, model: Any, dtype: torch.dtype) -> set[str]:
+        """Those whose dtype the class names itself, which the loader leaves (``A_log`` of a linear attention)."""
+        config = getattr(model, "config", None)
+        if config is None or not self.can_build(type(model)):
+            return set()
+        try:
+            fresh = self.build(type(model), config, dtype, empty=True)
+        except TypeError:  # a class that its config alone does not build has no such loader
+            return set()
+        return {name for name, tensor in fresh.state_dict().items() if tensor.dtype is torch.float32}
 
     def constructed(self, build: Callable[[torch.dtype], dict[str, Tensor]], dtype: torch.dtype) -> dict[str, Tensor]:
         """Computed in float32 and cast, since it builds on the meta device and computes them afterwards."""

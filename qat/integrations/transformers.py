@@ -242,6 +242,9 @@ class PackedQuantizer(QuantoHfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         """Check that every layer is whole, and let ``save_pretrained`` write own names without converters."""
         setattr(model, "_weight_conversions", [])  # noqa: B010 (mypy takes the plain form for a parameter)
+        for part in model.modules():
+            if isinstance(part, transformers.PreTrainedModel):  # a mark by which some models compute otherwise (Jamba)
+                vars(part.config).pop("_is_quantized", None)
         faults = []
         for name in self.layers:
             qmodule: Any = model.get_submodule(name)

@@ -122,10 +122,10 @@ class _QuantizedLinear(torch.autograd.Function):
         ctx.options, ctx.recipe = options, None if recipe is None else recipe._replace(parts=())
         y_inside = None
         if codes is None or x_scale is None:
-            y = torch.nn.functional.linear(x, value, bias)
+            y = torch.nn.functional.linear(x, value, bias).data  # no view, so that a model may add to it in place
         elif value.dtype is not options.qtype.storage:
             given = kernels.dequantize(codes, x_scale, options.dtype, value.dtype)
-            y = torch.nn.functional.linear(given, value, bias)
+            y = torch.nn.functional.linear(given, value, bias).data
         else:
             factors, key = (codes, x_scale, value, scale, bias), options.qtype.key
             if y_scale is None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 from torch.utils.hooks import RemovableHandle
 
@@ -51,23 +51,29 @@ def cage_step(model: nn.Module, optimizer: Optimizer, strength: float) -> int:
     True
     """
     rates = {id(p): float(group["lr"]) for group in optimizer.param_groups for p in group["params"]}
-    pulled, seen = 0, set[tuple[int, int]]()
+    pulled, seen = 0, set[int]()
     for name, layer in quantized_layers(model):
         weight = layer.effective_weight(layer)
-        owner = weight if weight._base is None else weight._base
-        place = id(owner), int(weight.storage_offset())  # a parameter may hold the weights of many experts
-        if not layer.mode.weights or id(owner) not in rates or not owner.requires_grad or place in seen:
+        owner = _owner(weight)
+        if not layer.mode.weights or id(owner) not in rates or not owner.requires_grad:
             continue
-        seen.add(place)  # a tied one is pulled once
         if hasattr(weight, "to_local"):
             raise TrainingError(
                 f"cage: the weight of layer {name!r} is sharded: use a strategy that keeps weights whole"
             )
+        if weight.data_ptr() in seen:  # a tied one is pulled once
+            continue
+        seen.add(weight.data_ptr())
         pulled += 1
         share = min(1.0, rates[id(owner)] * strength)
         if share > 0:
             weight.lerp_(layer.weight_quantizer.quantize(weight, weight.dtype).value, share)
     return pulled
+
+
+def _owner(weight: Tensor) -> Tensor:
+    """The parameter that a weight is, or is a view of; itself, where it is computed from several."""
+    return weight if weight._base is None else weight._base
 
 
 def pull_after_steps(
@@ -95,7 +101,8 @@ def pull_after_steps(
         raise TrainingError(f"{given} needs whole weights, which {sharded} shards: use ddp")
     held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     layers = [layer for _, layer in quantized_layers(model)]
-    if not any(id(p) in held and p.requires_grad for layer in layers for p in layer.masters(layer).values()):
+    owners = [_owner(layer.effective_weight(layer)) for layer in layers]
+    if not any(id(owner) in held and owner.requires_grad for owner in owners):
         raise TrainingError(
             f"{given} pulls trained weights of prepared layers, but no optimizer holds one: leave it out"
         )
