@@ -78,7 +78,7 @@ LATE_FILES = ("qat/integrations/", "qat/layers/conv1d.py")
 TYPE_NAMES = frozenset({"int8", "float8", "int4", "int2"})
 TYPE_FILES = ("qat/spec.py", "qat/formats/quanto")  # where a type's name is turned into an object
 
-MOST_LIBRARY_LINES = 17_254
+MOST_LIBRARY_LINES = 17_256
 MOST_LINES = 400
 MOST_RECIPE_LINES = 150  # of a recipe itself
 
