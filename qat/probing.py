@@ -112,7 +112,7 @@ class Probe(TorchFunctionMode):
             SpecError: the model cannot run it.
         """
         handles = [m.register_forward_pre_hook(lambda m, _: self._running.append(m)) for m in model.modules()]
-        handles += [m.register_forward_hook(lambda *_: self._running.pop() and None) for m in model.modules()]
+        handles += [m.register_forward_hook(self._leave) for m in model.modules()]
         for name, layer in self._layers.items():
             handles.append(
                 layer.register_forward_pre_hook(
@@ -140,6 +140,9 @@ class Probe(TorchFunctionMode):
             for module, key, buffer, kept in buffers:
                 module._buffers[key] = buffer.copy_(kept)
         return self
+
+    def _leave(self, *_: Any) -> None:  # what a hook returns takes the place of the output
+        self._running.pop()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Note every function that makes a tensor from a weight outside the module that holds it."""

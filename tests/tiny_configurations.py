@@ -169,11 +169,12 @@ class _Layers:
         """The first layer of each kind, as lists with an entry for each layer tell them apart; two at least."""
         staged = any(isinstance(values.get(name), list | tuple) for name in ("depths", "hidden_sizes", "embed_dims"))
         depth = 0 if staged else next((values[name] for name in _DEPTHS if _count(values.get(name))), 0)
-        taken = list(range(1, len(outputs) + 1)) if outputs is not None and depth and len(outputs) > 1 else None
+        last = max(2, len(outputs or []))
+        taken = list(range(last - len(outputs) + 1, last + 1)) if outputs and depth else None
         lists = [v for n, v in values.items() if _by_layer(n, v, depth)]
         kinds = [str(kind) for kind in zip(*lists, strict=True)] or [""] * depth
         first = sorted({kind: n for n, kind in reversed(list(enumerate(kinds)))}.values())[:4]
-        more = max(2, len(taken or [])) - len(first)
+        more = last - len(first)
         first += [n for n in range(len(kinds)) if n not in first][: max(0, more)]
         return cls(depth, sorted(first), taken)
 

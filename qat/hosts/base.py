@@ -189,9 +189,9 @@ class Host:
         """Whether the loader holds the tensor or module called ``name`` in float32 when serving ``dtype``."""
         return False
 
-    def built_in_float32(self, model: nn.Module, dtype: torch.dtype) -> set[str]:
-        """Names of the stored tensors that a model built to serve ``dtype`` has in float32 all the same."""
-        return set()
+    def own_dtypes(self, model: nn.Module, dtype: torch.dtype) -> dict[str, torch.dtype]:
+        """The dtypes of the stored floating tensors that a model built to serve ``dtype`` holds in another one."""
+        return {}
 
     def layer_fault(self, model: nn.Module, name: str, weights: QType, dtype: torch.dtype) -> str | None:
         """Why the loader cannot hold the linear layer called ``name`` with such weights, or None."""

@@ -117,13 +117,11 @@ class Rules:
         """The dtype in which the loader holds the float tensor called ``name``."""
         if self.target.host.kept_in_float32(self.model, name, self.dtype) or self._computes_in_float32(name):
             return torch.float32
-        return torch.float32 if name in self._built_in_float32 else self.dtype
+        return self._own_dtypes.get(name, self.dtype)
 
     @cached_property
-    def _built_in_float32(self) -> set[str]:
-        if self.dtype is torch.float32:
-            return set()
-        return self.target.host.built_in_float32(self.model, self.dtype)
+    def _own_dtypes(self) -> dict[str, torch.dtype]:
+        return self.target.host.own_dtypes(self.model, self.dtype)
 
     def sensitive_part(self, name: str) -> str | None:
         """In which part of a model inside, that quantized activations harm, the linear layer ``name`` stands."""

@@ -141,16 +141,17 @@ class _Transformers(Host):
             kept |= set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
         return matches_path_part(name, kept)
 
-    def built_in_float32(self, model: Any, dtype: torch.dtype) -> set[str]:
-        """Those whose dtype the class names itself, which the loader leaves (``A_log`` of a linear attention)."""
+    def own_dtypes(self, model: Any, dtype: torch.dtype) -> dict[str, torch.dtype]:
+        """Those that the class names itself, which the loader leaves (``A_log`` of a linear attention)."""
         config = getattr(model, "config", None)
         if config is None or not self.can_build(type(model)):
-            return set()
+            return {}
         try:
             fresh = self.build(type(model), config, dtype, empty=True)
         except TypeError:  # a class that its config alone does not build has no such loader
-            return set()
-        return {name for name, tensor in fresh.state_dict().items() if tensor.dtype is torch.float32}
+            return {}
+        state = fresh.state_dict().items()
+        return {name: tensor.dtype for name, tensor in state if tensor.is_floating_point() and tensor.dtype != dtype}
 
     def constructed(self, build: Callable[[torch.dtype], dict[str, Tensor]], dtype: torch.dtype) -> dict[str, Tensor]:
         """Computed in float32 and cast, since it builds on the meta device and computes them afterwards."""
