@@ -304,8 +304,9 @@ class QType(ABC):
             y = (_integer_product(rows, codes) * scales.float().t()).to(dtype)
         else:
             y = rows.to(dtype) @ (scales * codes.to(dtype)).t()
-        y = y.view(*x.shape[:-1], codes.shape[0])
-        return y if bias is None else y + bias
+        # No view, since models may add in place to it, as Llama4 does.
+        whole: Tensor = torch.ops.aten._unsafe_view(y, (*x.shape[:-1], codes.shape[0]))
+        return whole if bias is None else whole + bias
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -172,6 +172,14 @@ def test_activations_stay_float_where_they_cannot_be_seen(caplog: pytest.LogCapt
         assert [note for note in report.notes if why in note]
 
 
+def test_llama4_adds_in_place_to_what_a_layer_gives() -> None:
+    model = build("Llama4ForCausalLM")
+    spec = qat.QuantSpec(weights="int8", activations="int8", dtype="float32")
+    qat.calibrate(model, BATCHES, spec=spec, target="transformers")
+    model.train()(input_ids=TOKENS, labels=TOKENS).loss.backward()
+    assert model.model.layers[0].feed_forward.experts.down_proj.grad.abs().sum() > 0
+
+
 def test_experts_of_a_parameter_share_their_activations() -> None:
     overrides = {"*experts.1.down_proj": qat.LayerSpec(weights="int8", activations="int8")}
     with pytest.raises(SpecError, match="give all of them the same activations"):
