@@ -65,7 +65,7 @@ def test_a_probe_sees_layouts_and_weights_that_are_read_uncalled() -> None:
 def test_an_empty_container_gives_what_it_was_given() -> None:
     """An empty `nn.Sequential` is false: as the result of a hook it would be taken for none, or for the output."""
     model = nn.Sequential(nn.Linear(32, 16), nn.Sequential(), nn.Linear(16, 16))
-    assert len(Probe({"2": model[2]}).watch(model, torch.ones(2, 32)).inputs["2"]) == 2
+    assert len(Probe({"2": (model[2], matrices(model[2]))}).watch(model, torch.ones(2, 32)).inputs["2"]) == 2
 
 
 def test_a_batch_is_one_argument_several_or_named_ones() -> None:
