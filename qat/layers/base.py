@@ -23,9 +23,9 @@ from qat.quantizers.activation import ActivationQuantizer, LearnedScale, fake_qu
 from qat.quantizers.base import Algorithm, Quantized, WeightQuantizer
 from qat.tensors import matrices
 
-__all__ = ["MASTER_DTYPES", "Mode", "QuantizedLayer", "inside_layer", "within_layer"]
+__all__ = ["Mode", "QuantizedLayer", "inside_layer", "within_layer"]
 
-MASTER_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_MASTER_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class _Thread(threading.local):
@@ -161,13 +161,20 @@ class QuantizedLayer(nn.Module):
         fault = cls.object_fault(module)
         if fault is not None:
             return fault
-        weight = module._parameters["weight"]
-        if weight is None or type(weight) is not nn.Parameter or type(weight.data) is not Tensor:
-            return f"its weight is a {type(weight).__name__}, not a plain nn.Parameter: prepare before it is converted"
-        if weight.dtype not in MASTER_DTYPES:
-            return f"its weight has dtype {weight.dtype}: a master weight is float32, bfloat16 or float16"
+        weight: Any = module._parameters["weight"]
+        if (fault := cls.parameter_fault(weight)) is not None:
+            return fault
         if weight.ndim != 2 + len(cls.stored_kernel(module)) or not weight.numel():
             return f"its weight has shape {tuple(weight.shape)}, which is no matrix with elements: prepare it unsharded"
+        return None
+
+    @staticmethod
+    def parameter_fault(weight: Any) -> str | None:
+        """Why a parameter cannot be a master weight, whatever its shape, or None."""
+        if type(weight) is not nn.Parameter or type(weight.data) is not Tensor:
+            return f"its weight is a {type(weight).__name__}, not a plain nn.Parameter: prepare before it is converted"
+        if weight.dtype not in _MASTER_DTYPES:
+            return f"its weight has dtype {weight.dtype}: a master weight is float32, bfloat16 or float16"
         return None
 
     @classmethod

@@ -12,7 +12,6 @@ from typing import Any, ClassVar, Self, cast
 import torch
 from torch import Tensor, nn
 
-from qat.layers.base import MASTER_DTYPES
 from qat.layers.expert_forms import ExpertMatrix, form_of
 from qat.layers.linear import LinearForm
 from qat.quantizers.activation import ActivationQuantizer
@@ -102,10 +101,8 @@ class QExpert(LinearForm, ExpertMatrix):
         if fault is not None:
             return fault
         weight = module.owner._parameters[module.key]
-        if type(weight) is not nn.Parameter or type(weight.data) is not Tensor:
-            return f"its weight is a {type(weight).__name__}, not a plain nn.Parameter: prepare before it is converted"
-        if weight.dtype not in MASTER_DTYPES:
-            return f"its weight has dtype {weight.dtype}: a master weight is float32, bfloat16 or float16"
+        if (fault := cls.parameter_fault(weight)) is not None:
+            return fault
         return None if weight.numel() else f"its weight has shape {tuple(weight.shape)}, without elements"
 
     @classmethod
