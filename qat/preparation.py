@@ -283,6 +283,7 @@ def _complete_float_checkpoint(
             continue
         absent = [key for key in own if key not in state]
         if weight is None:
+            _require_compensated(layer, name, state)
             given += not absent
             kept += [name.rstrip(".")] if len(absent) == len(own) else []
             continue
@@ -312,6 +313,16 @@ def _complete_float_checkpoint(
         state.update(fresh)
         logger.warning(
             "state_dict holds no quantizer state (a float checkpoint): %d quantizers start afresh", len(lacking)
+        )
+
+
+def _require_compensated(layer: QuantizedLayer, prefix: str, state: dict[str, Any]) -> None:
+    """Raise `StateError` where a state without the layer's weight is of one that a start has changed, unlike this."""
+    theirs = state.get(f"{prefix}weight_quantizer.changed_master")
+    if theirs is not None and bool(theirs) and not layer.weight_quantizer.compensated:
+        raise StateError(
+            f"state_dict: layer {prefix.rstrip('.')!r} was trained over a weight that its start (gptq or best) had "
+            "changed, and the state lacks this weight: load the whole model.state_dict(), or train with start='output'"
         )
 
 

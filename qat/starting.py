@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -75,7 +76,7 @@ class Started:
             return
         wanted, arguments = quantizer.awaited_start(), (quantizer.qtype, quantizer.dtype)
         assert wanted is not None
-        wanted = wanted if _writable(layer, weight) else "output"
+        wanted = wanted if layer.compensable(layer) is not None else "output"
         with torch.autocast(weight.device.type, enabled=False):
             start = DATA_STARTS[wanted](weight, *arguments, moments)
             minmax = Start("minmax", RANGE_STARTS["minmax"](weight, *arguments), weight)
@@ -97,6 +98,14 @@ class Started:
             quantizer.compensated |= new is not None  # or by an earlier start, of another type
             self._swap(name, new)
             self._before[name] = before
+        fixed = [name for name, (_, new) in self._found.items() if new is not None and not self._trains(name)]
+        if fixed:
+            logger.warning(
+                "the start has changed %d weights that do not train: save them with the model, since an adapter alone "
+                "belongs to no other base (start='output' changes none): %s",
+                len(fixed),
+                listed(fixed, 4),
+            )
         if self.unreached:
             logger.warning(
                 "no batch reached %d layers, which keep the start 'clip': %s",
@@ -112,9 +121,16 @@ class Started:
             self._swap(name, self._found[name][1])
         self._before.clear()
 
+    def _trains(self, name: str) -> bool:
+        layer = self._layers[name]
+        written: Any = layer.compensable(layer)
+        storage = written.untyped_storage()._cdata
+        return any(p.requires_grad and p.untyped_storage()._cdata == storage for p in layer.masters(layer).values())
+
     def _swap(self, name: str, new: Tensor | None) -> None:
         if new is not None:
-            weight = self._layers[name].effective_weight(self._layers[name]).detach()
+            weight = self._layers[name].compensable(self._layers[name])
+            assert weight is not None
             old = weight.cpu() if weight.device.type != "cpu" else weight.clone()
             weight.copy_(new)
             new.copy_(old)
@@ -185,8 +201,3 @@ def in_float(model: nn.Module) -> Iterator[None]:
             stack.callback(setattr, layer, "mode", layer.mode)
             layer.mode = layer.mode._replace(weights=False, activations=False, observe=False)
         yield
-
-
-def _writable(layer: QuantizedLayer, weight: Tensor) -> bool:
-    """Whether the effective weight is a view of a parameter, and not computed from several."""
-    return any(weight.untyped_storage()._cdata == p.untyped_storage()._cdata for p in layer.masters(layer).values())

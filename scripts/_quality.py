@@ -80,7 +80,7 @@ _BEST = Arm(
     hidden=1.0, options={"start": "best"}, rates={"int4": (2e-5, 5e-5, 1e-4, 2e-4), "int2": (2e-4, 3e-4, 5e-4, 1e-3)}
 )
 # Adapters take about ten times the rate of weights; ranges keep the rate that they have beside weights.
-_LORA = dataclasses.replace(_BEST, scale_rate=0.3, rates={"int4": (2e-4, 5e-4, 1e-3), "int2": (1e-3, 2e-3, 4e-3)})
+_LORA = dataclasses.replace(_BEST, scale_rate=0.3, rates={"int4": (5e-5, 1e-4, 2e-4, 5e-4), "int2": (5e-4, 1e-3, 2e-3)})
 ARMS: dict[str, Arm] = {
     "quanto": dataclasses.replace(_PLAIN, prepare="quanto"),
     "quanto, kl": dataclasses.replace(_PLAIN_KL, prepare="quanto"),
@@ -127,6 +127,7 @@ ARMS: dict[str, Arm] = {
     "best, held": dataclasses.replace(_BEST, schedule={"hold": 0.2}),
     "best, averaged": dataclasses.replace(_BEST, average=0.2),
     **{f"lora {rank}": dataclasses.replace(_LORA, rank=rank) for rank in (8, 16, 32, 64)},
+    "lora 64, base kept": dataclasses.replace(_LORA, rank=64, options={"start": "output"}),
     "lora 16, then quantized": Arm(loss="task", tuned=False, rank=16, afterwards=True, rates=_LORA.rates),
 }
 

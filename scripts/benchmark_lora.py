@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import dataclasses
 import json
 import platform
 import sys
@@ -33,7 +32,7 @@ from scripts._quality import ARMS, RATES, Run, evaluate, fine_tune, post_trainin
 from scripts._quality_problems import Problem, problem
 
 FULL = "best"
-LORA_ARMS = ("lora 8", "lora 16", "lora 32", "lora 16, then quantized")
+QUALITY_ARMS = ("PTQ clip", "PTQ best", FULL, "lora 16", "lora 64", "lora 64, base kept", "lora 16, then quantized")
 MEMORY_ARMS = ("qat", "learned", "lora", "lora_qat", "lora_learned", "lora_packed", "lora_torchao")
 
 
@@ -41,18 +40,15 @@ def quality(arguments: argparse.Namespace) -> dict[str, Any]:
     """Rows of all runs, and for each type the share of full training's gain that each arm has at its best rate."""
     rows: list[dict[str, Any]] = []
     _quality_problems.BATCH = arguments.batch
-    for arm in (FULL, *arguments.arms):
-        ARMS[arm] = dataclasses.replace(ARMS[arm], options={"start": arguments.start})
-    untrained = ["PTQ clip"] + ["PTQ best"] * (arguments.start == "best")
     data: Problem = problem("language", arguments.device, arguments.held_out)
-    for seed in range(arguments.seeds):
+    for seed in arguments.seeds:
         tuned = copy.deepcopy(data.model)
         if arguments.float_rate:
             fine_tune(tuned, data, arguments.steps, seed, arguments.float_rate, "cosine")
         floats = evaluate(copy.deepcopy(tuned).to(getattr(torch, arguments.serving)), data)
         rows.append({"arm": "FT", "seed": seed, "loss": floats["loss"]})
         for weights in arguments.types:
-            for arm in (*untrained, FULL, *arguments.arms):
+            for arm in arguments.arms:
                 rates = (0.0,) if arm.startswith("PTQ") else ARMS[arm].rates.get(weights, RATES[weights])
                 for rate in rates if arguments.sweep or len(rates) == 1 else rates[1:2]:
                     start = time.monotonic()
@@ -73,6 +69,8 @@ def gains(rows: list[dict[str, Any]], weights: str) -> dict[str, dict[str, float
     best = {
         arm: min((sum(found) / len(found), rate) for rate, found in by_rate.items()) for arm, by_rate in losses.items()
     }
+    if FULL not in best:
+        return {}
     full = best[FULL][0]
     told = {}
     for arm, (loss, rate) in best.items():
@@ -96,7 +94,7 @@ def memory(arguments: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cuda = torch.cuda.is_available()
-    parser.add_argument("what", choices=("quality", "memory"))
+    parser.add_argument("what", choices=("quality", "memory", "gains"))
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if cuda else "cpu")
     parser.add_argument("--types", nargs="+", default=["int4", "int2"])
     parser.add_argument(
@@ -105,13 +103,13 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", default=None)
     parser.add_argument("--output", type=Path, default=None, help="write the JSON here too")
     of_quality = parser.add_argument_group("quality")
-    of_quality.add_argument("--seeds", type=int, default=1)
+    of_quality.add_argument("--seeds", type=int, nargs="+", default=[0])
     of_quality.add_argument("--held-out", type=int, default=64, help="blocks to judge by")
     of_quality.add_argument("--batch", type=int, default=8, help="blocks of 256 tokens a step")
     of_quality.add_argument("--float-rate", type=float, default=1e-4, help="of the fine-tuning before; 0: none")
-    of_quality.add_argument("--start", choices=("best", "clip"), default="best", help="clip needs no data")
     of_quality.add_argument("--serving", default="bfloat16", help="dtype in which models are served and judged")
     of_quality.add_argument("--sweep", action="store_true", help="all rates of an arm, not its second one alone")
+    of_quality.add_argument("--rows", type=Path, default=None, help="for gains: rows of quality, one a line")
     of_memory = parser.add_argument_group("memory")
     of_memory.add_argument("--shape", choices=sorted(benchmark_speed.SHAPES), default="8b" if cuda else "cpu")
     of_memory.add_argument("--dtype", default="bfloat16" if cuda else "float32", help="dtype of the weights")
@@ -121,11 +119,15 @@ def main() -> None:
     arguments = parser.parse_args()
     quick = arguments.what == "quality"
     arguments.steps = arguments.steps or (80 if quick else 6)
-    arguments.arms = arguments.arms or list(LORA_ARMS if quick else MEMORY_ARMS)
+    arguments.arms = arguments.arms or list(QUALITY_ARMS if quick else MEMORY_ARMS)
     arguments.serving = arguments.serving if quick else arguments.dtype
     arguments.compile, arguments.clock = False, "wall"
+    if arguments.what == "gains":
+        rows = [json.loads(line) for line in arguments.rows.read_text().splitlines()]
+        print(json.dumps({weights: gains(rows, weights) for weights in arguments.types}, indent=1))
+        return
     found = (quality if quick else memory)(arguments)
-    options = {key: value for key, value in vars(arguments).items() if key != "output"}
+    options = {key: value for key, value in vars(arguments).items() if key not in ("output", "rows")}
     text = json.dumps({"options": options} | found, indent=1)
     print(text)
     if arguments.output is not None:

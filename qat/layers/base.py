@@ -101,6 +101,11 @@ class QuantizedLayer(nn.Module):
         return weight
 
     @staticmethod
+    def compensable(module: Any) -> Tensor | None:
+        """What a start may write a compensated weight to, ``(out, in)``; None where the effective weight is no view."""
+        return module.effective_weight(module).detach()  # type: ignore[no-any-return]
+
+    @staticmethod
     def stored_kernel(module: Any) -> tuple[int, ...]:
         """The dimensions of the stored weight after the first two, where it is no matrix."""
         return ()

@@ -138,6 +138,13 @@ class QLoraLinear(LinearForm, Linear):
         value = _merge(form, *parts.values())  # type: ignore[arg-type]
         return _Merged.apply(value, form, *parts.values())  # type: ignore[no-any-return,no-untyped-call]
 
+    @staticmethod
+    def compensable(module: Any) -> Tensor | None:
+        """The base, while it is the effective weight: it holds no codes, and every LoRA over it is still zero."""
+        base, changes = module.base_layer, (b.weight for b in module.lora_B.values())
+        apart = not isinstance(base, nn.Linear) or module.lora_variant or any(bool(b.any()) for b in changes)
+        return None if apart else base.weight.detach()
+
     def recipe(self) -> Recipe | None:
         """How backward computes the merged weight again."""
         if torch.compiler.is_compiling() or (isinstance(self.base_layer, nn.Linear) and not _active(self)):
