@@ -283,6 +283,12 @@ def _complete_float_checkpoint(
             continue
         absent = [key for key in own if key not in state]
         if weight is None:
+            if hasattr(module, _ATTRIBUTE) and not layer.called and not absent:
+                raise StateError(
+                    f"state_dict: has the quantizer of {name.rstrip('.')!r}, but not the parameter of its experts "
+                    "(names of original files are not converted): load what model.state_dict() gave, or what "
+                    "save_pretrained(..., save_original_format=False) wrote"
+                )
             given += not absent
             kept += [name.rstrip(".")] if len(absent) == len(own) else []
             continue

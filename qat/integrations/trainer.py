@@ -137,7 +137,7 @@ class QuantizationCallback(TrainerCallback):
                 "pass optimizer_cls_and_kwargs=grouped_optimizer(arguments) in its place, or call qat.prepare first"
             )
         prepare_once(model, self.spec, self.algorithm, self.target, self.observer, self.example_inputs)
-        _part(model)
+        _make_saveable(model)
         own_statistics(model, model)
         self._begun(args, state, model).require_whole_weights()
 
@@ -162,7 +162,7 @@ class QuantizationCallback(TrainerCallback):
             self._steps.close()
         steps = self._steps = self._begun(args, state, model, train_dataloader)
         steps.begin([optimizer], steps=state.max_steps)
-        _part(model)
+        _make_saveable(model)
         steps.judge()
 
     def on_step_begin(
@@ -287,10 +287,15 @@ def _build(model: nn.Module, arguments: TrainingArguments, scale_lr: float | Non
     return cls(groups, **{key: value for key, value in options.items() if key != "optimizer_dict"})
 
 
-def _part(model: nn.Module) -> None:
-    """Give each activation a scale of its own: safetensors writes no tensor that several layers share."""
+def _make_saveable(model: nn.Module) -> None:
+    """Let the Trainer's checkpoints hold the whole state, under the names by which it loads them.
+
+    safetensors writes no tensor that several layers share, so each activation gets a scale of its own. transformers
+    writes experts, and others, under the names of the original files, and the Trainer does not convert them back.
+    """
     for quantizer in activation_quantizers(model):
         quantizer.part()
+    setattr(model, "_weight_conversions", [])  # noqa: B010 (mypy takes the plain form for a parameter)
 
 
 def _apart(loader: DataLoader[Any]) -> DataLoader[Any]:
