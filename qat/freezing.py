@@ -36,7 +36,7 @@ from qat.hosts.construction import constructed_tensors, differs, unstored_tensor
 from qat.jobs import begun, in_threads
 from qat.layers import QuantizedLayer, float_layers, quantized_layers
 from qat.optimizers import unchanged
-from qat.preparation import Prepared, forget_prepared, prepared_as
+from qat.preparation import Prepared, forget_prepared, prepared_as, refuse_adapters_above
 from qat.progress import counted
 from qat.quantizers.activation import ActivationQuantizer
 from qat.runs import read_without_call
@@ -122,12 +122,7 @@ def _remarks(model: nn.Module, allow_unreached: bool, allow_reads: bool) -> list
     """What the record keeps of how the model was trained; `StateError` where that forbids to freeze it."""
     layers = dict(quantized_layers(model))
     prepared, modules = prepared_as(model), dict(model.named_modules())
-    for above, _ in adapters(model):
-        if under := [name for name in layers if name.startswith(f"{above}.")]:
-            raise StateError(
-                f"model: the adapter {above!r} was put over a prepared layer ({under[0]!r}), and stays float "
-                "beside its weight: wrap the float model (get_peft_model), and call qat.prepare on that"
-            )
+    refuse_adapters_above(model)
     gone = [name for name in prepared.layers if name not in layers]
     format = get_target(prepared.target).format
     if half := [name for name in gone if name in modules and format.is_frozen(modules[name])]:

@@ -112,4 +112,4 @@ def test_what_cannot_be_packed_is_refused() -> None:
     with pytest.raises(StateError, match="pack it once"):
         qat.pack_base(lora)
     with pytest.raises(StateError, match=r"its base is packed.*qat.freeze merges it"):
-        lora.merge_and_unload()
+        lora.merge_adapter()
