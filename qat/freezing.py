@@ -41,7 +41,7 @@ from qat.progress import counted
 from qat.quantizers.activation import ActivationQuantizer
 from qat.runs import read_without_call
 from qat.starting import awaiting
-from qat.tensors import await_numbers, digest, model_device, same_bits, stored_tensors
+from qat.tensors import await_numbers, digest, meta_names, model_device, same_bits, stored_tensors
 
 __all__ = ["FreezeReport", "freeze", "frozen_copy"]
 
@@ -123,6 +123,8 @@ def _remarks(model: nn.Module, allow_unreached: bool, allow_reads: bool) -> list
     layers = dict(quantized_layers(model))
     prepared, modules = prepared_as(model), dict(model.named_modules())
     refuse_adapters_above(model)
+    if empty := meta_names(model):
+        raise StateError(f"model: {listed(empty, 4)} have no numbers (meta device): load its weights first")
     gone = [name for name in prepared.layers if name not in layers]
     format = get_target(prepared.target).format
     if half := [name for name in gone if name in modules and format.is_frozen(modules[name])]:
