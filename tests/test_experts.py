@@ -175,6 +175,7 @@ def test_frozen_experts_run_in_every_form(form: str, tmp_path: Path) -> None:
     qat.export(model, tmp_path / "out")
     loaded: Any = transformers.MixtralForCausalLM.from_pretrained(tmp_path / "out", experts_implementation=form)
     assert same_bits(logits(loaded), before)
+    assert same_bits(logits(qat.load(tmp_path / "out")), before)  # which learns it from the manifest
 
 
 def test_an_expert_that_never_saw_a_token_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
