@@ -369,3 +369,15 @@ def test_what_is_no_peft_model_is_handed_back() -> None:
     assert without_peft(model) is model
     assert without_peft(None) is None
     assert list(adapters(model)) == []
+
+
+@pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT for a second time")
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute in the model")
+def test_a_peft_model_around_another_is_one_model() -> None:
+    model = get_peft_model(adapted(), LoraConfig(r=2, target_modules=["k_proj"]))
+    assert type(without_peft(model)) is LlamaForCausalLM
+    qat.prepare(model, INT4, target="transformers")
+    kinds = {name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, QLoraLinear)}
+    assert kinds == {"q_proj", "k_proj", "up_proj"}
+    train(model)
+    assert len(qat.freeze(model).layers) == 14

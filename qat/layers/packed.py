@@ -68,7 +68,7 @@ class PackedLinear(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # The dtype of the weight is no tensor, and follows what `Module.to` makes of one.
         self.form = self.form._replace(dtype=fn(torch.empty(0, dtype=self.form.dtype, device=self.packed.device)).dtype)
-        return super()._apply(fn, recurse)
+        return super()._apply(fn, recurse)  # type: ignore[no-any-return,no-untyped-call]
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
