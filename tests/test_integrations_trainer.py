@@ -10,6 +10,7 @@ import lightning
 import pytest
 import torch
 from accelerate import Accelerator
+from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models
 from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
@@ -175,6 +176,32 @@ def test_the_best_model_is_exported_as_it_was_judged(tmp_path: Path) -> None:
     assert trainer.state.best_global_step < 8
     assert trainer.evaluate()["eval_loss"] == trainer.state.best_metric
     qat.freeze(model)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_the_best_of_adapters_comes_back_or_is_refused(tmp_path: Path) -> None:
+    best = {"load_best_model_at_end": True, "save_strategy": "steps", "eval_strategy": "steps", "eval_steps": 2}
+    for targets in ("all-linear", ["q_proj"]):
+        arguments = TrainingArguments(
+            str(tmp_path), **options(max_steps=4, save_steps=2, **best | {"learning_rate": 9.0})
+        )
+        trainer = Trainer(
+            get_peft_model(llama(), LoraConfig(target_modules=targets, task_type="CAUSAL_LM")),
+            arguments,
+            train_dataset=ROWS,  # type: ignore[arg-type]
+            eval_dataset=ROWS[:8],  # type: ignore[arg-type]
+            callbacks=[QuantizationCallback(INT4)],
+            optimizer_cls_and_kwargs=grouped_optimizer(arguments),
+        )
+        if targets == ["q_proj"]:
+            with pytest.raises(
+                qat.TrainingError, match=r"lack the learned ranges of 6 layers without an adapter \(mod"
+            ):
+                trainer.train()
+            continue
+        trainer.train()
+        assert trainer.state.best_global_step == 2
+        assert trainer.evaluate()["eval_loss"] == trainer.state.best_metric
 
 
 def experts(directory: Path, resume: str | None = None, **own: Any) -> tuple[Any, Trainer]:

@@ -30,8 +30,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from qat.adapters import adapters, without_peft
 from qat.calibration import CalibrationReport
-from qat.errors import StateError, TrainingError
+from qat.errors import StateError, TrainingError, listed
 from qat.exporting import export
 from qat.files.evidence import is_frozen
 from qat.freezing import freeze
@@ -157,6 +158,12 @@ class QuantizationCallback(TrainerCallback):
             raise TrainingError(
                 "model: was never prepared: give the callback to the Trainer's constructor, and where the Trainer has "
                 "a model_init, call qat.prepare in it"
+            )
+        if args.load_best_model_at_end and (apart := _ranges_apart(model)):
+            raise TrainingError(
+                f"load_best_model_at_end: checkpoints of a PeftModel lack the learned ranges of {len(apart)} layers "
+                f"without an adapter ({listed(apart, 4)}), so the best would not come back as it was judged: use "
+                "target_modules='all-linear', or leave it out"
             )
         if self._steps is not None:  # of a run that failed
             self._steps.close()
@@ -285,6 +292,14 @@ def _build(model: nn.Module, arguments: TrainingArguments, scale_lr: float | Non
         )
     groups = parameter_groups(model, options["lr"], scale_lr, arguments.weight_decay)
     return cls(groups, **{key: value for key, value in options.items() if key != "optimizer_dict"})
+
+
+def _ranges_apart(model: nn.Module) -> list[str]:
+    """Layers of a ``PeftModel`` that learn ranges, but have no adapter, whose file would hold them."""
+    inner = without_peft(model)
+    under = {name for name, _ in adapters(inner)}
+    layers = () if inner is model else quantized_layers(inner)
+    return [name for name, layer in layers if name not in under and list(layer.quantizer_parameters())]
 
 
 def _make_saveable(model: nn.Module) -> None:
