@@ -31,7 +31,7 @@ def without_peft(model: Any) -> Any:
             "such as LoRA, or pass model.get_base_model()"
         )
     inner: Any = model
-    return inner.get_base_model()
+    return without_peft(inner.get_base_model())  # which may be another one
 
 
 def adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -36,12 +36,12 @@ from qat.hosts.construction import constructed_tensors, differs, unstored_tensor
 from qat.jobs import begun, in_threads
 from qat.layers import QuantizedLayer, float_layers, quantized_layers
 from qat.optimizers import unchanged
-from qat.preparation import Prepared, forget_prepared, prepared_as
+from qat.preparation import Prepared, forget_prepared, prepared_as, refuse_adapters_above
 from qat.progress import counted
 from qat.quantizers.activation import ActivationQuantizer
 from qat.runs import read_without_call
 from qat.starting import awaiting
-from qat.tensors import await_numbers, digest, model_device, same_bits, stored_tensors
+from qat.tensors import await_numbers, digest, meta_names, model_device, same_bits, stored_tensors
 
 __all__ = ["FreezeReport", "freeze", "frozen_copy"]
 
@@ -122,12 +122,9 @@ def _remarks(model: nn.Module, allow_unreached: bool, allow_reads: bool) -> list
     """What the record keeps of how the model was trained; `StateError` where that forbids to freeze it."""
     layers = dict(quantized_layers(model))
     prepared, modules = prepared_as(model), dict(model.named_modules())
-    for above, _ in adapters(model):
-        if under := [name for name in layers if name.startswith(f"{above}.")]:
-            raise StateError(
-                f"model: the adapter {above!r} was put over a prepared layer ({under[0]!r}), and stays float "
-                "beside its weight: wrap the float model (get_peft_model), and call qat.prepare on that"
-            )
+    refuse_adapters_above(model)
+    if empty := meta_names(model):
+        raise StateError(f"model: {listed(empty, 4)} have no numbers (meta device): load its weights first")
     gone = [name for name in prepared.layers if name not in layers]
     format = get_target(prepared.target).format
     if half := [name for name in gone if name in modules and format.is_frozen(modules[name])]:

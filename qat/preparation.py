@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qat.adapters import without_peft
+from qat.adapters import adapters, without_peft
 from qat.errors import SpecError, StateError, listed, shown
 from qat.files.evidence import is_frozen
 from qat.hosts import get_target, inner_models
@@ -34,6 +34,7 @@ __all__ = [
     "parameter_groups",
     "prepare",
     "prepared_as",
+    "refuse_adapters_above",
 ]
 
 _ATTRIBUTE = "_qat_prepared"
@@ -224,6 +225,17 @@ def prepared_as(model: nn.Module) -> Prepared:
     return prepared
 
 
+def refuse_adapters_above(module: nn.Module) -> None:
+    """Raise `StateError` where peft has put an adapter over a prepared layer, beside whose weight it stays float."""
+    names = [name for name, _ in quantized_layers(module)]
+    for above, _ in adapters(module):
+        if under := [name for name in names if name.startswith(f"{above}.")]:
+            raise StateError(
+                f"model: the adapter {above!r} was put over a prepared layer ({under[0]!r}), and stays float "
+                "beside its weight: wrap the float model (get_peft_model), and call qat.prepare on that"
+            )
+
+
 def forget_prepared(model: nn.Module) -> None:
     """Mark ``model`` as no longer prepared (freezing has replaced its layers)."""
     delattr(model, _ATTRIBUTE)
@@ -284,6 +296,12 @@ def _complete_float_checkpoint(
         absent = [key for key in own if key not in state]
         if weight is None:
             _require_compensated(layer, name, state)
+            if hasattr(module, _ATTRIBUTE) and not layer.called and not absent:
+                raise StateError(
+                    f"state_dict: has the quantizer of {name.rstrip('.')!r}, but not the parameter of its experts "
+                    "(names of original files are not converted): load what model.state_dict() gave, or what "
+                    "save_pretrained(..., save_original_format=False) wrote"
+                )
             given += not absent
             kept += [name.rstrip(".")] if len(absent) == len(own) else []
             continue
@@ -344,7 +362,7 @@ def parameter_groups(
 
     Returns:
         Groups for any ``torch.optim`` optimizer; empty ones are left out, parameters that need no gradient too. A
-        module that is frozen, or has a frozen part, raises `StateError`.
+        module that is frozen, has a frozen part, or has an adapter over a prepared layer raises `StateError`.
 
     >>> model = nn.Sequential(nn.Linear(256, 64))
     >>> [group["weight_decay"] for group in parameter_groups(model, lr=1e-4, weight_decay=0.1)]
@@ -352,6 +370,7 @@ def parameter_groups(
     """
     if any(is_frozen(part) for part in module.modules()):
         raise StateError(f"module: is frozen, and frozen layers cannot be trained: {_FLOAT_AGAIN}")
+    refuse_adapters_above(module)
     scales = {id(p) for _, layer in quantized_layers(module) for p in layer.quantizer_parameters()}
     trained = [p for p in module.parameters() if p.requires_grad]
     others = [p for p in trained if id(p) not in scales]

@@ -20,7 +20,7 @@ from peft import (
     get_peft_model_state_dict,
 )
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import qat
 from qat.adapters import adapters, without_peft
@@ -32,6 +32,7 @@ from tests.helpers import same_bits
 TOKENS = {"input_ids": torch.arange(24).reshape(2, 12) % 64}
 Q, UP = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj"
 INT4 = qat.QuantSpec(weights="int4")
+SHAPES = {"attn.c_attn": (192, 64), "attn.c_proj": (64, 64), "mlp.c_fc": (256, 64)}  # of layers of GPT-2
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft asks
 
 
@@ -288,8 +289,9 @@ def test_an_adapter_over_a_prepared_layer_is_refused() -> None:
     inner = llama()
     qat.prepare(inner, INT4)
     adapted(inner)
-    with pytest.raises(StateError, match=rf"the adapter '{Q}' was put over a prepared layer"):
-        qat.freeze(inner)
+    for verb in (qat.freeze, lambda model: qat.parameter_groups(model, lr=1e-3)):
+        with pytest.raises(StateError, match=rf"the adapter '{Q}' was put over a prepared layer"):
+            verb(inner)
 
 
 def test_a_prompt_is_refused() -> None:
@@ -310,6 +312,31 @@ def test_bases_that_are_no_linear_layer_stay_float() -> None:
     lone = get_peft_model(nn.Sequential(Other(128, 128)), LoraConfig(target_modules=["0"]))  # type: ignore[arg-type]
     with pytest.raises(SpecError, match=r"under its adapter, Other is not exactly nn.Linear"):
         qat.prepare(lone, INT4)
+
+
+@pytest.mark.parametrize("names", [["c_attn", "c_fc"], ["attn.c_proj"]])
+def test_adapters_over_conv1d_stay_float_and_are_merged(tmp_path: Path, names: list[str]) -> None:
+    torch.manual_seed(0)
+    inner = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=64, n_layer=1, n_head=2, eos_token_id=1)).eval()
+    model = adapted(inner, target_modules=names, fan_in_fan_out=True)
+    report = qat.prepare(model, INT4, target="transformers").inspection
+    floats = {row.name: row.shape for row in report.layers if row.weights is None and "under its adapter" in row.reason}
+    assert floats == {f"transformer.h.0.{name}": SHAPES[name] for name in SHAPES if name.endswith(tuple(names))}
+    train(model)
+    expected = logits(model)
+    qat.freeze(model)
+    qat.export(model, tmp_path / "out", example_inputs=TOKENS)
+    assert qat.verify(tmp_path / "out", reference=model)
+    torch.testing.assert_close(logits(model).float(), expected, rtol=0.05, atol=0.02)
+
+
+@pytest.mark.parametrize("call", ["merge_and_unload", "unload"])
+def test_peft_takes_no_prepared_layer_away(call: str) -> None:
+    model = adapted()
+    qat.prepare(model, INT4)
+    with pytest.raises(StateError, match=r"peft would put float layers in the place .*qat.freeze merges the adapters"):
+        getattr(model, call)()
+    assert len(qat.freeze(model).layers) == 14
 
 
 def test_folding_comes_before_the_adapter() -> None:
@@ -342,3 +369,15 @@ def test_what_is_no_peft_model_is_handed_back() -> None:
     assert without_peft(model) is model
     assert without_peft(None) is None
     assert list(adapters(model)) == []
+
+
+@pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT for a second time")
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute in the model")
+def test_a_peft_model_around_another_is_one_model() -> None:
+    model = get_peft_model(adapted(), LoraConfig(r=2, target_modules=["k_proj"]))
+    assert type(without_peft(model)) is LlamaForCausalLM
+    qat.prepare(model, INT4, target="transformers")
+    kinds = {name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, QLoraLinear)}
+    assert kinds == {"q_proj", "k_proj", "up_proj"}
+    train(model)
+    assert len(qat.freeze(model).layers) == 14

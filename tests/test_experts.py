@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -174,6 +175,7 @@ def test_frozen_experts_run_in_every_form(form: str, tmp_path: Path) -> None:
     qat.export(model, tmp_path / "out")
     loaded: Any = transformers.MixtralForCausalLM.from_pretrained(tmp_path / "out", experts_implementation=form)
     assert same_bits(logits(loaded), before)
+    assert same_bits(logits(qat.load(tmp_path / "out")), before)  # which learns it from the manifest
 
 
 def test_an_expert_that_never_saw_a_token_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -312,6 +314,16 @@ def test_a_prepared_checkpoint_goes_on(tmp_path: Path) -> None:
     qat.prepare(other, qat.QuantSpec(weights="int4"), target="transformers")
     other.load_state_dict(model.state_dict())
     assert same_bits(logits(other), logits(model))
+
+
+def test_a_checkpoint_under_the_names_of_original_files_is_refused(tmp_path: Path) -> None:
+    model = build("Qwen3MoeForCausalLM")
+    qat.prepare(model, qat.QuantSpec(weights="int4"), target="transformers")
+    model.save_pretrained(tmp_path)
+    with pytest.raises(StateError, match=r"quantizer of '.*experts.0.gate_up_proj', but not the parameter of its exp"):
+        model.load_state_dict(load_file(tmp_path / "model.safetensors"), strict=False)
+    model.save_pretrained(tmp_path, save_original_format=False)
+    assert not model.load_state_dict(load_file(tmp_path / "model.safetensors"), strict=False).missing_keys
 
 
 def test_starts_from_data_leave_experts_at_clip(caplog: pytest.LogCaptureFixture) -> None:

@@ -10,8 +10,9 @@ import lightning
 import pytest
 import torch
 from accelerate import Accelerator
+from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
+from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import add_fused_lm_head
 
@@ -175,6 +176,61 @@ def test_the_best_model_is_exported_as_it_was_judged(tmp_path: Path) -> None:
     assert trainer.state.best_global_step < 8
     assert trainer.evaluate()["eval_loss"] == trainer.state.best_metric
     qat.freeze(model)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_the_best_of_adapters_comes_back_or_is_refused(tmp_path: Path) -> None:
+    best = {"load_best_model_at_end": True, "save_strategy": "steps", "eval_strategy": "steps", "eval_steps": 2}
+    for targets in ("all-linear", ["q_proj"]):
+        arguments = TrainingArguments(
+            str(tmp_path), **options(max_steps=4, save_steps=2, **best | {"learning_rate": 9.0})
+        )
+        trainer = Trainer(
+            get_peft_model(llama(), LoraConfig(target_modules=targets, task_type="CAUSAL_LM")),
+            arguments,
+            train_dataset=ROWS,  # type: ignore[arg-type]
+            eval_dataset=ROWS[:8],  # type: ignore[arg-type]
+            callbacks=[QuantizationCallback(INT4)],
+            optimizer_cls_and_kwargs=grouped_optimizer(arguments),
+        )
+        if targets == ["q_proj"]:
+            with pytest.raises(
+                qat.TrainingError, match=r"lack the learned ranges of 6 layers without an adapter \(mod"
+            ):
+                trainer.train()
+            continue
+        trainer.train()
+        assert trainer.state.best_global_step == 2
+        assert trainer.evaluate()["eval_loss"] == trainer.state.best_metric
+
+
+def experts(directory: Path, resume: str | None = None, **own: Any) -> tuple[Any, Trainer]:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = MixtralForCausalLM(MixtralConfig(vocab_size=64, num_key_value_heads=2, num_local_experts=4, **sizes))
+    arguments = TrainingArguments(str(directory), **options(max_steps=4, save_strategy="steps", save_steps=2, **own))
+    trainer = Trainer(
+        model,
+        arguments,
+        train_dataset=ROWS,  # type: ignore[arg-type]
+        eval_dataset=ROWS[:8],  # type: ignore[arg-type]
+        callbacks=[QuantizationCallback(INT4)],
+        optimizer_cls_and_kwargs=grouped_optimizer(arguments),
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    return model, trainer
+
+
+def test_checkpoints_of_experts_resume_and_the_best_comes_back(tmp_path: Path) -> None:
+    best = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 2, "learning_rate": 1.0}
+    model, trainer = experts(tmp_path / "best", **best)
+    assert trainer.state.best_global_step == 2
+    assert trainer.evaluate()["eval_loss"] == trainer.state.best_metric
+    whole, _ = experts(tmp_path / "run")
+    resumed, _ = experts(tmp_path / "run", resume=str(tmp_path / "run" / "checkpoint-2"))
+    assert_equal_state(resumed, whole)
+    for one in (model, resumed):
+        qat.freeze(one)
 
 
 def test_mixed_precision_trains_and_serves_without_autocast(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from tests.architectures import ARCHITECTURES
 from tests.helpers import WEIGHT_TYPES, LearnedStep, awkward_weight, same_bits, tiny_model
 
 TOKENS = torch.arange(24).reshape(2, 12) % 64
+FOR: Any = {"target": "transformers"}
 ALGORITHMS = {
     "straight_through": qat.StraightThrough(),
     "masked": qat.StraightThrough(mask_saturated=True),
@@ -95,6 +96,26 @@ def test_it_computes_in_the_dtype_of_its_table_under_autocast() -> None:
 
 def llama(**sizes: Any) -> Any:
     return tiny_model("llama", hidden_size=256, num_attention_heads=4, vocab_size=64, **sizes)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("size", [32, 70, 128])
+def test_a_table_that_was_resized_since_is_refused(size: int, tied: bool) -> None:
+    model = llama(tie_word_embeddings=tied)
+    qat.prepare(model, qat.QuantSpec(weights="int4", overrides={"*embed_tokens": "int4", "lm_head": "int4"}), **FOR)
+    model.resize_token_embeddings(size)
+    with pytest.raises(StateError, match=f"its table has {size} rows, but its ranges are for 64: resize it before"):
+        model(input_ids=TOKENS % 32)
+
+
+@pytest.mark.parametrize("weights", WEIGHT_TYPES)
+def test_a_frozen_table_takes_no_negative_ids(weights: Any) -> None:
+    model = llama(tie_word_embeddings=False)
+    qat.prepare(model, qat.QuantSpec(weights=weights, include="*embed_tokens"), **FOR)
+    qat.freeze(model)
+    for wrong in (-1, 64):
+        with pytest.raises((IndexError, RuntimeError), match="out of"):
+            model.model.embed_tokens(torch.tensor([[3, wrong]]))
 
 
 @pytest.mark.parametrize(("weights", "dtype"), [("int8", "bfloat16"), ("int4", "bfloat16"), ("int2", "float16")])

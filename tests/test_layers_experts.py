@@ -317,6 +317,13 @@ def test_data_parallel_copies_are_refused() -> None:
         module(*call(1, 2))
 
 
+def test_a_parameter_that_is_computed_is_refused_by_name() -> None:
+    module = prepared(experts("Mixtral"))
+    torch.nn.utils.parametrize.register_parametrization(module, "down_proj", nn.Identity())
+    with pytest.raises(StateError, match=r"down_proj of its experts is computed before each forward.*on the float mod"):
+        module(*call(1, 2))
+
+
 def test_a_class_with_a_forward_of_its_own_is_unknown() -> None:
     class Mine(MixtralExperts):
         def forward(self, hidden_states: Tensor, *_: Any) -> Tensor:

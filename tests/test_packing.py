@@ -93,6 +93,27 @@ def test_a_packed_model_is_trained_exported_and_resumed(tmp_path: Path, caplog: 
     assert same_bits(logits(qat.load(tmp_path / "out")), logits(model))
 
 
+def test_codes_of_another_type_are_refused() -> None:
+    model, other = prepared("int4"), prepared("int4")
+    qat.pack_base(model, "int8")
+    qat.pack_base(other, "float8")
+    with pytest.raises(
+        StateError, match=r"base_layer' are quanto.int8, .* quanto.float8: call qat.pack_base with the t"
+    ):
+        other.load_state_dict(model.state_dict())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_packed_model_may_be_cast(dtype: torch.dtype) -> None:
+    model = prepared("int4", dtype="bfloat16")
+    qat.pack_base(model)
+    before = layer_of(model).base_layer.weight
+    model.to(dtype)
+    assert same_bits(layer_of(model).base_layer.weight, before.to(dtype))
+    model(torch.randn(2, 128, dtype=dtype)).sum().backward()
+    qat.freeze(model)
+
+
 def test_what_cannot_be_packed_is_refused() -> None:
     model = llama()
     with pytest.raises(StateError, match="was not prepared"):
@@ -112,4 +133,4 @@ def test_what_cannot_be_packed_is_refused() -> None:
     with pytest.raises(StateError, match="pack it once"):
         qat.pack_base(lora)
     with pytest.raises(StateError, match=r"its base is packed.*qat.freeze merges it"):
-        lora.merge_and_unload()
+        lora.merge_adapter()

@@ -295,6 +295,8 @@ def test_a_model_on_the_meta_device_is_prepared() -> None:
         model = mlp()
     assert prepare(model, QuantSpec(weights="int4"), algorithm=LearnedStep()).layers == ("0", "2", "4")
     assert {p.device.type for p in model.parameters()} == {"meta"}
+    with pytest.raises(StateError, match=r"0.weight, .* have no numbers \(meta device\): load its weights first"):
+        qat.freeze(model)
 
 
 @pytest.mark.parametrize("name", ["opt", "bert", "llama", "vit", "t5"])

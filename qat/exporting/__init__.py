@@ -151,6 +151,7 @@ def export(
             dtype=record.spec.dtype,
             model_class=f"{type(model).__module__}.{type(model).__qualname__}",
             attn_implementation=host_of(model).attention(model),
+            experts_implementation=host_of(model).experts(model),
             float_grid=float_grid,
             stock_arguments=None if grid is None else grid.arguments,
             weights_stem=stem,

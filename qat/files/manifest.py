@@ -132,6 +132,8 @@ class Manifest(_Frozen):
     """Module path and name of the model's class."""
     attn_implementation: str | None = None
     """The attention implementation that the frozen model ran with, where it has one: it decides how outputs round."""
+    experts_implementation: str | None = None
+    """That of experts, likewise."""
     float_grid: bool = False
     """Whether the weights are on-grid floats for a stock load instead of packed codes."""
     stock_arguments: dict[str, Any] | None = None

@@ -109,7 +109,8 @@ class FrozenEmbedding(QModuleMixin, nn.Embedding):  # type: ignore[misc]
             weight = self._kept[1]
         if not hasattr(weight, "_shift"):
             scale = weight._scale if weight._scale.ndim == 0 else weight._scale[ids]
-            codes = weight._data.view(torch.uint8)[ids].view(weight._data.dtype)  # float8 has no index on a CPU
+            # An index would take negative ids, which no float table does, and float8 has none on a CPU.
+            codes = weight._data.view(torch.uint8).index_select(0, ids).view(weight._data.dtype)
             return scale * codes.to(scale.dtype)  # type: ignore[no-any-return]
         packed, bits = weight._data._data, weight._data._bits
         groups = weight._scale.shape[0] // weight.shape[0]
@@ -117,7 +118,7 @@ class FrozenEmbedding(QModuleMixin, nn.Embedding):  # type: ignore[misc]
         # A byte holds codes of rows that are as far apart as there are packed rows.
         first, shifts = at % packed.shape[0], at // packed.shape[0] * bits
         codes = packed[first].bitwise_right_shift(shifts[:, None].to(torch.uint8)).bitwise_and_(2**bits - 1)
-        values: Tensor = weight._scale[at] * codes
+        values: Tensor = weight._scale.index_select(0, at) * codes  # an index would take negative ids
         return values.sub_(weight._shift[at]).view(len(ids), weight.shape[1])
 
 

@@ -109,7 +109,8 @@ def rows_of_tinygemm(weight: Any, ids: Tensor) -> Tensor | None:
     start = first * (columns // 2) + place // 2
     codes = _stored(weight._data).reshape(-1)[start[:, None] + size[:, None] // 2 * torch.arange(columns)]
     codes = codes.bitwise_right_shift_((place % 2 * 4).to(torch.uint8)[:, None]).bitwise_and_(15)
-    scale, middle = (part[:, ids].T.reshape(-1, 1) for part in weight._scale_shift.unbind(2))
+    # An index would take negative ids.
+    scale, middle = (part.index_select(1, ids).T.reshape(-1, 1) for part in weight._scale_shift.unbind(2))
     values: Tensor = scale * codes.view(-1, weight._group_size)
     return values.sub_(8 * scale - middle).view(len(ids), columns)
 

@@ -123,6 +123,10 @@ class Host:
         """The attention implementation that a model runs with, where it has one: it decides how outputs round."""
         return None
 
+    def experts(self, model: Any) -> str | None:
+        """The implementation of experts that a model runs with, where it has several: it decides how outputs round."""
+        return None
+
     def computes_in_float32(self, model: nn.Module, name: str, dtype: torch.dtype) -> bool:
         """Whether a model's forward computes with its tensor or module ``name`` in float32, whatever is served."""
         return False
@@ -265,7 +269,7 @@ class Host:
         return None
 
     def attention_arguments(self, manifest: Manifest) -> dict[str, str]:
-        """How a load gets the attention implementation that the model was trained with."""
+        """How a load gets the implementations of attention and experts that the model was trained with."""
         return {}
 
     def stock_config(self, manifest: Manifest, format: Format) -> dict[str, Any]:

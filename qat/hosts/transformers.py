@@ -110,10 +110,16 @@ class _Transformers(Host):
     def attention(self, model: Any) -> str | None:
         return getattr(getattr(model, "config", None), "_attn_implementation", None)
 
+    def experts(self, model: Any) -> str | None:
+        """Of classes that have several."""
+        several = getattr(model, "_can_set_experts_implementation", None)
+        return model.config._experts_implementation if several is not None and several() else None
+
     def attention_arguments(self, manifest: Manifest) -> dict[str, str]:
         """Where every machine has it."""
-        kept = manifest.attn_implementation
-        return {"attn_implementation": kept} if kept in ("eager", "sdpa") else {}
+        kept, experts = manifest.attn_implementation, manifest.experts_implementation
+        found = {"attn_implementation": kept} if kept in ("eager", "sdpa") else {}
+        return found | ({"experts_implementation": experts} if experts in ("eager", "batched_mm") else {})
 
     def is_language_model(self, cls: Any) -> bool:
         from transformers import AutoModelForCausalLM

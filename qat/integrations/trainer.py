@@ -30,8 +30,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from qat.adapters import adapters, without_peft
 from qat.calibration import CalibrationReport
-from qat.errors import StateError, TrainingError
+from qat.errors import StateError, TrainingError, listed
 from qat.exporting import export
 from qat.files.evidence import is_frozen
 from qat.freezing import freeze
@@ -137,7 +138,7 @@ class QuantizationCallback(TrainerCallback):
                 "pass optimizer_cls_and_kwargs=grouped_optimizer(arguments) in its place, or call qat.prepare first"
             )
         prepare_once(model, self.spec, self.algorithm, self.target, self.observer, self.example_inputs)
-        _part(model)
+        _make_saveable(model)
         own_statistics(model, model)
         self._begun(args, state, model).require_whole_weights()
 
@@ -158,11 +159,17 @@ class QuantizationCallback(TrainerCallback):
                 "model: was never prepared: give the callback to the Trainer's constructor, and where the Trainer has "
                 "a model_init, call qat.prepare in it"
             )
+        if args.load_best_model_at_end and (apart := _ranges_apart(model)):
+            raise TrainingError(
+                f"load_best_model_at_end: checkpoints of a PeftModel lack the learned ranges of {len(apart)} layers "
+                f"without an adapter ({listed(apart, 4)}), so the best would not come back as it was judged: use "
+                "target_modules='all-linear', or leave it out"
+            )
         if self._steps is not None:  # of a run that failed
             self._steps.close()
         steps = self._steps = self._begun(args, state, model, train_dataloader)
         steps.begin([optimizer], steps=state.max_steps)
-        _part(model)
+        _make_saveable(model)
         steps.judge()
 
     def on_step_begin(
@@ -287,10 +294,23 @@ def _build(model: nn.Module, arguments: TrainingArguments, scale_lr: float | Non
     return cls(groups, **{key: value for key, value in options.items() if key != "optimizer_dict"})
 
 
-def _part(model: nn.Module) -> None:
-    """Give each activation a scale of its own: safetensors writes no tensor that several layers share."""
+def _ranges_apart(model: nn.Module) -> list[str]:
+    """Layers of a ``PeftModel`` that learn ranges, but have no adapter, whose file would hold them."""
+    inner = without_peft(model)
+    under = {name for name, _ in adapters(inner)}
+    layers = () if inner is model else quantized_layers(inner)
+    return [name for name, layer in layers if name not in under and list(layer.quantizer_parameters())]
+
+
+def _make_saveable(model: nn.Module) -> None:
+    """Let the Trainer's checkpoints hold the whole state, under the names by which it loads them.
+
+    safetensors writes no tensor that several layers share, so each activation gets a scale of its own. transformers
+    writes experts, and others, under the names of the original files, and the Trainer does not convert them back.
+    """
     for quantizer in activation_quantizers(model):
         quantizer.part()
+    setattr(model, "_weight_conversions", [])  # noqa: B010 (mypy takes the plain form for a parameter)
 
 
 def _apart(loader: DataLoader[Any]) -> DataLoader[Any]:

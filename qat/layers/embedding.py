@@ -17,6 +17,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from qat.errors import StateError
 from qat.layers.base import QuantizedLayer
 from qat.layers.functional import fake_quantized
 from qat.quantizers.base import Quantized, WeightQuantizer
@@ -34,6 +35,8 @@ class QEmbedding(QuantizedLayer, nn.Embedding):
     targets: ClassVar[tuple[str, ...]] = ("transformers",)
     linear: ClassVar[bool] = False
     float_by_default: ClassVar[str] = "embedding"
+    rows: int
+    """How many the table had when it was prepared."""
 
     @classmethod
     def takes(cls, module: nn.Module) -> bool:
@@ -59,6 +62,13 @@ class QEmbedding(QuantizedLayer, nn.Embedding):
                 return f"its option {option}={value} has no quantized form: build the embedding without it"
         return None
 
+    @classmethod
+    def adopt(cls, module: nn.Module, *quantizers: Any, **named: Any) -> Self:
+        """As any layer; how many rows it has then is kept."""
+        layer = super().adopt(module, *quantizers, **named)
+        layer.rows = layer.num_embeddings
+        return layer
+
     def example_input(self, rows: int, generator: torch.Generator) -> Tensor:
         """Ids, ``(rows, 1)``."""
         return torch.randint(self.num_embeddings, (rows, 1), generator=generator, device=generator.device)
@@ -73,6 +83,11 @@ class QEmbedding(QuantizedLayer, nn.Embedding):
         if not self.mode.weights:
             return self.compute(input, None)
         self._require_quantizers_on(master.device)
+        if len(master) != self.rows and quantizer.state_dict():
+            raise StateError(
+                f"model: its table has {len(master)} rows, but its ranges are for {self.rows}: resize it before "
+                "qat.prepare"
+            )
         if input.numel() >= self.num_embeddings or torch.compiler.is_compiling():
             return self.compute(input, quantizer.quantize(master, master.dtype))
         ids = input.reshape(-1)

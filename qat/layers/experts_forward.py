@@ -163,6 +163,11 @@ class QExperts(nn.Module):
         """What the forward sees in place of a parameter: ``(experts, out, in)``, or as it is stored."""
         master: Any = self._parameters.get(key)
         chosen = [layers[expert] for expert in read.experts] if layers else []
+        if chosen and {isinstance(layer, QuantizedLayer) for layer in chosen} != {master is not None}:
+            raise StateError(
+                f"model: {key} of its experts is computed before each forward, as by an adapter of it, or only a part "
+                "is frozen: put adapters on the float model, or take the masters from a checkpoint"
+            )
         if chosen and master is None:
             return self._stored([layer.value() for layer in chosen])
         index = None if len(read.experts) == len(master) else _index(read, master)

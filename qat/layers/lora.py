@@ -133,8 +133,9 @@ class QLoraLinear(LinearForm, Linear):
         if (now := vars(module).get(_NOW)) is not None:
             return now  # type: ignore[no-any-return]
         form, parts = _form(module), _parts(module)
-        if not _active(module):
-            return module.base_layer.weight  # type: ignore[no-any-return]
+        if not _active(module) or module.fan_in_fan_out:  # over a Conv1D, which is not adopted
+            weight: Tensor = module.base_layer.weight
+            return weight.t() if module.fan_in_fan_out else weight
         value = _merge(form, *parts.values())  # type: ignore[arg-type]
         return _Merged.apply(value, form, *parts.values())  # type: ignore[no-any-return,no-untyped-call]
 
@@ -163,6 +164,13 @@ class QLoraLinear(LinearForm, Linear):
         if not isinstance(self.base_layer, nn.Linear):
             raise StateError("model: its base is packed, and no float weight takes the adapter: qat.freeze merges it")
         super().merge(safe_merge, adapter_names)
+
+    def unload_and_optionally_merge_module(self, *_: Any, **__: Any) -> None:
+        """Refuse peft's ``merge_and_unload`` and ``unload``, which would leave a float layer in its place."""
+        raise StateError(
+            "model: is prepared, and peft would put float layers in the place of quantized ones: qat.freeze merges the "
+            "adapters; for a float model, merge a copy before qat.prepare"
+        )
 
     @classmethod
     def adoption_fault(cls, module: nn.Module) -> str | None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
+from qat.errors import StateError
 from qat.numerics import FrozenWeight, QType
 
 __all__ = ["PackedForm", "PackedLinear"]
+
+_TYPE = "packed_type"  # in a state dict, where int8 and float8 have the same shapes
 
 
 class PackedForm(NamedTuple):
@@ -60,6 +64,24 @@ class PackedLinear(nn.Module):
     def weight(self) -> Tensor:
         """What the codes stand for, ``(out, in)``."""
         return self.form.weight(self.packed, self.scale, self.shift)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # The dtype of the weight is no tensor, and follows what `Module.to` makes of one.
+        self.form = self.form._replace(dtype=fn(torch.empty(0, dtype=self.form.dtype, device=self.packed.device)).dtype)
+        return super()._apply(fn, recurse)  # type: ignore[no-any-return,no-untyped-call]
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}{_TYPE}"] = torch.tensor(list(self.form.qtype.key.encode()), dtype=torch.uint8)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        found = state_dict.pop(f"{prefix}{_TYPE}", None)
+        if found is not None and (key := bytes(found.tolist()).decode()) != self.form.qtype.key:
+            raise StateError(
+                f"state_dict: the codes of {prefix.rstrip('.')!r} are {key}, and the packed base here is "
+                f"{self.form.qtype.key}: call qat.pack_base with the type of the checkpoint"
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(self, input: Tensor) -> Tensor:
         """``x W^T + b``."""
