@@ -134,7 +134,7 @@ def require_finite(name: str, layer: nn.Module) -> None:
 def _example(layer: QuantizedLayer, dtype: torch.dtype) -> Tensor:
     """A few random rows, on the grid of a quantized input, so that no value lies near a rounding boundary."""
     x = layer.example_input(_ROWS, torch.Generator("cpu").manual_seed(0))
-    x = _cast(x, dtype).to(layer.effective_weight(layer).device)
+    x = _cast(x, dtype).to(layer.like_weight(layer).device)
     quantizer = layer.input_quantizer
     if quantizer is None or not quantizer.initialized or not quantizer.enabled:
         return x
@@ -149,7 +149,7 @@ def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
 def hooks_change(layer: QuantizedLayer) -> bool:
     """Whether the forward hooks of a layer change what it computes. They run once; the layer is left as it was."""
     state = [*layer.parameters(), *layer.buffers()]
-    x, kept = _example(layer, layer.effective_weight(layer).dtype), [tensor.clone() for tensor in state]
+    x, kept = _example(layer, layer.like_weight(layer).dtype), [tensor.clone() for tensor in state]
     reached, mode, layer.mode = layer.reached, layer.mode, Mode()
     try:
         for rows in (x, x[None]):  # a hook may want a batch of sequences
@@ -199,7 +199,7 @@ def function_check(layer: QuantizedLayer) -> Callable[[nn.Module], str | None]:
     Kernels round sums in their own ways, so outputs are compared within a tolerance, and where both are finite; weights
     are compared elsewhere. What is returned does not hold the prepared layer.
     """
-    dtype, master_dtype = layer.weight_quantizer.dtype, layer.effective_weight(layer).dtype
+    dtype, master_dtype = layer.weight_quantizer.dtype, layer.like_weight(layer).dtype
     layer.mode, x = Mode(), _example(layer, dtype)
     mixed = dtype is not torch.float32 and dtype is not master_dtype
     with torch.autocast(x.device.type, dtype if mixed else None, enabled=mixed):

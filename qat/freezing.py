@@ -343,7 +343,7 @@ def _freeze_layer(
 
 
 def _narrower(serving: torch.dtype, layer: QuantizedLayer) -> bool:
-    master = layer.effective_weight(layer).dtype
+    master = layer.like_weight(layer).dtype
     return torch.promote_types(master, serving) is not master
 
 

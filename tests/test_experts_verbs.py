@@ -127,6 +127,20 @@ def test_scales_of_activations_learn() -> None:
     assert same_bits(logits(other), logits(model))
 
 
+def test_scales_are_observed_while_weights_train_in_float() -> None:
+    model, plain = calibrated(), build("MixtralForCausalLM")
+    for _, layer in quantized_layers(model):
+        layer.mode = layer.mode._replace(weights=False, activations=False, observe=True)
+    quantizer = expert(model, "0.down_proj").input_quantizer
+    before = quantizer.scale.clone()
+    with torch.no_grad():
+        model.model.layers[0].mlp.experts.gate_up_proj.mul_(4)
+        plain.model.layers[0].mlp.experts.gate_up_proj.mul_(4)
+    assert same_bits(logits(model), logits(plain))
+    quantizer.refresh()
+    assert quantizer.scale > 2 * before
+
+
 def test_cage_pulls_every_expert() -> None:
     model = build("GptOssForCausalLM")
     qat.prepare(model, qat.QuantSpec(weights="int4"), target="transformers")

@@ -115,6 +115,14 @@ def test_gradients_are_those_of_the_merged_weight_handed_on(kind: str, weights: 
     assert layer.base_layer.weight.grad is None
 
 
+def test_inspection_holds_no_merged_weight() -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        layer = layer_of(adapted(dtype=dtype))
+        like, weight = QLoraLinear.like_weight(layer), QLoraLinear.effective_weight(layer)
+        assert (like.shape, like.dtype, like.device) == (weight.shape, weight.dtype, weight.device)
+        assert like.untyped_storage().nbytes() == dtype.itemsize
+
+
 def test_a_base_that_trains_gets_its_gradient() -> None:
     model = prepared("int8")
     layer = layer_of(model)

@@ -66,7 +66,7 @@ class _Decision:
     cls: type[QuantizedLayer]
     """What it becomes where it is quantized."""
     weight: Tensor
-    """Its effective weight."""
+    """Its effective weight, or a tensor like it."""
     layer: LayerSpec | None
     reason: str
     explicit: bool
@@ -186,7 +186,7 @@ def _parameters(layers: Iterable[tuple[nn.Module, type[QuantizedLayer]]]) -> lis
 
 
 def _decide(facts: _Facts, name: str, module: Any, cls: type[QuantizedLayer]) -> _Decision:
-    decision = _Decision(module, cls, cls.effective_weight(module), *facts.spec.resolve(name))
+    decision = _Decision(module, cls, cls.like_weight(module), *facts.spec.resolve(name))
     layer = decision.layer
     if layer is None:
         return decision

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from qat.layers.expert_forms import ExpertMatrix, form_of
+from qat.layers.experts_forward import QExperts, quantized_class
 from qat.layers.linear import LinearForm
 from qat.quantizers.activation import ActivationQuantizer
 from qat.quantizers.base import WeightQuantizer
@@ -128,8 +129,6 @@ class QExpert(LinearForm, ExpertMatrix):
 
 
 def _place(owner: nn.Module, index: str, key: str, layer: nn.Module) -> None:
-    from qat.layers.experts_forward import QExperts, quantized_class
-
     if not isinstance(owner, QExperts):
         form, cls = form_of(owner), cast(Any, type(owner))
         assert form is not None

@@ -138,6 +138,13 @@ class QLoraLinear(LinearForm, Linear):
         value = _merge(form, *parts.values())  # type: ignore[arg-type]
         return _Merged.apply(value, form, *parts.values())  # type: ignore[no-any-return,no-untyped-call]
 
+    @classmethod
+    def like_weight(cls, module: Any) -> Tensor:
+        """One number that stands for all, whatever the base is."""
+        base = module.base_layer
+        held, dtype = (base.packed, base.form.dtype) if isinstance(base, PackedLinear) else (base.weight, base.weight.dtype)
+        return torch.empty((), dtype=dtype, device=held.device).expand(module.out_features, module.in_features)
+
     def recipe(self) -> Recipe | None:
         """How backward computes the merged weight again."""
         if torch.compiler.is_compiling() or (isinstance(self.base_layer, nn.Linear) and not _active(self)):
