@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from qat.layers.expert_forms import ExpertMatrix, form_of
-from qat.layers.experts_forward import QExperts, quantized_class
 from qat.layers.linear import LinearForm
 from qat.quantizers.activation import ActivationQuantizer
 from qat.quantizers.base import WeightQuantizer
@@ -129,6 +128,9 @@ class QExpert(LinearForm, ExpertMatrix):
 
 
 def _place(owner: nn.Module, index: str, key: str, layer: nn.Module) -> None:
+    # Late, since its decorator imports torch's compiler, which takes seconds.
+    from qat.layers.experts_forward import QExperts, quantized_class
+
     if not isinstance(owner, QExperts):
         form, cls = form_of(owner), cast(Any, type(owner))
         assert form is not None

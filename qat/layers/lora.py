@@ -142,7 +142,9 @@ class QLoraLinear(LinearForm, Linear):
     def like_weight(cls, module: Any) -> Tensor:
         """One number that stands for all, whatever the base is."""
         base = module.base_layer
-        held, dtype = (base.packed, base.form.dtype) if isinstance(base, PackedLinear) else (base.weight, base.weight.dtype)
+        held, dtype = (
+            (base.packed, base.form.dtype) if isinstance(base, PackedLinear) else (base.weight, base.weight.dtype)
+        )
         return torch.empty((), dtype=dtype, device=held.device).expand(module.out_features, module.in_features)
 
     def recipe(self) -> Recipe | None:
