@@ -24,8 +24,7 @@ BATCHES = [{"input_ids": TOKENS}, {"input_ids": TOKENS.flip(1)}]
 
 def calibrated(name: str = "MixtralForCausalLM", form: str = "grouped_mm", **options: Any) -> Any:
     model = build(name)
-    if form:
-        model.set_experts_implementation(form)
+    model.set_experts_implementation(form)
     spec = qat.QuantSpec(**{"weights": "int8", "activations": "int8", "dtype": "float32", **options})
     qat.calibrate(model, BATCHES, spec=spec, target="transformers")
     return model
@@ -145,7 +144,7 @@ def test_cage_pulls_every_expert() -> None:
     model = build("GptOssForCausalLM")
     qat.prepare(model, qat.QuantSpec(weights="int4"), target="transformers")
     optimizer = torch.optim.SGD(qat.parameter_groups(model, lr=0.1))
-    assert cage_step(model, optimizer, strength=10.0) == 24
+    assert cage_step(model, optimizer, strength=10.0) == 12
     for _, layer in quantized_layers(model):
         weight = layer.effective_weight(layer).detach()
         assert torch.equal(weight, layer.weight_quantizer.quantize(weight, torch.float32).value)
@@ -203,7 +202,7 @@ def test_experts_of_a_parameter_share_their_activations() -> None:
 
 
 def test_reconstruction_trains_experts_of_a_block() -> None:
-    model = build("MixtralForCausalLM")
+    model = build("MixtralForCausalLM", num_hidden_layers=2)
     spec = qat.QuantSpec(weights="int2", dtype="float32")
     qat.prepare(model, spec, target="transformers", algorithm=qat.LearnedAffine())
     before = expert(model, "0.down_proj").owner.down_proj.detach().clone()
@@ -216,7 +215,7 @@ def test_reconstruction_trains_experts_of_a_block() -> None:
 @pytest.mark.parametrize("score", ["output", "gradient", "kl"])
 def test_a_search_wants_types_of_experts(score: Any) -> None:
     model = build("MixtralForCausalLM")
-    with pytest.raises(SpecError, match=r"overrides: no damage of 16 matrices of experts can be seen"):
+    with pytest.raises(SpecError, match=r"overrides: no damage of 8 matrices of experts can be seen"):
         qat.search(model, qat.QuantSpec(), BATCHES, budget="int8", score=score, target="transformers")
     spec = qat.QuantSpec(overrides={"*experts*": "int4"}, dtype="float32")
     found = qat.search(model, spec, BATCHES, budget="int4", score=score, target="transformers")
@@ -227,10 +226,10 @@ def test_a_search_wants_types_of_experts(score: Any) -> None:
 def test_codes_alone_do_not_train_experts() -> None:
     model = build("MixtralForCausalLM")
     train(model, qat.QuantSpec(weights="int4"))
-    with pytest.raises(StateError, match=r"16 layers are no plain QLinear: exclude them"):
+    with pytest.raises(StateError, match=r"8 layers are no plain QLinear: exclude them"):
         qat.fix_codes(copy.deepcopy(model))
     qat.freeze(model)
-    with pytest.raises(StateError, match=r"16 layers are experts in one parameter \(model\.layers\.0\.mlp\.experts"):
+    with pytest.raises(StateError, match=r"8 layers are experts in one parameter \(model\.layers\.0\.mlp\.experts"):
         qat.fix_codes(model)
 
 
@@ -277,14 +276,13 @@ def test_inf_in_experts_is_refused() -> None:
     model = build("MixtralForCausalLM")
     qat.prepare(model, qat.QuantSpec(weights="int8"), target="transformers")
     with torch.no_grad():
-        model.model.layers[1].mlp.experts.down_proj[2, 0, 0] = torch.inf
-    with pytest.raises(StateError, match=r"layers\.1\.mlp\.experts\.2\.down_proj' holds inf or NaN in its weight"):
+        model.model.layers[0].mlp.experts.down_proj[2, 0, 0] = torch.inf
+    with pytest.raises(StateError, match=r"layers\.0\.mlp\.experts\.2\.down_proj' holds inf or NaN in its weight"):
         qat.freeze(model)
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's compiler does so
-def test_a_compiled_model_computes_the_same() -> None:
-    model = calibrated()
-    before = logits(model)
-    compiled = torch.compile(model, backend="eager")
-    assert same_bits(logits(compiled), before)
+def test_compiled_experts_compute_the_same() -> None:
+    block, x = calibrated().model.layers[0].mlp, torch.randn(2, 5, 64)
+    with torch.no_grad():
+        assert same_bits(torch.compile(block, backend="eager")(x), block(x))
