@@ -7,6 +7,7 @@ layer, a format or a quantizer of your own whose forward computes something else
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
@@ -41,19 +42,27 @@ _CODE_STEP = 0.13
 def unreached_layers(model: nn.Module) -> tuple[list[str], list[str]]:
     """Prepared layers that never ran quantized, if anything ran; nothing is known of compiled modules.
 
-    The second list is of experts that saw no token, while others of the same parameter did: their path is known.
+    The second list is of experts that saw no token, while others beside them did: their path is known.
     """
     layers = list(quantized_layers(model))
     if not (runs(model) or any(layer.reached for _, layer in layers)):
         return [], []
     compiled = compiled_parts(model)
     shared = {id(layer.weight_quantizer) for _, layer in layers if layer.reached}  # layers may share a weight
-    ran = {id(p) for _, layer in layers if layer.reached and not layer.called for p in layer.masters(layer).values()}
+    ran = {place for name, layer in layers if layer.reached for place in _of_experts(name, layer)}
     found: tuple[list[str], list[str]] = [], []
     for name, layer in layers:
         if id(layer.weight_quantizer) not in shared and not f"{name}.".startswith(compiled):
-            found[any(id(p) in ran for p in layer.masters(layer).values())].append(name)
+            found[not ran.isdisjoint(_of_experts(name, layer))].append(name)
     return found
+
+
+def _of_experts(name: str, layer: QuantizedLayer) -> set[object]:
+    """What a layer shares with those of other experts: a parameter, or all of its name but the expert's."""
+    if not layer.called:
+        return {id(p) for p in layer.masters(layer).values()}
+    expert = re.fullmatch(r"(.*expert[^.]*)\.[^.]*\d+\.([^.]+)", name)
+    return set() if expert is None else {expert.groups()}
 
 
 @torch.no_grad()

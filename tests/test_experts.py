@@ -194,6 +194,18 @@ def test_an_expert_that_never_saw_a_token_is_named(tmp_path: Path, caplog: pytes
     assert "never saw a token" in (tmp_path / "out" / "README.md").read_text()
 
 
+def test_an_expert_in_a_list_that_never_saw_a_token_is_named_too(caplog: pytest.LogCaptureFixture) -> None:
+    torch.manual_seed(0)
+    sizes = {"d_model": 64, "d_kv": 16, "d_ff": 64, "num_layers": 1, "num_decoder_layers": 1, "num_heads": 2}
+    config = transformers.SwitchTransformersConfig(**sizes, vocab_size=64, num_experts=4, num_sparse_encoder_layers=1)
+    model = transformers.SwitchTransformersForConditionalGeneration(config).eval()
+    qat.prepare(model, qat.QuantSpec(weights="int8"), target="transformers")
+    with torch.no_grad():
+        model(input_ids=TOKENS[:1, :1], decoder_input_ids=TOKENS[:1, :1])
+    qat.freeze(model)
+    assert "3 experts never saw a token, and so learned nothing: encoder.block.0.layer.1.mlp.experts (" in caplog.text
+
+
 def test_experts_that_were_gone_around_are_refused() -> None:
     model = build("MixtralForCausalLM", num_hidden_layers=2)
     qat.prepare(model, qat.QuantSpec(weights="int8"), target="transformers")

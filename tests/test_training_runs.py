@@ -129,8 +129,11 @@ def test_gradient_checkpointing_changes_nothing(run: dict[str, Any], tmp_path: P
 
 
 @pytest.mark.filterwarnings("ignore:<class 'torch.autograd.function.Function'> should not be:DeprecationWarning")
-@pytest.mark.parametrize("when", ["before its first call", "after its first call"])
-@pytest.mark.parametrize("spec", [INT4, INT8_INT8], ids=["int4", "int8 activations"])
+@pytest.mark.parametrize(
+    ("spec", "when"),
+    [(INT4, "after its first call"), (INT8_INT8, "before its first call")],
+    ids=["int4, after its first call", "int8 activations, before"],
+)
 def test_a_compiled_model_trains_like_an_eager_one(spec: qat.QuantSpec, when: str, tmp_path: Path) -> None:
     """Traced without generated code, which other tests compare; here it matters that the new layers are traced."""
     torch.compiler.reset()

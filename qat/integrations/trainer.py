@@ -270,7 +270,9 @@ def _apart(loader: DataLoader[Any]) -> DataLoader[Any]:
 def _own_random_numbers() -> Iterator[None]:
     """A run with and one without this calibration shuffle their data alike, and draw the same noise."""
     states = random.getstate(), numpy.random.get_state()
-    with torch.random.fork_rng(range(torch.cuda.device_count()) if torch.cuda.is_available() else []):
-        yield
-    random.setstate(states[0])
-    numpy.random.set_state(states[1])
+    try:
+        with torch.random.fork_rng(range(torch.cuda.device_count()) if torch.cuda.is_available() else []):
+            yield
+    finally:
+        random.setstate(states[0])
+        numpy.random.set_state(states[1])
