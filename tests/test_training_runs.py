@@ -43,8 +43,9 @@ def arrives_quantized(layer: Any) -> bool:
     return layer.input_quantizer is not None and layer.input_quantizer.arrives_quantized
 
 
-@pytest.mark.parametrize("cut_after", [6, 12], ids=["in the first epoch", "in the second"])
-@pytest.mark.parametrize("accumulate", [1, 2], ids=["each batch", "two batches"])
+@pytest.mark.parametrize(
+    ("accumulate", "cut_after"), [(1, 12), (2, 6)], ids=["each batch, in the second epoch", "two batches, in the first"]
+)
 @pytest.mark.parametrize("run", RUNS.values(), ids=RUNS.keys())
 def test_a_resumed_run_equals_an_uninterrupted_one(
     run: dict[str, Any], accumulate: int, cut_after: int, tmp_path: Path

@@ -1,7 +1,7 @@
 """`QExperts`: how a module of experts runs with quantized matrices, by its own forward.
 
-Its class is made of the float one. Before a forward it finds the experts that are read, fake-quantizes these in one
-call, and lets the module see them in place of its parameters, closed up and with the numbers that they have then. So
+Its class is made of the float one. Before a forward it finds the experts that are read, and fake-quantizes these in one
+call. The module sees them in place of its parameters, closed up, and routes with the numbers that they have then. So
 every form of the product runs as it is: loops, batched and grouped ones, and gates of a class's own.
 
 Neither the fake-quantized matrices nor copies of masters are kept for backward: `qat.layers.recomputed`.

@@ -3,8 +3,8 @@
 The weight is ``W + scaling * B A``, or DoRA's ``m (W + scaling * B A) / |W + scaling * B A|``, computed as peft merges
 it, with the same bits. So what is trained is what the merged model serves.
 
-A base that needs no gradient gets none. Between forward and backward the layer keeps its input and the adapter: the
-weight is computed again in backward, and neither it nor its gradient outlives a step of the graph. What it trades away:
+A base that needs no gradient gets none. Between forward and backward the layer keeps its input and the adapter. The
+weight is computed again in backward. Neither it nor its gradient outlives a step of the graph. What it trades away:
 each product ``B A`` is computed twice, and the weight's whole gradient once, where plain LoRA has neither.
 """
 
