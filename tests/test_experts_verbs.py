@@ -17,7 +17,7 @@ from qat.quantizers.activation import LearnedScale
 from qat.training.annealing import begin_with, end_first_type
 from qat.training.cage import cage_step
 from tests.helpers import same_bits
-from tests.test_experts import TOKENS, build, logits, train
+from tests.test_experts import QUICK, TOKENS, build, logits, train
 
 BATCHES = [{"input_ids": TOKENS}, {"input_ids": TOKENS.flip(1)}]
 
@@ -152,7 +152,7 @@ def test_cage_pulls_every_expert() -> None:
 
 def test_another_type_may_come_first() -> None:
     model = build("MixtralForCausalLM")
-    qat.prepare(model, qat.QuantSpec(weights="int2"), target="transformers", algorithm=qat.LearnedAffine())
+    qat.prepare(model, qat.QuantSpec(weights="int2"), target="transformers", algorithm=QUICK)
     begin_with(model, "int4")
     first = logits(model)
     with pytest.raises(StateError, match="still train as int4"):

@@ -49,11 +49,12 @@ CLASSES: dict[str, tuple[Any, Any]] = {
         NemotronHConfig(hidden_size=HIDDEN, moe_intermediate_size=INNER, n_routed_experts=EXPERTS),
     ),
 }
+LEARNED = qat.LearnedAffine(start="lsq")  # weights saturate, and no search is waited for
 ALGORITHMS: list[Algorithm] = [
     qat.StraightThrough(),
-    qat.LearnedAffine(),
-    qat.LearnedAffine(mask_margin=0.5),
-    qat.LearnedAffine(gradient="stable"),
+    LEARNED,
+    LEARNED.model_copy(update={"mask_margin": 0.5}),
+    LEARNED.model_copy(update={"gradient": "stable"}),
     qat.DualLSQ(),
     qat.LearnedClipping(),
     qat.StretchedElastic(),
@@ -70,9 +71,8 @@ def experts(name: str, form: str = "eager", dtype: torch.dtype = torch.float32) 
     return made.to(dtype)
 
 
-def prepared(module: Any, weights: str = "int4", algorithm: Algorithm | None = None) -> Any:
+def prepared(module: Any, weights: str = "int4", algorithm: Algorithm = LEARNED) -> Any:
     """The module with every expert quantized; `qat.prepare` takes whole models of transformers."""
-    algorithm = algorithm or qat.LearnedAffine()
     for _, view, cls in list(float_layers(module)):
         weight = cls.effective_weight(view)
         types = QUANTO.types(weights, None, torch.float32)
