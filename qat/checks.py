@@ -7,6 +7,7 @@ layer, a format or a quantizer of your own whose forward computes something else
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
@@ -41,19 +42,27 @@ _CODE_STEP = 0.13
 def unreached_layers(model: nn.Module) -> tuple[list[str], list[str]]:
     """Prepared layers that never ran quantized, if anything ran; nothing is known of compiled modules.
 
-    The second list is of experts that saw no token, while others of the same parameter did: their path is known.
+    The second list is of experts that saw no token, while others beside them did: their path is known.
     """
     layers = list(quantized_layers(model))
     if not (runs(model) or any(layer.reached for _, layer in layers)):
         return [], []
     compiled = compiled_parts(model)
     shared = {id(layer.weight_quantizer) for _, layer in layers if layer.reached}  # layers may share a weight
-    ran = {id(p) for _, layer in layers if layer.reached and not layer.called for p in layer.masters(layer).values()}
+    ran = {place for name, layer in layers if layer.reached for place in _of_experts(name, layer)}
     found: tuple[list[str], list[str]] = [], []
     for name, layer in layers:
         if id(layer.weight_quantizer) not in shared and not f"{name}.".startswith(compiled):
-            found[any(id(p) in ran for p in layer.masters(layer).values())].append(name)
+            found[not ran.isdisjoint(_of_experts(name, layer))].append(name)
     return found
+
+
+def _of_experts(name: str, layer: QuantizedLayer) -> set[object]:
+    """What a layer shares with those of other experts: a parameter, or all of its name but the expert's."""
+    if not layer.called:
+        return {id(p) for p in layer.masters(layer).values()}
+    expert = re.fullmatch(r"(.*expert[^.]*)\.[^.]*\d+\.([^.]+)", name)
+    return set() if expert is None else {expert.groups()}
 
 
 @torch.no_grad()
@@ -134,7 +143,7 @@ def require_finite(name: str, layer: nn.Module) -> None:
 def _example(layer: QuantizedLayer, dtype: torch.dtype) -> Tensor:
     """A few random rows, on the grid of a quantized input, so that no value lies near a rounding boundary."""
     x = layer.example_input(_ROWS, torch.Generator("cpu").manual_seed(0))
-    x = _cast(x, dtype).to(layer.effective_weight(layer).device)
+    x = _cast(x, dtype).to(layer.like_weight(layer).device)
     quantizer = layer.input_quantizer
     if quantizer is None or not quantizer.initialized or not quantizer.enabled:
         return x
@@ -149,7 +158,7 @@ def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
 def hooks_change(layer: QuantizedLayer) -> bool:
     """Whether the forward hooks of a layer change what it computes. They run once; the layer is left as it was."""
     state = [*layer.parameters(), *layer.buffers()]
-    x, kept = _example(layer, layer.effective_weight(layer).dtype), [tensor.clone() for tensor in state]
+    x, kept = _example(layer, layer.like_weight(layer).dtype), [tensor.clone() for tensor in state]
     reached, mode, layer.mode = layer.reached, layer.mode, Mode()
     try:
         for rows in (x, x[None]):  # a hook may want a batch of sequences
@@ -199,7 +208,7 @@ def function_check(layer: QuantizedLayer) -> Callable[[nn.Module], str | None]:
     Kernels round sums in their own ways, so outputs are compared within a tolerance, and where both are finite; weights
     are compared elsewhere. What is returned does not hold the prepared layer.
     """
-    dtype, master_dtype = layer.weight_quantizer.dtype, layer.effective_weight(layer).dtype
+    dtype, master_dtype = layer.weight_quantizer.dtype, layer.like_weight(layer).dtype
     layer.mode, x = Mode(), _example(layer, dtype)
     mixed = dtype is not torch.float32 and dtype is not master_dtype
     with torch.autocast(x.device.type, dtype if mixed else None, enabled=mixed):

@@ -171,7 +171,7 @@ def _remarks(model: nn.Module, allow_unreached: bool, allow_reads: bool) -> list
             experts.setdefault(name.rpartition(".")[0], []).append(name.rpartition(".")[2])
         places = [f"{name} ({', '.join(numbers)})" for name, numbers in experts.items()]
         count = sum(map(len, experts.values()))
-        notes.append(f"{count} experts never saw a token, and are frozen as they began: {listed(places, 100)}")
+        notes.append(f"{count} experts never saw a token, and so learned nothing: {listed(places, 100)}")
         logger.warning("%s", notes[-1])
     if unreached:
         notes.append(f"{len(unreached)} layers were frozen although they never ran quantized: {listed(unreached, 4)}")
@@ -340,7 +340,7 @@ def _freeze_layer(
 
 
 def _narrower(serving: torch.dtype, layer: QuantizedLayer) -> bool:
-    master = layer.effective_weight(layer).dtype
+    master = layer.like_weight(layer).dtype
     return torch.promote_types(master, serving) is not master
 
 

@@ -89,7 +89,7 @@ class OutputErrors:
         """Of a layer's input and, if that is quantized, its output; over all ranks of the default process group."""
         layer = self._layers[name]
         sides = len(list(layer.activation_quantizers()))
-        device = layer.effective_weight(layer).device
+        device = layer.like_weight(layer).device
         sums = self._sums.get(name, torch.zeros(1 + 3 * sides, dtype=torch.float64, device=device))
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(sums)

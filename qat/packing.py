@@ -3,7 +3,7 @@
 As in QLoRA (Dettmers et al. 2023, https://arxiv.org/abs/2305.14314), with the types and the arithmetic of serving:
 an int4 base takes half a byte a weight. What is fake-quantized is the value of the codes with the adapter, so the
 merged export is still what was trained. What it trades away: the part of the base that its codes lose, which no
-adapter of low rank brings back, and a pass over each weight that unpacks it, twice a step.
+adapter of low rank brings back. And each weight is unpacked twice a step.
 """
 
 from __future__ import annotations

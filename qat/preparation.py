@@ -164,9 +164,7 @@ def prepare(
         layer = cls.adopt(module, quantizer, inputs, outputs)
         if isinstance(owner := owners.get(name), QuantizedLayer):
             layer.share(owner)
-    inexact = [
-        n for n, cls, m, q, _, _ in made if q.float8_backward and any(s % 16 for s in cls.effective_weight(m).shape)
-    ]
+    inexact = [n for n, cls, m, q, _, _ in made if q.float8_backward and any(s % 16 for s in cls.like_weight(m).shape)]
     remarks = []
     if inexact:
         remarks.append(

@@ -176,7 +176,7 @@ def find_starts(
         groups = readers.groups()
     if several_processes():
         groups = []  # ranks whose batches tell different things would wait for each other
-    sizes = {name: layer.effective_weight(layer).shape[1] for name, layer in layers.items()}
+    sizes = {name: layer.like_weight(layer).shape[1] for name, layer in layers.items()}
     pending = list(rounds(sizes, groups, budget))
     while pending:
         units = pending.pop(0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -74,14 +75,23 @@ def table(rows: Mapping[str, Row]) -> str:
     ]
     for task in dict.fromkeys(row.task for row in run.values()):
         lines += _results(task, {name: row for name, row in run.items() if row.task == task})
-    lines += ["## Left float", "", "Of the classes made by hand; output heads and tied weights, which stay float by "]
-    lines[-1] += "default, and what no format holds are not listed."
-    lines += ["", *(line for name, row in run.items() if row.task == "by hand" for line in _left_float(name, row)), ""]
+    lines += [
+        "## Left float",
+        "",
+        "Of the classes made by hand; output heads and tied weights, which stay float by "
+        "default, and what no format holds are not listed.",
+        "",
+    ]
+    lines += [*(line for name, row in run.items() if row.task == "by hand" for line in _left_float(name, row)), ""]
     lines += ["Over all classes, by reason:", "", *_reasons(run), ""]
     left_out = [f"- {name}: {row.reason[:200]}" for name, row in rows.items() if row.reason]
-    return "\n".join(
-        [*lines, "## Faults", "", *(_faults(run) or ["None."]), "", "## Not run", "", *(left_out or ["None."]), ""]
-    )
+    lines += ["## Faults", "", *(_faults(run) or ["None."]), "", "## Not run", "", *(left_out or ["None."])]
+    return "".join(f"{line if line.startswith('|') else _wrapped(line)}\n" for line in lines)
+
+
+def _wrapped(line: str) -> str:
+    indent = "  " if line.startswith("- ") else ""
+    return textwrap.fill(line, 120, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
 def _tasks(rows: Mapping[str, Row]) -> Iterator[str]:

@@ -383,9 +383,9 @@ def write(found: Mapping[str, Row], order: Sequence[str], output: Path) -> None:
         kept = {name: Row(**row) for name, row in json.loads(path.read_text(encoding="utf-8"))["results"].items()}
     rows = {**kept, **found}
     rows = {name: rows[name] for name in order if name in rows}
-    plain = {name: asdict(row) for name, row in rows.items()}
-    text = json.dumps({"command": "python -m scripts.architecture_matrix", "results": plain}, indent=1)
-    path.write_text(text + "\n", encoding="utf-8")
+    lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(asdict(row))}" for name, row in rows.items())
+    head = '{"command": "python -m scripts.architecture_matrix", "results": {'
+    path.write_text(f"{head}\n{lines}\n}}}}\n", encoding="utf-8")
     (output / "architectures.md").write_text(table(rows), encoding="utf-8")
 
 

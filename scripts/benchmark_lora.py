@@ -8,9 +8,9 @@ float model. ``gain_from_best`` is the share of full training's gain over the st
     python -m scripts.benchmark_lora quality --types int4 int2 --steps 80
     python -m scripts.benchmark_lora memory --shape 8b --device cuda --dtype bfloat16
 
-Both print JSON. In ``memory``, ``lora`` is peft's plain LoRA, ``lora_learned`` and ``lora_qat`` are ours with learned
-ranges and without, ``lora_packed`` holds the base as int4 codes, and in ``lora_torchao`` torchao fake-quantizes the
-base alone, beside a float adapter.
+Both print JSON. In ``memory``, ``lora`` is peft's plain LoRA. ``lora_learned`` and ``lora_qat`` are ours, with learned
+ranges and without. ``lora_packed`` holds the base as int4 codes. In ``lora_torchao`` torchao fake-quantizes the base
+alone, beside a float adapter.
 """
 
 from __future__ import annotations
@@ -117,16 +117,16 @@ def main() -> None:
     of_memory.add_argument("--rounds", type=int, default=2)
     of_memory.add_argument("--warmup", type=int, default=2)
     arguments = parser.parse_args()
-    quick = arguments.what == "quality"
-    arguments.steps = arguments.steps or (80 if quick else 6)
-    arguments.arms = arguments.arms or list(QUALITY_ARMS if quick else MEMORY_ARMS)
-    arguments.serving = arguments.serving if quick else arguments.dtype
+    judges = arguments.what == "quality"
+    arguments.steps = arguments.steps or (80 if judges else 6)
+    arguments.arms = arguments.arms or list(QUALITY_ARMS if judges else MEMORY_ARMS)
+    arguments.serving = arguments.serving if judges else arguments.dtype
     arguments.compile, arguments.clock = False, "wall"
     if arguments.what == "gains":
         rows = [json.loads(line) for line in arguments.rows.read_text().splitlines()]
         print(json.dumps({weights: gains(rows, weights) for weights in arguments.types}, indent=1))
         return
-    found = (quality if quick else memory)(arguments)
+    found = (quality if judges else memory)(arguments)
     options = {key: value for key, value in vars(arguments).items() if key not in ("output", "rows")}
     text = json.dumps({"options": options} | found, indent=1)
     print(text)

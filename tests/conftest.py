@@ -6,6 +6,7 @@ hypothesis without a clock or a memory.
 
 from __future__ import annotations
 
+import gc
 import os
 import tempfile
 
@@ -26,6 +27,11 @@ torch.set_num_threads(1)
 # A test that fails must fail again, on a slow machine too.
 settings.register_profile("qat", derandomize=True, deadline=None, database=None)
 settings.load_profile("qat")
+
+
+def pytest_collection_finish() -> None:
+    """Collecting garbage, as accelerate does around each training, takes half a second for what imports have made."""
+    gc.freeze()
 
 
 def pytest_unconfigure() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
@@ -16,14 +17,14 @@ import qat
 from qat.integrations.trainer import QuantizationCallback, grouped_optimizer
 
 INT4 = qat.QuantSpec(weights="int4", dtype="float32")
-INT4_INT8 = qat.QuantSpec(weights="int4", activations="int8", dtype="float32")
+INT4_INT8 = qat.QuantSpec(
+    weights="int4", activations="int8", dtype="float32", include=("*q_proj", "*up_proj", "*down_proj")
+)
 GPTQ = qat.LearnedAffine(start="gptq")
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2}
 ROWS = [
     {"input_ids": row, "labels": row} for row in torch.randint(64, (32, 16), generator=torch.Generator().manual_seed(3))
 ]
-
-
 LATE = qat.QuantizationSchedule(calibration_batches=2, start_step=2, hold_scales_from=6)
 
 
@@ -76,6 +77,30 @@ def plain_loop(
         training.after_step()
     training.end()
     return model, losses
+
+
+def accelerated(how: How, directory: Path, *, save_at: int | None = None, resume: bool = False) -> Any:
+    """The trained model and the losses, saved by accelerate or resumed from what it saved."""
+    accelerator, losses = Accelerator(cpu=True), []
+    model = prepared(how)
+    training = qat.QuantizationSteps(model, how.schedule, loader())
+    model, optimizer, batches = accelerator.prepare(model, optimizer_of(model), loader())
+    accelerator.register_for_checkpointing(training)
+    if resume:
+        accelerator.load_state(str(directory))
+    training.begin([optimizer], steps=8)
+    for batch in accelerator.skip_first_batches(batches, training.step):
+        training.before_step()
+        loss = model(**batch).loss
+        losses.append(loss.item())
+        accelerator.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        training.after_step()
+        if training.step == save_at:
+            accelerator.save_state(str(directory))
+    training.end()
+    return accelerator.unwrap_model(model), losses
 
 
 class Losses(TrainerCallback):

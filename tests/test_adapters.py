@@ -312,6 +312,12 @@ def test_bases_that_are_no_linear_layer_stay_float() -> None:
     lone = get_peft_model(nn.Sequential(Other(128, 128)), LoraConfig(target_modules=["0"]))  # type: ignore[arg-type]
     with pytest.raises(SpecError, match=r"under its adapter, Other is not exactly nn.Linear"):
         qat.prepare(lone, INT4)
+    gpt2: Any = GPT2LMHeadModel(GPT2Config(n_embd=64, n_layer=1, n_head=2, vocab_size=64))
+    gpt2 = get_peft_model(gpt2, LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True))
+    rows = {row.name: row for row in qat.inspect(gpt2, INT4, target="transformers").layers}
+    row = rows["transformer.h.0.attn.c_attn"]
+    assert (row.shape, row.weights) == ((192, 64), None)
+    assert row.reason == "under its adapter, Conv1D is not exactly nn.Linear: its own forward would be lost"
 
 
 @pytest.mark.parametrize("names", [["c_attn", "c_fc"], ["attn.c_proj"]])

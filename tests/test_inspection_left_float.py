@@ -48,7 +48,7 @@ class Mixed(nn.Module):
         self.tied.weight = self.embed.weight
 
 
-TABLE = "the loader of target 'quanto' replaces no Embedding: use target 'transformers'"
+TABLE = "the loader of target 'quanto' replaces no Embedding: no target for such a model does"
 CONVOLUTION = "convolution, float by default (include it by name to quantize it)"
 
 

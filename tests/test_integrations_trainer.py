@@ -9,7 +9,6 @@ import datasets
 import lightning
 import pytest
 import torch
-from accelerate import Accelerator
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models
 from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
@@ -21,9 +20,11 @@ from qat.integrations.trainer import QuantizationCallback, grouped_optimizer
 from tests.language_models import (
     GPTQ,
     INT4,
+    INT4_INT8,
     ROWS,
     How,
     Losses,
+    accelerated,
     huggingface,
     llama,
     loader,
@@ -45,21 +46,7 @@ def by_transformers(directory: Path, how: How) -> tuple[Any, list[float]]:
 
 
 def by_accelerate(directory: Path, how: How) -> tuple[Any, list[float]]:
-    accelerator, losses = Accelerator(cpu=True), []
-    model = prepared(how)
-    model, optimizer, batches = accelerator.prepare(model, optimizer_of(model), loader())
-    training = qat.QuantizationSteps(model, how.schedule, loader())
-    training.begin([optimizer], steps=8)
-    for batch in batches:
-        training.before_step()
-        loss = model(**batch).loss
-        losses.append(loss.item())
-        accelerator.backward(loss)
-        optimizer.step()
-        optimizer.zero_grad()
-        training.after_step()
-    training.end()
-    return accelerator.unwrap_model(model), losses
+    return accelerated(how, directory)  # type: ignore[no-any-return]
 
 
 def by_lightning(directory: Path, how: How) -> tuple[Any, list[float]]:
@@ -144,7 +131,7 @@ def test_trl_is_within_rounding_of_the_plain_loss(tmp_path: Path) -> None:
     [
         How(schedule=qat.QuantizationSchedule(calibration_batches=2, observe_from=1)),
         How(
-            qat.QuantSpec(weights="int2", dtype="float32"),
+            INT4_INT8.model_copy(update={"weights": "int2", "activations": None}),
             GPTQ,
             qat.QuantizationSchedule(
                 calibration_batches=2, first_weights="int4", first_weights_until=5, hold_scales_from=6, cage=3.0

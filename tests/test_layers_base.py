@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +20,8 @@ from qat.observers import Absmax
 from qat.quantizers import Algorithm, LearnedAffine, StraightThrough
 from qat.quantizers.activation import ActivationQuantizer
 from tests.helpers import WEIGHT_TYPES, LearnedStep, same_bits
+from tests.test_experts import TOKENS, build
+from tests.test_layers_conv1d import gpt2
 
 INT8 = QUANTO.qtypes["int8"]
 ALGORITHMS: list[Algorithm] = [StraightThrough(), LearnedAffine(), LearnedStep()]
@@ -253,6 +257,18 @@ def test_a_float_checkpoint_into_a_model_prepared_on_meta_gives_what_the_cpu_giv
     with torch.no_grad():
         found, wanted = model(x), truth(x)
     assert torch.equal(*(y.dequantize() if hasattr(y, "dequantize") else y for y in (found, wanted)))
+
+
+@pytest.mark.parametrize("made", [gpt2, partial(build, "GptOssForCausalLM")], ids=["Conv1D", "experts"])
+def test_a_float_checkpoint_fills_layers_that_store_their_weights_transposed(made: Any) -> None:
+    model, other = made(), made()
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.5)
+    qat.prepare(model, qat.QuantSpec(weights="int4"), target="transformers")
+    model.load_state_dict(other.state_dict())
+    qat.prepare(other, qat.QuantSpec(weights="int4"), target="transformers")
+    assert same_bits(model(input_ids=TOKENS).logits, other(input_ids=TOKENS).logits)
 
 
 @pytest.mark.parametrize("algorithm", [LearnedAffine(), LearnedStep()], ids=lambda algorithm: str(algorithm.kind))

@@ -175,6 +175,13 @@ def test_the_readme_and_the_pages_show_library_examples() -> None:
     assert {"README.md", "docs/usage.md"} <= set(WITH_PYTHON)
 
 
+def test_lines_are_short() -> None:
+    """But for results, whose tables scripts write."""
+    pages = [page for page in PAGES if "results" not in page.parts]
+    lines = [(page.name, *line) for page in pages for line in enumerate(page.read_text().splitlines(), 1)]
+    assert not [(name, number) for name, number, line in lines if len(line) > 120]
+
+
 def test_extras_exist() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     named = {

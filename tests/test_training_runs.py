@@ -43,8 +43,9 @@ def arrives_quantized(layer: Any) -> bool:
     return layer.input_quantizer is not None and layer.input_quantizer.arrives_quantized
 
 
-@pytest.mark.parametrize("cut_after", [6, 12], ids=["in the first epoch", "in the second"])
-@pytest.mark.parametrize("accumulate", [1, 2], ids=["each batch", "two batches"])
+@pytest.mark.parametrize(
+    ("accumulate", "cut_after"), [(1, 12), (2, 6)], ids=["each batch, in the second epoch", "two batches, in the first"]
+)
 @pytest.mark.parametrize("run", RUNS.values(), ids=RUNS.keys())
 def test_a_resumed_run_equals_an_uninterrupted_one(
     run: dict[str, Any], accumulate: int, cut_after: int, tmp_path: Path
@@ -129,8 +130,11 @@ def test_gradient_checkpointing_changes_nothing(run: dict[str, Any], tmp_path: P
 
 
 @pytest.mark.filterwarnings("ignore:<class 'torch.autograd.function.Function'> should not be:DeprecationWarning")
-@pytest.mark.parametrize("when", ["before its first call", "after its first call"])
-@pytest.mark.parametrize("spec", [INT4, INT8_INT8], ids=["int4", "int8 activations"])
+@pytest.mark.parametrize(
+    ("spec", "when"),
+    [(INT4, "after its first call"), (INT8_INT8, "before its first call")],
+    ids=["int4, after its first call", "int8 activations, before"],
+)
 def test_a_compiled_model_trains_like_an_eager_one(spec: qat.QuantSpec, when: str, tmp_path: Path) -> None:
     """Traced without generated code, which other tests compare; here it matters that the new layers are traced."""
     torch.compiler.reset()

@@ -5,48 +5,22 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator
 from torch import nn
 
 import qat
-from tests.language_models import How, loader, optimizer_of, prepared
+from tests.language_models import GPTQ, INT4_INT8, How, accelerated
 from tests.training_modules import INT4, INT8_INT8, Tiny, assert_equal_state, inputs_of, layers_of
 from tests.training_modules import loader as rows
 
 INT2 = How(
-    qat.QuantSpec(weights="int2", dtype="float32"),
-    qat.LearnedAffine(start="gptq"),
+    INT4_INT8.model_copy(update={"weights": "int2", "activations": None}),
+    GPTQ,
     qat.QuantizationSchedule(calibration_batches=2, first_weights="int4", first_weights_until=5, hold_scales_from=6),
 )
 OBSERVED = How(schedule=qat.QuantizationSchedule(calibration_batches=2, observe_from=1, observe_until=6))
-
-
-def accelerated(how: How, directory: Path, *, save_at: int | None = None, resume: bool = False) -> Any:
-    """The trained model and the losses, saved by accelerate or resumed from what it saved."""
-    accelerator, losses = Accelerator(cpu=True), []
-    model = prepared(how)
-    training = qat.QuantizationSteps(model, how.schedule, loader())
-    model, optimizer = accelerator.prepare(model, optimizer_of(model))
-    accelerator.register_for_checkpointing(training)
-    if resume:
-        accelerator.load_state(str(directory))
-    training.begin([optimizer], steps=8)
-    for batch in list(loader())[training.step :]:
-        training.before_step()
-        loss = model(**batch).loss
-        losses.append(loss.item())
-        accelerator.backward(loss)
-        optimizer.step()
-        optimizer.zero_grad()
-        training.after_step()
-        if training.step == save_at:
-            accelerator.save_state(str(directory))
-    training.end()
-    return model, losses
 
 
 @pytest.mark.parametrize("how", [INT2, OBSERVED], ids=["int4 first, held", "observed activations"])

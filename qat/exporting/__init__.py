@@ -210,8 +210,8 @@ def _check_target(model: nn.Module, record: FrozenRecord, wanted: Target) -> Non
     strange = [name for name in record.layers if wanted.name not in (getattr(modules[name], "targets", ()) or TARGETS)]
     if strange:
         raise TargetError(
-            f"target {wanted.name!r}: its loader replaces nothing but nn.Linear, and so cannot hold {len(strange)} of "
-            f"the quantized layers ({listed(strange, 3)}): export for target {record.target!r}, or prepare for this one"
+            f"target {wanted.name!r}: its loader cannot hold {len(strange)} of the quantized layers "
+            f"({listed(strange, 3)}): export for target {record.target!r}, or prepare for this one"
         )
     dtype = record.spec.torch_dtype
     old, new = frozen.rules(model, dtype), wanted.rules(model, dtype)

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from qat.adapters import adapters, without_peft
 from qat.errors import SpecError, StateError, TargetError, listed, shown
 from qat.formats import FORMATS, LayerTypes
-from qat.hosts import Rules, Target, get_target
+from qat.hosts import MODULE, TARGETS, Rules, Target, get_target, host_of
 from qat.hosts.configurations import build_on_meta
 from qat.inspection.experts import require_whole, routers
 from qat.inspection.report import FloatWeight, InspectReport, LayerInspection, other_notes, other_weights
@@ -66,7 +66,7 @@ class _Decision:
     cls: type[QuantizedLayer]
     """What it becomes where it is quantized."""
     weight: Tensor
-    """Its effective weight."""
+    """Its effective weight, or a tensor like it."""
     layer: LayerSpec | None
     reason: str
     explicit: bool
@@ -186,7 +186,7 @@ def _parameters(layers: Iterable[tuple[nn.Module, type[QuantizedLayer]]]) -> lis
 
 
 def _decide(facts: _Facts, name: str, module: Any, cls: type[QuantizedLayer]) -> _Decision:
-    decision = _Decision(module, cls, cls.effective_weight(module), *facts.spec.resolve(name))
+    decision = _Decision(module, cls, cls.like_weight(module), *facts.spec.resolve(name))
     layer = decision.layer
     if layer is None:
         return decision
@@ -222,9 +222,10 @@ def _impossible(facts: _Facts, name: str, decision: _Decision, layer: LayerSpec)
     if fault is not None:
         return fault
     if cls.targets and facts.target.name not in cls.targets:
-        remedy = " or ".join(map(repr, cls.targets))
+        able = [repr(name) for name in cls.targets if TARGETS[name].host in (MODULE, host_of(facts.model))]
+        remedy = f"use target {' or '.join(able)}" if able else "no target for such a model does"
         what = type(module).__name__ if cls.called else "experts in one parameter"
-        return f"the loader of target {facts.target.name!r} replaces no {what}: use target {remedy}"
+        return f"the loader of target {facts.target.name!r} replaces no {what}: {remedy}"
     if module is facts.model:
         return "it is the model itself, which cannot be replaced in place: put it into a module"
     parent = facts.model.get_submodule(name.rpartition(".")[0]) if cls.called else None

@@ -116,23 +116,15 @@ class QuantizationCallback(TrainerCallback):
             raise TrainingError("verify: True needs what was exported, got export=None: name a directory")
         self._steps: QuantizationSteps | None = None
 
-    def on_init_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        optimizer: Any = None,
-        **others: Any,
-    ) -> None:
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
         """Prepare the model, before the Trainer builds its optimizer."""
-        assert model is not None
+        model: nn.Module = given["model"]
         if is_frozen(model):
             raise StateError("model: is frozen and cannot be trained further: build the float model again")
         for name in ("bf16_full_eval", "fp16_full_eval"):
             if getattr(args, name):
                 raise TrainingError(f"{name}: True would round the float masters to 16 bits: leave it out")
-        if optimizer is not None and not any(quantized_layers(model)):
+        if given["optimizer"] is not None and not any(quantized_layers(model)):
             raise TrainingError(
                 "optimizers: this optimizer was built before the model is prepared, so it holds no learned scales: "
                 "pass optimizer_cls_and_kwargs=grouped_optimizer(arguments) in its place, or call qat.prepare first"
@@ -143,17 +135,10 @@ class QuantizationCallback(TrainerCallback):
         self._begun(args, state, model).require_whole_weights()
 
     def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        optimizer: Any = None,
-        train_dataloader: Any = None,
-        **others: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
     ) -> None:
         """Refuse what cannot work, and calibrate, where a resumed run needs it."""
-        assert model is not None
+        model: nn.Module = given["model"]
         if not any(quantized_layers(model)):
             raise TrainingError(
                 "model: was never prepared: give the callback to the Trainer's constructor, and where the Trainer has "
@@ -167,8 +152,8 @@ class QuantizationCallback(TrainerCallback):
             )
         if self._steps is not None:  # of a run that failed
             self._steps.close()
-        steps = self._steps = self._begun(args, state, model, train_dataloader)
-        steps.begin([optimizer], steps=state.max_steps)
+        steps = self._steps = self._begun(args, state, model, given["train_dataloader"])
+        steps.begin([given["optimizer"]], steps=state.max_steps)
         _make_saveable(model)
         steps.judge()
 
@@ -179,34 +164,21 @@ class QuantizationCallback(TrainerCallback):
         self._of().before_step()
 
     def on_pre_optimizer_step(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        **others: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
     ) -> None:
         """Stop before a gradient that is not finite can reach the weights; the Trainer hides such losses."""
-        assert model is not None
         if args.fp16:  # its scaler meets such gradients, and skips the step
             return
-        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        gradients = [p.grad for p in given["model"].parameters() if p.grad is not None]
         if not bool(torch.isfinite(nn.utils.get_total_norm(gradients))):
             raise TrainingError(
                 f"gradient: is not finite at step {state.global_step}; the weights and the last checkpoint are "
                 "untouched: lower the learning rate, clip gradients, or look for the batch that brings it"
             )
 
-    def on_step_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        **others: Any,
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
         """Do what the schedule asks after a step; then the model is as it would be served, to be judged or saved."""
-        assert model is not None
+        model: nn.Module = given["model"]
         self._of().after_step()
         self._of().judge()
         # SFTTrainer multiplies by the weight of the head without calling it, so that a quantized head trains in float.
@@ -215,16 +187,9 @@ class QuantizationCallback(TrainerCallback):
         if control.should_save:
             require_finite_weights(model, state.global_step)
 
-    def on_train_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        **others: Any,
-    ) -> None:
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
         """Take the last scales, then freeze, export and verify if asked."""
-        assert model is not None
+        model: nn.Module = given["model"]
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             self._of().close()  # the best one is kept as it was judged
         else:
@@ -325,7 +290,9 @@ def _apart(loader: DataLoader[Any]) -> DataLoader[Any]:
 def _own_random_numbers() -> Iterator[None]:
     """A run with and one without this calibration shuffle their data alike, and draw the same noise."""
     states = random.getstate(), numpy.random.get_state()
-    with torch.random.fork_rng(range(torch.cuda.device_count()) if torch.cuda.is_available() else []):
-        yield
-    random.setstate(states[0])
-    numpy.random.set_state(states[1])
+    try:
+        with torch.random.fork_rng(range(torch.cuda.device_count()) if torch.cuda.is_available() else []):
+            yield
+    finally:
+        random.setstate(states[0])
+        numpy.random.set_state(states[1])

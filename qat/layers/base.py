@@ -100,6 +100,11 @@ class QuantizedLayer(nn.Module):
         weight: Tensor = module.weight
         return weight
 
+    @classmethod
+    def like_weight(cls, module: Any) -> Tensor:
+        """A tensor of the effective weight's shape, dtype and device; a subclass may spare computing its numbers."""
+        return cls.effective_weight(module)
+
     @staticmethod
     def compensable(module: Any) -> Tensor | None:
         """What a start may write a compensated weight to, ``(out, in)``; None where the effective weight is no view."""
@@ -299,7 +304,7 @@ class QuantizedLayer(nn.Module):
 
     def example_input(self, rows: int, generator: torch.Generator) -> Tensor:
         """Some random rows that the layer can read, on the CPU of its generator."""
-        return torch.randn(rows, self.effective_weight(self).shape[1], generator=generator, device=generator.device)
+        return torch.randn(rows, self.like_weight(self).shape[1], generator=generator, device=generator.device)
 
     def active_input_quantizer(self) -> ActivationQuantizer | None:
         """The quantizer that the input goes through now; None where the input comes quantized from its producer."""

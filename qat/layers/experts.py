@@ -128,6 +128,7 @@ class QExpert(LinearForm, ExpertMatrix):
 
 
 def _place(owner: nn.Module, index: str, key: str, layer: nn.Module) -> None:
+    # Late, since its decorator imports torch's compiler, which takes seconds.
     from qat.layers.experts_forward import QExperts, quantized_class
 
     if not isinstance(owner, QExperts):

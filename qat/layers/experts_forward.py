@@ -1,7 +1,7 @@
 """`QExperts`: how a module of experts runs with quantized matrices, by its own forward.
 
-Its class is made of the float one. Before a forward it finds the experts that are read, fake-quantizes these in one
-call, and lets the module see them in place of its parameters, closed up and with the numbers that they have then. So
+Its class is made of the float one. Before a forward it finds the experts that are read, and fake-quantizes these in one
+call. The module sees them in place of its parameters, closed up, and routes with the numbers that they have then. So
 every form of the product runs as it is: loops, batched and grouped ones, and gates of a class's own.
 
 Neither the fake-quantized matrices nor copies of masters are kept for backward: `qat.layers.recomputed`.
@@ -59,7 +59,7 @@ class QExperts(nn.Module):
             raise StateError("model: DataParallel copies modules without their experts: use DistributedDataParallel")
         layers = {key: self._layers(key) for key in self.form.keys}
         prepared = [layer for found in layers.values() for layer in found if isinstance(layer, QuantizedLayer)]
-        if prepared and not any(layer.mode.weights for layer in prepared):
+        if prepared and not any(layer.mode.weights or layer.mode.observe for layer in prepared):
             with within_layer():
                 return super().forward(*args, **kwargs)
         read = self._read(args, kwargs)
@@ -128,7 +128,8 @@ class QExperts(nn.Module):
             return True
         form = self.config._experts_implementation
         loop = getattr(self.of.forward, "__wrapped__", self.of.forward)
-        return form in ("batched_mm", "grouped_mm") or (form in (None, "eager") and _calls(loop, self.form.inner))
+        shown = self.form.inner in loop.__code__.co_names
+        return form in ("batched_mm", "grouped_mm") or (form in (None, "eager") and shown)
 
     def _layers(self, key: str) -> list[Any]:
         """The layers of all experts at one parameter; empty where it stays float."""
@@ -225,10 +226,6 @@ def _place_of(cls: Any, argument: str) -> int:
 def _positional(module: QExperts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
     """All arguments by position, as every form of the product takes them."""
     return inspect.signature(module.of.forward).bind(module, *args, **kwargs).args[1:] if kwargs else args
-
-
-def _calls(function: Any, name: str) -> bool:
-    return name in function.__code__.co_names
 
 
 def _index(read: _Read, parameter: Tensor) -> Tensor:

@@ -3,8 +3,8 @@
 The weight is ``W + scaling * B A``, or DoRA's ``m (W + scaling * B A) / |W + scaling * B A|``, computed as peft merges
 it, with the same bits. So what is trained is what the merged model serves.
 
-A base that needs no gradient gets none. Between forward and backward the layer keeps its input and the adapter: the
-weight is computed again in backward, and neither it nor its gradient outlives a step of the graph. What it trades away:
+A base that needs no gradient gets none. Between forward and backward the layer keeps its input and the adapter. The
+weight is computed again in backward. Neither it nor its gradient outlives a step of the graph. What it trades away:
 each product ``B A`` is computed twice, and the weight's whole gradient once, where plain LoRA has neither.
 """
 
@@ -145,6 +145,15 @@ class QLoraLinear(LinearForm, Linear):
         base, changes = module.base_layer, (b.weight for b in module.lora_B.values())
         apart = not isinstance(base, nn.Linear) or module.lora_variant or any(bool(b.any()) for b in changes)
         return None if apart else base.weight.detach()
+
+    @classmethod
+    def like_weight(cls, module: Any) -> Tensor:
+        """One number that stands for all, whatever the base is."""
+        base = module.base_layer
+        held, dtype = (
+            (base.packed, base.form.dtype) if isinstance(base, PackedLinear) else (base.weight, base.weight.dtype)
+        )
+        return torch.empty((), dtype=dtype, device=held.device).expand(module.out_features, module.in_features)
 
     def recipe(self) -> Recipe | None:
         """How backward computes the merged weight again."""

@@ -82,7 +82,7 @@ def end_first_type(model: nn.Module, optimizers: Iterable[Optimizer] = ()) -> No
 
 
 def _can_begin(layer: QuantizedLayer, first: QType) -> bool:
-    served, (_, in_features) = layer.weight_quantizer.final_qtype, layer.effective_weight(layer).shape
+    served, (_, in_features) = layer.weight_quantizer.final_qtype, layer.like_weight(layer).shape
     same = served.has_shift == first.has_shift and served.group_size(in_features) == first.group_size(in_features)
     return same and served.bits < first.bits
 

@@ -3,8 +3,8 @@
 The callbacks for Lightning and for transformers' Trainer call `QuantizationSteps`; so may a loop of your own, or
 one of accelerate. It knows no trainer: it is told when a step begins and ends, and what number that step has.
 
-Besides the count of steps, all that a run needs to go on exactly is in the model's own state: masters, ranges, scales,
-statistics, and the type that each weight quantizes to. So a checkpoint of a model and a step is a whole one.
+A run goes on exactly from the count of steps and the model's own state: masters, ranges, scales, statistics, and the
+type that each weight quantizes to. So a checkpoint of a model and a step is a whole one.
 """
 
 from __future__ import annotations
