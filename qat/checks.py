@@ -41,18 +41,24 @@ _CODE_STEP = 0.13
 def unreached_layers(model: nn.Module) -> tuple[list[str], list[str]]:
     """Prepared layers that never ran quantized, if anything ran; nothing is known of compiled modules.
 
-    The second list is of experts that saw no token, while others of the same parameter did: their path is known.
+    The second list is of experts that saw no token, while others of the same parameter did: their path is known. Where
+    others saw one with gradients, in training, a token of an evaluation does not count.
     """
     layers = list(quantized_layers(model))
     if not (runs(model) or any(layer.reached for _, layer in layers)):
         return [], []
     compiled = compiled_parts(model)
     shared = {id(layer.weight_quantizer) for _, layer in layers if layer.reached}  # layers may share a weight
-    ran = {id(p) for _, layer in layers if layer.reached and not layer.called for p in layer.masters(layer).values()}
+    most: dict[int, int] = {}  # of the experts that read a parameter: what is the most that one was trained
+    for _, layer in layers:
+        for p in () if layer.called or not layer.reached else layer.masters(layer).values():
+            most[id(p)] = max(most.get(id(p), 0), layer.trained)
     found: tuple[list[str], list[str]] = [], []
     for name, layer in layers:
-        if id(layer.weight_quantizer) not in shared and not f"{name}.".startswith(compiled):
-            found[any(id(p) in ran for p in layer.masters(layer).values())].append(name)
+        others = [most[id(p)] for p in layer.masters(layer).values() if id(p) in most]
+        ran = id(layer.weight_quantizer) in shared and layer.trained >= max(others, default=0)
+        if not ran and not f"{name}.".startswith(compiled):
+            found[bool(others)].append(name)
     return found
 
 

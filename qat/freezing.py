@@ -174,7 +174,8 @@ def _remarks(model: nn.Module, allow_unreached: bool, allow_reads: bool) -> list
             experts.setdefault(name.rpartition(".")[0], []).append(name.rpartition(".")[2])
         places = [f"{name} ({', '.join(numbers)})" for name, numbers in experts.items()]
         count = sum(map(len, experts.values()))
-        notes.append(f"{count} experts never saw a token, and are frozen as they began: {listed(places, 100)}")
+        when = "in training, and are frozen untrained" if any(one.trained for one in layers.values()) else "at all"
+        notes.append(f"{count} experts never saw a token {when}: {listed(places, 100)}")
         logger.warning("%s", notes[-1])
     if unreached:
         notes.append(f"{len(unreached)} layers were frozen although they never ran quantized: {listed(unreached, 4)}")

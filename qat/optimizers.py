@@ -24,6 +24,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 from qat.errors import TrainingError, listed
 from qat.layers import quantized_layers
+from qat.probing import compiled_parts
 
 __all__ = [
     "begin_training",
@@ -138,13 +139,14 @@ def refuse_decay(model: nn.Module, groups: Iterable[Mapping[str, Any]]) -> None:
 
 
 def unchanged(model: nn.Module, leave_out: Collection[str] = ()) -> list[str]:
-    """What training left alone although it changed something of ``model``: one sentence for weights, one for ranges.
+    """What training left alone although it changed something of ``model``: sentences for weights and for ranges.
 
     Layers in ``leave_out`` are said elsewhere.
     """
     first = _first.get(model, {})
-    faults: dict[str, list[str]] = {"weights": [], "learned ranges": []}
-    trained = _trained(model).items()
+    faults: dict[tuple[str, bool], list[str]] = {}
+    trained, compiled = _trained(model).items(), compiled_parts(model)
+    gradients = any(layer.trained for _, layer in quantized_layers(model))
     same = {id(p) for name, p in trained if name in first and torch.equal(first[name], _fingerprint(p))}
     for name, layer in quantized_layers(model):
         used = (layer.weight_quantizer, *(q for q in layer.activation_quantizers() if q.used))
@@ -152,12 +154,16 @@ def unchanged(model: nn.Module, leave_out: Collection[str] = ()) -> list[str]:
         for what, parameters in parts.items():
             own = {id(p) for p in parameters if p.requires_grad}
             if own and own <= same and name not in leave_out:
-                faults[what].append(name)
-    reason = f"no optimizer held them, no gradient reached them, or steps were too small for their dtype: {REMEDY}"
+                dry = gradients and not layer.trained and not f"{name}.".startswith(compiled)
+                faults.setdefault((what, dry), []).append(name)
+    reasons = {
+        False: f"no optimizer held them, no gradient reached them, or steps were too small for their dtype: {REMEDY}",
+        True: "they never ran with gradients, as experts without a token or parts under torch.no_grad(): train on data "
+        "that reaches them, or leave them out of the spec",
+    }
     return [
-        f"training never changed the {what} of {len(names)} layers: {reason}: {listed(names, 4)}"
-        for what, names in faults.items()
-        if names
+        f"training never changed the {what} of {len(names)} layers: {reasons[dry]}: {listed(names, 4)}"
+        for (what, dry), names in faults.items()
     ]
 
 

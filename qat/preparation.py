@@ -276,7 +276,7 @@ def _complete_float_checkpoint(
         name = f"{prefix}{name}." if name else prefix
         weight = layer.weight_in(state, name)
         if weight is not None:
-            layer.reached = False  # what ran before says nothing of these weights
+            layer.reached, layer.trained = False, 0  # what ran before says nothing of these weights
         state_of = layer.state_dict(prefix=name)
         own = [key for key in state_of if "_quantizer." in key[len(name) :] and not key.endswith(f".{TYPE_KEY}")]
         if not own:

@@ -195,6 +195,21 @@ def test_an_expert_that_never_saw_a_token_is_named(tmp_path: Path, caplog: pytes
     assert "never saw a token" in (tmp_path / "out" / "README.md").read_text()
 
 
+@pytest.mark.parametrize("gradients", [False, True])
+def test_an_evaluation_gives_no_expert_a_token_of_training(gradients: bool, caplog: pytest.LogCaptureFixture) -> None:
+    model = build("MixtralForCausalLM", num_local_experts=8).train()
+    train(model, qat.QuantSpec(weights="int4", dtype="float32"), TOKENS[:1, 3:6])
+    layers = [layer for name, layer in quantized_layers(model) if "experts" in name]
+    idle = sum(not layer.reached for layer in layers) // 2
+    with torch.set_grad_enabled(gradients):
+        model.eval()(TOKENS)
+    assert sum(not layer.reached for layer in layers) < 2 * idle
+    with caplog.at_level(logging.WARNING, logger="qat"):
+        qat.freeze(model)
+    assert f"{idle} experts never saw a token in training, and are frozen untrained" in caplog.text
+    assert "training never changed" not in caplog.text
+
+
 def test_experts_that_were_gone_around_are_refused() -> None:
     model = build("MixtralForCausalLM")
     qat.prepare(model, qat.QuantSpec(weights="int8"), target="transformers")

@@ -169,6 +169,18 @@ def test_layers_that_need_no_gradient_and_layers_that_never_ran_are_not_named() 
     assert unchanged(model, ["2"]) == []
 
 
+def test_ranges_of_layers_that_ran_without_gradients_are_said_to_be_so() -> None:
+    model = layers(qat.LearnedAffine())
+    optimizer = torch.optim.SGD(qat.parameter_groups(model, lr=0.1))
+    with torch.no_grad():
+        hidden = model[0](X)
+    model[2](hidden.relu()).square().mean().backward()
+    optimizer.step()
+    found = unchanged(model)
+    assert [message.rpartition(": ")[2] for message in found] == ["0", "0"]
+    assert all("they never ran with gradients" in message and "optimizer" not in message for message in found)
+
+
 def test_the_weights_that_are_loaded_before_the_first_step_are_where_training_begins() -> None:
     model = layers()
     model.load_state_dict(nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8)).state_dict())

@@ -71,7 +71,8 @@ class QExperts(nn.Module):
             output = self._run(read, seen_so, layers)
         idle: list[nn.Parameter] = []
         for layer in prepared:
-            layer.reached |= layer.mode.weights and layer.index in read.seen
+            if layer.mode.weights and layer.index in read.seen:
+                layer.note_run()
             if layer.index not in read.experts:
                 idle += layer.weight_quantizer.parameters()
             idle += [q.move for q in layer.activation_quantizers() if isinstance(q, LearnedScale) and not q.used]
