@@ -135,8 +135,12 @@ def _remarks(model: nn.Module, allow_unreached: bool, allow_reads: bool) -> list
             f"model: {len(half)} layers are frozen and others are not (first: {half[0]!r}): an earlier qat.freeze was "
             "interrupted; take the masters from a checkpoint, and freeze again"
         )
-    if gone:
-        logger.warning("%d prepared layers were replaced since, and stay float: %s", len(gone), listed(gone, 4))
+    if gone and len(layers) < len(prepared.layers):  # else a wrapper, as of torch.compile, has changed their names
+        raise StateError(
+            f"model: {len(gone)} of {len(prepared.layers)} prepared layers were replaced since ({listed(gone, 4)}) and "
+            "would be served in float: leave peft's merge_and_unload to qat.freeze, which merges adapters as they were "
+            "trained, and resize or replace layers before qat.prepare"
+        )
     (unreached, idle), read = unreached_layers(model), read_without_call(model)
     if unreached and not allow_unreached:
         raise StateError(

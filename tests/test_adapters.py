@@ -20,7 +20,7 @@ from peft import (
     get_peft_model_state_dict,
 )
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import qat
 from qat.adapters import adapters, without_peft
@@ -312,6 +312,26 @@ def test_bases_that_are_no_linear_layer_stay_float() -> None:
         qat.prepare(lone, INT4)
 
 
+def test_bases_of_other_shapes_stay_float_and_are_merged() -> None:
+    """transformers' Conv1D is stored as ``(in, out)``, and a base of packed codes has no shape of its own."""
+
+    class Packed(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(64, 64)
+            self.weight = nn.Parameter(torch.zeros(2048, 1, dtype=torch.uint8), requires_grad=False)
+
+    config = GPT2Config(vocab_size=64, n_embd=64, n_layer=1, n_head=2, n_positions=32)
+    model = adapted(GPT2LMHeadModel(config).eval(), target_modules=["c_attn"], lora_dropout=0.1, fan_in_fan_out=True)
+    report = qat.prepare(model, qat.QuantSpec(dtype="float32"), target="transformers").inspection
+    reason = "under its adapter, Conv1D is not exactly nn.Linear: its own forward would be lost"
+    assert report.left_float["transformer.h.0.attn.c_attn"] == reason
+    before = logits(model)
+    qat.freeze(model)
+    assert torch.allclose(logits(model), before, atol=1e-5)
+    inner = get_peft_model(nn.Sequential(Packed(), nn.Linear(64, 64)), LoraConfig(target_modules=["0"]))  # type: ignore[arg-type]
+    assert qat.prepare(inner, INT4).layers == ("1",)
+
+
 def test_folding_comes_before_the_adapter() -> None:
     with pytest.raises(StateError, match=r"4 layers have adapters .*call qat.fold_outliers before get_peft_model"):
         qat.fold_outliers(adapted(), [TOKENS], spec=qat.QuantSpec(activations="int8"))
@@ -342,3 +362,13 @@ def test_what_is_no_peft_model_is_handed_back() -> None:
     assert without_peft(model) is model
     assert without_peft(None) is None
     assert list(adapters(model)) == []
+
+
+def test_adapters_that_were_merged_by_hand_are_refused() -> None:
+    model = adapted()
+    qat.prepare(model, INT4, target="transformers")
+    train(model)
+    with pytest.raises(
+        StateError, match=r"4 of 14 prepared layers were replaced since .*leave peft's merge_and_unload"
+    ):
+        qat.freeze(model.merge_and_unload())

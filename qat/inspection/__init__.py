@@ -124,7 +124,9 @@ def inspect(model: Any, spec: QuantSpec, *, target: str = "quanto", example_inpu
         raise TargetError("\n".join(faults))
     layers = dict(_layers(model, chosen))
     for name, (module, cls) in layers.items():
-        if spec.resolve(name)[0] is not None and (fault := cls.usage_fault(module)) is not None:
+        if spec.resolve(name)[0] is None or cls.adoption_fault(module) is not None:
+            continue  # it stays float
+        if (fault := cls.usage_fault(module)) is not None:
             raise StateError(f"model: layer {name!r} {fault}")
     outside = other_weights(model, _parameters(layers.values()))
     known = sorted(layers, key=lambda name: layers[name][1].float_by_default)  # first what is quantized by default
