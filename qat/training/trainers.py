@@ -50,7 +50,9 @@ def prepare_once(
     wanted = {"spec": get_target(target).resolved(spec), **wanted}
     found = {name: getattr(prepared_as(model), name) for name in wanted}
     if found != wanted:
-        raise StateError(f"spec: model is already prepared with {found}, but the callback has {wanted}: use one")
+        theirs, ours = ({**dict(one.pop("spec")), **one, "algorithm": str(one["algorithm"])} for one in (found, wanted))
+        told = [", ".join(f"{key}={one[key]!r}" for key in one if theirs[key] != ours[key]) for one in (theirs, ours)]
+        raise StateError(f"spec: model is already prepared with {told[0]}, but the callback has {told[1]}: use one")
     return fresh
 
 
