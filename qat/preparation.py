@@ -122,6 +122,8 @@ def prepare(
         raise StateError(f"model: a {type(model).__name__} around a model: pass it (model._orig_mod or model.module)")
     check_module(model)
     report = inspect(model, spec, target=target, example_inputs=example_inputs)
+    for warning in report.warnings:
+        logger.warning("%s", warning)
     spec, observer, format = report.spec, observer or Best(), get_target(target).format
     untied, made, algorithms, quantizers = [], [], {}, dict[str, WeightQuantizer]()
     read_by_all: dict[tuple[int, ...], ActivationQuantizer] = {}  # of experts, which read one tensor at a parameter

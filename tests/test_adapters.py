@@ -20,7 +20,7 @@ from peft import (
     get_peft_model_state_dict,
 )
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import qat
 from qat.adapters import adapters, without_peft
@@ -310,6 +310,19 @@ def test_bases_that_are_no_linear_layer_stay_float() -> None:
     lone = get_peft_model(nn.Sequential(Other(128, 128)), LoraConfig(target_modules=["0"]))  # type: ignore[arg-type]
     with pytest.raises(SpecError, match=r"under its adapter, Other is not exactly nn.Linear"):
         qat.prepare(lone, INT4)
+
+
+@pytest.mark.filterwarnings("ignore:The following .*_pattern keys did not match:RuntimeWarning")  # peft's own
+def test_experts_under_an_adapter_of_their_parameters_are_told_with_a_remedy(caplog: pytest.LogCaptureFixture) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = MixtralConfig(vocab_size=64, num_key_value_heads=2, num_local_experts=2, **sizes)
+    qat.prepare(adapted(MixtralForCausalLM(config), target_modules="all-linear"), INT4, target="transformers")
+    told = "% of the parameters stay float: experts under an adapter of their parameters: leave them out of the "
+    assert told in caplog.text
+    caplog.clear()
+    model = adapted(MixtralForCausalLM(config), target_modules=["q_proj", "v_proj"])
+    assert sum("experts" in name for name in qat.prepare(model, INT4, target="transformers").layers) == 4
+    assert "stay float" not in caplog.text
 
 
 def test_bases_of_other_shapes_stay_float_and_are_merged() -> None:

@@ -296,11 +296,15 @@ def test_types_may_differ_between_experts(tmp_path: Path) -> None:
     assert same_bits(logits(qat.load(tmp_path / "out")), before)
 
 
-def test_target_quanto_refuses_experts_by_name(tmp_path: Path) -> None:
+def test_target_quanto_refuses_experts_by_name(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     report = qat.inspect(build("MixtralForCausalLM"), qat.QuantSpec(weights="int8"))
     row = next(row for row in report.layers if "experts" in row.name)
     assert row.reason == "the loader of target 'quanto' replaces no experts in one parameter: use target 'transformers'"
+    with pytest.raises(TargetError, match=r"overrides: '\*experts\*' names .*gate_up_proj and 13 more, but the loader"):
+        qat.inspect(build("MixtralForCausalLM"), qat.QuantSpec(overrides={"*experts*": "int8"}))
     model = build("MixtralForCausalLM")
+    qat.prepare(copy.deepcopy(model), qat.QuantSpec(weights="int8"))
+    assert f"81.4% of the parameters stay float: {row.reason}" in caplog.text
     qat.prepare(model, qat.QuantSpec(weights="int8"), target="transformers")
     with pytest.raises(TargetError, match="its loader replaces no ExpertMatrix"):
         qat.freeze(model, target="quanto")

@@ -20,6 +20,7 @@ from qat.formats import FORMATS, LayerTypes
 from qat.hosts import Rules, Target, get_target
 from qat.hosts.configurations import build_on_meta
 from qat.inspection.experts import require_whole, routers
+from qat.inspection.remedies import EXPERTS_APART, float_shares, require_held, target_fault
 from qat.inspection.report import FloatWeight, InspectReport, LayerInspection, other_notes, other_weights
 from qat.layers import QuantizedLayer, float_layers
 from qat.probing import Probe
@@ -76,6 +77,8 @@ class _Decision:
     """For a layer left out only by a default of ours: the types it would run with."""
     float_activations: bool = False
     """Whether its activations stay float although the spec asks for a type."""
+    mendable: str = ""
+    """Why it stays float, if another adapter or target would let it be quantized; without names."""
     float_copy: int = 0
     """Elements of its weight that were tied, and stay in the file as floats that no other row counts."""
     shared_with: str | None = None
@@ -131,6 +134,7 @@ def inspect(model: Any, spec: QuantSpec, *, target: str = "quanto", example_inpu
     outside = other_weights(model, _parameters(layers.values()))
     known = sorted(layers, key=lambda name: layers[name][1].float_by_default)  # first what is quantized by default
     spec.check_patterns(known, {weight.name.rpartition(".")[0]: weight.class_name for weight in outside})
+    require_held(spec, layers, chosen.name)
     probe = Probe({name: (module, cls.masters(module)) for name, (module, cls) in layers.items() if cls.called})
     if example_inputs is not None:
         probe.watch(model, example_inputs)
@@ -150,8 +154,11 @@ def inspect(model: Any, spec: QuantSpec, *, target: str = "quanto", example_inpu
         why = sorted({decision.reason for decision in decisions.values()}) or ["the model has no nn.Linear"]
         held = sorted({f"{weight.class_name} ({len(weight.shape)}-D)" for weight in others if not weight.default})
         elsewhere = f"; its weights are in {', '.join(held[:5])}, which have no quantized form" if held else ""
+        others_hold = {name for d in decisions.values() if d.mendable for name in d.cls.targets} - {target}
+        other = f"use target {' or '.join(map(repr, sorted(others_hold)))}, or " if others_hold else ""
         raise SpecError(
-            f"spec: no layer of the model would be quantized; reasons: {why[:5]}{elsewhere}: change the spec's patterns"
+            f"spec: no layer of the model would be quantized; reasons: {why[:5]}{elsewhere}: {other}change the spec's "
+            "patterns"
         )
     told, copied = _break_ties(facts, decisions, unnamed)
     notes += told
@@ -163,8 +170,13 @@ def inspect(model: Any, spec: QuantSpec, *, target: str = "quanto", example_inpu
     notes += [notice.warning for notice in notices]
     parameters = sum(parameter.numel() for parameter in model.parameters()) + copied
     notes += other_notes(others, parameters)
+    warnings = [*float_shares(decisions, parameters)]
+    if refused := [
+        f"{name} ({d.reason})" for name, d in decisions.items() if d.named and not d.layer and not d.mendable
+    ]:
+        warnings.append(f"{len(refused)} layers that the spec names stay float: {listed(refused, 4)}")
     rows = tuple(_row(name, decision, facts) for name, decision in decisions.items() if name not in unnamed)
-    return InspectReport(target, spec, rows, parameters, tuple(notes), others)
+    return InspectReport(target, spec, rows, parameters, (*notes, *warnings), others, tuple(warnings))
 
 
 def check_module(model: Any) -> None:
@@ -222,11 +234,11 @@ def _impossible(facts: _Facts, name: str, decision: _Decision, layer: LayerSpec)
     module, cls = decision.module, decision.cls
     fault = cls.adoption_fault(module)
     if fault is not None:
+        decision.mendable = fault if name in facts.adapters else ""
         return fault
-    if cls.targets and facts.target.name not in cls.targets:
-        remedy = " or ".join(map(repr, cls.targets))
-        what = type(module).__name__ if cls.called else "experts in one parameter"
-        return f"the loader of target {facts.target.name!r} replaces no {what}: use target {remedy}"
+    if (fault := target_fault(module, cls, facts.target.name)) is not None:
+        decision.mendable = fault if decision.explicit or not cls.float_by_default else ""
+        return fault
     if module is facts.model:
         return "it is the model itself, which cannot be replaced in place: put it into a module"
     parent = facts.model.get_submodule(name.rpartition(".")[0]) if cls.called else None
@@ -241,6 +253,11 @@ def _impossible(facts: _Facts, name: str, decision: _Decision, layer: LayerSpec)
         return f"registered under several names {facts.names[holder]}: loaders replace only one of them"
     adapter = next((above for above in facts.adapters if name.startswith(f"{above}.")), None)
     if adapter is not None:
+        if not cls.called:
+            decision.mendable = EXPERTS_APART
+            return EXPERTS_APART
+        if set(name[len(adapter) + 1 :].split(".")) == {"base_layer"}:  # not its own parts, which are merged into that
+            decision.mendable = "under adapters other than LoRA over nn.Linear: leave these layers without one"
         return f"belongs to the adapter {adapter}: merge it into the model first (in peft: merge_and_unload)"
     types = facts.types(decision, layer)
     hazards = [facts.rules.layer_fault(name, types.weights)]

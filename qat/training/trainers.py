@@ -42,10 +42,11 @@ def prepare_once(
     wanted: dict[str, Any] = {"algorithm": algorithm, "target": target, "observer": observer}
     fresh = not any(quantized_layers(model))
     if fresh:
-        prepare(model, spec, **wanted, example_inputs=example_inputs)
+        logged = prepare(model, spec, **wanted, example_inputs=example_inputs).inspection.warnings
         logger.info("prepared %d layers", len(prepared_as(model).layers))
         for note in prepared_as(model).notes:
-            logger.warning("%s", note)
+            if note not in logged:
+                logger.warning("%s", note)
     watch(model)
     wanted = {"spec": get_target(target).resolved(spec), **wanted}
     found = {name: getattr(prepared_as(model), name) for name in wanted}
