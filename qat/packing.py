@@ -92,6 +92,7 @@ def pack_base(model: nn.Module, weights: str = "int4") -> PackReport:
         before += base.weight.nbytes
         after += sum(buffer.nbytes for buffer in packed.buffers())
         layers[name].base_layer = packed.train(base.training)
+        layers[name].weight_quantizer.base_qtype = packed.form.qtype.key
     if floats := [name for name in layers if name not in bases]:
         logger.warning(
             "%d quantized layers without an adapter keep their float weight: %s", len(floats), listed(floats, 4)

@@ -18,11 +18,12 @@ from qat.files.evidence import is_frozen
 from qat.hosts import get_target, inner_models
 from qat.inspection import InspectReport, check_module, inspect
 from qat.layers import QuantizedLayer, float_layers, quantized_layers
+from qat.numerics import qtype_of
 from qat.observers import Best, ObserverChoice
 from qat.optimizers import watch
 from qat.quantizers import Algorithm, Automatic, WeightQuantizer
 from qat.quantizers.activation import ActivationQuantizer, LearnedScale
-from qat.quantizers.base import TYPE_KEY
+from qat.quantizers.base import BASE_KEY, FINAL_KEY, TYPE_KEY
 from qat.runs import note_runs, observe_runs
 from qat.spec import QuantSpec
 
@@ -38,6 +39,7 @@ __all__ = [
 
 _ATTRIBUTE = "_qat_prepared"
 _HOOKS = "_qat_hooks"
+_TEXTS = tuple(f".{key}" for key in (TYPE_KEY, FINAL_KEY, BASE_KEY))  # in a quantizer's state, where they may be absent
 _FLOAT_AGAIN = "export it with qat.export, or prepare a float model or a checkpoint of training to go on"
 logger = logging.getLogger("qat")
 
@@ -279,8 +281,9 @@ def _complete_float_checkpoint(
         weight = layer.weight_in(state, name)
         if weight is not None:
             layer.reached, layer.trained = False, 0  # what ran before says nothing of these weights
+        _require_types(layer, name, state, adapter=weight is None)
         state_of = layer.state_dict(prefix=name)
-        own = [key for key in state_of if "_quantizer." in key[len(name) :] and not key.endswith(f".{TYPE_KEY}")]
+        own = [key for key in state_of if "_quantizer." in key[len(name) :] and not key.endswith(_TEXTS)]
         if not own:
             continue
         absent = [key for key in own if key not in state]
@@ -315,6 +318,26 @@ def _complete_float_checkpoint(
         state.update(fresh)
         logger.warning(
             "state_dict holds no quantizer state (a float checkpoint): %d quantizers start afresh", len(lacking)
+        )
+
+
+def _require_types(layer: QuantizedLayer, prefix: str, state: dict[str, Any], *, adapter: bool) -> None:
+    """Raise `StateError` where a state is of another type, or that of an ``adapter`` over another base than this."""
+    own, name = layer.weight_quantizer, prefix.rstrip(".")
+    keys = (f"{prefix}weight_quantizer.{key}" for key in (FINAL_KEY, BASE_KEY))
+    final, base = (bytes(state[key].tolist()).decode() if key in state else "" for key in keys)
+    if final and final != own.final_qtype.key:
+        raise StateError(
+            f"state_dict: layer {name!r} was trained as {qtype_of(final).name}, but this model quantizes it to "
+            f"{own.final_qtype.name}: prepare the model by the spec of the run that saved it"
+        )
+    if adapter and (final or base) and base != own.base_qtype:
+        base, packed = (text and qtype_of(text).name for text in (base, own.base_qtype))
+        theirs, ours = (f"packed as {kind}" if kind else "in float" for kind in (base, packed))
+        remedy = f"call qat.pack_base(model, {base!r})" if base else "leave qat.pack_base out"
+        raise StateError(
+            f"state_dict: layer {name!r} was trained over a base {theirs}, but here it is {ours}, which the adapter "
+            f"alone cannot make good: prepare the model anew, and {remedy} before the load"
         )
 
 

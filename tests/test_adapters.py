@@ -284,6 +284,35 @@ def test_a_checkpoint_from_before_prepare_gives_fresh_ranges() -> None:
     assert same_bits(logits(model), logits(trained))
 
 
+@pytest.mark.parametrize("theirs", [None, "int4", "int8"])
+@pytest.mark.parametrize("ours", [None, "int4", "int8"])
+def test_an_adapter_goes_over_no_other_base(theirs: str | None, ours: str | None, tmp_path: Path) -> None:
+    models = []
+    for packed in (theirs, ours):
+        model = adapted(target_modules=["q_proj"])
+        qat.prepare(model, INT4)
+        if packed is not None:
+            qat.pack_base(model, packed)
+        models.append(model)
+    models[0].save_pretrained(tmp_path)
+    if theirs == ours:
+        models[1].load_adapter(tmp_path, "default")
+        return
+    was = "in float" if theirs is None else f"packed as {theirs}"
+    with pytest.raises(StateError, match=rf"trained over a base {was}, but here it is .*, which the adapter alone"):
+        models[1].load_adapter(tmp_path, "default")
+
+
+def test_an_adapter_of_another_type_is_refused(tmp_path: Path) -> None:
+    model = adapted()
+    qat.prepare(model, INT4)
+    model.save_pretrained(tmp_path)
+    other = adapted()
+    qat.prepare(other, qat.QuantSpec(weights="int2"))
+    with pytest.raises(StateError, match="was trained as int4, but this model quantizes it to int2: prepare the model"):
+        other.load_adapter(tmp_path, "default")
+
+
 def test_an_adapter_over_a_prepared_layer_is_refused() -> None:
     inner = llama()
     qat.prepare(inner, INT4)

@@ -180,8 +180,9 @@ class QExperts(nn.Module):
             dtype = dtype or master.dtype
             made = _quantized(chosen, made, dtype)
             if kept is not None:
-                states = [t for layer in chosen for t in layer.weight_quantizer.state_dict(keep_vars=True).values()]
-                kept.add(made, lambda: _quantized(chosen, again(), dtype), [t for t in states if isinstance(t, Tensor)])
+                quantizers = [layer.weight_quantizer for layer in chosen]
+                states = [t for quantizer in quantizers for t in (*quantizer.parameters(), *quantizer.buffers())]
+                kept.add(made, lambda: _quantized(chosen, again(), dtype), states)
         return self._stored(made.view(len(read.experts), -1, made.shape[1]))
 
     def _stored(self, matrices: Tensor | list[Tensor]) -> Tensor:
