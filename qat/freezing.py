@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from qat.adapters import adapters, merge_adapters, without_peft
+from qat.adapters import active_adapters, adapters, merge_adapters, without_peft
 from qat.checks import (
     function_check,
     hooks_change,
@@ -122,12 +122,6 @@ def _remarks(model: nn.Module, allow_unreached: bool, allow_reads: bool) -> list
     """What the record keeps of how the model was trained; `StateError` where that forbids to freeze it."""
     layers = dict(quantized_layers(model))
     prepared, modules = prepared_as(model), dict(model.named_modules())
-    for above, _ in adapters(model):
-        if under := [name for name in layers if name.startswith(f"{above}.")]:
-            raise StateError(
-                f"model: the adapter {above!r} was put over a prepared layer ({under[0]!r}), and stays float "
-                "beside its weight: wrap the float model (get_peft_model), and call qat.prepare on that"
-            )
     gone = [name for name in prepared.layers if name not in layers]
     format = get_target(prepared.target).format
     if half := [name for name in gone if name in modules and format.is_frozen(modules[name])]:
@@ -161,6 +155,9 @@ def _remarks(model: nn.Module, allow_unreached: bool, allow_reads: bool) -> list
             f"model: hooks change what {len(changing)} prepared layers compute ({listed(changing, 4)}), and freezing "
             "drops them: remove them, or move what they do into a module of its own"
         )
+    now = active_adapters(model)
+    if prepared.adapters and now and now != prepared.adapters:
+        logger.warning("ranges were found for the adapters %s, but now %s are active", [*prepared.adapters], [*now])
     if hooked:
         logger.warning("%d layers have hooks, which freezing drops: %s", len(hooked), listed(hooked, 4))
     for warning in unchanged(model, [*unreached, *idle]):

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
-from qat.errors import TrainingError, listed
+from qat.adapters import adapters
+from qat.errors import StateError, TrainingError, listed
 from qat.layers import quantized_layers
 from qat.probing import compiled_parts
 
@@ -32,7 +33,9 @@ __all__ = [
     "learned_ranges",
     "look_again",
     "no_training",
+    "refuse_adapters",
     "refuse_decay",
+    "trained",
     "unchanged",
     "watch",
 ]
@@ -107,7 +110,9 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for model in list(_models):
         if any(id(p) in held for p in model.parameters()):
+            refuse_adapters(model)
             refuse_decay(model, optimizer.param_groups)
+            _warn_of_rates(model, optimizer.param_groups)
             if waited := begin_training(model):
                 logger.warning(
                     "%d layers train from the start 'clip', for theirs needs data: call qat.calibrate(model, batches) "
@@ -126,6 +131,17 @@ def learned_ranges(model: nn.Module) -> dict[int, str]:
     return {id(p): name for name, p in model.named_parameters() if id(p) in own and p.requires_grad}
 
 
+def refuse_adapters(model: nn.Module) -> None:
+    """Raise `StateError` where an adapter was put over a prepared layer: it would stay float beside its weight."""
+    layers = [name for name, _ in quantized_layers(model)]
+    for above, _ in adapters(model):
+        if under := [name for name in layers if name.startswith(f"{above}.")]:
+            raise StateError(
+                f"model: the adapter {above!r} was put over a prepared layer ({under[0]!r}), and stays float "
+                "beside its weight: wrap the float model (get_peft_model), and call qat.prepare on that"
+            )
+
+
 def refuse_decay(model: nn.Module, groups: Iterable[Mapping[str, Any]]) -> None:
     """Raise `TrainingError` when a group of an optimizer decays learned ranges of ``model``."""
     learned = learned_ranges(model)
@@ -136,6 +152,19 @@ def refuse_decay(model: nn.Module, groups: Iterable[Mapping[str, Any]]) -> None:
                 f"optimizer: {len(decayed)} learned ranges sit in a group with weight_decay={group['weight_decay']}, "
                 f"which would pull every range away from what is learned (first: {decayed[0]!r}): {REMEDY}"
             )
+
+
+def _warn_of_rates(model: nn.Module, groups: Iterable[Mapping[str, Any]]) -> None:
+    """Warn where learned ranges share a group, and so a learning rate, with weights."""
+    learned = learned_ranges(model)
+    mixed = [[learned.get(id(p)) for p in group["params"]] for group in groups]
+    if names := [name for held in mixed if None in held for name in held if name is not None]:
+        logger.warning("%d learned ranges train at the rate of weights (first: %r): %s", len(names), names[0], REMEDY)
+
+
+def trained(model: nn.Module) -> bool:
+    """Whether an optimizer has stepped on ``model``."""
+    return bool(_first.get(model))
 
 
 def unchanged(model: nn.Module, leave_out: Collection[str] = ()) -> list[str]:

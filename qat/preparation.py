@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qat.adapters import without_peft
-from qat.errors import SpecError, StateError, listed, shown
+from qat.adapters import active_adapters, refuse_tied, without_peft
+from qat.errors import SpecError, StateError, TrainingError, listed, shown
 from qat.files.evidence import is_frozen
 from qat.hosts import get_target, inner_models
 from qat.inspection import InspectReport, check_module, inspect
 from qat.layers import QuantizedLayer, float_layers, quantized_layers
 from qat.numerics import qtype_of
 from qat.observers import Best, ObserverChoice
-from qat.optimizers import watch
+from qat.optimizers import refuse_adapters, watch
 from qat.quantizers import Algorithm, Automatic, WeightQuantizer
 from qat.quantizers.activation import ActivationQuantizer, LearnedScale
 from qat.quantizers.base import BASE_KEY, FINAL_KEY, TYPE_KEY
@@ -58,6 +58,8 @@ class Prepared:
     """The weights that stay float, each with the reason; freezing puts it on record too."""
     layers: tuple[str, ...] = ()
     """Full names of the layers that were prepared."""
+    adapters: tuple[str, ...] = ()
+    """Names of the adapters of peft that were active."""
 
 
 @dataclass(frozen=True)
@@ -158,6 +160,7 @@ def prepare(
         made.append((row.name, cls, module, quantizer.to(weight.device), inputs, outputs))
     calibrated = [name for name, _, _, _, inputs, _ in made if inputs is not None]
     _check_use(algorithm, calibrated, [quantizer for _, _, _, quantizer, _, _ in made])
+    refuse_tied(model, {name for name, *_ in made}, {id(part) for _, _, one, *_ in made for part in one.modules()})
     holders = _holders(model)
     owners = {row.name: found[row.shared_with][0] for row in report.layers if row.shared_with is not None}
     kept = {id(owner) for owner in owners.values()}
@@ -184,7 +187,8 @@ def prepare(
         )
     notes = (*report.notes, *remarks, *(f"untied: {name}" for name in untied))
     layers = tuple(name for name, _ in quantized_layers(model))
-    mark_prepared(model, Prepared(spec, algorithm, target, observer, notes, report.left_float, layers))
+    active = active_adapters(model)
+    mark_prepared(model, Prepared(spec, algorithm, target, observer, notes, report.left_float, layers, active))
     waiting = sum(layer.awaited_start() is not None for _, layer in quantized_layers(model))
     return PrepareReport(report, layers, tuple(untied), tuple(remarks), algorithms, waiting)
 
@@ -225,6 +229,7 @@ def prepared_as(model: nn.Module) -> Prepared:
         raise StateError(f"model: is frozen already: {_FLOAT_AGAIN}")
     if prepared is None:
         raise StateError("model: was not prepared: call qat.prepare(model, spec) first, on this same module")
+    refuse_adapters(model)
     return prepared
 
 
@@ -369,7 +374,7 @@ def parameter_groups(
 
     Returns:
         Groups for any ``torch.optim`` optimizer; empty ones are left out, parameters that need no gradient too. A
-        module that is frozen, or has a frozen part, raises `StateError`.
+        module that is frozen, or has a frozen part, raises `StateError`; a number below 0, `TrainingError`.
 
     >>> model = nn.Sequential(nn.Linear(256, 64))
     >>> [group["weight_decay"] for group in parameter_groups(model, lr=1e-4, weight_decay=0.1)]
@@ -377,6 +382,10 @@ def parameter_groups(
     """
     if any(is_frozen(part) for part in module.modules()):
         raise StateError(f"module: is frozen, and frozen layers cannot be trained: {_FLOAT_AGAIN}")
+    refuse_adapters(module)
+    for name, value in (("lr", lr), ("scale_lr", scale_lr), ("weight_decay", weight_decay)):
+        if value is not None and not value >= 0:
+            raise TrainingError(f"{name}: must be 0 or more, got {value}: a rate below 0 trains away from the loss")
     scales = {id(p) for _, layer in quantized_layers(module) for p in layer.quantizer_parameters()}
     trained = [p for p in module.parameters() if p.requires_grad]
     others = [p for p in trained if id(p) not in scales]

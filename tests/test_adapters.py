@@ -206,10 +206,34 @@ def test_merging_never_changes_a_tied_weight() -> None:
     with pytest.warns(UserWarning, match="tie"):
         model = adapted(inner, target_modules=["lm_head", "q_proj"])
     embeddings = inner.model.embed_tokens.weight.detach().clone()
+    with pytest.raises(StateError, match="the adapter 'lm_head' shares its weight"):
+        qat.prepare(model, INT4)
+    assert not isinstance(inner.get_submodule(Q), QLoraLinear)
+    inner.config.tie_word_embeddings, inner.lm_head.base_layer.weight = False, nn.Parameter(embeddings.clone())
     qat.prepare(model, INT4)
+    inner.lm_head.base_layer.weight = inner.model.embed_tokens.weight
     with pytest.raises(StateError, match="the adapter 'lm_head' shares its weight"):
         qat.freeze(model)
     assert torch.equal(inner.model.embed_tokens.weight, embeddings)
+
+
+def test_another_adapter_than_that_of_the_ranges_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    model = adapted()
+    model.add_adapter("other", LoraConfig(r=4, target_modules=["q_proj"]))
+    qat.prepare(model, INT4)
+    model.set_adapter("other")
+    qat.freeze(model)
+    assert "ranges were found for the adapters ['default'], but now ['other'] are active" in caplog.text
+
+
+@pytest.mark.parametrize("config", [{"target_modules": ["q_proj", "embed_tokens"]}, {"modules_to_save": ["lm_head"]}])
+def test_a_pattern_of_what_peft_holds_is_told_so(config: dict[str, Any]) -> None:
+    name = "lm_head" if "modules_to_save" in config else "model.embed_tokens"
+    with pytest.raises(SpecError, match=rf"only {name} and the like: a layer under peft: leave it out of the adapter"):
+        qat.prepare(adapted(**config), qat.QuantSpec(overrides={name: "int8"}), target="transformers")
+    with pytest.raises(SpecError) as raised:
+        qat.prepare(adapted(**config), qat.QuantSpec(overrides={"embed_tokens_": "int8", "lm_heads": "int8"}))
+    assert "base_layer" not in str(raised.value)
 
 
 def test_a_tied_head_under_an_adapter_is_quantized_by_name(tmp_path: Path) -> None:
@@ -316,9 +340,13 @@ def test_an_adapter_of_another_type_is_refused(tmp_path: Path) -> None:
 def test_an_adapter_over_a_prepared_layer_is_refused() -> None:
     inner = llama()
     qat.prepare(inner, INT4)
-    adapted(inner)
-    with pytest.raises(StateError, match=rf"the adapter '{Q}' was put over a prepared layer"):
-        qat.freeze(inner)
+    model = adapted(inner)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    model(**TOKENS).logits.sum().backward()
+    calls = (lambda: qat.calibrate(model, [TOKENS]), lambda: qat.parameter_groups(inner, 0.1), optimizer.step)
+    for call in (*calls, lambda: qat.freeze(inner)):
+        with pytest.raises(StateError, match=rf"the adapter '{Q}' was put over a prepared layer"):
+            call()
 
 
 def test_a_prompt_is_refused() -> None:

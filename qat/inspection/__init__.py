@@ -133,7 +133,10 @@ def inspect(model: Any, spec: QuantSpec, *, target: str = "quanto", example_inpu
             raise StateError(f"model: layer {name!r} {fault}")
     outside = other_weights(model, _parameters(layers.values()))
     known = sorted(layers, key=lambda name: layers[name][1].float_by_default)  # first what is quantized by default
-    spec.check_patterns(known, {weight.name.rpartition(".")[0]: weight.class_name for weight in outside})
+    strange = {w.name.rpartition(".")[0]: f"a {w.class_name}, whose weights have no quantized form" for w in outside}
+    wrapped = [name for name, _ in adapters(model) if name not in layers]
+    strange |= dict.fromkeys(wrapped, "a layer under peft: leave it out of the adapter, and out of modules_to_save")
+    spec.check_patterns(known, strange, inside=tuple(f"{name}." for name in wrapped))
     require_held(spec, layers, chosen.name)
     probe = Probe({name: (module, cls.masters(module)) for name, (module, cls) in layers.items() if cls.called})
     if example_inputs is not None:
