@@ -239,7 +239,7 @@ OTHERS = {
         (
             QuantSpec(include=("*experts*", "*to_q")),
             "include: pattern '*experts*' matches no layer that can be quantized, only encoder.0.experts and the like: "
-            EXPERTS,
+            "a Experts, whose weights have no quantized form",
         ),
         (
             QuantSpec(overrides={"*.c_attn": "int8"}),
