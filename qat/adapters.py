@@ -10,7 +10,7 @@ from torch import nn
 
 from qat.errors import StateError
 
-__all__ = ["adapters", "merge_adapters", "without_peft"]
+__all__ = ["active_adapters", "adapters", "merge_adapters", "refuse_tied", "without_peft"]
 
 
 def _of_peft(module: nn.Module) -> bool:
@@ -44,6 +44,28 @@ def adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
+def active_adapters(model: nn.Module) -> tuple[str, ...]:
+    """The names of the adapters that are active in some layer."""
+    return tuple(sorted({name for _, module in adapters(model) for name in getattr(module, "active_adapters", ())}))
+
+
+def refuse_tied(model: nn.Module, leave: Container[str], apart: Container[int] = ()) -> None:
+    """Raise `StateError` where merging an adapter would change another layer, with the same weight.
+
+    Adapters called as in ``leave`` are not merged. The modules with the ids ``apart`` will have weights of their own.
+    """
+    modules = (module for module in model.modules() if id(module) not in apart)
+    holders = Counter(id(p) for module in modules for p in module._parameters.values())
+    found: list[tuple[str, Any]] = [(n, m) for n, m in adapters(model) if n not in leave and hasattr(m, "merge")]
+    for name, module in found:
+        tied = any(holders[id(p)] > 1 for p in module.get_base_layer().parameters())
+        if tied and module.active_adapters and not module.merged:
+            raise StateError(
+                f"model: the layer under the adapter {name!r} shares its weight with another one, which merging would "
+                "change too: quantize it (include it by name), or give it a weight of its own"
+            )
+
+
 def merge_adapters(model: nn.Module, leave: Container[str]) -> None:
     """Merge adapters into their layers, and put these back into their places, as peft's ``merge_and_unload`` does.
 
@@ -53,16 +75,9 @@ def merge_adapters(model: nn.Module, leave: Container[str]) -> None:
         StateError: a layer's weight is tied to another one, or peft cannot merge. No layer is replaced then, and the
             model computes what it did.
     """
+    refuse_tied(model, leave)
     found: list[tuple[str, Any]] = [(name, module) for name, module in adapters(model) if name not in leave]
-    holders = Counter(id(p) for module in model.modules() for p in module._parameters.values())
     merging = [(name, module) for name, module in found if hasattr(module, "merge")]
-    for name, module in merging:
-        tied = any(holders[id(p)] > 1 for p in module.get_base_layer().parameters())
-        if tied and module.active_adapters and not module.merged:
-            raise StateError(
-                f"model: the layer under the adapter {name!r} shares its weight with another one, which merging would "
-                "change too: quantize it (include it by name), or give it a weight of its own"
-            )
     for name, module in merging:
         try:
             if not module.disable_adapters:

@@ -42,18 +42,24 @@ _CODE_STEP = 0.13
 def unreached_layers(model: nn.Module) -> tuple[list[str], list[str]]:
     """Prepared layers that never ran quantized, if anything ran; nothing is known of compiled modules.
 
-    The second list is of experts that saw no token, while others beside them did: their path is known.
+    The second list is of experts that saw no token, while others beside them did: their path is known. Where others
+    saw one with gradients, in training, a token of an evaluation does not count.
     """
     layers = list(quantized_layers(model))
     if not (runs(model) or any(layer.reached for _, layer in layers)):
         return [], []
     compiled = compiled_parts(model)
     shared = {id(layer.weight_quantizer) for _, layer in layers if layer.reached}  # layers may share a weight
-    ran = {place for name, layer in layers if layer.reached for place in _of_experts(name, layer)}
+    most: dict[object, int] = {}  # of the experts beside each other: what is the most that one was trained
+    for name, layer in layers:
+        for place in _of_experts(name, layer) if layer.reached else ():
+            most[place] = max(most.get(place, 0), layer.trained)
     found: tuple[list[str], list[str]] = [], []
     for name, layer in layers:
-        if id(layer.weight_quantizer) not in shared and not f"{name}.".startswith(compiled):
-            found[not ran.isdisjoint(_of_experts(name, layer))].append(name)
+        others = [most[place] for place in _of_experts(name, layer) if place in most]
+        ran = id(layer.weight_quantizer) in shared and layer.trained >= max(others, default=0)
+        if not ran and not f"{name}.".startswith(compiled):
+            found[bool(others)].append(name)
     return found
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from qat.adapters import adapters, merge_adapters, without_peft
+from qat.adapters import active_adapters, adapters, merge_adapters, without_peft
 from qat.checks import (
     function_check,
     hooks_change,
@@ -36,7 +36,7 @@ from qat.hosts.construction import constructed_tensors, differs, unstored_tensor
 from qat.jobs import begun, in_threads
 from qat.layers import QuantizedLayer, float_layers, quantized_layers
 from qat.optimizers import unchanged
-from qat.preparation import Prepared, forget_prepared, prepared_as, refuse_adapters_above
+from qat.preparation import Prepared, forget_prepared, prepared_as
 from qat.progress import counted
 from qat.quantizers.activation import ActivationQuantizer
 from qat.runs import read_without_call
@@ -122,7 +122,6 @@ def _remarks(model: nn.Module, allow_unreached: bool, allow_reads: bool) -> list
     """What the record keeps of how the model was trained; `StateError` where that forbids to freeze it."""
     layers = dict(quantized_layers(model))
     prepared, modules = prepared_as(model), dict(model.named_modules())
-    refuse_adapters_above(model)
     if empty := meta_names(model):
         raise StateError(f"model: {listed(empty, 4)} have no numbers (meta device): load its weights first")
     gone = [name for name in prepared.layers if name not in layers]
@@ -132,8 +131,12 @@ def _remarks(model: nn.Module, allow_unreached: bool, allow_reads: bool) -> list
             f"model: {len(half)} layers are frozen and others are not (first: {half[0]!r}): an earlier qat.freeze was "
             "interrupted; take the masters from a checkpoint, and freeze again"
         )
-    if gone:
-        logger.warning("%d prepared layers were replaced since, and stay float: %s", len(gone), listed(gone, 4))
+    if gone and len(layers) < len(prepared.layers):  # else a wrapper, as of torch.compile, has changed their names
+        raise StateError(
+            f"model: {len(gone)} of {len(prepared.layers)} prepared layers were replaced since ({listed(gone, 4)}) and "
+            "would be served in float: leave peft's merge_and_unload to qat.freeze, which merges adapters as they were "
+            "trained, and resize or replace layers before qat.prepare"
+        )
     (unreached, idle), read = unreached_layers(model), read_without_call(model)
     if unreached and not allow_unreached:
         raise StateError(
@@ -154,6 +157,9 @@ def _remarks(model: nn.Module, allow_unreached: bool, allow_reads: bool) -> list
             f"model: hooks change what {len(changing)} prepared layers compute ({listed(changing, 4)}), and freezing "
             "drops them: remove them, or move what they do into a module of its own"
         )
+    now = active_adapters(model)
+    if prepared.adapters and now and now != prepared.adapters:
+        logger.warning("ranges were found for the adapters %s, but now %s are active", [*prepared.adapters], [*now])
     if hooked:
         logger.warning("%d layers have hooks, which freezing drops: %s", len(hooked), listed(hooked, 4))
     for warning in unchanged(model, [*unreached, *idle]):
@@ -171,7 +177,8 @@ def _remarks(model: nn.Module, allow_unreached: bool, allow_reads: bool) -> list
             experts.setdefault(name.rpartition(".")[0], []).append(name.rpartition(".")[2])
         places = [f"{name} ({', '.join(numbers)})" for name, numbers in experts.items()]
         count = sum(map(len, experts.values()))
-        notes.append(f"{count} experts never saw a token, and so learned nothing: {listed(places, 100)}")
+        when = "in training, and so learned nothing" if any(one.trained for one in layers.values()) else "at all"
+        notes.append(f"{count} experts never saw a token {when}: {listed(places, 100)}")
         logger.warning("%s", notes[-1])
     if unreached:
         notes.append(f"{len(unreached)} layers were frozen although they never ran quantized: {listed(unreached, 4)}")

@@ -22,8 +22,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
-from qat.errors import TrainingError, listed
+from qat.adapters import adapters
+from qat.errors import StateError, TrainingError, listed
 from qat.layers import quantized_layers
+from qat.probing import compiled_parts
 
 __all__ = [
     "begin_training",
@@ -31,7 +33,9 @@ __all__ = [
     "learned_ranges",
     "look_again",
     "no_training",
+    "refuse_adapters",
     "refuse_decay",
+    "trained",
     "unchanged",
     "watch",
 ]
@@ -106,7 +110,9 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for model in list(_models):
         if any(id(p) in held for p in model.parameters()):
+            refuse_adapters(model)
             refuse_decay(model, optimizer.param_groups)
+            _warn_of_rates(model, optimizer.param_groups)
             if waited := begin_training(model):
                 logger.warning(
                     "%d layers train from the start 'clip', for theirs needs data: call qat.calibrate(model, batches) "
@@ -125,6 +131,17 @@ def learned_ranges(model: nn.Module) -> dict[int, str]:
     return {id(p): name for name, p in model.named_parameters() if id(p) in own and p.requires_grad}
 
 
+def refuse_adapters(model: nn.Module) -> None:
+    """Raise `StateError` where an adapter was put over a prepared layer: it would stay float beside its weight."""
+    layers = [name for name, _ in quantized_layers(model)]
+    for above, _ in adapters(model):
+        if under := [name for name in layers if name.startswith(f"{above}.")]:
+            raise StateError(
+                f"model: the adapter {above!r} was put over a prepared layer ({under[0]!r}), and stays float "
+                "beside its weight: wrap the float model (get_peft_model), and call qat.prepare on that"
+            )
+
+
 def refuse_decay(model: nn.Module, groups: Iterable[Mapping[str, Any]]) -> None:
     """Raise `TrainingError` when a group of an optimizer decays learned ranges of ``model``."""
     learned = learned_ranges(model)
@@ -137,14 +154,28 @@ def refuse_decay(model: nn.Module, groups: Iterable[Mapping[str, Any]]) -> None:
             )
 
 
+def _warn_of_rates(model: nn.Module, groups: Iterable[Mapping[str, Any]]) -> None:
+    """Warn where learned ranges share a group, and so a learning rate, with weights."""
+    learned = learned_ranges(model)
+    mixed = [[learned.get(id(p)) for p in group["params"]] for group in groups]
+    if names := [name for held in mixed if None in held for name in held if name is not None]:
+        logger.warning("%d learned ranges train at the rate of weights (first: %r): %s", len(names), names[0], REMEDY)
+
+
+def trained(model: nn.Module) -> bool:
+    """Whether an optimizer has stepped on ``model``."""
+    return bool(_first.get(model))
+
+
 def unchanged(model: nn.Module, leave_out: Collection[str] = ()) -> list[str]:
-    """What training left alone although it changed something of ``model``: one sentence for weights, one for ranges.
+    """What training left alone although it changed something of ``model``: sentences for weights and for ranges.
 
     Layers in ``leave_out`` are said elsewhere.
     """
     first = _first.get(model, {})
-    faults: dict[str, list[str]] = {"weights": [], "learned ranges": []}
-    trained = _trained(model).items()
+    faults: dict[tuple[str, bool], list[str]] = {}
+    trained, compiled = _trained(model).items(), compiled_parts(model)
+    gradients = any(layer.trained for _, layer in quantized_layers(model))
     same = {id(p) for name, p in trained if name in first and torch.equal(first[name], _fingerprint(p))}
     for name, layer in quantized_layers(model):
         used = (layer.weight_quantizer, *(q for q in layer.activation_quantizers() if q.used))
@@ -152,12 +183,16 @@ def unchanged(model: nn.Module, leave_out: Collection[str] = ()) -> list[str]:
         for what, parameters in parts.items():
             own = {id(p) for p in parameters if p.requires_grad}
             if own and own <= same and name not in leave_out:
-                faults[what].append(name)
-    reason = f"no optimizer held them, no gradient reached them, or steps were too small for their dtype: {REMEDY}"
+                dry = gradients and not layer.trained and not f"{name}.".startswith(compiled)
+                faults.setdefault((what, dry), []).append(name)
+    reasons = {
+        False: f"no optimizer held them, no gradient reached them, or steps were too small for their dtype: {REMEDY}",
+        True: "they never ran with gradients, as experts without a token or parts under torch.no_grad(): train on data "
+        "that reaches them, or leave them out of the spec",
+    }
     return [
-        f"training never changed the {what} of {len(names)} layers: {reason}: {listed(names, 4)}"
-        for what, names in faults.items()
-        if names
+        f"training never changed the {what} of {len(names)} layers: {reasons[dry]}: {listed(names, 4)}"
+        for (what, dry), names in faults.items()
     ]
 
 

@@ -20,6 +20,7 @@ from qat.errors import StateError, listed
 from qat.hosts import get_target
 from qat.layers import quantized_layers
 from qat.layers.packed import PackedLinear
+from qat.optimizers import trained
 from qat.preparation import prepared_as
 from qat.quantizers import LearnedAffine
 
@@ -57,8 +58,8 @@ def pack_base(model: nn.Module, weights: str = "int4") -> PackReport:
         weights: the type of the codes, by the name that a spec uses; it may be another one than the layer's own.
 
     Raises:
-        StateError: the model was not prepared, has no layer under LoRA, or has one whose base trains or is on the meta
-            device. Nothing is changed then.
+        StateError: the model was not prepared, or was trained already; it has no layer under LoRA, or has one whose
+            base trains or is on the meta device. Nothing is changed then.
         SpecError: the format has no such type.
 
     >>> from peft import LoraConfig, get_peft_model
@@ -84,6 +85,8 @@ def pack_base(model: nn.Module, weights: str = "int4") -> PackReport:
             raise StateError(
                 f"model: the bases of {len(names)} layers {fault}, and cannot be packed: {listed(names, 4)}"
             )
+    if trained(model):
+        raise StateError("model: was trained over its float base, which packing changes: call qat.pack_base before")
     types = get_target(prepared.target).format.types(weights, None, prepared.spec.torch_dtype)
     before = after = 0
     for name, base in bases.items():
@@ -92,6 +95,7 @@ def pack_base(model: nn.Module, weights: str = "int4") -> PackReport:
         before += base.weight.nbytes
         after += sum(buffer.nbytes for buffer in packed.buffers())
         layers[name].base_layer = packed.train(base.training)
+        layers[name].weight_quantizer.base_qtype = packed.form.qtype.key
     if floats := [name for name in layers if name not in bases]:
         logger.warning(
             "%d quantized layers without an adapter keep their float weight: %s", len(floats), listed(floats, 4)

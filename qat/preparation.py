@@ -10,20 +10,20 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from qat.adapters import adapters, without_peft
-from qat.errors import SpecError, StateError, listed, shown
+from qat.adapters import active_adapters, refuse_tied, without_peft
+from qat.checkpoints import PREPARED, complete_float_checkpoint
+from qat.errors import SpecError, StateError, TrainingError, listed, shown
 from qat.files.evidence import is_frozen
 from qat.hosts import get_target, inner_models
 from qat.inspection import InspectReport, check_module, inspect
 from qat.layers import QuantizedLayer, float_layers, quantized_layers
 from qat.observers import Best, ObserverChoice
-from qat.optimizers import watch
+from qat.optimizers import refuse_adapters, watch
 from qat.quantizers import Algorithm, Automatic, WeightQuantizer
 from qat.quantizers.activation import ActivationQuantizer, LearnedScale
-from qat.quantizers.base import TYPE_KEY
-from qat.runs import note_runs, observe_runs
+from qat.runs import observe_runs
 from qat.spec import QuantSpec
 
 __all__ = [
@@ -34,10 +34,8 @@ __all__ = [
     "parameter_groups",
     "prepare",
     "prepared_as",
-    "refuse_adapters_above",
 ]
 
-_ATTRIBUTE = "_qat_prepared"
 _HOOKS = "_qat_hooks"
 _FLOAT_AGAIN = "export it with qat.export, or prepare a float model or a checkpoint of training to go on"
 logger = logging.getLogger("qat")
@@ -57,6 +55,8 @@ class Prepared:
     """The weights that stay float, each with the reason; freezing puts it on record too."""
     layers: tuple[str, ...] = ()
     """Full names of the layers that were prepared."""
+    adapters: tuple[str, ...] = ()
+    """Names of the adapters of peft that were active."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +123,8 @@ def prepare(
         raise StateError(f"model: a {type(model).__name__} around a model: pass it (model._orig_mod or model.module)")
     check_module(model)
     report = inspect(model, spec, target=target, example_inputs=example_inputs)
+    for warning in report.warnings:
+        logger.warning("%s", warning)
     spec, observer, format = report.spec, observer or Best(), get_target(target).format
     untied, made, algorithms, quantizers = [], [], {}, dict[str, WeightQuantizer]()
     read_by_all: dict[tuple[int, ...], ActivationQuantizer] = {}  # of experts, which read one tensor at a parameter
@@ -155,6 +157,7 @@ def prepare(
         made.append((row.name, cls, module, quantizer.to(weight.device), inputs, outputs))
     calibrated = [name for name, _, _, _, inputs, _ in made if inputs is not None]
     _check_use(algorithm, calibrated, [quantizer for _, _, _, quantizer, _, _ in made])
+    refuse_tied(model, {name for name, *_ in made}, {id(part) for _, _, one, *_ in made for part in one.modules()})
     holders = _holders(model)
     owners = {row.name: found[row.shared_with][0] for row in report.layers if row.shared_with is not None}
     kept = {id(owner) for owner in owners.values()}
@@ -179,15 +182,16 @@ def prepare(
         )
     notes = (*report.notes, *remarks, *(f"untied: {name}" for name in untied))
     layers = tuple(name for name, _ in quantized_layers(model))
-    mark_prepared(model, Prepared(spec, algorithm, target, observer, notes, report.left_float, layers))
+    active = active_adapters(model)
+    mark_prepared(model, Prepared(spec, algorithm, target, observer, notes, report.left_float, layers, active))
     waiting = sum(layer.awaited_start() is not None for _, layer in quantized_layers(model))
     return PrepareReport(report, layers, tuple(untied), tuple(remarks), algorithms, waiting)
 
 
 def mark_prepared(model: nn.Module, prepared: Prepared) -> None:
     """Note how a model was prepared, and look at its loads, runs and optimizers from now on."""
-    setattr(model, _ATTRIBUTE, prepared)
-    complete = functools.partial(_complete_float_checkpoint, prepared.algorithm)
+    setattr(model, PREPARED, prepared)
+    complete = functools.partial(complete_float_checkpoint, prepared.algorithm)
     loaded = (model, *(layer for _, layer in quantized_layers(model)))  # a part of a model may be loaded by itself
     hooks = [module.register_load_state_dict_pre_hook(complete) for module in loaded]  # type: ignore[no-untyped-call]
     setattr(model, _HOOKS, hooks + observe_runs(model))
@@ -215,28 +219,18 @@ def prepared_as(model: nn.Module) -> Prepared:
     if not isinstance(model, nn.Module):
         raise StateError(f"model: must be a prepared nn.Module, got {type(model).__name__}")
     model = without_peft(model)
-    prepared: Prepared | None = getattr(model, _ATTRIBUTE, None)
+    prepared: Prepared | None = getattr(model, PREPARED, None)
     if is_frozen(model):
         raise StateError(f"model: is frozen already: {_FLOAT_AGAIN}")
     if prepared is None:
         raise StateError("model: was not prepared: call qat.prepare(model, spec) first, on this same module")
+    refuse_adapters(model)
     return prepared
-
-
-def refuse_adapters_above(module: nn.Module) -> None:
-    """Raise `StateError` where peft has put an adapter over a prepared layer, beside whose weight it stays float."""
-    names = [name for name, _ in quantized_layers(module)]
-    for above, _ in adapters(module):
-        if under := [name for name in names if name.startswith(f"{above}.")]:
-            raise StateError(
-                f"model: the adapter {above!r} was put over a prepared layer ({under[0]!r}), and stays float "
-                "beside its weight: wrap the float model (get_peft_model), and call qat.prepare on that"
-            )
 
 
 def forget_prepared(model: nn.Module) -> None:
     """Mark ``model`` as no longer prepared (freezing has replaced its layers)."""
-    delattr(model, _ATTRIBUTE)
+    delattr(model, PREPARED)
     for hook in vars(model).pop(_HOOKS):
         hook.remove()
 
@@ -268,80 +262,6 @@ def _untie(model: nn.Module, module: nn.Module, cls: type[QuantizedLayer], all_h
     return untied
 
 
-@torch.no_grad()
-def _complete_float_checkpoint(
-    algorithm: Algorithm, module: nn.Module, state: dict[str, Any], prefix: str, *_: Any
-) -> None:
-    """Before a checkpoint is loaded into a prepared model or layer: give a float one the state of new quantizers.
-
-    They are made for the weights of the checkpoint, on their device. Layers whose weight the checkpoint leaves out
-    (``strict=False``) keep what they have.
-    """
-    if hasattr(module, _ATTRIBUTE):
-        note_runs(module, frozenset())
-    fresh: dict[str, Tensor] = {}
-    lacking, stateful = [], 0
-    given, kept = 0, []
-    for name, layer in quantized_layers(module):
-        name = f"{prefix}{name}." if name else prefix
-        weight = layer.weight_in(state, name)
-        if weight is not None:
-            layer.reached = False  # what ran before says nothing of these weights
-        state_of = layer.state_dict(prefix=name)
-        own = [key for key in state_of if "_quantizer." in key[len(name) :] and not key.endswith(f".{TYPE_KEY}")]
-        if not own:
-            continue
-        absent = [key for key in own if key not in state]
-        if weight is None:
-            _require_compensated(layer, name, state)
-            if hasattr(module, _ATTRIBUTE) and not layer.called and not absent:
-                raise StateError(
-                    f"state_dict: has the quantizer of {name.rstrip('.')!r}, but not the parameter of its experts "
-                    "(names of original files are not converted): load what model.state_dict() gave, or what "
-                    "save_pretrained(..., save_original_format=False) wrote"
-                )
-            given += not absent
-            kept += [name.rstrip(".")] if len(absent) == len(own) else []
-            continue
-        stateful += 1
-        if absent and len(absent) < len(own):
-            raise StateError(
-                f"state_dict: layer {name.rstrip('.')!r} has only a part of its quantizers' state ({absent[0]!r} is "
-                "missing): load all that model.state_dict() gave, into a model prepared by the same spec and algorithm"
-            )
-        if len(absent) == len(own):
-            lacking.append(name)
-            fresh |= layer.fresh_state(name, weight, algorithm)
-    if given and kept:
-        logger.warning(
-            "state_dict holds the quantizers of %d layers, as an adapter's file does; those of %d others stay as they "
-            "are, so load the whole model.state_dict() to go on with training: %s",
-            given,
-            len(kept),
-            listed(kept, 4),
-        )
-    if lacking and len(lacking) < stateful:
-        raise StateError(
-            f"state_dict: quantizer keys may be absent only for all layers together, but {len(lacking)} of {stateful} "
-            f"lack theirs (first: {lacking[0].rstrip('.')!r}): load a whole float or prepared checkpoint"
-        )
-    if lacking:
-        state.update(fresh)
-        logger.warning(
-            "state_dict holds no quantizer state (a float checkpoint): %d quantizers start afresh", len(lacking)
-        )
-
-
-def _require_compensated(layer: QuantizedLayer, prefix: str, state: dict[str, Any]) -> None:
-    """Raise `StateError` where a state without the layer's weight is of one that a start has changed, unlike this."""
-    theirs = state.get(f"{prefix}weight_quantizer.changed_master")
-    if theirs is not None and bool(theirs) and not layer.weight_quantizer.compensated:
-        raise StateError(
-            f"state_dict: layer {prefix.rstrip('.')!r} was trained over a weight that its start (gptq or best) had "
-            "changed, and the state lacks this weight: load the whole model.state_dict(), or train with start='output'"
-        )
-
-
 def parameter_groups(
     module: nn.Module, lr: float, scale_lr: float | None = None, weight_decay: float = 0.0
 ) -> list[dict[str, Any]]:
@@ -360,7 +280,8 @@ def parameter_groups(
 
     Returns:
         Groups for any ``torch.optim`` optimizer; empty ones are left out, parameters that need no gradient too. A
-        module that is frozen, has a frozen part, or has an adapter over a prepared layer raises `StateError`.
+        module that is frozen, has a frozen part, or has an adapter over a prepared layer raises `StateError`; a number
+        below 0, `TrainingError`.
 
     >>> model = nn.Sequential(nn.Linear(256, 64))
     >>> [group["weight_decay"] for group in parameter_groups(model, lr=1e-4, weight_decay=0.1)]
@@ -368,7 +289,10 @@ def parameter_groups(
     """
     if any(is_frozen(part) for part in module.modules()):
         raise StateError(f"module: is frozen, and frozen layers cannot be trained: {_FLOAT_AGAIN}")
-    refuse_adapters_above(module)
+    refuse_adapters(module)
+    for name, value in (("lr", lr), ("scale_lr", scale_lr), ("weight_decay", weight_decay)):
+        if value is not None and not value >= 0:
+            raise TrainingError(f"{name}: must be 0 or more, got {value}: a rate below 0 trains away from the loss")
     scales = {id(p) for _, layer in quantized_layers(module) for p in layer.quantizer_parameters()}
     trained = [p for p in module.parameters() if p.requires_grad]
     others = [p for p in trained if id(p) not in scales]

@@ -170,12 +170,16 @@ class QuantSpec(NamedArguments):
                 return Resolution(default, f"included by {pattern!r}", True)
         return Resolution(None, "matches no include pattern", False) if self.include else Resolution(default, "", False)
 
-    def check_patterns(self, names: Iterable[str], others: Mapping[str, str] | None = None) -> None:
+    def check_patterns(
+        self, names: Iterable[str], others: Mapping[str, str] | None = None, *, inside: tuple[str, ...] = ()
+    ) -> None:
         """Raise `SpecError` for every pattern that matches none of ``names``, the layers that can be quantized.
 
-        ``others`` are modules with weights that cannot, and their classes; a pattern that asks for one is told so.
+        ``others`` are modules with weights that cannot, and what these are; a pattern that asks for one is told so.
+        Names that begin as one in ``inside`` are no hint for a better pattern.
         """
         known, others, faults = list(names), others or {}, []
+        good = [name for name in known if not name.startswith(inside)]
         for argument, patterns in (("include", self.include), ("exclude", self.exclude), ("overrides", self.overrides)):
             for pattern in patterns:
                 if any(fnmatchcase(name, pattern) for name in known):
@@ -185,15 +189,15 @@ class QuantSpec(NamedArguments):
                 weights = value.weights if isinstance(value, LayerSpec) else value
                 if held and (argument == "exclude" or weights == "float"):
                     continue  # it stays float, as asked
-                tails = {name.rsplit(".", 1)[-1] for name in known}
-                wanted = {tail: f"*.{tail}" for tail in tails} | {name: name for name in known}
+                tails = {name.rsplit(".", 1)[-1] for name in good}
+                wanted = {tail: f"*.{tail}" for tail in tails} | {name: name for name in good}
                 close = [wanted[near] for near in get_close_matches(pattern.lstrip("*."), wanted, n=1)]
                 if held:
-                    hint = f", only {held[0]} and the like: a {others[held[0]]}, whose weights have no quantized form"
+                    hint = f", only {held[0]} and the like: {others[held[0]]}"
                 elif close:
                     hint = f": a pattern matches the whole name; did you mean {close[0]!r}?"
                 else:
-                    hint = f"; layers here: {known[:5]}..."
+                    hint = f"; layers here: {good[:5]}..."
                 faults.append(f"{argument}: pattern {pattern!r} matches no layer that can be quantized{hint}")
         if faults:
             raise SpecError("\n".join(faults))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 from pathlib import Path
@@ -208,6 +209,21 @@ def test_an_expert_in_a_list_that_never_saw_a_token_is_named_too(caplog: pytest.
     assert "3 experts never saw a token, and so learned nothing: encoder.block.0.layer.1.mlp.experts (" in caplog.text
 
 
+@pytest.mark.parametrize("gradients", [False, True])
+def test_an_evaluation_gives_no_expert_a_token_of_training(gradients: bool, caplog: pytest.LogCaptureFixture) -> None:
+    model = build("MixtralForCausalLM", num_local_experts=8).train()
+    train(model, qat.QuantSpec(weights="int4", dtype="float32"), TOKENS[:1, 3:6])
+    layers = [layer for name, layer in quantized_layers(model) if "experts" in name]
+    idle = sum(not layer.reached for layer in layers) // 2
+    with torch.set_grad_enabled(gradients):
+        model.eval()(TOKENS)
+    assert sum(not layer.reached for layer in layers) < 2 * idle
+    with caplog.at_level(logging.WARNING, logger="qat"):
+        qat.freeze(model)
+    assert f"{idle} experts never saw a token in training, and are frozen untrained" in caplog.text
+    assert "training never changed" not in caplog.text
+
+
 def test_experts_that_were_gone_around_are_refused() -> None:
     model = build("MixtralForCausalLM", num_hidden_layers=2)
     qat.prepare(model, qat.QuantSpec(weights="int8"), target="transformers")
@@ -292,11 +308,15 @@ def test_types_may_differ_between_experts(tmp_path: Path) -> None:
     assert same_bits(logits(qat.load(tmp_path / "out")), before)
 
 
-def test_target_quanto_refuses_experts_by_name(tmp_path: Path) -> None:
+def test_target_quanto_refuses_experts_by_name(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     report = qat.inspect(build("MixtralForCausalLM"), qat.QuantSpec(weights="int8"))
     row = next(row for row in report.layers if "experts" in row.name)
     assert row.reason == "the loader of target 'quanto' replaces no experts in one parameter: use target 'transformers'"
+    with pytest.raises(TargetError, match=r"overrides: '\*experts\*' names .*gate_up_proj and 13 more, but the loader"):
+        qat.inspect(build("MixtralForCausalLM"), qat.QuantSpec(overrides={"*experts*": "int8"}))
     model = build("MixtralForCausalLM")
+    qat.prepare(copy.deepcopy(model), qat.QuantSpec(weights="int8"))
+    assert f"81.4% of the parameters stay float: {row.reason}" in caplog.text
     qat.prepare(model, qat.QuantSpec(weights="int8"), target="transformers")
     with pytest.raises(TargetError, match="its loader replaces no ExpertMatrix"):
         qat.freeze(model, target="quanto")

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 from qat.errors import ExportError, StateError, TargetError
@@ -13,6 +15,7 @@ from qat.files.manifest import MANIFEST_NAME
 from qat.formats import QUANTO
 from qat.freezing import freeze
 from qat.hosts import MODULE, TARGETS, Target
+from qat.loading import load
 from qat.preparation import prepare
 from qat.spec import QuantSpec
 from qat.tensors import digest
@@ -60,7 +63,39 @@ class TestQuantoFiles:
         assert any("model=" in note for note in report.notes)
 
 
+def _with_embedding() -> tuple[nn.Module, QuantSpec]:
+    return small_llama(tie_word_embeddings=True), QuantSpec(overrides={"lm_head": "int8", "model.embed_tokens": "int8"})
+
+
+def _with_conv1d() -> tuple[nn.Module, QuantSpec]:
+    config = transformers.GPT2Config(vocab_size=64, n_positions=32, n_embd=64, n_layer=1, n_head=2)
+    config.bos_token_id = config.eos_token_id = 1
+    return transformers.GPT2LMHeadModel(config), QuantSpec()
+
+
+def _with_experts() -> tuple[nn.Module, QuantSpec]:
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.MixtralConfig(vocab_size=64, num_key_value_heads=2, num_local_experts=2, **sizes)
+    return transformers.MixtralForCausalLM(config), QuantSpec()
+
+
 class TestTransformersFiles:
+    @pytest.mark.parametrize("made", [_with_embedding, _with_conv1d, _with_experts])
+    def test_quanto_s_loader_refuses_layers_that_it_would_leave_unfilled(
+        self, tmp_path: Path, made: Callable[[], tuple[nn.Module, QuantSpec]]
+    ) -> None:
+        from optimum.quanto import QuantizedModelForCausalLM
+
+        model, spec = made()
+        prepare(model, spec, target="transformers")
+        freeze(model)
+        export(model, tmp_path / "out")
+        with pytest.raises(ValueError, match="No quantization map found"):
+            QuantizedModelForCausalLM.from_pretrained(str(tmp_path / "out"))
+        ids = torch.arange(8)[None]
+        with torch.no_grad():
+            assert torch.equal(load(tmp_path / "out")(ids).logits, model(ids).logits)
+
     def test_the_quantization_config_names_the_plug_in(self, tmp_path: Path) -> None:
         model = frozen_llama("transformers", weights="int4", activations="int8", dtype="bfloat16")
         export(model, tmp_path / "out")

@@ -296,13 +296,20 @@ def test_numbers_that_float16_cannot_hold_are_refused(key: str) -> None:
     assert isinstance(model[0], QLinear)
 
 
-def test_prepared_layers_that_were_replaced_are_named(caplog: pytest.LogCaptureFixture) -> None:
-    """As resize_token_embeddings replaces a head."""
+@pytest.mark.parametrize("count", [1, 2])
+def test_prepared_layers_that_were_replaced_are_refused(count: int) -> None:
+    """As resize_token_embeddings replaces a head, and merge_and_unload of peft all layers under adapters."""
     model = two_layers()
-    model[1] = nn.Linear(32, 20)
-    model(torch.randn(2, 64))
-    assert set(freeze(model).layers) == {"0"}
-    assert "1 prepared layers were replaced since, and stay float: 1" in caplog.text
+    for index in range(2 - count, 2):
+        model[index] = nn.Linear(*model[index].weight.shape[::-1])
+    with pytest.raises(StateError, match=rf"{count} of 2 prepared layers were replaced since .*leave peft's merge_and"):
+        freeze(model)
+
+
+def test_prepared_layers_with_other_names_are_frozen() -> None:
+    model = two_layers()
+    model[1] = nn.Sequential(model[1])
+    assert set(freeze(model).layers) == {"0", "1.0"}
 
 
 def test_a_master_narrower_than_the_serving_dtype_is_told(caplog: pytest.LogCaptureFixture) -> None:

@@ -286,4 +286,4 @@ def test_an_optimizer_with_groups_of_its_own_is_refused(tmp_path: Path, monkeypa
 def test_a_quantized_head_that_trl_does_not_call_is_refused(tmp_path: Path) -> None:
     spec = qat.QuantSpec(weights="int4", dtype="float32", overrides={"lm_head": "int8"})
     with pytest.raises(qat.StateError, match=r"used without calling their layer, in float \(lm_head\): exclude"):
-        by_trl(tmp_path, How(spec, qat.StraightThrough(), qat.QuantizationSchedule()), export=tmp_path / "export")
+        by_trl(tmp_path, How(spec, qat.StraightThrough(), qat.QuantizationSchedule()))

@@ -14,7 +14,7 @@ from diffusers import DiTTransformer2DModel, UNet2DModel
 from torch import Tensor, nn
 
 import qat
-from qat.errors import LoadError, SpecError, StateError, TargetError
+from qat.errors import LoadError, StateError, TargetError
 from qat.layers import QConv2d
 from tests.helpers import DTYPES, WEIGHT_TYPES, same_bits, tiny_model
 
@@ -152,9 +152,9 @@ def test_it_is_float_by_default_and_says_so() -> None:
 
 def test_library_loaders_replace_none() -> None:
     reason = "the loader of target '{}' replaces no Conv2d: use target 'quanto'"
-    with pytest.raises(SpecError, match=reason.format("transformers")):
+    with pytest.raises(TargetError, match=reason.format("transformers")):
         qat.inspect(tiny_model("vit"), qat.QuantSpec(include="*projection"), target="transformers")
-    with pytest.raises(SpecError, match=reason.format("diffusers")):
+    with pytest.raises(TargetError, match=reason.format("diffusers")):
         qat.inspect(unet(), qat.QuantSpec(include="conv_in"), target="diffusers")
 
 

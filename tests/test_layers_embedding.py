@@ -15,7 +15,7 @@ import transformers
 from torch import Tensor, nn
 
 import qat
-from qat.errors import SpecError, StateError, TargetError
+from qat.errors import StateError, TargetError
 from qat.formats import QUANTO
 from qat.formats.quanto_modules import FrozenEmbedding
 from qat.layers import QEmbedding, layer_class
@@ -193,10 +193,13 @@ def test_stock_loaders_replace_none(target: str) -> None:
     model: Any = nn.ModuleDict({"embed": nn.Embedding(8, 64), "linear": nn.Linear(64, 64)})
     reason = f"the loader of target {target!r} replaces no Embedding: no target for such a model does"
     if target == "quanto":
-        report = qat.inspect(model, qat.QuantSpec(include=("embed", "linear")), target=target)
-        assert {row.name: row.reason for row in report.layers} == {"embed": reason, "linear": "included by 'linear'"}
-        with pytest.raises(SpecError, match=reason):
-            qat.inspect(model, qat.QuantSpec(include="embed"), target=target)
+        report = qat.inspect(model, qat.QuantSpec(include="*"), target=target)
+        assert {row.name: row.reason for row in report.layers} == {"embed": reason, "linear": "included by '*'"}
+        assert report.warnings == (f"11.0% of the parameters stay float: {reason}",)
+        for spec in (qat.QuantSpec(include=("embed", "linear")), qat.QuantSpec(overrides={"em*": "int8"})):
+            with pytest.raises(TargetError, match=rf"names embed, but {reason}, or leave the pattern out"):
+                qat.inspect(model, spec, target=target)
+        qat.inspect(model, qat.QuantSpec(overrides={"embed": "float"}), target=target)
     assert target not in QEmbedding.targets
 
 

@@ -169,6 +169,34 @@ def test_layers_that_need_no_gradient_and_layers_that_never_ran_are_not_named() 
     assert unchanged(model, ["2"]) == []
 
 
+def test_ranges_at_the_rate_of_weights_are_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    model = layers(qat.LearnedAffine())
+    train(model, torch.optim.SGD(qat.parameter_groups(model, lr=0.1)))
+    assert "rate of weights" not in caplog.text
+    train(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    assert (
+        caplog.text.count("4 learned ranges train at the rate of weights (first: '0.weight_quantizer.low_move')") == 1
+    )
+
+
+@pytest.mark.parametrize("rates", [{"lr": -1.0}, {"lr": 1.0, "scale_lr": -1.0}, {"lr": 1.0, "weight_decay": -0.1}])
+def test_numbers_below_0_are_refused(rates: dict[str, float]) -> None:
+    with pytest.raises(qat.TrainingError, match=rf"{list(rates)[-1]}: must be 0 or more, got -"):
+        qat.parameter_groups(layers(), **rates)
+
+
+def test_ranges_of_layers_that_ran_without_gradients_are_said_to_be_so() -> None:
+    model = layers(qat.LearnedAffine())
+    optimizer = torch.optim.SGD(qat.parameter_groups(model, lr=0.1))
+    with torch.no_grad():
+        hidden = model[0](X)
+    model[2](hidden.relu()).square().mean().backward()
+    optimizer.step()
+    found = unchanged(model)
+    assert [message.rpartition(": ")[2] for message in found] == ["0", "0"]
+    assert all("they never ran with gradients" in message and "optimizer" not in message for message in found)
+
+
 def test_the_weights_that_are_loaded_before_the_first_step_are_where_training_begins() -> None:
     model = layers()
     model.load_state_dict(nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8)).state_dict())

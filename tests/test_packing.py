@@ -127,3 +127,11 @@ def test_what_cannot_be_packed_is_refused() -> None:
         qat.pack_base(lora)
     with pytest.raises(StateError, match=r"its base is packed.*qat.freeze merges it"):
         lora.merge_adapter()
+
+
+def test_a_trained_model_is_not_packed() -> None:
+    model = adapted()
+    qat.prepare(model, INT4)
+    train(model, 1)
+    with pytest.raises(StateError, match="was trained over its float base, which packing changes"):
+        qat.pack_base(model)

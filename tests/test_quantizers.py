@@ -198,7 +198,7 @@ def test_an_activation_quantizer_keeps_python_values() -> None:
     quantizer = calibrated()
     quantizer.arrives_quantized = True
     assert (quantizer.initialized, quantizer.arrives_quantized, quantizer.enabled) == (True, True, True)
-    assert quantizer.state_dict()["_extra_state"].tolist() == [True, True, True]
+    assert quantizer.state_dict()["_extra_state"].tolist() == [True, True, True, False]
 
 
 def test_a_channel_that_small_weights_follow_still_counts() -> None:

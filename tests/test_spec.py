@@ -225,7 +225,12 @@ def test_one_error_lists_all_patterns_at_fault() -> None:
         QuantSpec(include="nope", exclude="neither").check_patterns(NAMES)
 
 
-OTHERS = {"encoder.0.experts": "Experts", "encoder.1.experts": "Experts", "encoder.0.c_attn": "Conv1D"}
+EXPERTS = "a Experts, whose weights have no quantized form"
+OTHERS = {
+    "encoder.0.experts": EXPERTS,
+    "encoder.1.experts": EXPERTS,
+    "encoder.0.c_attn": "a Conv1D, whose weights have no quantized form",
+}
 
 
 @pytest.mark.parametrize(

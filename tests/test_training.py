@@ -11,7 +11,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
-from torch import nn
+from torch import Tensor, nn
 
 import qat
 from qat.layers import QLinear
@@ -30,6 +30,16 @@ from tests.training_modules import (
     quantization,
     quiet_trainer,
 )
+
+
+class ReadOnly(nn.Sequential):
+    """Reads the weight of its layer, and never calls it."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(nn.Linear(in_features, out_features))
+
+    def forward(self, input: Tensor) -> Tensor:
+        return input @ self[0].weight.t()
 
 
 class Watcher(Callback):
@@ -104,12 +114,20 @@ def test_fit_twice_then_test_with_two_trainers(tmp_path: Path) -> None:
 def test_a_model_prepared_in_another_way_is_refused(tmp_path: Path) -> None:
     module = UserModule()
     qat.prepare(module.model, INT8)
-    with pytest.raises(qat.StateError, match=r"already prepared with .*int8"):
+    with pytest.raises(qat.StateError, match=r"prepared with weights='int8', but the callback has weights='int4':"):
         quiet_trainer(tmp_path, quantization(INT4)).fit(module, loader())
-    with pytest.raises(qat.StateError, match=r"callback has .*'target': 'transformers'"):
+    with pytest.raises(qat.StateError, match=r"with target='quanto', but the callback has target='transformers':"):
         quiet_trainer(tmp_path, quantization(INT8, target="transformers")).fit(module, loader())
-    with pytest.raises(qat.StateError, match=r"callback has .*'observer': Absmax"):
+    with pytest.raises(qat.StateError, match=r"prepared with observer=Best\(.*, but the callback has observer=Absmax"):
         quiet_trainer(tmp_path, quantization(INT8, observer=qat.Absmax())).fit(module, loader())
+
+
+def test_a_weight_that_is_read_without_a_call_is_refused_after_the_first_step(tmp_path: Path) -> None:
+    module = UserModule()
+    module.model.head = ReadOnly(16, 4)
+    with pytest.raises(qat.StateError, match=r"used without calling their layer, in float \(head\.0\): exclude"):
+        quiet_trainer(tmp_path, quantization()).fit(module, loader())
+    assert len(module.losses) == 1
 
 
 def test_the_attribute_is_named_when_it_holds_no_module(tmp_path: Path) -> None:

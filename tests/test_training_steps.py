@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import qat
-from tests.language_models import GPTQ, INT4_INT8, How, accelerated
+from tests.language_models import GPTQ, INT4_INT8, How, accelerated, loader, optimizer_of, prepared
 from tests.training_modules import INT4, INT8_INT8, Tiny, assert_equal_state, inputs_of, layers_of
 from tests.training_modules import loader as rows
 
@@ -29,6 +29,23 @@ def test_a_loop_with_accelerate_is_resumed_exactly(how: How, tmp_path: Path) -> 
     resumed, later = accelerated(how, tmp_path, resume=True)
     assert losses == losses[:3] + later
     assert_equal_state(resumed, whole)
+
+
+def test_calls_out_of_order_are_refused() -> None:
+    model = prepared(INT2)
+    training, optimizer = qat.QuantizationSteps(model, INT2.schedule, loader()), optimizer_of(model)
+    for call in (training.before_step, training.after_step):
+        with pytest.raises(qat.TrainingError, match=r"steps: the schedule has not begun: call begin\("):
+            call()
+    with pytest.raises(qat.TrainingError, match=r"must be optimizers of torch, got a dict: pass \[optimizer\]"):
+        training.begin(optimizer.param_groups, steps=8)
+    training.begin(optimizer, steps=8)
+    with pytest.raises(qat.TrainingError, match="steps: after_step came without before_step"):
+        training.after_step()
+    training.before_step()
+    training.load_state_dict({"step": 3})
+    with pytest.raises(qat.TrainingError, match="and again after load_state_dict or end"):
+        training.after_step()
 
 
 def tiny(spec: qat.QuantSpec = INT4, algorithm: qat.Algorithm | None = None) -> Tiny:

@@ -34,7 +34,7 @@ from qat.files.manifest import (
 from qat.files.shards import TensorEntry, parse_size, plan_shards, write_shard
 from qat.files.weights import write_weights
 from qat.formats.state import ModelState
-from qat.hosts import MODULE, TARGETS, Target, get_target, host_of
+from qat.hosts import MODULE, Target, get_target, host_of
 from qat.hosts.base import FloatGrid, shown_call
 from qat.hosts.construction import constructed_tensors, differs, unstored_tensors
 from qat.jobs import in_threads
@@ -188,8 +188,8 @@ def _configured(
     notes: tuple[str, ...] = ()
     if not library.write_config(model, directory, record.spec.torch_dtype, settings):
         notes = ("no config.json: load with qat.load(directory, model=<the float model>) or quanto's requantize",)
-    if host.writes_map():
-        target.format.write_map(record, directory)
+    if host.writes_map() and not _strange(model, record, target.format.name):
+        target.format.write_map(record, directory)  # without which the format's own loader refuses the directory
     return state, notes
 
 
@@ -206,9 +206,7 @@ def _check_target(model: nn.Module, record: FrozenRecord, wanted: Target) -> Non
     faults = wanted.host.spec_faults(record.spec)
     if faults:
         raise TargetError(f"target {wanted.name!r} cannot express what was trained: {'; '.join(faults)}")
-    modules = dict(model.named_modules())
-    strange = [name for name in record.layers if wanted.name not in (getattr(modules[name], "targets", ()) or TARGETS)]
-    if strange:
+    if strange := _strange(model, record, wanted.name):
         raise TargetError(
             f"target {wanted.name!r}: its loader cannot hold {len(strange)} of the quantized layers "
             f"({listed(strange, 3)}): export for target {record.target!r}, or prepare for this one"
@@ -231,6 +229,12 @@ def _check_target(model: nn.Module, record: FrozenRecord, wanted: Target) -> Non
             f"dtype, than target {record.target!r}, which the model was frozen for (first: {moved[0]!r}), so that "
             f"outputs would differ: {remedy}"
         )
+
+
+def _strange(model: nn.Module, record: FrozenRecord, name: str) -> list[str]:
+    """The frozen layers that the loader of the target called ``name`` cannot hold."""
+    layers = {layer: model.get_submodule(layer) for layer in record.layers}
+    return [layer for layer, module in layers.items() if name not in (getattr(module, "targets", ()) or (name,))]
 
 
 def _check_there(model: nn.Module, record: FrozenRecord) -> None:

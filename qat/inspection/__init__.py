@@ -17,9 +17,10 @@ from torch.utils._pytree import tree_leaves
 from qat.adapters import adapters, without_peft
 from qat.errors import SpecError, StateError, TargetError, listed, shown
 from qat.formats import FORMATS, LayerTypes
-from qat.hosts import MODULE, TARGETS, Rules, Target, get_target, host_of
+from qat.hosts import Rules, Target, get_target
 from qat.hosts.configurations import build_on_meta
 from qat.inspection.experts import require_whole, routers
+from qat.inspection.remedies import EXPERTS_APART, float_shares, require_held, target_fault
 from qat.inspection.report import FloatWeight, InspectReport, LayerInspection, other_notes, other_weights
 from qat.layers import QuantizedLayer, float_layers
 from qat.probing import Probe
@@ -76,6 +77,8 @@ class _Decision:
     """For a layer left out only by a default of ours: the types it would run with."""
     float_activations: bool = False
     """Whether its activations stay float although the spec asks for a type."""
+    mendable: str = ""
+    """Why it stays float, if another adapter or target would let it be quantized; without names."""
     float_copy: int = 0
     """Elements of its weight that were tied, and stay in the file as floats that no other row counts."""
     shared_with: str | None = None
@@ -124,11 +127,17 @@ def inspect(model: Any, spec: QuantSpec, *, target: str = "quanto", example_inpu
         raise TargetError("\n".join(faults))
     layers = dict(_layers(model, chosen))
     for name, (module, cls) in layers.items():
-        if spec.resolve(name)[0] is not None and (fault := cls.usage_fault(module)) is not None:
+        if spec.resolve(name)[0] is None or cls.adoption_fault(module) is not None:
+            continue  # it stays float
+        if (fault := cls.usage_fault(module)) is not None:
             raise StateError(f"model: layer {name!r} {fault}")
     outside = other_weights(model, _parameters(layers.values()))
     known = sorted(layers, key=lambda name: layers[name][1].float_by_default)  # first what is quantized by default
-    spec.check_patterns(known, {weight.name.rpartition(".")[0]: weight.class_name for weight in outside})
+    strange = {w.name.rpartition(".")[0]: f"a {w.class_name}, whose weights have no quantized form" for w in outside}
+    wrapped = [name for name, _ in adapters(model) if name not in layers]
+    strange |= dict.fromkeys(wrapped, "a layer under peft: leave it out of the adapter, and out of modules_to_save")
+    spec.check_patterns(known, strange, inside=tuple(f"{name}." for name in wrapped))
+    require_held(model, spec, layers, chosen.name)
     probe = Probe({name: (module, cls.masters(module)) for name, (module, cls) in layers.items() if cls.called})
     if example_inputs is not None:
         probe.watch(model, example_inputs)
@@ -148,8 +157,11 @@ def inspect(model: Any, spec: QuantSpec, *, target: str = "quanto", example_inpu
         why = sorted({decision.reason for decision in decisions.values()}) or ["the model has no nn.Linear"]
         held = sorted({f"{weight.class_name} ({len(weight.shape)}-D)" for weight in others if not weight.default})
         elsewhere = f"; its weights are in {', '.join(held[:5])}, which have no quantized form" if held else ""
+        others_hold = {name for d in decisions.values() if d.mendable for name in d.cls.targets} - {target}
+        other = f"use target {' or '.join(map(repr, sorted(others_hold)))}, or " if others_hold else ""
         raise SpecError(
-            f"spec: no layer of the model would be quantized; reasons: {why[:5]}{elsewhere}: change the spec's patterns"
+            f"spec: no layer of the model would be quantized; reasons: {why[:5]}{elsewhere}: {other}change the spec's "
+            "patterns"
         )
     told, copied = _break_ties(facts, decisions, unnamed)
     notes += told
@@ -161,8 +173,13 @@ def inspect(model: Any, spec: QuantSpec, *, target: str = "quanto", example_inpu
     notes += [notice.warning for notice in notices]
     parameters = sum(parameter.numel() for parameter in model.parameters()) + copied
     notes += other_notes(others, parameters)
+    warnings = [*float_shares(decisions, parameters)]
+    if refused := [
+        f"{name} ({d.reason})" for name, d in decisions.items() if d.named and not d.layer and not d.mendable
+    ]:
+        warnings.append(f"{len(refused)} layers that the spec names stay float: {listed(refused, 4)}")
     rows = tuple(_row(name, decision, facts) for name, decision in decisions.items() if name not in unnamed)
-    return InspectReport(target, spec, rows, parameters, tuple(notes), others)
+    return InspectReport(target, spec, rows, parameters, (*notes, *warnings), others, tuple(warnings))
 
 
 def check_module(model: Any) -> None:
@@ -220,12 +237,11 @@ def _impossible(facts: _Facts, name: str, decision: _Decision, layer: LayerSpec)
     module, cls = decision.module, decision.cls
     fault = cls.adoption_fault(module)
     if fault is not None:
+        decision.mendable = fault if name in facts.adapters else ""
         return fault
-    if cls.targets and facts.target.name not in cls.targets:
-        able = [repr(name) for name in cls.targets if TARGETS[name].host in (MODULE, host_of(facts.model))]
-        remedy = f"use target {' or '.join(able)}" if able else "no target for such a model does"
-        what = type(module).__name__ if cls.called else "experts in one parameter"
-        return f"the loader of target {facts.target.name!r} replaces no {what}: {remedy}"
+    if (fault := target_fault(facts.model, module, cls, facts.target.name)) is not None:
+        decision.mendable = fault if decision.explicit or not cls.float_by_default else ""
+        return fault
     if module is facts.model:
         return "it is the model itself, which cannot be replaced in place: put it into a module"
     parent = facts.model.get_submodule(name.rpartition(".")[0]) if cls.called else None
@@ -240,6 +256,11 @@ def _impossible(facts: _Facts, name: str, decision: _Decision, layer: LayerSpec)
         return f"registered under several names {facts.names[holder]}: loaders replace only one of them"
     adapter = next((above for above in facts.adapters if name.startswith(f"{above}.")), None)
     if adapter is not None:
+        if not cls.called:
+            decision.mendable = EXPERTS_APART
+            return EXPERTS_APART
+        if set(name[len(adapter) + 1 :].split(".")) == {"base_layer"}:  # not its own parts, which are merged into that
+            decision.mendable = "under adapters other than LoRA over nn.Linear: leave these layers without one"
         return f"belongs to the adapter {adapter}: merge it into the model first (in peft: merge_and_unload)"
     types = facts.types(decision, layer)
     hazards = [facts.rules.layer_fault(name, types.weights)]

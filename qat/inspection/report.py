@@ -78,6 +78,8 @@ class InspectReport:
     """What else a user should know (leaf-name collisions, a tie that will be broken, weights outside linear layers)."""
     others: tuple[FloatWeight, ...] = ()
     """Weights outside linear layers, which stay float: embeddings, convolutions, experts in one parameter."""
+    warnings: tuple[str, ...] = ()
+    """Those of the notes that say what stays float although it need not; `qat.prepare` logs them."""
 
     @property
     def left_float(self) -> dict[str, str]:

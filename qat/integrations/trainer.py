@@ -182,7 +182,7 @@ class QuantizationCallback(TrainerCallback):
         self._of().after_step()
         self._of().judge()
         # SFTTrainer multiplies by the weight of the head without calling it, so that a quantized head trains in float.
-        if self.export is not None and (fault := read_without_call(model)) is not None:
+        if (fault := read_without_call(model)) is not None:
             raise StateError(fault)
         if control.should_save:
             require_finite_weights(model, state.global_step)

@@ -90,6 +90,8 @@ class QuantizedLayer(nn.Module):
     """Whether another layer uses the same master and the same weight quantizer, as a head tied to its embedding."""
     reached: bool
     """Whether the layer ran with its quantized weight, outside compiled code, since it was prepared or loaded."""
+    trained: int = 0
+    """Whether it then ran with gradients: 2 in training mode, 1 in evaluation mode alone."""
 
     @staticmethod
     def effective_weight(module: Any) -> Tensor:
@@ -238,7 +240,7 @@ class QuantizedLayer(nn.Module):
         module.output_quantizer = output_quantizer
         module.learns_activations = any(isinstance(q, LearnedScale) for q in (input_quantizer, output_quantizer))
         module.mode = Mode()
-        module.reached = False
+        module.reached, module.trained = False, 0
         return module
 
     def forward(self, input: Tensor) -> Tensor:
@@ -251,12 +253,18 @@ class QuantizedLayer(nn.Module):
         if torch.compiler.is_compiling():  # under checkpointing, compiled code may set nothing
             return self._run(input)
         if self.mode.weights:
-            self.reached = True
+            self.note_run()
         outer, _thread.inside = _thread.inside, True
         try:
             return self._run(input)
         finally:
             _thread.inside = outer
+
+    def note_run(self) -> None:
+        """Remember that it runs with its quantized weight."""
+        self.reached = True
+        if self.trained < 2 and torch.is_grad_enabled():
+            self.trained = max(self.trained, 1 + self.training)
 
     def _run(self, input: Tensor) -> Tensor:
         mode, weight = self.mode, self.effective_weight(self)

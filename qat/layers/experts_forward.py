@@ -71,7 +71,8 @@ class QExperts(nn.Module):
             output = self._run(read, seen_so, layers)
         idle: list[nn.Parameter] = []
         for layer in prepared:
-            layer.reached |= layer.mode.weights and layer.index in read.seen
+            if layer.mode.weights and layer.index in read.seen:
+                layer.note_run()
             if layer.index not in read.experts:
                 idle += layer.weight_quantizer.parameters()
             idle += [q.move for q in layer.activation_quantizers() if isinstance(q, LearnedScale) and not q.used]
@@ -185,8 +186,9 @@ class QExperts(nn.Module):
             dtype = dtype or master.dtype
             made = _quantized(chosen, made, dtype)
             if kept is not None:
-                states = [t for layer in chosen for t in layer.weight_quantizer.state_dict(keep_vars=True).values()]
-                kept.add(made, lambda: _quantized(chosen, again(), dtype), [t for t in states if isinstance(t, Tensor)])
+                quantizers = [layer.weight_quantizer for layer in chosen]
+                states = [t for quantizer in quantizers for t in (*quantizer.parameters(), *quantizer.buffers())]
+                kept.add(made, lambda: _quantized(chosen, again(), dtype), states)
         return self._stored(made.view(len(read.experts), -1, made.shape[1]))
 
     def _stored(self, matrices: Tensor | list[Tensor]) -> Tensor:

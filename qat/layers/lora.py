@@ -132,6 +132,8 @@ class QLoraLinear(LinearForm, Linear):
         """
         if (now := vars(module).get(_NOW)) is not None:
             return now  # type: ignore[no-any-return]
+        if not isinstance(module, QLoraLinear) and QLoraLinear.adoption_fault(module) is not None:
+            return module.base_layer.weight  # type: ignore[no-any-return]  # of whatever shape, it stays float
         form, parts = _form(module), _parts(module)
         if not _active(module) or module.fan_in_fan_out:  # over a Conv1D, which is not adopted
             weight: Tensor = module.base_layer.weight

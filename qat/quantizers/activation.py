@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.weak import WeakIdKeyDictionary
 
 from qat import kernels
-from qat.errors import CalibrationError
+from qat.errors import CalibrationError, StateError
 from qat.numerics import QType, moved_range, round_to, smallest_scale
 from qat.observers import Observer, ObserverChoice
 from qat.quantizers.base import QuantizerModule
@@ -100,12 +100,18 @@ class ActivationQuantizer(QuantizerModule):
         """Off where calibration found that the layer cannot bear quantized activations."""
 
     def get_extra_state(self) -> Tensor:
-        """What a checkpoint holds beside the scale: the three Python values."""
-        return torch.tensor([self.initialized, self.arrives_quantized, self.enabled])
+        """What a checkpoint holds beside the scale: the three Python values, and whether codes are floats."""
+        return torch.tensor([self.initialized, self.arrives_quantized, self.enabled, self.qtype.floating])
 
     def set_extra_state(self, state: Tensor) -> None:
         """Take over what a checkpoint holds."""
-        self.initialized, self.arrives_quantized, self.enabled = map(bool, state.tolist())
+        *values, floating = state.tolist() if len(state) > 3 else (*state.tolist(), self.qtype.floating)
+        if floating != self.qtype.floating:
+            raise StateError(
+                f"state_dict: activations had {'floating' if floating else 'integer'} codes, but this model quantizes "
+                f"them to {self.qtype.name}: prepare it by the spec of the run that saved them"
+            )
+        self.initialized, self.arrives_quantized, self.enabled = values
 
     @torch.no_grad()
     def observe(self, x: Tensor, weight: Tensor | None = None, *, training: bool = False) -> None:

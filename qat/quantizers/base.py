@@ -20,10 +20,14 @@ from qat.numerics import FrozenWeight, QType, qtype_of
 from qat.quantizers.gradients import masked_beyond, smooth_rounding
 from qat.spec import NamedArguments
 
-__all__ = ["TYPE_KEY", "Algorithm", "Quantized", "QuantizerModule", "WeightQuantizer"]
+__all__ = ["BASE_KEY", "FINAL_KEY", "TYPE_KEY", "Algorithm", "Quantized", "QuantizerModule", "WeightQuantizer"]
 
 TYPE_KEY = "first_type"
 """Key of a quantizer's state that names the type that it trains with, where it is not the one to be served."""
+FINAL_KEY = "final_qtype"
+"""Key that names the type to be served, where the state has anything that depends on it."""
+BASE_KEY = "base_qtype"
+"""Key that names the type of a base which is held as packed codes, and which the file of an adapter lacks."""
 
 
 class Quantized(NamedTuple):
@@ -70,6 +74,8 @@ class WeightQuantizer(QuantizerModule, ABC):
     smooth = False
     compensated: bool = False
     """Whether a start from data has changed the master weight too, so that it is not the float model's any more."""
+    base_qtype = ""
+    """Key of the type of the packed codes under its adapter, if there are any."""
 
     def __init__(self, qtype: QType, dtype: torch.dtype, *, masked: bool = False, margin: float = 0.0) -> None:
         super().__init__()
@@ -144,11 +150,17 @@ class WeightQuantizer(QuantizerModule, ABC):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.qtype != self.final_qtype:
-            destination[f"{prefix}{TYPE_KEY}"] = torch.tensor(list(self.qtype.key.encode()), dtype=torch.uint8)
+        held = any(tensor is not None for tensor in (*self._parameters.values(), *self._buffers.values()))
+        first = self.qtype.key if self.qtype != self.final_qtype else ""
+        final = self.final_qtype.key if held else ""
+        for key, text in ((TYPE_KEY, first), (FINAL_KEY, final), (BASE_KEY, self.base_qtype)):
+            if text:
+                destination[f"{prefix}{key}"] = torch.tensor(list(text.encode()), dtype=torch.uint8)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         found = state_dict.pop(f"{prefix}{TYPE_KEY}", None)
+        for key in (FINAL_KEY, BASE_KEY):  # which were compared before anything is loaded
+            state_dict.pop(f"{prefix}{key}", None)
         self.qtype = self.final_qtype if found is None else qtype_of(bytes(found.tolist()).decode())
         super()._load_from_state_dict(state_dict, prefix, *args)
 

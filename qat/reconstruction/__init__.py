@@ -173,8 +173,8 @@ def reconstruct(
             stack.enter_context(manager)
         stack.callback(note_runs, model, runs(model))  # what is run here is not how the model will be served
         for layer in layers:
-            stack.callback(setattr, layer, "mode", layer.mode)
-            stack.callback(setattr, layer, "reached", layer.reached)
+            for key in ("mode", "reached", "trained"):
+                stack.callback(setattr, layer, key, getattr(layer, key))
         for _, inner, host in inner_models(model):
             stack.enter_context(host.without_cache(inner))
         stack.callback(stop_watch)  # which an interrupt may have left

@@ -104,7 +104,7 @@ def _change(changes: list[tuple[QuantizedLayer, QType]], algorithm: Algorithm) -
                 f"first_weights: {type(algorithm).__name__} learns other parameters at {qtype.name} than at "
                 f"{quantizer.qtype.name}: choose another algorithm, or leave first_weights out"
             )
-        fresh.append((quantizer, qtype, made.state_dict()))
+        fresh.append((quantizer, qtype, made.state_dict()))  # the type that it names is not compared here
     for quantizer, qtype, state in fresh:  # now, so that no error leaves a half-changed model
         compensated = quantizer.compensated  # and stays so, with the master
         quantizer.load_state_dict(state)

@@ -24,6 +24,7 @@ from qat.files.evidence import is_frozen
 from qat.layers import layer_class
 from qat.observers import Best, ObserverChoice
 from qat.quantizers import Algorithm, Automatic
+from qat.runs import read_without_call
 from qat.spec import QuantSpec
 from qat.training.averaging import come_first, part_scales, require_same_kind
 from qat.training.batches import calibrate_on_training_data
@@ -195,6 +196,8 @@ class QuantizationAwareTraining(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Put held scales back, take new ones from what was observed, and change types where their step has come."""
         self._of(trainer, pl_module).after_step()
+        if (fault := read_without_call(self.model_of(pl_module))) is not None:
+            raise StateError(fault)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Fake-quantize, whatever the step, and observe nothing."""

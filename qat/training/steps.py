@@ -22,7 +22,7 @@ from torch.optim.optimizer import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from qat.calibration import CalibrationReport, calibrate_parts
-from qat.errors import CalibrationError, TrainingError, listed
+from qat.errors import CalibrationError, TrainingError, listed, shown
 from qat.layers import Mode, QuantizedLayer, quantized_layers
 from qat.optimizers import REMEDY, begin_training, learned_ranges, refuse_decay
 from qat.preparation import prepared_as
@@ -106,6 +106,7 @@ class QuantizationSteps:
         self._pulls: list[RemovableHandle] = []  # of hooks that follow the optimizers' steps
         self._changes: list[int] = []  # steps to come at which layers begin to quantize to another type
         self._optimizers: Sequence[Optimizer] = ()
+        self._calls = ""  # what came last of `begin`, `before_step` and `after_step`; empty: begin must come
 
     @property
     def step(self) -> int:
@@ -118,7 +119,7 @@ class QuantizationSteps:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from ``state``; call it before `begin`, as the loads of model and optimizer."""
-        self._count = int(state["step"])
+        self._count, self._calls = int(state["step"]), ""
 
     def require_whole_weights(self) -> None:
         """Raise `TrainingError` where the schedule needs whole weights, but they, or copies of them, are sharded."""
@@ -149,7 +150,7 @@ class QuantizationSteps:
 
     def begin(
         self,
-        optimizers: Iterable[Optimizer],
+        optimizers: Optimizer | Iterable[Optimizer],
         *,
         steps: int | None = None,
         wrapped: nn.Module | None = None,
@@ -160,7 +161,7 @@ class QuantizationSteps:
         Activations get their scales and weights their start, where a resumed run has them not.
 
         Args:
-            optimizers: all that step on the model.
+            optimizers: all that step on the model, or the only one.
             steps: of the whole training; None: not known.
             wrapped: what the loop calls in place of the model, where that is a wrapper around more.
             trial: a few steps that show that all runs; what would begin after them is no fault.
@@ -169,11 +170,14 @@ class QuantizationSteps:
             StateError: the model is not prepared, or is frozen.
             CalibrationError: activations are quantized and nothing will set their scales, or see `qat.calibrate`.
             TrainingError: see `require_groups` and `require_whole_weights`; the schedule fits neither the layers nor
-                the steps.
+                the steps; ``optimizers`` holds something else.
         """
         prepared_as(self.model)
         self.close()
-        self._optimizers = [getattr(one, "optimizer", one) for one in optimizers]  # without accelerate's wrapper
+        given: list[Any] = [optimizers] if hasattr(optimizers, "param_groups") else list(optimizers)
+        if strange := [one for one in given if not hasattr(one, "param_groups")]:
+            raise TrainingError(f"optimizers: must be optimizers of torch, got {shown(strange[0])}: pass [optimizer]")
+        self._optimizers = [getattr(one, "optimizer", one) for one in given]  # without accelerate's wrapper
         self.require_whole_weights()
         self.require_groups(self._optimizers)
         schedule, model = self.schedule, self.model
@@ -201,9 +205,12 @@ class QuantizationSteps:
         self._calibrate(activations=unset)
         self._pulls = pull_after_steps(model, schedule, self._optimizers, self._step, steps, self._sharded)
         self.train()
+        self._calls = "begin"
 
     def before_step(self) -> None:
         """Switch fake quantization and observers by step; note the scales that this step is to hold."""
+        self._require_begun()
+        self._calls = "before_step"
         if self._phase != self._phase_now():
             self.train()
         if not self.schedule.holds(self.step):
@@ -218,6 +225,12 @@ class QuantizationSteps:
         Where weights quantize to another type in the next step, find their starts: a checkpoint of now holds them.
         A trainer that counts the steps itself may call it after each batch.
         """
+        self._require_begun()
+        if self._calls != "before_step":
+            raise TrainingError(
+                "steps: after_step came without before_step: call before_step before each step's batches"
+            )
+        self._calls = "after_step"
         self._count += 1
         # Without a gradient an optimizer's momentum would still move them, and DDP would wait for the gradient.
         for parameter, value in self._held.items():
@@ -262,6 +275,7 @@ class QuantizationSteps:
 
     def close(self) -> None:
         """Leave the model as it will be used, also after an error: fake quantization on, observers off."""
+        self._calls = ""
         if self._phase is not None:
             for _, layer in quantized_layers(self.model):
                 layer.mode = Mode()
@@ -275,6 +289,13 @@ class QuantizationSteps:
         """Whether nobody asked for a start that needs data."""
         algorithm = prepared_as(self.model).algorithm
         return isinstance(algorithm, Automatic) and "start" not in algorithm.model_fields_set
+
+    def _require_begun(self) -> None:
+        if not self._calls:
+            raise TrainingError(
+                "steps: the schedule has not begun: call begin([optimizer], steps=...) before the first step, and "
+                "again after load_state_dict or end"
+            )
 
     def _require_gradients(self, wrapped: nn.Module) -> None:
         """Raise `TrainingError` where steps in float would not train what must be trained."""

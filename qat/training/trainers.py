@@ -42,15 +42,18 @@ def prepare_once(
     wanted: dict[str, Any] = {"algorithm": algorithm, "target": target, "observer": observer}
     fresh = not any(quantized_layers(model))
     if fresh:
-        prepare(model, spec, **wanted, example_inputs=example_inputs)
+        logged = prepare(model, spec, **wanted, example_inputs=example_inputs).inspection.warnings
         logger.info("prepared %d layers", len(prepared_as(model).layers))
         for note in prepared_as(model).notes:
-            logger.warning("%s", note)
+            if note not in logged:
+                logger.warning("%s", note)
     watch(model)
     wanted = {"spec": get_target(target).resolved(spec), **wanted}
     found = {name: getattr(prepared_as(model), name) for name in wanted}
     if found != wanted:
-        raise StateError(f"spec: model is already prepared with {found}, but the callback has {wanted}: use one")
+        theirs, ours = ({**dict(one.pop("spec")), **one, "algorithm": str(one["algorithm"])} for one in (found, wanted))
+        told = [", ".join(f"{key}={one[key]!r}" for key in one if theirs[key] != ours[key]) for one in (theirs, ours)]
+        raise StateError(f"spec: model is already prepared with {told[0]}, but the callback has {told[1]}: use one")
     return fresh
 
 

@@ -182,6 +182,7 @@ def _checks(
     if faults:
         return
     faults = layer_faults(loaded, record, format, codes_only=manifest.float_grid)
+    faults += [] if record.layers else ["no layer is quantized: freeze and export the model that qat.prepare was given"]
     what = "codes" if manifest.float_grid else "codes, scale, shift and dequantized weight"
     yield _check("layers", faults, f"{len(record.layers)} layers: {what} equal those of freezing")
     faults, count = tensor_faults(loaded, manifest, record, format)
