@@ -206,7 +206,7 @@ def test_an_expert_in_a_list_that_never_saw_a_token_is_named_too(caplog: pytest.
     with torch.no_grad():
         model(input_ids=TOKENS[:1, :1], decoder_input_ids=TOKENS[:1, :1])
     qat.freeze(model)
-    assert "3 experts never saw a token, and so learned nothing: encoder.block.0.layer.1.mlp.experts (" in caplog.text
+    assert "3 experts never saw a token at all: encoder.block.0.layer.1.mlp.experts (" in caplog.text
 
 
 @pytest.mark.parametrize("gradients", [False, True])
@@ -220,7 +220,7 @@ def test_an_evaluation_gives_no_expert_a_token_of_training(gradients: bool, capl
     assert sum(not layer.reached for layer in layers) < 2 * idle
     with caplog.at_level(logging.WARNING, logger="qat"):
         qat.freeze(model)
-    assert f"{idle} experts never saw a token in training, and are frozen untrained" in caplog.text
+    assert f"{idle} experts never saw a token in training, and so learned nothing" in caplog.text
     assert "training never changed" not in caplog.text
 
 
@@ -312,7 +312,7 @@ def test_target_quanto_refuses_experts_by_name(tmp_path: Path, caplog: pytest.Lo
     report = qat.inspect(build("MixtralForCausalLM"), qat.QuantSpec(weights="int8"))
     row = next(row for row in report.layers if "experts" in row.name)
     assert row.reason == "the loader of target 'quanto' replaces no experts in one parameter: use target 'transformers'"
-    with pytest.raises(TargetError, match=r"overrides: '\*experts\*' names .*gate_up_proj and 13 more, but the loader"):
+    with pytest.raises(TargetError, match=r"overrides: '\*experts\*' names .*gate_up_proj and 5 more, but the loader"):
         qat.inspect(build("MixtralForCausalLM"), qat.QuantSpec(overrides={"*experts*": "int8"}))
     model = build("MixtralForCausalLM")
     qat.prepare(copy.deepcopy(model), qat.QuantSpec(weights="int8"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 from typing import Any
 
 import pytest
@@ -15,7 +14,7 @@ from qat.errors import QatError, SpecError, StateError, TargetError
 from qat.layers import QLinear, QuantizedLayer, quantized_layers
 from qat.observers import Absmax, Best
 from qat.preparation import parameter_groups, prepare, prepared_as
-from qat.quantizers import LearnedAffine, StraightThrough
+from qat.quantizers import StraightThrough
 from qat.spec import LayerSpec, QuantSpec
 from tests.helpers import LearnedStep, of_transformers, same_bits, tiny_model, tokens
 
@@ -130,84 +129,6 @@ def test_float_outputs_may_differ_but_float_parameters_do_not() -> None:
     assert all(same_bits(after[name].detach(), value) for name, value in before.items())
 
 
-@pytest.mark.parametrize("algorithm", [StraightThrough(), LearnedStep()], ids=lambda a: str(a.kind))
-def test_a_float_checkpoint_loads_strictly_and_says_that_quantizers_start_afresh(
-    algorithm: StraightThrough | LearnedStep, caplog: pytest.LogCaptureFixture
-) -> None:
-    checkpoint = {name: tensor + 1 for name, tensor in mlp().state_dict().items()}
-    model = mlp()
-    prepare(model, F32, algorithm=algorithm)
-    with caplog.at_level(logging.WARNING, logger="qat"):
-        model.load_state_dict(checkpoint, strict=True)
-    assert all(same_bits(model.state_dict()[name], tensor) for name, tensor in checkpoint.items())
-    stateful = isinstance(algorithm, LearnedStep)
-    assert ("holds no quantizer state (a float checkpoint): 3 quantizers start afresh" in caplog.text) is stateful
-
-
-def test_a_prepared_checkpoint_loads_silently_and_computes_the_same(caplog: pytest.LogCaptureFixture) -> None:
-    model, again = mlp(), mlp()
-    spec = QuantSpec(weights="int4", activations="int8", dtype="float32")
-    for one in (model, again):
-        prepare(one, spec, algorithm=LearnedStep())
-    qat.calibrate(model, [inputs()])
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(1.1)
-    with caplog.at_level(logging.WARNING, logger="qat"):
-        again.load_state_dict(model.state_dict(), strict=True)
-    assert not caplog.text
-    assert same_bits(again(inputs()), model(inputs()))
-    arrives = [arrives_quantized(layer) for _, layer in quantized_layers(model)]
-    assert arrives == [False, True, False]
-    assert [arrives_quantized(layer) for _, layer in quantized_layers(again)] == arrives
-
-
-def test_quantizer_keys_of_some_layers_only_are_refused() -> None:
-    model = mlp()
-    prepare(model, F32, algorithm=LearnedStep())
-    state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("2.weight_quantizer")}
-    with pytest.raises(StateError, match=r"1 of 3 lack theirs \(first: '2'\): load a whole float or prepared"):
-        model.load_state_dict(state, strict=True)
-
-
-def test_a_partial_load_keeps_the_scales_of_layers_whose_weight_it_lacks(caplog: pytest.LogCaptureFixture) -> None:
-    model = mlp()
-    prepare(model, QuantSpec(activations="int8", dtype="float32"), algorithm=LearnedStep())
-    qat.calibrate(model, [inputs()])
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    model.load_state_dict({"2.bias": torch.ones(32)}, strict=False)
-    assert not caplog.text
-    changed = {name for name, tensor in model.state_dict().items() if not same_bits(tensor, before[name])}
-    assert changed == {"2.bias"}
-    model(inputs())
-
-
-def test_a_partial_load_with_a_weight_starts_that_layer_afresh(caplog: pytest.LogCaptureFixture) -> None:
-    model = mlp()
-    prepare(model, F32, algorithm=LearnedStep())
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    model.load_state_dict({"2.weight": 2 * before["2.weight"]}, strict=False)
-    changed = {name for name, tensor in model.state_dict().items() if not same_bits(tensor, before[name])}
-    assert changed == {"2.weight", "2.weight_quantizer.log_scale"}
-    assert "1 quantizers start afresh" in caplog.text
-
-
-@pytest.mark.parametrize("strict", [True, False])
-def test_a_float_checkpoint_of_a_part_of_the_model_starts_its_layers_afresh(
-    strict: bool, caplog: pytest.LogCaptureFixture
-) -> None:
-    model = nn.Sequential(mlp(), nn.ZeroPad1d((0, 248)), mlp())
-    prepare(model, F32, algorithm=LearnedStep())
-    model(inputs())
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    model[2].load_state_dict({name: 2 * tensor for name, tensor in mlp().state_dict().items()}, strict=strict)
-    changed = {name for name, tensor in model.state_dict().items() if not same_bits(tensor, before[name])}
-    assert changed >= {f"2.{i}.weight_quantizer.log_scale" for i in (0, 2, 4)}
-    assert not any(name.startswith("0.") for name in changed)
-    assert caplog.text.count("1 quantizers start afresh") == 3
-    assert [layer.reached for _, layer in quantized_layers(model)] == [True] * 3 + [False] * 3
-
-
 def test_a_frozen_model_keeps_no_hook_of_preparation() -> None:
     model = mlp()
     prepare(model, F32)
@@ -218,45 +139,6 @@ def test_a_frozen_model_keeps_no_hook_of_preparation() -> None:
         assert not one._forward_pre_hooks
         assert not one._forward_hooks
         assert not one._load_state_dict_pre_hooks
-
-
-def test_a_part_of_one_layers_quantizer_keys_is_refused() -> None:
-    model = mlp()
-    prepare(model, QuantSpec(weights="int4"), algorithm=LearnedStep())
-    state = model.state_dict()
-    del state["0.weight_quantizer.shift"]
-    with pytest.raises(RuntimeError, match=r"a part of its quantizers' state .'0.weight_quantizer.shift'"):
-        model.load_state_dict(state, strict=True)
-
-
-def test_a_float_checkpoint_of_a_wrapper_is_completed_too_and_left_as_it_was() -> None:
-    wrapper, checkpoint = nn.ModuleDict({"model": mlp()}), nn.ModuleDict({"model": mlp()}).state_dict()
-    prepare(wrapper["model"], F32, algorithm=LearnedStep())
-    before = dict(checkpoint)
-    wrapper.load_state_dict(checkpoint, strict=True)
-    assert checkpoint == before
-    assert [layer.reached for _, layer in quantized_layers(wrapper)] == [False] * 3
-    again = mlp()
-    prepare(again, F32, algorithm=LearnedStep())
-    assert same_bits(wrapper["model"](inputs()), again(inputs()))
-
-
-def test_a_checkpoint_for_a_copy_says_nothing_of_the_original() -> None:
-    model = mlp()
-    prepare(model, F32, algorithm=LearnedStep())
-    copied = copy.deepcopy(model)
-    copied.load_state_dict(mlp().state_dict(), strict=True)
-    assert [layer.reached for _, layer in quantized_layers(copied)] == [False] * 3
-    assert [layer.reached for _, layer in quantized_layers(model)] == [False] * 3
-
-
-def test_a_missing_weight_is_still_missing() -> None:
-    model = mlp()
-    prepare(model, F32, algorithm=LearnedStep())
-    state = mlp().state_dict()
-    del state["0.weight"]
-    with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "0.weight"'):
-        model.load_state_dict(state, strict=True)
 
 
 def test_a_deep_copy_is_prepared_too() -> None:
@@ -377,14 +259,6 @@ def test_an_algorithm_that_fails_leaves_the_model_float() -> None:
         prepare(model, QuantSpec(), algorithm=Half())
     assert [type(layer) for layer in model] == [nn.Linear, nn.Linear]
     prepare(model, QuantSpec())
-
-
-def test_a_part_of_a_layers_quantizer_state_is_refused() -> None:
-    model = nn.Sequential(nn.Linear(64, 8))
-    prepare(model, QuantSpec(weights="int4"), algorithm=LearnedAffine())
-    parameters = {key: value.detach().clone() for key, value in model.named_parameters()}
-    with pytest.raises(StateError, match="layer '0' has only a part of its quantizers' state"):
-        model.load_state_dict(parameters, strict=False)
 
 
 def test_layers_whose_sizes_no_float8_product_takes_are_named() -> None:
