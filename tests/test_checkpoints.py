@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import qat
 from qat.errors import StateError
-from qat.layers import quantized_layers
+from qat.layers import QuantizedLayer, quantized_layers
 from qat.preparation import prepare
 from qat.quantizers import LearnedAffine, StraightThrough
 from qat.spec import QuantSpec
@@ -23,6 +23,10 @@ F32 = QuantSpec(dtype="float32")
 def mlp() -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(256, 64), nn.ReLU(), nn.Linear(64, 32), nn.LayerNorm(32), nn.Linear(32, 8))
+
+
+def arrives_quantized(layer: QuantizedLayer) -> bool:
+    return layer.input_quantizer is not None and layer.input_quantizer.arrives_quantized
 
 
 def inputs() -> Tensor:

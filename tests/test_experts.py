@@ -316,7 +316,7 @@ def test_target_quanto_refuses_experts_by_name(tmp_path: Path, caplog: pytest.Lo
         qat.inspect(build("MixtralForCausalLM"), qat.QuantSpec(overrides={"*experts*": "int8"}))
     model = build("MixtralForCausalLM")
     qat.prepare(copy.deepcopy(model), qat.QuantSpec(weights="int8"))
-    assert f"81.4% of the parameters stay float: {row.reason}" in caplog.text
+    assert f"77.9% of the parameters stay float: {row.reason}" in caplog.text
     qat.prepare(model, qat.QuantSpec(weights="int8"), target="transformers")
     with pytest.raises(TargetError, match="its loader replaces no ExpertMatrix"):
         qat.freeze(model, target="quanto")
