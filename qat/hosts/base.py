@@ -22,7 +22,7 @@ from qat.adapters import adapters
 from qat.errors import ExportError, LoadError, listed
 from qat.files.evidence import FrozenRecord
 from qat.files.manifest import Manifest
-from qat.files.weights import write_json
+from qat.files.weights import SAFETENSORS, Container, write_json
 from qat.formats import Format
 from qat.layers import float_layers, quantized_layers
 from qat.numerics import QType
@@ -56,6 +56,10 @@ class Host:
     name: str
     weights_stem: str = "model"
     """How the names of weight files begin."""
+    container: Container = SAFETENSORS
+    """How tensors lie in the weight files that the loader reads."""
+    keeps_packed: bool = True
+    """Whether the loader's layers hold codes. If not, it makes a float model of them, and `qat.load` fills its own."""
 
     def owns(self, model: Any) -> bool:
         """Whether a model, or a class, is one of this library; told without importing it."""

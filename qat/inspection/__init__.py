@@ -241,7 +241,7 @@ def _impossible(facts: _Facts, name: str, decision: _Decision, layer: LayerSpec)
     if adapter is not None:
         return f"belongs to the adapter {adapter}: merge it into the model first (in peft: merge_and_unload)"
     types = facts.types(decision, layer)
-    hazards = [facts.rules.layer_fault(name, types.weights)]
+    hazards = [facts.rules.layer_fault(name, types.weights), facts.target.format.shape_fault(types, decision.shape)]
     if cls.linear:
         hazards += [facts.target.format.layer_hazard(types, decision.shape)]
         hazards += [facts.target.format.input_hazard(types, x) for x in facts.probe.inputs.get(name, ())]

@@ -36,8 +36,9 @@ class PackedForm(NamedTuple):
         bits = self.qtype.bits
         parts = [(packed >> place) & (2**bits - 1) for place in range(0, 8, bits)] if bits < 8 else [packed]
         codes = torch.cat(parts)[: self.shape.numel()].view(self.qtype.storage).view(self.shape)
-        shift = None if shift is None else shift.to(self.serving)
-        return FrozenWeight(codes, scale.to(self.serving), shift, self.qtype).dequantize().to(self.dtype)
+        kept = self.qtype.scale_dtype(self.serving)  # which a cast of the model may have changed
+        shift = None if shift is None else shift.to(kept)
+        return FrozenWeight(codes, scale.to(kept), shift, self.qtype, self.serving).dequantize().to(self.dtype)
 
 
 class PackedLinear(nn.Module):
