@@ -58,6 +58,8 @@ class Host:
     """How the names of weight files begin."""
     container: Container = SAFETENSORS
     """How tensors lie in the weight files that the loader reads."""
+    families: str = "names float layers by the last part of their name"
+    """Why there are layers that the loader cannot tell apart, if there are."""
     keeps_packed: bool = True
     """Whether the loader's layers hold codes. If not, it makes a float model of them, and `qat.load` fills its own."""
 
@@ -201,8 +203,11 @@ class Host:
         """Why the loader cannot hold the linear layer called ``name`` with such weights, or None."""
         return "kept in float32 by the loader" if self.kept_in_float32(model, name, dtype) else None
 
-    def layer_key(self, name: str) -> str:
-        """By what the loader tells the linear layer called ``name`` from others, when it leaves layers float."""
+    def layer_key(self, model: nn.Module, name: str) -> str:
+        """What the linear layer called ``name`` shares with those that the loader cannot tell from it.
+
+        They are all float or all of one type. It is the end of a pattern that matches their names.
+        """
         return name
 
     def unstored(self, module: nn.Module) -> dict[str, Tensor | None]:

@@ -14,6 +14,7 @@ from qat.errors import TargetError, meant, shown
 from qat.formats import GGUF, QUANTO, Format, LayerTypes
 from qat.hosts.base import Host
 from qat.hosts.diffusers import DIFFUSERS
+from qat.hosts.gguf_diffusers import GGUF_DIFFUSERS
 from qat.hosts.gguf_transformers import GGUF_TRANSFORMERS
 from qat.hosts.transformers import TRANSFORMERS
 from qat.numerics import QType
@@ -146,6 +147,7 @@ TARGETS: dict[str, Target] = {
         Target("transformers", QUANTO, TRANSFORMERS),
         Target("diffusers", QUANTO, DIFFUSERS, plain_on_cpu=True),
         Target("gguf", GGUF, GGUF_TRANSFORMERS),
+        Target("gguf-diffusers", GGUF, GGUF_DIFFUSERS),
     )
 }
 

@@ -263,20 +263,27 @@ def _resolve_collisions(facts: _Facts, decisions: Mapping[str, _Decision]) -> li
         if decision.cls.targets and facts.target.name not in decision.cls.targets:
             continue  # the loader replaces no layer of its class, whatever its name
         for alias in facts.names[id(decision.module)]:
-            families[facts.target.host.layer_key(alias)][name] = decision
+            families[facts.target.host.layer_key(facts.model, alias)][name] = decision
     total = sum(d.weight.numel() for d in decisions.values())
     target, notes = facts.target.name, []
     for leaf, family in families.items():
         floats = {name: d for name, d in family.items() if d.layer is None}
         moved = {name: d for name, d in family.items() if d.layer is not None}
+        types = {name: d.layer.weights for name, d in family.items() if d.layer is not None}
+        if len(set(types.values())) > 1:
+            told = " and ".join(f"{name} {kind}" for name, kind in types.items())
+            raise SpecError(
+                f"overrides: target {target!r} {facts.target.host.families}, so {told} must be of one type: override "
+                f"'*{leaf}' as a whole"
+            )
         if not floats or not moved:
             continue
         chosen = sorted(name for name, d in floats.items() if d.explicit)
         if chosen:
             others = sorted(moved)
             raise SpecError(
-                f"exclude: target {target!r} names float layers by the last part of their name, so excluding {chosen} "
-                f"would also exclude {others[:4]}{'...' if len(others) > 4 else ''}: exclude all of '*{leaf}', or none"
+                f"exclude: target {target!r} {facts.target.host.families}, so excluding {chosen} would "
+                f" also exclude {others[:4]}{'...' if len(others) > 4 else ''}: exclude all of '*{leaf}', or none"
             )
         if all(d.could_run for d in floats.values()):
             for name, d in floats.items():
