@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from qat.formats.base import Format, FrozenLayer, LayerTypes, Slot
-from qat.formats.gguf_types import BLOCK, QTYPES, block_bytes, pack_blocks, unpack_blocks
+from qat.formats.gguf_types import BLOCK, HALF_QTYPES, QTYPES, block_bytes, pack_blocks, unpack_blocks
 from qat.numerics import FrozenWeight, QType
 
-__all__ = ["BLOCKS", "GGUF", "GgufEmbedding", "GgufLinear"]
+__all__ = ["BLOCKS", "GGUF", "GGUF_HALF", "GgufEmbedding", "GgufLinear"]
 
 BLOCKS = "weight.blocks"
 """Below a layer's name, the tensor that holds its weight."""
@@ -33,6 +33,11 @@ class _Packed(nn.Module):
         self.types, self.shape = types, shape
         self.weight = nn.Parameter(tensors[BLOCKS], requires_grad=False)
         self.bias = nn.Parameter(tensors["bias"], requires_grad=False) if "bias" in tensors else None
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """What some models of diffusers ask a layer of blocks for, to cast its input."""
+        return self.types.dtype
 
     def frozen_weight(self) -> FrozenWeight:
         """What the blocks hold."""
@@ -92,30 +97,55 @@ class _Gguf(Format):
         return kind(types, shape, tensors)
 
     def is_frozen(self, module: nn.Module) -> bool:
-        """Also diffusers' ``GGUFLinear``, where it holds one of these types."""
-        return isinstance(module, _Packed) or _stock_type(module) in QTYPES
+        return isinstance(module, _Packed) and module.types.weights in self.qtypes.values()
+
+    def declared(self, module: nn.Module) -> LayerTypes:
+        layer: Any = module
+        return layer.types  # type: ignore[no-any-return]
+
+    def shape(self, module: nn.Module) -> tuple[int, int]:
+        layer: Any = module
+        return layer.shape  # type: ignore[no-any-return]
+
+    def blocks(self, module: nn.Module) -> Tensor:
+        """The weight of a frozen layer as it is stored."""
+        layer: Any = module
+        return layer.weight  # type: ignore[no-any-return]
+
+    def read(self, module: nn.Module) -> FrozenLayer:
+        layer: Any = module
+        types, blocks = self.declared(module), self.blocks(module)
+        one = torch.ones((), dtype=types.dtype, device=blocks.device)
+        return FrozenLayer(unpack_blocks(blocks, types.weights, types.dtype), layer.bias, types, one, one)
+
+
+class _GgufHalf(_Gguf):
+    """The same blocks with diffusers' arithmetic, and its own layers beside ours."""
+
+    name: ClassVar[str] = "gguf-half"
+    qtypes: ClassVar[Mapping[str, QType]] = HALF_QTYPES
+
+    def is_frozen(self, module: nn.Module) -> bool:
+        return super().is_frozen(module) or _stock_type(module) in self.qtypes
 
     def declared(self, module: nn.Module) -> LayerTypes:
         if isinstance(module, _Packed):
             return module.types
         layer: Any = module
-        return LayerTypes(QTYPES[_stock_type(module)], None, layer.compute_dtype)
+        return LayerTypes(self.qtypes[_stock_type(module)], None, layer.compute_dtype)
 
     def shape(self, module: nn.Module) -> tuple[int, int]:
         layer: Any = module
         return layer.shape if isinstance(module, _Packed) else (layer.out_features, layer.in_features)
 
-    def read(self, module: nn.Module) -> FrozenLayer:
+    def blocks(self, module: nn.Module) -> Tensor:
         layer: Any = module
-        types = self.declared(module)
-        blocks = layer.weight if isinstance(module, _Packed) else layer.weight.as_tensor()
-        one = torch.ones((), dtype=types.dtype, device=blocks.device)
-        return FrozenLayer(unpack_blocks(blocks, types.weights, types.dtype), layer.bias, types, one, one)
+        return layer.weight if isinstance(module, _Packed) else layer.weight.as_tensor()  # type: ignore[no-any-return]
 
     def values(self, module: nn.Module) -> Tensor:
         """Of diffusers' layers by its own arithmetic."""
         if isinstance(module, _Packed):
-            return module.frozen_weight().dequantize()
+            return super().values(module)
         from diffusers.quantizers.gguf.utils import dequantize_gguf_tensor
 
         layer: Any = module
@@ -128,3 +158,4 @@ def _stock_type(module: nn.Module) -> str:
 
 
 GGUF = _Gguf()
+GGUF_HALF = _GgufHalf()

@@ -1,11 +1,15 @@
 """GGUF's types of blocks: their codes, how a value is computed, and the bytes of a block.
 
 A block is 32 elements of a row. It has a scale d in float16 and, in Q4_1, a minimum m in float16, whatever the serving
-dtype. Every loader computes a value in float32, and rounds it once, to the serving dtype::
+dtype::
 
     q8_0  d q            q in -127..127      34 bytes: d, 32 codes
     q4_0  d (q - 8)      q in 0..15          18 bytes: d, 32 codes, two a byte
     q4_1  d q + m        q in 0..15          20 bytes: d, m, 32 codes, two a byte
+
+The package gguf, and with it transformers, computes a value in float32 and rounds it once, to the serving dtype.
+diffusers computes product and sum in float16 (``dequantize_blocks_Q4_1`` and the like), and then rounds to the serving
+dtype. So one file has two meanings, and each is a grid of its own: `QTYPES` and `HALF_QTYPES`.
 
 Here codes of q4_0 are q - 8, and the shift of q4_1 is -m. The definition is gguf-py/gguf/quants.py of
 https://github.com/ggml-org/llama.cpp.
@@ -14,14 +18,14 @@ https://github.com/ggml-org/llama.cpp.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from qat.numerics import Affine, FrozenWeight, QType, Symmetric, round_to
 
-__all__ = ["BLOCK", "QTYPES", "block_bytes", "pack_blocks", "unpack_blocks"]
+__all__ = ["BLOCK", "HALF_QTYPES", "QTYPES", "block_bytes", "pack_blocks", "unpack_blocks"]
 
 BLOCK = 32
 _LARGEST = torch.finfo(torch.float16).max
@@ -32,6 +36,9 @@ class _Blocks(QType):
     """What the three have in common."""
 
     fused: ClassVar[bool] = False
+
+    half: bool = False
+    """Whether values are computed in float16, as diffusers does."""
 
     def group_size(self, in_features: int) -> int | None:
         return BLOCK
@@ -47,10 +54,11 @@ class _Blocks(QType):
         return scale, None if shift is None else round_to(shift.clamp(-_LARGEST, _LARGEST), torch.float16)
 
     def decode(self, codes: Tensor, scale: Tensor, shift: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """In float32. A product has at most 19 bits and is exact there, so a sum after it rounds once."""
-        values = scale.float() * self.grouped(codes).float()
+        """In float32, or in float16. Of float32, a product has at most 19 bits, so it is exact."""
+        within = torch.float16 if self.half else torch.float32
+        values = scale.to(within) * self.grouped(codes).to(within)
         if shift is not None:
-            values -= shift.float()
+            values -= shift.to(within)
         return values.reshape(codes.shape).to(dtype)
 
 
@@ -80,17 +88,19 @@ class _Affine(_Blocks, Affine):
     """q4_1."""
 
 
-def _types() -> dict[str, QType]:
-    int8, uint8 = torch.int8, torch.uint8
+def _types(format: str, half: bool) -> dict[str, QType]:
+    common: dict[str, Any] = {"format": format, "half": half}
+    nibbles = common | {"bits": 4}
     types = (
-        _Symmetric(format="gguf", name="q8_0", bits=8, code_min=-127, code_max=127, steps=127, storage=int8),
-        _Signed(format="gguf", name="q4_0", bits=4, code_min=-8, code_max=7, steps=8, storage=int8),
-        _Affine(format="gguf", name="q4_1", bits=4, code_min=0, code_max=15, steps=15, storage=uint8),
+        _Symmetric(**common, name="q8_0", bits=8, code_min=-127, code_max=127, steps=127, storage=torch.int8),
+        _Signed(**nibbles, name="q4_0", code_min=-8, code_max=7, steps=8, storage=torch.int8),
+        _Affine(**nibbles, name="q4_1", code_min=0, code_max=15, steps=15, storage=torch.uint8),
     )
     return {qtype.name: qtype for qtype in types}
 
 
-QTYPES = _types()
+QTYPES = _types("gguf", half=False)
+HALF_QTYPES = _types("gguf-half", half=True)
 
 
 def block_bytes(qtype: QType) -> int:

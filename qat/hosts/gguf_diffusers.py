@@ -17,15 +17,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qat.errors import TargetError
 from qat.files.evidence import FrozenRecord
 from qat.files.manifest import Manifest
-from qat.formats import Format
+from qat.formats import GGUF_HALF, Format
 from qat.hosts.base import FloatGrid, Host, Reloaded, python_block
 from qat.hosts.diffusers import _Diffusers, _kept
-from qat.hosts.gguf import GgufContainer, Place
+from qat.hosts.gguf import GgufContainer, Place, require_package
 from qat.numerics import QType
 from qat.spec import QuantSpec
-from qat.tensors import stored_tensors
+from qat.tensors import own_tensors
 
 __all__ = ["GGUF_DIFFUSERS"]
 
@@ -134,12 +135,15 @@ class _GgufDiffusers(_Diffusers):
         return [f"activations={spec.activation_type!r}: GGUF files hold none: use None, or target 'quanto'"]
 
     def model_faults(self, model: nn.Module) -> list[str]:
+        require_package(TargetError)
         if not self.owns(model) or type(model).__name__ not in _loadable():
             return [
                 f"model: target 'gguf-diffusers' needs a class that diffusers loads from a single file, got a "
                 f"{type(model).__name__}: use target 'diffusers' (diffusers.loaders.single_file_model lists them)"
             ]
-        others = [name for name, tensor in stored_tensors(model) if not tensor.is_floating_point() or not tensor.ndim]
+        parts = [(name, module) for name, module in model.named_modules() if not GGUF_HALF.is_frozen(module)]
+        tensors = ((f"{name}.{key}", tensor) for name, module in parts for key, tensor in own_tensors(module))
+        others = [name for name, tensor in tensors if not tensor.is_floating_point() or not tensor.ndim]
         faults = [
             f"model: its tensor {name!r} has no place in a GGUF file: use target 'diffusers'" for name in others[:1]
         ]

@@ -172,6 +172,7 @@ class _GgufTransformers(_Transformers):
         return [f"activations={spec.activation_type!r}: GGUF files hold none: use None, or target 'transformers'"]
 
     def model_faults(self, model: nn.Module) -> list[str]:
+        require_package(TargetError)
         cls, config = type(model), getattr(model, "config", None)
         known = ARCHITECTURES.get(cls.__name__) if self.owns(model) else None
         if known is None or config is None:

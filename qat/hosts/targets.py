@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from qat.errors import TargetError, meant, shown
-from qat.formats import GGUF, QUANTO, Format, LayerTypes
+from qat.formats import GGUF, GGUF_HALF, QUANTO, Format, LayerTypes
 from qat.hosts.base import Host
 from qat.hosts.diffusers import DIFFUSERS
 from qat.hosts.gguf_diffusers import GGUF_DIFFUSERS
@@ -147,7 +147,7 @@ TARGETS: dict[str, Target] = {
         Target("transformers", QUANTO, TRANSFORMERS),
         Target("diffusers", QUANTO, DIFFUSERS, plain_on_cpu=True),
         Target("gguf", GGUF, GGUF_TRANSFORMERS),
-        Target("gguf-diffusers", GGUF, GGUF_DIFFUSERS),
+        Target("gguf-diffusers", GGUF_HALF, GGUF_DIFFUSERS),
     )
 }
 
