@@ -206,7 +206,7 @@ class Host:
     def layer_key(self, model: nn.Module, name: str) -> str:
         """What the linear layer called ``name`` shares with those that the loader cannot tell from it.
 
-        They are all float or all of one type. It is the end of a pattern that matches their names.
+        They are all float or all of one type. It is a pattern that matches their names; without a dot, the end of one.
         """
         return name
 

@@ -269,12 +269,13 @@ def _resolve_collisions(facts: _Facts, decisions: Mapping[str, _Decision]) -> li
     for leaf, family in families.items():
         floats = {name: d for name, d in family.items() if d.layer is None}
         moved = {name: d for name, d in family.items() if d.layer is not None}
+        pattern = leaf if "." in leaf else f"*{leaf}"
         types = {name: d.layer.weights for name, d in family.items() if d.layer is not None}
         if len(set(types.values())) > 1:
             told = " and ".join(f"{name} {kind}" for name, kind in types.items())
             raise SpecError(
                 f"overrides: target {target!r} {facts.target.host.families}, so {told} must be of one type: override "
-                f"'*{leaf}' as a whole"
+                f"{pattern!r} as a whole"
             )
         if not floats or not moved:
             continue
@@ -282,8 +283,8 @@ def _resolve_collisions(facts: _Facts, decisions: Mapping[str, _Decision]) -> li
         if chosen:
             others = sorted(moved)
             raise SpecError(
-                f"exclude: target {target!r} {facts.target.host.families}, so excluding {chosen} would "
-                f" also exclude {others[:4]}{'...' if len(others) > 4 else ''}: exclude all of '*{leaf}', or none"
+                f"exclude: target {target!r} {facts.target.host.families}, so excluding {chosen} would also exclude "
+                f"{others[:4]}{'...' if len(others) > 4 else ''}: exclude all of {pattern!r}, or none"
             )
         if all(d.could_run for d in floats.values()):
             for name, d in floats.items():
