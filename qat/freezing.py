@@ -269,7 +269,7 @@ def _check_other_target(
     shared = {keys[name] for name in names} & {keys[name] for name in layers - names}
     if shared:
         faults.append(
-            f"target {target.name!r} {target.host.families}, but some layers called {sorted(shared)[:4]} are quantized "
+            f"target {target.name!r} {target.host.families}, but some called {sorted(shared)[:4]} are quantized "
             "and others not"
         )
     if faults:
