@@ -170,7 +170,7 @@ def test_options_without_a_quantized_form_are_refused_by_name() -> None:
 @pytest.mark.parametrize("target", ["quanto", "diffusers"])
 def test_stock_loaders_replace_none(target: str) -> None:
     model: Any = nn.ModuleDict({"embed": nn.Embedding(8, 64), "linear": nn.Linear(64, 64)})
-    reason = f"the loader of target {target!r} replaces no Embedding: use target 'transformers'"
+    reason = f"the loader of target {target!r} replaces no Embedding: use target 'transformers' or 'gguf'"
     if target == "quanto":
         report = qat.inspect(model, qat.QuantSpec(include=("embed", "linear")), target=target)
         assert {row.name: row.reason for row in report.layers} == {"embed": reason, "linear": "included by 'linear'"}
