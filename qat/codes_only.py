@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -53,6 +53,9 @@ class _FixedCodes(QType):
 
     def group_size(self, in_features: int) -> int | None:
         return self.base.group_size(in_features)
+
+    def scale_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        return self.base.scale_dtype(dtype)
 
     def serve(
         self, scale: Tensor, shift: Tensor | None, dtype: torch.dtype, in_features: int
@@ -124,7 +127,7 @@ class FixedCodes(WeightQuantizer):
         """These codes, as weights of the type that they are of."""
         frozen = super().final_codes(weight)
         assert isinstance(self.qtype, _FixedCodes)
-        return FrozenWeight(frozen.codes, frozen.scale, frozen.shift, self.qtype.base)
+        return replace(frozen, qtype=self.qtype.base)
 
 
 class CodesLinear(QLinear):

@@ -269,12 +269,12 @@ def _check_other_target(
         for name, _, cls in float_layers(model, remove_duplicate=False)
         if target.name in (cls.targets or (target.name,))
     }
-    key = target.host.layer_key
-    shared = {key(name) for name in names} & {key(name) for name in layers - names}
+    keys = {name: target.host.layer_key(model, name) for name in names | layers}
+    shared = {keys[name] for name in names} & {keys[name] for name in layers - names}
     if shared:
         faults.append(
-            f"target {target.name!r} tells layers apart by the last part of their name only, but some called "
-            f"{sorted(shared)[:4]} are quantized and others not"
+            f"target {target.name!r} {target.host.families}, but some called {sorted(shared)[:4]} are quantized "
+            "and others not"
         )
     if faults:
         raise TargetError(

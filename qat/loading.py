@@ -22,7 +22,7 @@ from qat.errors import LoadError, load_error
 from qat.files.directory import as_path
 from qat.files.evidence import record_frozen
 from qat.files.manifest import FileRecord, Manifest, file_record, read_manifest
-from qat.files.shards import DTYPE_NAMES, header_faults, read_headers
+from qat.files.shards import DTYPE_NAMES, header_faults
 from qat.hosts import get_target
 from qat.hosts.stock import library_and_class, load_pretrained
 from qat.jobs import in_threads
@@ -75,7 +75,8 @@ def load(
     faults = check_headers(path, manifest)
     if faults:
         raise load_error(f"the weight files in {str(path)!r} do not hold what the manifest declares", faults)
-    reloaded = load_pretrained(path, manifest) if model is None else None
+    by_library = model is None and get_target(manifest.target).host.keeps_packed
+    reloaded = load_pretrained(path, manifest) if by_library else None
     if reloaded is not None:
         unfilled = _unfilled(reloaded.model, manifest)
         if unfilled:
@@ -118,14 +119,12 @@ def check_headers(directory: Path, manifest: Manifest) -> list[str]:
     """Compare keys, dtypes and shapes in all weight files with the manifest, and quantized layers with their evidence.
 
     Raises:
-        LoadError: when a file is missing or not a whole safetensors file.
+        LoadError: when a file is missing or not whole.
     """
-    present = {path.name for path in directory.glob(f"{manifest.weights_stem}*.safetensors")}
-    names = {tensor.file for tensor in manifest.tensors.values()} | present
-    headers = read_headers(directory / name for name in sorted(names))
+    target, record = get_target(manifest.target), manifest.frozen
+    headers, format = target.host.container.headers(directory, manifest), target.format
     if manifest.float_grid:
         return header_faults(headers, manifest.tensors, ())
-    record, format = manifest.frozen, get_target(manifest.target).format
     codes: set[str] = set()
     faults: list[str] = []
     below = _keys_of_layers(manifest, headers)
@@ -192,8 +191,6 @@ def fill(model: nn.Module, directory: Path, manifest: Manifest, device: torch.de
     Raises:
         LoadError: the files do not fit the model. Nothing is changed then.
     """
-    from safetensors import safe_open
-
     target, record = get_target(manifest.target), manifest.frozen
     modules = dict(model.named_modules(remove_duplicate=False))
     places = {name: (module, cls) for name, module, cls in float_layers(model) if name in record.layers}
@@ -218,12 +215,10 @@ def fill(model: nn.Module, directory: Path, manifest: Manifest, device: torch.de
             faults.append(f"{name} has shape {list(kept.shape)} in the files and {list(own[name].shape)} in the model")
     if faults:
         raise load_error(f"the files in {str(directory)!r} do not fit the model", faults)
-    files = {tensor.file for tensor in manifest.tensors.values()}
-    opened: dict[str, Any] = {file: safe_open(directory / file, framework="pt") for file in files}
+    fetch = target.host.container.reader(directory, manifest)
 
     def read(key: str) -> Tensor:
-        """The tensor of a key, memory-mapped, on the device."""
-        return opened[manifest.tensors[key].file].get_tensor(key).to(device)  # type: ignore[no-any-return]
+        return fetch(key).to(device)
 
     for name, layer in record.layers.items():
         tensors = {rest: read(key) for rest, key in below[name].items()}

@@ -89,8 +89,8 @@ def moved_range(
     moved_low = None if low is None or low_move is None else low - low_move * unit
     width = moved_high if moved_low is None else moved_high - moved_low
     narrowest = unit * (NARROWEST if low is None else 2 * NARROWEST)
-    missing = (narrowest - width).clamp(min=0).detach()
-    return moved_low, moved_high + missing
+    missing = (narrowest - width).detach()  # of a range from zero to a negative end, all of these are negative
+    return moved_low, moved_high + torch.where(unit < 0, missing.clamp(max=0), missing.clamp(min=0))
 
 
 def _integer_product(x: Tensor, weight: Tensor) -> Tensor:
@@ -184,6 +184,10 @@ class QType(ABC):
         else:
             low, high = torch.aminmax(rows, dim=1, keepdim=True)
         return (low.float(), high.float()) if self.has_shift else (None, torch.maximum(-low, high).float())
+
+    def scale_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """The dtype in which scale and shift are stored, where ``dtype`` is the serving dtype."""
+        return dtype
 
     def scale_shift(self, low: Tensor | None, high: Tensor) -> tuple[Tensor, Tensor | None]:
         """Scale and shift, not yet rounded, whose codes reach from ``low`` (None: ``-high``) to ``high``."""
@@ -355,15 +359,17 @@ class FrozenWeight:
     codes: Tensor
     """``(out, in)``, in the type's `storage` dtype, contiguous."""
     scale: Tensor
-    """Serving dtype, ``(groups, 1)``."""
+    """`QType.scale_dtype`, ``(groups, 1)``."""
     shift: Tensor | None
-    """Serving dtype, ``(groups, 1)``; None for types without one."""
+    """Likewise; None for types without one."""
     qtype: QType
+    served: torch.dtype | None = None
+    """The serving dtype, where scale and shift have another one."""
 
     @property
     def dtype(self) -> torch.dtype:
         """The serving dtype."""
-        return self.scale.dtype
+        return self.served or self.scale.dtype
 
     @property
     def shape(self) -> torch.Size:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ActivationType", "LayerSpec", "NamedArguments", "QuantSpec", "Resolution", "ServingDtype", "WeightType"]
 
-WeightType = Literal["int8", "float8", "int4", "int2"]
+WeightType = Literal["int8", "float8", "int4", "int2", "q8_0", "q4_0", "q4_1"]
 ActivationType = Literal["int8", "float8"]
 ServingDtype = Literal["float32", "bfloat16", "float16"]
 

@@ -16,6 +16,13 @@ from torch import Tensor, nn
 from qat.numerics import QType
 from qat.quantizers import Algorithm, Quantized, WeightQuantizer
 
+
+def one_of(*names: str) -> str:
+    """How pydantic lists what may be given."""
+    *first, last = map(repr, names)
+    return f"{', '.join(first)} or {last}"
+
+
 WEIGHT_TYPES = ("int8", "float8", "int4", "int2")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -72,7 +72,7 @@ MODEL_LIBRARIES = frozenset({"transformers", "diffusers", "peft"})
 QUANTO_FILES = ("qat/formats/quanto", "qat/integrations/")
 HOST_FILES = {
     "transformers": ("qat/hosts/", "qat/integrations/", "qat/layers/conv1d.py"),
-    "diffusers": ("qat/hosts/",),
+    "diffusers": ("qat/hosts/", "qat/formats/gguf.py"),
     "peft": ("qat/layers/lora.py",),
 }
 # Modules that are imported only where the library is there already: integrations, and classes derived from a library's.
@@ -80,7 +80,7 @@ LATE_FILES = ("qat/integrations/", "qat/layers/conv1d.py", "qat/layers/lora.py",
 TYPE_NAMES = frozenset({"int8", "float8", "int4", "int2"})
 TYPE_FILES = ("qat/spec.py", "qat/formats/quanto")  # where a type's name is turned into an object
 
-MOST_LIBRARY_LINES = 20_462
+MOST_LIBRARY_LINES = 21_713
 MOST_LINES = 400
 MOST_RECIPE_LINES = 150  # of a recipe itself
 

@@ -24,7 +24,9 @@ ACTIVATIONS_IN_ONE_LAYER = {"a": LayerSpec(weights="int8", activations="int8")}
 
 def test_an_unknown_target_is_refused_with_the_known_ones() -> None:
     for name in ("onnx", ["onnx"], None):
-        with pytest.raises(TargetError, match=r"target: must be one of .*'diffusers', 'quanto', 'transformers'.*, got"):
+        with pytest.raises(
+            TargetError, match=r"target: must be one of .*'diffusers', .*'quanto', 'transformers'.*, got"
+        ):
             get_target(name)  # type: ignore[arg-type]
 
 

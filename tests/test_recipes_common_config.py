@@ -3,20 +3,21 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import pytest
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
 from qat.errors import QatError
-from qat.spec import LayerSpec, QuantSpec
+from qat.spec import LayerSpec, QuantSpec, WeightType
 from recipes.common.config import (
     ConfigError,
     load_config,
     read_yaml,
 )
 from recipes.common.settings import OptimizationSettings
+from tests.helpers import one_of
 
 
 class Strict(BaseModel):
@@ -186,7 +187,7 @@ def test_each_fault_of_a_file_has_a_line(file: Any) -> None:
         """
     )
     assert faults(path) == [
-        f"{path}: spec.weights: Input should be 'int8', 'float8', 'int4' or 'int2', got 'int3'",
+        f"{path}: spec.weights: Input should be {one_of(*get_args(WeightType))}, got 'int3'",
         "spec.overrides.*.a: key 'weights' is required",
         "spec.overrides.*.b.weight: unknown key; did you mean 'weights'?",
         "spec.wieghts: unknown key; did you mean 'weights'?",
@@ -206,7 +207,7 @@ def test_an_unknown_key_that_is_like_no_other_names_those_known(file: Any) -> No
 def test_each_broken_rule_of_a_command_line_has_a_line() -> None:
     first, *rest = faults("--steps", "0", "algorithm:learned", "--algorithm.scale-lr", "-1", "--spec.overrides", "a=b")
     assert first == (
-        "command line: spec.overrides.a: Input should be 'int8', 'float8', 'int4', 'int2' or 'float', got 'b'"
+        f"command line: spec.overrides.a: Input should be {one_of(*get_args(WeightType), 'float')}, got 'b'"
     )
     assert rest == [
         "algorithm.scale_lr: Input should be greater than 0, got -1.0",

@@ -160,7 +160,8 @@ def search(
     kinds = [kind for kind in types if kind != _FLOAT]
     sizes, plans, single = _options(model, spec, target, kinds, floats=_FLOAT in types)
     tied = {row.name: row.shared_with or row.name for row in report.layers}
-    most, keys = _bytes(model, spec, target, budget), {n: get_target(target).host.layer_key(tied[n]) for n in sizes}
+    most, host = _bytes(model, spec, target, budget), get_target(target).host
+    keys = {n: host.layer_key(model, tied[n]) for n in sizes}
     smallest = min(sum(min(options.values()) for options in _families(plan, keys).values()) for plan in plans)
     if most < smallest:
         raise SpecError(

@@ -32,7 +32,6 @@ from qat.files.manifest import (
     file_record,
 )
 from qat.files.shards import TensorEntry, parse_size, plan_shards, write_shard
-from qat.files.weights import write_weights
 from qat.formats.state import ModelState
 from qat.hosts import MODULE, Target, get_target, host_of
 from qat.hosts.base import FloatGrid, shown_call
@@ -134,9 +133,10 @@ def export(
         if grid is not None and grid.one_file:
             limit = _ONE_FILE
         stem = host_of(model).weights_stem
-        hashed, tensors = write_weights(state.entries, state.fetch, temporary, limit, stem, progress)
-        _check_unchanged(model, record, tensors, progress)
         _save_processors(processor, temporary)
+        given = (model, state.entries, state.fetch, temporary, limit, stem, progress)
+        hashed, tensors = to.host.container.write(*given)
+        _check_unchanged(model, record, tensors, progress)
         if config is not None:
             text = yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
             (temporary / CONFIG_NAME).write_text(text, encoding="utf-8")

@@ -3,8 +3,20 @@
 from __future__ import annotations
 
 from qat.formats.base import Format, FrozenLayer, InLibrary, LayerTypes, Notice, Slot
+from qat.formats.gguf import GGUF, GGUF_HALF
 from qat.formats.quanto import QUANTO
 
-__all__ = ["FORMATS", "QUANTO", "Format", "FrozenLayer", "InLibrary", "LayerTypes", "Notice", "Slot"]
+__all__ = [
+    "FORMATS",
+    "GGUF",
+    "GGUF_HALF",
+    "QUANTO",
+    "Format",
+    "FrozenLayer",
+    "InLibrary",
+    "LayerTypes",
+    "Notice",
+    "Slot",
+]
 
-FORMATS: dict[str, Format] = {QUANTO.name: QUANTO}
+FORMATS: dict[str, Format] = {format.name: format for format in (QUANTO, GGUF, GGUF_HALF)}

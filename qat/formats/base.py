@@ -138,6 +138,10 @@ class Format(ABC):
         active = None if activations is None else self.activation_qtypes[activations]
         return LayerTypes(self.qtypes[weights], active, dtype, outputs)
 
+    def shape_fault(self, types: LayerTypes, shape: tuple[int, int]) -> str | None:
+        """Why the format cannot store a weight of this shape (``(out, in)``), or None."""
+        return None
+
     def layer_hazard(self, types: LayerTypes, shape: tuple[int, int]) -> str | None:
         """Why the format's kernels cannot run a layer of this shape (``(out, in)``), or None."""
         return None

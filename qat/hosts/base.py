@@ -22,7 +22,7 @@ from qat.adapters import adapters
 from qat.errors import ExportError, LoadError, listed
 from qat.files.evidence import FrozenRecord
 from qat.files.manifest import Manifest
-from qat.files.weights import write_json
+from qat.files.weights import SAFETENSORS, Container, write_json
 from qat.formats import Format
 from qat.layers import float_layers, quantized_layers
 from qat.numerics import QType
@@ -56,6 +56,12 @@ class Host:
     name: str
     weights_stem: str = "model"
     """How the names of weight files begin."""
+    container: Container = SAFETENSORS
+    """How tensors lie in the weight files that the loader reads."""
+    families: str = "names float layers by the last part of their name"
+    """Why there are layers that the loader cannot tell apart, if there are."""
+    keeps_packed: bool = True
+    """Whether the loader's layers hold codes. If not, it makes a float model of them, and `qat.load` fills its own."""
 
     def owns(self, model: Any) -> bool:
         """Whether a model, or a class, is one of this library; told without importing it."""
@@ -201,8 +207,11 @@ class Host:
         """Why the loader cannot hold the linear layer called ``name`` with such weights, or None."""
         return "kept in float32 by the loader" if self.kept_in_float32(model, name, dtype) else None
 
-    def layer_key(self, name: str) -> str:
-        """By what the loader tells the linear layer called ``name`` from others, when it leaves layers float."""
+    def layer_key(self, model: nn.Module, name: str) -> str:
+        """What the linear layer called ``name`` shares with those that the loader cannot tell from it.
+
+        They are all float or all of one type. It is a pattern that matches their names; without a dot, the end of one.
+        """
         return name
 
     def unstored(self, module: nn.Module) -> dict[str, Tensor | None]:

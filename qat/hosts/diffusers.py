@@ -100,7 +100,7 @@ class _Diffusers(Host):
         casts = dtype is not torch.float32 or weights.floating
         return "kept in float32 by the loader" if casts and not kept.isdisjoint(name.split(".")) else None
 
-    def layer_key(self, name: str) -> str:
+    def layer_key(self, model: nn.Module, name: str) -> str:
         return name.rpartition(".")[2]
 
     def unstored(self, module: nn.Module) -> dict[str, Tensor | None]:
@@ -114,8 +114,8 @@ class _Diffusers(Host):
     def float_layers(self, model: nn.Module, record: FrozenRecord) -> list[str]:
         """One last part for all layers that share it."""
         linear = [name for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, nn.Linear)]
-        floats = {self.layer_key(name) for name in linear if name not in record.layers}
-        lost = [name for name in record.layers if self.layer_key(name) in floats]
+        floats = {self.layer_key(model, name) for name in linear if name not in record.layers}
+        lost = [name for name in record.layers if self.layer_key(model, name) in floats]
         lost += [name for name, layer in record.layers.items() if layer.weights != record.spec.weights]
         if lost:
             raise ExportError(

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from qat.errors import TargetError, meant, shown
-from qat.formats import QUANTO, Format, LayerTypes
+from qat.formats import GGUF, GGUF_HALF, QUANTO, Format, LayerTypes
 from qat.hosts.base import Host
 from qat.hosts.diffusers import DIFFUSERS
+from qat.hosts.gguf_diffusers import GGUF_DIFFUSERS
+from qat.hosts.gguf_transformers import GGUF_TRANSFORMERS
 from qat.hosts.transformers import TRANSFORMERS
 from qat.numerics import QType
 from qat.spec import QuantSpec
@@ -144,6 +146,8 @@ TARGETS: dict[str, Target] = {
         Target("quanto", QUANTO, MODULE),
         Target("transformers", QUANTO, TRANSFORMERS),
         Target("diffusers", QUANTO, DIFFUSERS, plain_on_cpu=True),
+        Target("gguf", GGUF, GGUF_TRANSFORMERS),
+        Target("gguf-diffusers", GGUF_HALF, GGUF_DIFFUSERS),
     )
 }
 

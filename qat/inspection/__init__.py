@@ -22,6 +22,7 @@ from qat.hosts.configurations import build_on_meta
 from qat.inspection.experts import require_whole, routers
 from qat.inspection.remedies import EXPERTS_APART, float_shares, require_held, target_fault
 from qat.inspection.report import FloatWeight, InspectReport, LayerInspection, other_notes, other_weights
+from qat.inspection.ties import break_ties, keep_ties
 from qat.layers import QuantizedLayer, float_layers
 from qat.probing import Probe
 from qat.spec import LayerSpec, QuantSpec
@@ -98,7 +99,8 @@ def inspect(model: Any, spec: QuantSpec, *, target: str = "quanto", example_inpu
             weights: a directory, a name on the hub, a configuration of transformers, or the fields of a config.json
             (`qat.hosts.configurations.build_on_meta`).
         spec: what to quantize.
-        target: who will load the export: ``"quanto"``, ``"transformers"`` or ``"diffusers"``.
+        target: who will load the export: ``"quanto"``, ``"transformers"``, ``"diffusers"``, ``"gguf"`` or
+            ``"gguf-diffusers"``.
         example_inputs: one batch (tensor, tuple or mapping), run through the float model to find the layers whose
             input the stock kernels cannot read, or whose weight is used without calling them; these stay float.
 
@@ -148,7 +150,7 @@ def inspect(model: Any, spec: QuantSpec, *, target: str = "quanto", example_inpu
     if blind := [name for name, decision in decisions.items() if decision.float_activations]:
         cause = "no layer gives their outputs" if spec.outputs else "their class does not show what its matrices read"
         notes.append(f"{len(blind)} matrices of experts keep float activations ({cause}): {listed(blind, 4)}")
-    _keep_ties(facts, decisions)
+    keep_ties(facts, decisions)
     unnamed = {name for name, d in decisions.items() if d.cls.float_by_default and d.layer is None and not d.named}
     reasons = {f"{name}.weight": decisions[name].reason for name in unnamed}
     rest = [pair for name, pair in layers.items() if name not in unnamed]
@@ -163,7 +165,7 @@ def inspect(model: Any, spec: QuantSpec, *, target: str = "quanto", example_inpu
             f"spec: no layer of the model would be quantized; reasons: {why[:5]}{elsewhere}: {other}change the spec's "
             "patterns"
         )
-    told, copied = _break_ties(facts, decisions, unnamed)
+    told, copied = break_ties(facts, decisions, unnamed)
     notes += told
     notices = chosen.format.notices(
         (facts.types(d, d.layer), d.shape, getattr(d.module, "bias", None) is not None)
@@ -263,7 +265,7 @@ def _impossible(facts: _Facts, name: str, decision: _Decision, layer: LayerSpec)
             decision.mendable = "under adapters other than LoRA over nn.Linear: leave these layers without one"
         return f"belongs to the adapter {adapter}: merge it into the model first (in peft: merge_and_unload)"
     types = facts.types(decision, layer)
-    hazards = [facts.rules.layer_fault(name, types.weights)]
+    hazards = [facts.rules.layer_fault(name, types.weights), facts.target.format.shape_fault(types, decision.shape)]
     if cls.linear:
         hazards += [facts.target.format.layer_hazard(types, decision.shape)]
         hazards += [facts.target.format.input_hazard(types, x) for x in facts.probe.inputs.get(name, ())]
@@ -285,20 +287,28 @@ def _resolve_collisions(facts: _Facts, decisions: Mapping[str, _Decision]) -> li
         if decision.cls.targets and facts.target.name not in decision.cls.targets:
             continue  # the loader replaces no layer of its class, whatever its name
         for alias in facts.names[id(decision.module)]:
-            families[facts.target.host.layer_key(alias)][name] = decision
+            families[facts.target.host.layer_key(facts.model, alias)][name] = decision
     total = sum(d.weight.numel() for d in decisions.values())
     target, notes = facts.target.name, []
     for leaf, family in families.items():
         floats = {name: d for name, d in family.items() if d.layer is None}
         moved = {name: d for name, d in family.items() if d.layer is not None}
+        pattern = leaf if "." in leaf else f"*{leaf}"
+        types = {name: d.layer.weights for name, d in family.items() if d.layer is not None}
+        if len(set(types.values())) > 1:
+            told = " and ".join(f"{name} {kind}" for name, kind in types.items())
+            raise SpecError(
+                f"overrides: target {target!r} {facts.target.host.families}, so {told} must be of one type: override "
+                f"{pattern!r} as a whole"
+            )
         if not floats or not moved:
             continue
         chosen = sorted(name for name, d in floats.items() if d.explicit)
         if chosen:
             others = sorted(moved)
             raise SpecError(
-                f"exclude: target {target!r} names float layers by the last part of their name, so excluding {chosen} "
-                f"would also exclude {others[:4]}{'...' if len(others) > 4 else ''}: exclude all of '*{leaf}', or none"
+                f"exclude: target {target!r} {facts.target.host.families}, so excluding {chosen} would also exclude "
+                f"{others[:4]}{'...' if len(others) > 4 else ''}: exclude all of {pattern!r}, or none"
             )
         if all(d.could_run for d in floats.values()):
             for name, d in floats.items():
@@ -314,71 +324,6 @@ def _resolve_collisions(facts: _Facts, decisions: Mapping[str, _Decision]) -> li
             f"{len(moved)} layers called {leaf!r} ({share:.1%} of linear weights) stay float with {sorted(floats)}"
         )
     return notes
-
-
-def _keep_ties(facts: _Facts, decisions: Mapping[str, _Decision]) -> None:
-    """Let layers share one quantized weight that are tied, all chosen, and tied again by the loader."""
-    ties, groups = facts.target.host.ties(facts.model) or {}, defaultdict[str, list[str]](list)
-    for name, decision in decisions.items():
-        if decision.layer is not None and decision.weight is getattr(decision.module, "weight", None):
-            groups[ties.get(f"{name}.weight", f"{name}.weight")].append(name)
-    for first, *others in groups.values():
-        weight = decisions[first].weight
-        tied = [name for name in others if decisions[name].weight is weight or weight.is_meta]
-        if not tied or facts.holders[id(weight)] > 1 + len(tied):  # something float uses it too
-            continue
-        types = {name: layer.weights for name in (first, *tied) if (layer := decisions[name].layer) is not None}
-        if len(set(types.values())) > 1:
-            told = " and ".join(f"{name} {kind}" for name, kind in types.items())
-            raise SpecError(
-                f"overrides: {told} are one tied weight, which has one type: give both the same, or exclude one, which "
-                "breaks the tie"
-            )
-        for name in tied:
-            decisions[name].shared_with = first
-            decisions[name].reason += f"{'; ' if decisions[name].reason else ''}tied to {first}, one table for both"
-    for name in decisions.keys() - _together(decisions) if ties else ():
-        d = decisions[name]
-        apart = d.layer is not None and bool(facts.tied(name, d.module, d.cls))
-        if apart and not facts.target.host.can_untie(facts.model):
-            d.layer, d.explicit = None, False
-            d.reason = "its model's class ties it on every load: include all layers that share the weight, or none"
-
-
-def _together(decisions: Mapping[str, _Decision]) -> set[str]:
-    """The layers that stay tied."""
-    pairs = [(name, d.shared_with) for name, d in decisions.items() if d.shared_with is not None]
-    return {name for pair in pairs for name in pair}
-
-
-def _break_ties(facts: _Facts, decisions: Mapping[str, _Decision], unnamed: Container[str]) -> tuple[list[str], int]:
-    """Notes on the tied layers that `qat.prepare` will untie, in its order, and how many elements it will copy.
-
-    Layers that are ``unnamed`` have no row.
-    """
-    chosen = Counter(id(p) for d in decisions.values() if d.layer is not None for p in d.cls.masters(d.module).values())
-    left_float = [d for name, d in decisions.items() if d.layer is None and name not in unnamed]
-    floats = {id(p) for d in left_float for p in d.cls.masters(d.module).values()}
-    holders, left = facts.holders, facts.holders.copy()
-    notes, copied = [], 0
-    together = _together(decisions)
-    for name, decision in decisions.items():
-        if name in together:
-            continue
-        tied = facts.tied(name, decision.module, decision.cls)
-        if decision.layer is None or not tied:
-            continue
-        # One holder, where the two are separate already: on the meta device.
-        kept = [p for p in tied if holders[id(p)] == 1 or chosen[id(p)] < holders[id(p)]]
-        uncounted = [p for p in kept if left[id(p)] == holders[id(p)] and id(p) not in floats]
-        decision.float_copy = sum(p.numel() for p in uncounted)
-        copied += sum(p.numel() for p in tied if left[id(p)] > 1)
-        left.subtract(id(p) for p in tied)
-        notes.append(
-            f"{name}: its weight is tied; quantizing it breaks the tie (config.tie_word_embeddings becomes False)"
-            + (", and its float copy stays in the file beside the codes" if kept else "")
-        )
-    return notes, copied
 
 
 def _row(name: str, decision: _Decision, facts: _Facts) -> LayerInspection:

@@ -20,7 +20,7 @@ class QConv1D(LinearForm, Conv1D):
     """
 
     replaces: ClassVar[type[nn.Module]] = Conv1D
-    targets: ClassVar[tuple[str, ...]] = ("transformers",)
+    targets: ClassVar[tuple[str, ...]] = ("transformers", "gguf")
 
     @staticmethod
     def effective_weight(module: Any) -> Tensor:

@@ -32,7 +32,7 @@ class QEmbedding(QuantizedLayer, nn.Embedding):
     """
 
     replaces: ClassVar[type[nn.Module]] = nn.Embedding
-    targets: ClassVar[tuple[str, ...]] = ("transformers",)
+    targets: ClassVar[tuple[str, ...]] = ("transformers", "gguf")
     linear: ClassVar[bool] = False
     float_by_default: ClassVar[str] = "embedding"
     rows: int

@@ -27,6 +27,8 @@ class PackedForm(NamedTuple):
 
     def pack(self, codes: Tensor) -> Tensor:
         """The codes, uint8, as many a byte as fit: the first byte has the first code of each of its parts."""
+        if self.qtype.bits < 8 and self.qtype.code_min:
+            codes = codes - int(self.qtype.code_min)  # from 0 on
         parts, flat = 8 // self.qtype.bits, codes.view(torch.uint8).flatten()
         flat = nn.functional.pad(flat, (0, -flat.numel() % parts)).view(parts, -1)
         packed = flat[0].clone()
@@ -40,8 +42,11 @@ class PackedForm(NamedTuple):
         bits = self.qtype.bits
         parts = [(packed >> place) & (2**bits - 1) for place in range(0, 8, bits)] if bits < 8 else [packed]
         codes = torch.cat(parts)[: self.shape.numel()].view(self.qtype.storage).view(self.shape)
-        shift = None if shift is None else shift.to(self.serving)
-        return FrozenWeight(codes, scale.to(self.serving), shift, self.qtype).dequantize().to(self.dtype)
+        if bits < 8 and self.qtype.code_min:
+            codes += int(self.qtype.code_min)
+        kept = self.qtype.scale_dtype(self.serving)  # which a cast of the model may have changed
+        shift = None if shift is None else shift.to(kept)
+        return FrozenWeight(codes, scale.to(kept), shift, self.qtype, self.serving).dequantize().to(self.dtype)
 
 
 class PackedLinear(nn.Module):

@@ -143,10 +143,11 @@ class WeightQuantizer(QuantizerModule, ABC):
 
     @torch.no_grad()
     def final_codes(self, weight: Tensor) -> FrozenWeight:
-        """The codes alone, with scale and shift in the serving dtype."""
+        """The codes alone, with scale and shift as they are stored."""
         codes, scale, shift = self.quantize_to_codes(weight)
-        narrow = None if shift is None else shift.to(self.dtype)
-        return FrozenWeight(codes.contiguous(), scale.to(self.dtype), narrow, self.qtype)
+        kept = self.qtype.scale_dtype(self.dtype)
+        narrow = None if shift is None else shift.to(kept)
+        return FrozenWeight(codes.contiguous(), scale.to(kept), narrow, self.qtype, self.dtype)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

@@ -98,8 +98,8 @@ class LearnedRange(WeightQuantizer):
         self._begin(low, high)
 
     def _begin(self, low: Tensor | None, high: Tensor) -> None:
-        # A range too narrow for the serving dtype is none: zero marks a group that follows its weights.
-        flat = round_to(self.qtype.scale_shift(low, high)[0], self.dtype) == 0
+        # A range too narrow for the dtype of scales is none: zero marks a group that follows its weights.
+        flat = round_to(self.qtype.scale_shift(low, high)[0], self.qtype.scale_dtype(self.dtype)) == 0
         if low is not None and self.low_start is not None:
             self.low_start.copy_(low.masked_fill(flat, 0.0))
         self.high_start.copy_(high.masked_fill(flat, 0.0))

@@ -97,7 +97,7 @@ def served(weight: Tensor, ends: Ends, qtype: QType, dtype: torch.dtype) -> Tens
 
     That is how `qat.quantizers.learned_affine` reads a range.
     """
-    flat = round_to(qtype.scale_shift(*ends)[0], dtype) == 0
+    flat = round_to(qtype.scale_shift(*ends)[0], qtype.scale_dtype(dtype)) == 0
     return quantized(weight, chosen(flat, qtype.weight_range(weight), ends), qtype, dtype)
 
 

@@ -63,7 +63,7 @@ def inverse_factor(moments: Tensor) -> Tensor:
 
 
 def _of_rows(weight: Tensor, ends: Ends, qtype: QType, dtype: torch.dtype, order: Tensor, factor: Tensor) -> Tensor:
-    flat = (round_to(qtype.scale_shift(*ends)[0], dtype) == 0).view(len(weight), -1).t()
+    flat = (round_to(qtype.scale_shift(*ends)[0], qtype.scale_dtype(dtype)) == 0).view(len(weight), -1).t()
     scale, shift = qtype.serve(*qtype.scale_shift(*ends), dtype, weight.shape[1])
     scale, shift = _by_group(scale, len(weight)), None if shift is None else _by_group(shift, len(weight))
     copies = qtype.group_size(1) or 1  # of a column, which make a group; one where a type has no fixed group size

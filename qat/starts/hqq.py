@@ -45,11 +45,11 @@ def _of_chunk(weight: Tensor, qtype: QType, dtype: torch.dtype) -> Ends:
     for step in range(_STEPS + 1):
         scale, shift = qtype.serve(*qtype.scale_shift(*ends), dtype, weight.shape[1])
         stored = kernels.fake_quantize_weight(weight, scale, shift, *options, qtype.storage)
-        unit = scale.clamp(min=torch.finfo(torch.float32).tiny)
+        unit = torch.where(scale == 0, torch.finfo(torch.float32).tiny, scale)
         error = (rows - qtype.grouped(qtype.decode(stored, scale, shift, dtype))).div_(unit)
         size = error.abs()
         power = size.pow(_NORM)  # slow on a CPU
-        norm = (power * unit.pow(_NORM)).sum(1, keepdim=True)
+        norm = (power * unit.abs().pow(_NORM)).sum(1, keepdim=True)
         better = norm < smallest
         smallest = torch.where(better, norm, smallest)
         best = chosen(better, ends, best)
@@ -60,7 +60,7 @@ def _of_chunk(weight: Tensor, qtype: QType, dtype: torch.dtype) -> Ends:
         if shift is None:
             squares = codes.square().sum(1, keepdim=True)
             fitted = (codes * (rows - unit * sparse)).sum(1, keepdim=True) / squares * qtype.steps
-            ends = None, torch.where((squares > 0) & (fitted > 0), fitted, ends[1])
+            ends = None, torch.where((squares > 0) & (fitted * ends[1].sign() > 0), fitted, ends[1])
         else:
             moved = (scale * codes - rows + unit * sparse).mean(1, keepdim=True)
             ends = -moved, scale * qtype.steps - moved

@@ -80,5 +80,9 @@ def fitted_range(weight: Tensor, ends: Ends, qtype: QType, dtype: torch.dtype, m
         scale = (target * one - cross * mean) / (squares * one - cross.square())
         low = (mean - scale * cross) / one
     high = scale * qtype.steps + (0 if low is None else low)
-    usable = (scale > 0) & high.isfinite() & (True if low is None else low.isfinite())
+    usable = (
+        (scale * (1 if low is not None else ends[1].sign()) > 0)
+        & high.isfinite()
+        & (True if low is None else low.isfinite())
+    )
     return chosen(usable, (low, high), ends)

@@ -14,9 +14,10 @@ from qat.formats.state import ModelState
 from qat.hosts import host_of
 from qat.hosts.construction import unstored_tensors
 from qat.jobs import in_threads
+from qat.layers import float_layers
 from qat.tensors import difference, digest
 
-__all__ = ["layer_faults", "reference_faults", "tensor_faults"]
+__all__ = ["layer_faults", "reference_faults", "tensor_faults", "value_faults"]
 
 
 def layer_faults(model: nn.Module, record: FrozenRecord, format: Format, codes_only: bool) -> list[str]:
@@ -32,6 +33,19 @@ def layer_faults(model: nn.Module, record: FrozenRecord, format: Format, codes_o
             differ = [part for part in differ if part in ("weights", "shape", "group_size", "codes")]
         if differ:
             faults.append(f"{name}: {', '.join(differ)} differ from what freezing left")
+    return faults
+
+
+def value_faults(model: nn.Module, record: FrozenRecord) -> list[str]:
+    """Where a float layer of a reloaded model does not hold what training served."""
+    layers, faults = {name: (module, cls) for name, module, cls in float_layers(model)}, []
+    for name, kept in record.layers.items():
+        if name not in layers:
+            faults.append(f"{name} is no float layer after loading")
+            continue
+        module, cls = layers[name]
+        if digest(cls.effective_weight(module)) != kept.weight:
+            faults.append(f"{name}: its float weight differs from what freezing left")
     return faults
 
 
