@@ -55,7 +55,7 @@ def _inspect(
     model: str,
     /,
     spec: Annotated[QuantSpec, tyro.conf.OmitArgPrefixes],
-    target: Literal["quanto", "transformers", "diffusers"] = "quanto",
+    target: Literal["quanto", "transformers", "diffusers", "compressed-tensors"] = "quanto",
     full: bool = False,
     json: bool = False,
 ) -> None:

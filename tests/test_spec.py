@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from pydantic import ValidationError, create_model
 
 from qat.errors import QatError, SpecError
-from qat.spec import LayerSpec, QuantSpec
+from qat.spec import LayerSpec, QuantSpec, WeightType
 
+*_FIRST, _LAST = map(repr, get_args(WeightType))
+TYPES, LAST = ", ".join(_FIRST), _LAST
 NAMES = ["encoder.0.to_q", "encoder.0.to_out", "encoder.1.to_q", "encoder.1.to_out", "lm_head"]
 
 
@@ -88,7 +90,7 @@ def test_the_activation_type_is_found_wherever_it_is_named(spec: QuantSpec, kind
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"weights": "int3"}, "weights\n.*'int8', 'float8', 'int4' or 'int2'.*'int3'"),
+        ({"weights": "int3"}, "weights\n.*'int8', 'float8', 'int4', 'int2', .*'int3'"),
         ({"activations": "int4"}, "activations\n.*'int8' or 'float8'.*'int4'"),
         ({"dtype": "float64"}, "dtype\n.*'float32', 'bfloat16' or 'float16'.*'float64'"),
         ({"overrides": {"lm_head": "int5"}}, "lm_head.*\n.*'int5'"),
@@ -111,7 +113,7 @@ def test_a_wrong_spec_is_refused_where_it_is_made(arguments: dict[str, object], 
         (
             {"weights": "int3", "activation": "int8"},
             [
-                "QuantSpec: weights: Input should be 'int8', 'float8', 'int4' or 'int2', got 'int3'",
+                f"QuantSpec: weights: Input should be {TYPES} or {LAST}, got 'int3'",
                 "QuantSpec: activation: Extra inputs are not permitted, got 'int8': choose from weights, activations, ",
             ],
         ),
@@ -125,7 +127,7 @@ def test_a_wrong_spec_is_refused_where_it_is_made(arguments: dict[str, object], 
                 }
             },
             [
-                "overrides.a: Input should be 'int8', 'float8', 'int4', 'int2' or 'float', got 'int5'",
+                f"overrides.a: Input should be {TYPES}, {LAST} or 'float', got 'int5'",
                 "overrides.b.x: Extra inputs are not permitted, got 1: choose from weights, activations",
                 "overrides.c: a layer with weights='float' cannot have quantized activations: leave activations out",
                 "overrides.d: Input should be a valid dictionary or instance of LayerSpec, got 3",

@@ -202,7 +202,7 @@ def _check_target(model: nn.Module, record: FrozenRecord, wanted: Target) -> Non
     if wanted.name == record.target:
         return
     remedy = f"call qat.freeze(model, target={wanted.name!r}) instead and export that model"
-    faults = wanted.host.spec_faults(record.spec)
+    faults = wanted.spec_faults(record.spec)
     if faults:
         raise TargetError(f"target {wanted.name!r} cannot express what was trained: {'; '.join(faults)}")
     modules = dict(model.named_modules())

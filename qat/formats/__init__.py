@@ -3,8 +3,19 @@
 from __future__ import annotations
 
 from qat.formats.base import Format, FrozenLayer, InLibrary, LayerTypes, Notice, Slot
+from qat.formats.compressed_tensors import COMPRESSED_TENSORS
 from qat.formats.quanto import QUANTO
 
-__all__ = ["FORMATS", "QUANTO", "Format", "FrozenLayer", "InLibrary", "LayerTypes", "Notice", "Slot"]
+__all__ = [
+    "COMPRESSED_TENSORS",
+    "FORMATS",
+    "QUANTO",
+    "Format",
+    "FrozenLayer",
+    "InLibrary",
+    "LayerTypes",
+    "Notice",
+    "Slot",
+]
 
-FORMATS: dict[str, Format] = {QUANTO.name: QUANTO}
+FORMATS: dict[str, Format] = {format.name: format for format in (QUANTO, COMPRESSED_TENSORS)}

@@ -131,7 +131,7 @@ class _Transformers(Host):
             return self.added_faults(model)
         inside = [name for name, module in model.named_modules() if self.owns(module) and self.can_build(type(module))]
         remedy = f"pass the model inside it, {inside[0]!r}" if inside else "use target 'quanto'"
-        return [f"model: target 'transformers' loads models of transformers, got a {type(model).__name__}: {remedy}"]
+        return [f"model: this target loads models of transformers alone, got a {type(model).__name__}: {remedy}"]
 
     def kept_in_float32(self, model: nn.Module, name: str, dtype: torch.dtype) -> bool:
         kept: set[str] = set()

@@ -23,19 +23,24 @@ class PackedForm(NamedTuple):
 
     def pack(self, codes: Tensor) -> Tensor:
         """The codes, uint8, as many a byte as fit: the first byte has the first code of each of its parts."""
-        parts, flat = 8 // self.qtype.bits, codes.view(torch.uint8).flatten()
+        parts, flat = 8 // self.qtype.bits, self._moved(codes, -1).view(torch.uint8).flatten()
         flat = nn.functional.pad(flat, (0, -flat.numel() % parts)).view(parts, -1)
         packed = flat[0].clone()
         for place in range(1, parts):
             packed |= flat[place] << (place * self.qtype.bits)
         return packed
 
+    def _moved(self, codes: Tensor, sign: int) -> Tensor:
+        """Codes that are narrower than a byte, moved so that the smallest one is 0 (``sign`` -1), and back (1)."""
+        narrow = self.qtype.bits < 8 and self.qtype.code_min
+        return codes + sign * int(self.qtype.code_min) if narrow else codes
+
     @torch.no_grad()
     def weight(self, packed: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
         """The weight, ``(out, in)``."""
         bits = self.qtype.bits
         parts = [(packed >> place) & (2**bits - 1) for place in range(0, 8, bits)] if bits < 8 else [packed]
-        codes = torch.cat(parts)[: self.shape.numel()].view(self.qtype.storage).view(self.shape)
+        codes = self._moved(torch.cat(parts)[: self.shape.numel()].view(self.qtype.storage).view(self.shape), 1)
         shift = None if shift is None else shift.to(self.serving)
         return FrozenWeight(codes, scale.to(self.serving), shift, self.qtype).dequantize().to(self.dtype)
 

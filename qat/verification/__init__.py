@@ -38,7 +38,7 @@ from qat.hosts.base import Reloaded
 from qat.hosts.stock import library_and_class, stock_reload
 from qat.loading import check_files, check_headers, fill, skeleton
 from qat.tensors import TOLERANCE, meta_names, model_device
-from qat.verification.comparison import layer_faults, reference_faults, tensor_faults
+from qat.verification.comparison import layer_faults, reference_faults, tensor_faults, value_faults
 from qat.verification.outputs import compute_outputs, output_faults
 
 __all__ = ["Check", "VerifyReport", "verify"]
@@ -181,16 +181,21 @@ def _checks(
     yield _check("load", faults, loader)
     if faults:
         return
-    faults = layer_faults(loaded, record, format, codes_only=manifest.float_grid)
-    what = "codes" if manifest.float_grid else "codes, scale, shift and dequantized weight"
+    if format.loads_codes(record):
+        faults = layer_faults(loaded, record, format, codes_only=manifest.float_grid)
+        what = "codes" if manifest.float_grid else "codes, scale, shift and dequantized weight"
+    else:
+        faults = layer_faults(_filled(directory, manifest, model), record, format, codes_only=False)
+        faults, what = faults + value_faults(loaded, record), "codes and zero points on disk, and the loader's floats,"
     yield _check("layers", faults, f"{len(record.layers)} layers: {what} equal those of freezing")
     faults, count = tensor_faults(loaded, manifest, record, format)
     yield _check("tensors", faults, f"{count} other tensors equal those exported")
+    if reference is not None:  # before any forward: a loader may turn codes into floats then
+        faults = list(reference_faults(loaded, reference, record, format, codes_only=manifest.float_grid))
+        yield _check("reference layers", faults, f"{len(record.layers)} layers and all else equal the live ones")
     if manifest.example is not None:
         yield _stored_outputs(loaded, directory, manifest, manifest.example)
     if reference is not None:
-        faults = list(reference_faults(loaded, reference, record, format, codes_only=manifest.float_grid))
-        yield _check("reference layers", faults, f"{len(record.layers)} layers and all else equal the live ones")
         yield from _reference_outputs(loaded, reference, directory, manifest, inputs)
 
 
@@ -199,9 +204,13 @@ def _reload(directory: Path, manifest: Manifest, model: nn.Module | None) -> Rel
     reloaded = stock_reload(directory, manifest, model)
     if reloaded is not None:
         return reloaded
+    return Reloaded(_filled(directory, manifest, model), "qat.load, the only loader of this target")
+
+
+def _filled(directory: Path, manifest: Manifest, model: nn.Module | None) -> nn.Module:
     loaded = skeleton(directory, manifest) if model is None else copy.deepcopy(model)
     fill(loaded, directory, manifest, torch.device("cpu"))
-    return Reloaded(loaded.eval(), "qat.load, the only loader of this target")
+    return loaded.eval()
 
 
 def _check(name: str, faults: Sequence[str], good: str) -> Check:

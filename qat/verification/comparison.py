@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
-from torch import nn
+from torch import Tensor, nn
 
 from qat.files.evidence import FrozenRecord, LayerEvidence
 from qat.files.manifest import Manifest
@@ -16,7 +17,7 @@ from qat.hosts.construction import unstored_tensors
 from qat.jobs import in_threads
 from qat.tensors import difference, digest
 
-__all__ = ["layer_faults", "reference_faults", "tensor_faults"]
+__all__ = ["layer_faults", "reference_faults", "tensor_faults", "value_faults"]
 
 
 def layer_faults(model: nn.Module, record: FrozenRecord, format: Format, codes_only: bool) -> list[str]:
@@ -33,6 +34,20 @@ def layer_faults(model: nn.Module, record: FrozenRecord, format: Format, codes_o
         if differ:
             faults.append(f"{name}: {', '.join(differ)} differ from what freezing left")
     return faults
+
+
+def value_faults(model: nn.Module, record: FrozenRecord) -> list[str]:
+    """Where a loader that makes floats of codes gave a layer another value than freezing left."""
+    modules = dict(model.named_modules())
+    names = [name for name in record.layers if isinstance(getattr(modules.get(name), "weight", None), Tensor)]
+    faults = [f"{name} has no weight after loading" for name in record.layers if name not in names]
+    digests = in_threads(partial(digest, modules[name].weight.detach()) for name in names)
+    pairs = zip(names, digests, strict=True)
+    return faults + [
+        f"{name}: weight differs from what freezing left"
+        for name, found in pairs
+        if found != record.layers[name].weight
+    ]
 
 
 def _evidence(module: nn.Module, format: Format) -> Callable[[], LayerEvidence]:
@@ -74,9 +89,14 @@ def reference_faults(
     loaded: nn.Module, reference: nn.Module, record: FrozenRecord, format: Format, codes_only: bool
 ) -> Iterator[str]:
     """Compare the reloaded model with the live one, tensor by tensor, and say by how much they differ."""
+    values = not format.loads_codes(record)
     live, again = dict(reference.named_modules()), dict(loaded.named_modules())
     for name in record.layers:
         old, new = live.get(name), again.get(name)
+        if values and old is not None and new is not None:
+            if (gap := difference(format.values(old), new.weight)) is not None:
+                yield f"{name}, weight: {gap}"
+            continue
         if old is None or new is None or not format.is_frozen(old) or not format.is_frozen(new):
             yield f"{name} is not a quantized layer in both models"
             continue
