@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 import qat
 from qat.formats import COMPRESSED_TENSORS
 from qat.formats.compressed_modules import FrozenLinear
+from tests.architectures import ARCHITECTURES
 from tests.exports import IDS, altered, forge_hashes, rewrite, small_llama, stored_tensors
 from tests.helpers import tiny_model
 
@@ -262,3 +263,45 @@ def test_prepared_and_frozen_layers_are_told_from_float_ones() -> None:
     assert "weights=int4_g32" in repr(layer)
     with pytest.raises(qat.StateError, match="prepared or frozen already"):
         qat.inspect(model, qat.QuantSpec(weights="int4_g32"), target=TARGET)
+
+
+class TestClassesThatTheLoaderCannotHoldPacked:
+    """Their ``_init_weights`` reads ``weight`` of linear layers, which packed ones have not."""
+
+    def test_one_type_is_loaded_as_equal_floats(self, tmp_path: Path) -> None:
+        model: Any = tiny_model("t5")
+        qat.prepare(model, qat.QuantSpec(weights="int4_g32"), target=TARGET)
+        qat.freeze(model, allow_unreached=True)
+        inputs = {"input_ids": IDS, "decoder_input_ids": IDS}
+        qat.export(model, tmp_path / "out", example_inputs=inputs)
+        assert json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["dequantize"] is True
+        report = qat.verify(tmp_path / "out", reference=model)
+        (layers,) = [check.detail for check in report.checks if check.name == "layers"]
+        assert "codes and zero points on disk, and the loader's floats" in layers
+        with torch.no_grad():
+            assert torch.equal(qat.load(tmp_path / "out")(**inputs).logits, model(**inputs).logits)
+
+    def test_types_that_differ_are_refused_before_training(self) -> None:
+        spec = qat.QuantSpec(weights="int4_g32", overrides={"*.q": "int8"})
+        with pytest.raises(
+            qat.TargetError, match=r"packed weights of several types .*: use one type, or types of 8 bits"
+        ):
+            qat.prepare(tiny_model("t5"), spec, target=TARGET)
+        qat.prepare(tiny_model("t5"), qat.QuantSpec(overrides={"*.q": "float8"}), target=TARGET)
+
+
+def test_a_class_whose_checkpoints_the_loader_splits_is_refused() -> None:
+    model = ARCHITECTURES["Dinov2ForImageClassification"].build()
+    with pytest.raises(qat.TargetError, match=r"since it splits 'mlp\.weights_in\.weight' of checkpoints"):
+        qat.inspect(model, qat.QuantSpec(), target=TARGET)
+
+
+def test_a_load_that_loses_activations_is_found(tmp_path: Path) -> None:
+    exported(tmp_path / "out", 0, **SPECS["int8 W8A8"])
+    path = tmp_path / "out" / "config.json"
+    fields = json.loads(path.read_text())
+    fields["quantization_config"]["dequantize"] = True
+    path.write_text(json.dumps(fields))
+    forge_hashes(tmp_path / "out", tensors=False)
+    with pytest.raises(qat.VerifyError, match="is not a quantized layer after loading"):
+        qat.verify(tmp_path / "out")

@@ -183,7 +183,10 @@ def _configured(
         given = f"directory, {grid.dtype}quantization_config={config}"
         return state, (f"on-grid float32 weights: load with from_pretrained({given})",)
     state, floats = ModelState(model, target.format, ties, untie=untie), host.float_layers(model, record)
-    settings = None if floats is None else target.format.quantization_config(host.name, record, floats)
+    settings = None
+    if floats is not None:
+        settings = target.format.quantization_config(host.name, record, floats)
+        settings |= host.load_settings(model, record, target.format)
     notes: tuple[str, ...] = ()
     if not library.write_config(model, directory, record.spec.torch_dtype, settings):
         notes = ("no config.json: load with qat.load(directory, model=<the float model>) or quanto's requantize",)

@@ -297,9 +297,13 @@ class Format(ABC):
         assert isinstance(weight, Tensor)
         return weight
 
-    def loads_codes(self, record: FrozenRecord) -> bool:
-        """Whether the stock loader holds codes of such a model; else it makes floats of them while it loads."""
-        return True
+    def needs_packed(self, spec: QuantSpec) -> bool:
+        """Whether a stock loader must hold the packed weights of a spec, since it cannot make floats of all of them."""
+        return False
+
+    def hides_weights(self, record: FrozenRecord) -> tuple[bool, bool]:
+        """Whether stock modules of a model have no ``weight`` while they hold codes, and whether they can hold them."""
+        return False, True
 
     def release(self, model: nn.Module) -> None:
         """Take off what the stock loader hung on a model, where `qat.load` puts modules of its own into it."""

@@ -11,8 +11,9 @@ Activations
 
 Zero points
     transformers 5.23 with compressed-tensors 0.20 cannot hold them packed: it expects ``weight_zero_point`` unpacked,
-    and raises. So config.json says ``dequantize`` for such models, and its loader makes float weights of equal values.
-    That path knows one type for a whole model, and drops activation scales: both are refused beside zero points.
+    and raises. So config.json says ``dequantize`` for such models (`Host.load_settings`), and its loader makes float
+    weights of equal values. That path knows one type for a whole model, and drops activation scales: both are refused
+    beside zero points.
 """
 
 from __future__ import annotations
@@ -73,11 +74,13 @@ class _CompressedTensors(Format):
         return faults
 
     def layer_hazard(self, types: LayerTypes, shape: tuple[int, int]) -> str | None:
-        """Groups never cross the end of a row."""
+        """Groups never cross the end of a row. Zero points of 4 bits in one word are unpacked by no loader."""
         size = types.weights.group_size(shape[1])
-        if size is None or shape[1] % size == 0:
-            return None
-        return f"in_features ({shape[1]}) is not a multiple of the group size of {types.weights.name}, {size}"
+        if size is not None and shape[1] % size != 0:
+            return f"in_features ({shape[1]}) is not a multiple of the group size of {types.weights.name}, {size}"
+        if types.weights.whole_shift and types.weights.bits == 4 and shape[0] <= 8:
+            return f"compressed-tensors 0.20 cannot unpack zero points of {shape[0]} rows: 4 bits need nine or more"
+        return None
 
     def slots(self, types: LayerTypes, shape: tuple[int, int], bias: bool) -> dict[str, Slot]:
         (out_features, in_features), qtype, dtype = shape, types.weights, types.dtype
@@ -155,8 +158,13 @@ class _CompressedTensors(Format):
     def tie(self, layers: Sequence[nn.Module]) -> None:
         """Nothing to do: its loaders tie no packed weights."""
 
-    def loads_codes(self, record: FrozenRecord) -> bool:
-        return not any(self.qtypes[layer.weights].whole_shift for layer in record.layers.values())
+    def needs_packed(self, spec: QuantSpec) -> bool:
+        types = {self.qtypes[name] for name in spec.weight_types()}
+        return len(types) > 1 and any(qtype.bits < 8 for qtype in types)
+
+    def hides_weights(self, record: FrozenRecord) -> tuple[bool, bool]:
+        types = [self.qtypes[layer.weights] for layer in record.layers.values()]
+        return any(qtype.bits < 8 for qtype in types), not any(qtype.whole_shift for qtype in types)
 
     def release(self, model: nn.Module) -> None:
         """Take off the hook that would turn all layers into floats on the first forward."""
@@ -175,14 +183,13 @@ class _CompressedTensors(Format):
             for place, (types, names) in enumerate(ordered)
         ]
         formats = {scheme["format"] for scheme in schemes}
-        config = {
+        return {
             "quant_method": "compressed-tensors",
             "format": formats.pop() if len(formats) == 1 else "mixed-precision",
             "quantization_status": "compressed",
             "config_groups": {f"group_{place}": scheme for place, scheme in enumerate(schemes)},
             "ignore": floats,
         }
-        return config if self.loads_codes(record) else config | {"dequantize": True}
 
     def _scheme(self, weights: str, activations: str | None, targets: Iterable[str]) -> dict[str, Any]:
         qtype = self.qtypes[weights]

@@ -143,6 +143,6 @@ def unpack_words(words: Tensor, bits: int, length: int) -> Tensor:
     >>> unpack_words(torch.tensor([[801]], dtype=torch.int32), 4, 3)
     tensor([[1, 2, 3]], dtype=torch.uint8)
     """
-    octets = words.contiguous().view(torch.uint8)
+    octets = words.clone(memory_format=torch.contiguous_format).view(torch.uint8)  # strides of its own, always
     parts = [(octets >> place) & (2**bits - 1) for place in range(0, 8, bits)]
     return torch.stack(parts, dim=-1).view(len(words), -1)[:, :length].contiguous()

@@ -53,7 +53,10 @@ class Target:
 
     def faults(self, model: nn.Module, spec: QuantSpec) -> list[str]:
         """Why the target cannot load such a model, or express such a spec; each with its remedy."""
-        return [*self.host.model_faults(model), *self.spec_faults(spec)]
+        faults = [*self.host.model_faults(model), *self.spec_faults(spec)]
+        if self.format.own_modules and not faults:
+            faults = self.host.stock_faults(model, self.format.needs_packed(spec))
+        return faults
 
     def spec_faults(self, spec: QuantSpec) -> list[str]:
         """Why the target cannot express such a spec, whatever the model; each with its remedy."""

@@ -38,7 +38,7 @@ from qat.hosts.base import Reloaded
 from qat.hosts.stock import library_and_class, stock_reload
 from qat.loading import check_files, check_headers, fill, skeleton
 from qat.tensors import TOLERANCE, meta_names, model_device
-from qat.verification.comparison import layer_faults, reference_faults, tensor_faults, value_faults
+from qat.verification.comparison import floats_alone, layer_faults, reference_faults, tensor_faults, value_faults
 from qat.verification.outputs import compute_outputs, output_faults
 
 __all__ = ["Check", "VerifyReport", "verify"]
@@ -181,7 +181,7 @@ def _checks(
     yield _check("load", faults, loader)
     if faults:
         return
-    if format.loads_codes(record):
+    if not floats_alone(loaded, record, format):
         faults = layer_faults(loaded, record, format, codes_only=manifest.float_grid)
         what = "codes" if manifest.float_grid else "codes, scale, shift and dequantized weight"
     else:

@@ -17,7 +17,7 @@ from qat.hosts.construction import unstored_tensors
 from qat.jobs import in_threads
 from qat.tensors import difference, digest
 
-__all__ = ["layer_faults", "reference_faults", "tensor_faults", "value_faults"]
+__all__ = ["floats_alone", "layer_faults", "reference_faults", "tensor_faults", "value_faults"]
 
 
 def layer_faults(model: nn.Module, record: FrozenRecord, format: Format, codes_only: bool) -> list[str]:
@@ -34,6 +34,12 @@ def layer_faults(model: nn.Module, record: FrozenRecord, format: Format, codes_o
         if differ:
             faults.append(f"{name}: {', '.join(differ)} differ from what freezing left")
     return faults
+
+
+def floats_alone(model: nn.Module, record: FrozenRecord, format: Format) -> bool:
+    """Whether a stock loader made floats of all codes, in a model without activation types, which it would lose."""
+    active = any(layer.activations is not None for layer in record.layers.values())
+    return format.own_modules and not active and not any(format.is_frozen(module) for module in model.modules())
 
 
 def value_faults(model: nn.Module, record: FrozenRecord) -> list[str]:
@@ -89,7 +95,7 @@ def reference_faults(
     loaded: nn.Module, reference: nn.Module, record: FrozenRecord, format: Format, codes_only: bool
 ) -> Iterator[str]:
     """Compare the reloaded model with the live one, tensor by tensor, and say by how much they differ."""
-    values = not format.loads_codes(record)
+    values = floats_alone(loaded, record, format)
     live, again = dict(reference.named_modules()), dict(loaded.named_modules())
     for name in record.layers:
         old, new = live.get(name), again.get(name)
