@@ -105,6 +105,7 @@ def loses_scales(layer: QuantizedLayer, mean: float = 1.0) -> bool:
     if (
         quantizer.dtype is not torch.float16
         or quantizer.qtype.has_shift
+        or not quantizer.qtype.multiplies
         or activation is None
         or not activation.enabled
     ):

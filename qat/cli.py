@@ -55,7 +55,7 @@ def _inspect(
     model: str,
     /,
     spec: Annotated[QuantSpec, tyro.conf.OmitArgPrefixes],
-    target: Literal["quanto", "transformers", "diffusers", "gguf", "gguf-diffusers"] = "quanto",
+    target: Literal["quanto", "transformers", "diffusers", "compressed-tensors", "gguf", "gguf-diffusers"] = "quanto",
     full: bool = False,
     json: bool = False,
 ) -> None:
@@ -85,7 +85,7 @@ def _calibrate(
     data: tuple[Path, ...],
     output: Path,
     spec: Annotated[QuantSpec, tyro.conf.OmitArgPrefixes] = _W8A8,
-    target: Literal["quanto", "transformers"] = "transformers",
+    target: Literal["quanto", "transformers", "compressed-tensors"] = "transformers",
     algorithm: dict[str, Any] = _DEFAULT,
     observer: dict[str, Any] = _DEFAULT,
     batches: int = 16,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
@@ -30,6 +30,9 @@ from qat.layers import QuantizedLayer, float_layers
 from qat.tensors import meta_names, stored_tensors
 
 __all__ = ["check_files", "check_headers", "fill", "load", "skeleton"]
+
+_Places = Mapping[str, tuple[nn.Module, type[QuantizedLayer]]]
+"""The float modules that become frozen layers, each with the class of its kind."""
 
 
 def load(
@@ -81,12 +84,15 @@ def load(
         unfilled = _unfilled(reloaded.model, manifest)
         if unfilled:
             raise load_error(f"{str(path)!r} does not fill the model that its config.json builds", unfilled)
+        own = get_target(manifest.target).format.own_modules and not manifest.float_grid
+        if own:
+            _take_places(reloaded.model, path, manifest)
         loaded = reloaded.model if torch.device(device).type == "cpu" else reloaded.model.to(device)
     else:
         loaded = model if model is not None else skeleton(path, manifest)
         fill(loaded, path, manifest, torch.device(device))
     loaded.requires_grad_(False)
-    record_frozen(loaded, manifest.frozen, may_save=reloaded is not None)
+    record_frozen(loaded, manifest.frozen, may_save=reloaded is not None and not own)
     return loaded.eval()
 
 
@@ -191,12 +197,8 @@ def fill(model: nn.Module, directory: Path, manifest: Manifest, device: torch.de
     Raises:
         LoadError: the files do not fit the model. Nothing is changed then.
     """
-    target, record = get_target(manifest.target), manifest.frozen
-    modules = dict(model.named_modules(remove_duplicate=False))
+    record = manifest.frozen
     places = {name: (module, cls) for name, module, cls in float_layers(model) if name in record.layers}
-    aliases: dict[int, list[str]] = {}
-    for name, module in modules.items():
-        aliases.setdefault(id(module), []).append(name)
     faults = _place_faults(places, model, manifest)
     masters = {id(p) for module, cls in places.values() for p in cls.masters(module).values()}
     own = {
@@ -215,18 +217,10 @@ def fill(model: nn.Module, directory: Path, manifest: Manifest, device: torch.de
             faults.append(f"{name} has shape {list(kept.shape)} in the files and {list(own[name].shape)} in the model")
     if faults:
         raise load_error(f"the files in {str(directory)!r} do not fit the model", faults)
-    fetch = target.host.container.reader(directory, manifest)
-
-    def read(key: str) -> Tensor:
-        return fetch(key).to(device)
-
-    for name, layer in record.layers.items():
-        tensors = {rest: read(key) for rest, key in below[name].items()}
-        module, cls = places[name]
-        new = target.build(target.format.recorded(record, name), layer.shape, tensors, like=module)
-        cls.install(model, aliases.get(id(module), [name]), new)
+    read = _reader(directory, manifest, device)
+    _place(model, manifest, places, read)
     for name, source in _tied_layers(manifest).items():
-        target.format.tie([model.get_submodule(source), model.get_submodule(name)])
+        get_target(manifest.target).format.tie([model.get_submodule(source), model.get_submodule(name)])
     loaded: dict[str, Any] = {}
     for name, old in own.items():
         source = manifest.tied.get(name, name)
@@ -243,9 +237,34 @@ def fill(model: nn.Module, directory: Path, manifest: Manifest, device: torch.de
         raise load_error("the load is incomplete", [f"{name} is still on the meta device" for name in without_data])
 
 
-def _place_faults(
-    places: Mapping[str, tuple[nn.Module, type[QuantizedLayer]]], model: nn.Module, manifest: Manifest
-) -> list[str]:
+def _reader(directory: Path, manifest: Manifest, device: torch.device) -> Callable[[str], Tensor]:
+    """What gives the tensor of a key, on the device."""
+    fetch = get_target(manifest.target).host.container.reader(directory, manifest)
+    return lambda key: fetch(key).to(device)
+
+
+def _place(model: nn.Module, manifest: Manifest, places: _Places, read: Callable[[str], Tensor]) -> None:
+    """Put all frozen layers into a model."""
+    target, record = get_target(manifest.target), manifest.frozen
+    below = _keys_of_layers(manifest, manifest.tensors)
+    aliases: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        aliases.setdefault(id(module), []).append(name)
+    for name, layer in record.layers.items():
+        tensors = {rest: read(key) for rest, key in below[name].items()}
+        module, cls = places[name]
+        new = target.build(target.format.recorded(record, name), layer.shape, tensors, like=module)
+        cls.install(model, aliases.get(id(module), [name]), new)
+
+
+def _take_places(model: nn.Module, directory: Path, manifest: Manifest) -> None:
+    """Put frozen layers of ours in the place of those that a stock loader made."""
+    places = {name: (module, cls) for name, module, cls in float_layers(model) if name in manifest.frozen.layers}
+    _place(model, manifest, places, _reader(directory, manifest, torch.device("cpu")))
+    get_target(manifest.target).format.release(model)
+
+
+def _place_faults(places: _Places, model: nn.Module, manifest: Manifest) -> list[str]:
     layers = manifest.frozen.layers
     modules, faults = dict(model.named_modules(remove_duplicate=False)), []
     for name in layers.keys() - places.keys():

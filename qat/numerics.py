@@ -130,6 +130,10 @@ class QType(ABC):
     fused: ClassVar[bool] = True
     """Whether the fast kernels compute this arithmetic. A subclass that overrides `serve`, `encode`, `decode` or
     `scale_gradients` sets it to False; the kernels then call the methods."""
+    multiplies: ClassVar[bool] = True
+    """Whether loaders multiply the codes of weight and input, where both are of one 8-bit type; else their values."""
+    whole_shift: ClassVar[bool] = False
+    """Whether a shift is a whole number of scales, an integer zero point."""
 
     format: str
     """Name of the format that the type belongs to."""

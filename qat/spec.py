@@ -21,7 +21,11 @@ if TYPE_CHECKING:
 
 __all__ = ["ActivationType", "LayerSpec", "NamedArguments", "QuantSpec", "Resolution", "ServingDtype", "WeightType"]
 
-WeightType = Literal["int8", "float8", "int4", "int2", "q8_0", "q4_0", "q4_1"]
+_OfQuanto = Literal["int8", "float8", "int4", "int2"]
+_Grouped = Literal["int4_g32", "int4_g64", "int4_g128", "int2_g32", "int2_g64", "int2_g128"]
+_ZeroPoint = Literal["int4_g32_zp", "int4_g64_zp", "int4_g128_zp", "int2_g32_zp", "int2_g64_zp", "int2_g128_zp"]
+_OfGguf = Literal["q8_0", "q4_0", "q4_1"]
+WeightType = Literal[_OfQuanto, _Grouped, _ZeroPoint, _OfGguf]
 ActivationType = Literal["int8", "float8"]
 ServingDtype = Literal["float32", "bfloat16", "float16"]
 
@@ -147,6 +151,11 @@ class QuantSpec(NamedArguments):
     def outputs(self) -> bool:
         """Whether outputs are quantized too, once a target has resolved the spec."""
         return self.quantize_outputs is not False
+
+    def weight_types(self) -> set[str]:
+        """The weight types that the spec names, wherever in it; ``"float"`` is none."""
+        named = (layer.weights if isinstance(layer, LayerSpec) else layer for layer in self.overrides.values())
+        return {str(name) for name in (self.weights, *named) if name != "float"}
 
     @property
     def activation_type(self) -> ActivationType | None:

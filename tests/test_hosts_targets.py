@@ -53,7 +53,7 @@ def decisions(model: nn.Module, spec: QuantSpec, prefix: str = "") -> dict[str, 
 def test_a_misspelt_target_is_asked_back() -> None:
     with pytest.raises(TargetError, match=r"got 'transformer'; did you mean 'transformers'\?$"):
         qat.prepare(nn.Sequential(nn.Linear(8, 8)), qat.QuantSpec(), target="transformer")
-    with pytest.raises(TargetError, match=r"must be one of \['diffusers', .*'quanto', 'transformers'\], got 3$"):
+    with pytest.raises(TargetError, match=r"must be one of \['compressed-tensors', .*'transformers'\], got 3$"):
         qat.prepare(nn.Sequential(nn.Linear(8, 8)), qat.QuantSpec(), target=3)  # type: ignore[arg-type]
 
 
@@ -109,7 +109,7 @@ def test_a_wrapped_model_is_frozen_with_its_classes_dtypes() -> None:
 
 @pytest.mark.parametrize("verb", [inspect, qat.prepare])
 def test_only_models_of_transformers_are_prepared_for_it(verb: Callable[..., Any]) -> None:
-    fault = "model: target 'transformers' loads models of transformers, got a "
+    fault = "model: this target loads models of transformers alone, got a "
     for model, message in (
         (nn.Sequential(nn.Linear(64, 8)), f"{fault}Sequential: use target 'quanto'"),
         (Wrapper(tiny_model("llama")), f"{fault}Wrapper: pass the model inside it, 'model'"),

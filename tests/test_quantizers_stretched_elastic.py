@@ -88,6 +88,8 @@ def test_a_group_of_zeros_follows_its_weights_by_the_same_grid() -> None:
 def test_a_type_without_a_shift_is_refused_and_nothing_is_prepared() -> None:
     model = nn.Sequential(nn.Linear(256, 16), nn.Linear(16, 8))
     spec = qat.QuantSpec(weights="int2", overrides={"1": "int8"})
-    with pytest.raises(qat.SpecError, match=r"^algorithm: StretchedElastic needs a type with a shift .*, got int8: "):
+    with pytest.raises(
+        qat.SpecError, match=r"^algorithm: StretchedElastic needs a type with a float shift .*, got int8: "
+    ):
         qat.prepare(model, spec, algorithm=qat.StretchedElastic())
     assert type(model[0]) is nn.Linear

@@ -122,7 +122,9 @@ def test_what_is_served_is_what_a_learned_range_serves(start: str, qtype: QType)
 
 @pytest.mark.parametrize("qtype", [QTYPES["int8"], QTYPES["float8"], QTYPES["int4"]], ids=str)
 def test_seq_is_refused_for_other_types(qtype: QType) -> None:
-    with pytest.raises(SpecError, match=f"start='seq' is a grid of 2 bits, but a layer has {qtype.name} weights"):
+    with pytest.raises(
+        SpecError, match=f"start='seq' needs 2 bits and a float shift, but a layer has {qtype.name} weights"
+    ):
         LearnedAffine(start="seq").make(awkward_weight(4, 96), qtype, torch.bfloat16)
 
 

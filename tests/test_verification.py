@@ -390,4 +390,5 @@ class TestFreshProcess:
         self.answer(monkeypatch, 0, json.dumps(there.to_json()))
         names = [check.name for check in verify(tmp_path / "out", model, fresh_process=True).checks]
         assert names[0] == "files"
-        assert names[-2:] == ["reference layers", "reference outputs"]
+        assert "reference layers" in names
+        assert names[-1] == "reference outputs"

@@ -184,7 +184,10 @@ def _configured(
         given = f"directory, {grid.dtype}quantization_config={config}"
         return state, (f"on-grid float32 weights: load with from_pretrained({given})",)
     state, floats = ModelState(model, target.format, ties, untie=untie), host.float_layers(model, record)
-    settings = None if floats is None else target.format.quantization_config(host.name, record, floats)
+    settings = None
+    if floats is not None:
+        settings = target.format.quantization_config(host.name, record, floats)
+        settings |= host.load_settings(model, record, target.format)
     notes: tuple[str, ...] = ()
     if not library.write_config(model, directory, record.spec.torch_dtype, settings):
         notes = ("no config.json: load with qat.load(directory, model=<the float model>) or quanto's requantize",)
@@ -203,7 +206,7 @@ def _check_target(model: nn.Module, record: FrozenRecord, wanted: Target) -> Non
     if wanted.name == record.target:
         return
     remedy = f"call qat.freeze(model, target={wanted.name!r}) instead and export that model"
-    faults = wanted.host.spec_faults(record.spec)
+    faults = wanted.spec_faults(record.spec)
     if faults:
         raise TargetError(f"target {wanted.name!r} cannot express what was trained: {'; '.join(faults)}")
     if strange := _strange(model, record, wanted.name):

@@ -24,6 +24,7 @@ from qat.files.evidence import FrozenRecord, LayerEvidence
 from qat.files.shards import DTYPE_NAMES, TensorEntry
 from qat.files.weights import write_json
 from qat.numerics import FrozenWeight, QType
+from qat.spec import QuantSpec
 from qat.tensors import digest
 
 __all__ = ["Format", "FrozenLayer", "InLibrary", "LayerTypes", "Notice", "Slot"]
@@ -125,6 +126,8 @@ class Format(ABC):
     tags: ClassVar[tuple[str, ...]] = ()
     libraries: ClassVar[Mapping[str, InLibrary]] = {}
     """The model libraries that load the format, by name."""
+    own_modules: ClassVar[bool] = False
+    """Whether stock loaders make other modules than `build`, which then takes their place in `qat.load`."""
 
     def types(self, weights: str, activations: str | None, dtype: torch.dtype, outputs: bool = True) -> LayerTypes:
         """Resolve the names that a spec uses into objects; `SpecError` if the format has no such type."""
@@ -137,6 +140,10 @@ class Format(ABC):
                 raise SpecError(f"{what}: choose one{meant(name, known)}")
         active = None if activations is None else self.activation_qtypes[activations]
         return LayerTypes(self.qtypes[weights], active, dtype, outputs)
+
+    def spec_faults(self, spec: QuantSpec) -> list[str]:
+        """What the spec asks for that no loader of the format gives, each with its remedy; its types are known."""
+        return []
 
     def shape_fault(self, types: LayerTypes, shape: tuple[int, int]) -> str | None:
         """Why the format cannot store a weight of this shape (``(out, in)``), or None."""
@@ -205,9 +212,9 @@ class Format(ABC):
         computed = types.weights.group_size(shape[1])
         if group_size != computed:
             return [f"{name} is declared with group_size={group_size}, but loaders of {weights} use {computed}"]
-        if "weight" in found:
-            return [f"{name} is declared {weights}, but the files hold a float weight for it ({name}.weight)"]
         slots = self.slots(types, shape, bias)
+        if "weight" in found and "weight" not in slots:
+            return [f"{name} is declared {weights}, but the files hold a float weight for it ({name}.weight)"]
         missing, unexpected = sorted(slots.keys() - found.keys()), sorted(found.keys() - slots.keys())
         faults = [f"{name}.{key} is missing (needed for {weights})" for key in missing]
         faults += [f"{name}.{key} does not belong to a layer declared {weights}" for key in unexpected]
@@ -287,6 +294,24 @@ class Format(ABC):
     def values(self, module: nn.Module) -> Tensor:
         """What the weight of a frozen layer dequantizes to when it runs, ``(out, in)``, in the serving dtype."""
         return self.read(module).weight.dequantize()
+
+    def shared(self, module: nn.Module) -> Tensor:
+        """A tensor of a frozen layer that is one object in all layers which share a weight."""
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        return weight
+
+    def needs_packed(self, spec: QuantSpec) -> bool:
+        """Whether a stock loader must hold the packed weights of a spec, since it cannot make floats of all of them."""
+        return False
+
+    def hides_weights(self, record: FrozenRecord) -> tuple[bool, bool]:
+        """Whether stock modules of a model have no ``weight`` while they hold codes, and whether they can hold them."""
+        return False, True
+
+    def release(self, model: nn.Module) -> None:
+        """Take off what the stock loader hung on a model, where `qat.load` puts modules of its own into it."""
+        return
 
     def keeper(self, layers: Sequence[Any]) -> Any:
         """Of frozen layers that are to share one weight, the one whose weight serves them all."""

@@ -57,6 +57,7 @@ class ModelState:
     def _walk(self, model: nn.Module, declared: Mapping[str, str] | None, untie: bool) -> Iterator[TensorEntry]:
         kept = _kept_names(model, declared or {})
         first: dict[int, str] = {}
+        last: nn.Module | None = None
         for prefix, module in model.named_modules(remove_duplicate=False):
             frozen = self._format.is_frozen(module)
             for key, tensor in own_tensors(module):
@@ -64,10 +65,10 @@ class ModelState:
                 source = f"{first.setdefault(id(module), prefix)}.{key}" if untie and prefix else kept[id(tensor)]
                 if name != source and (declared is None or name in declared):
                     self.tied[name] = source
-                elif frozen and key == "weight":
-                    yield from self._layer(prefix, module, name)
                 elif frozen and key.startswith("weight"):
-                    continue  # written with the weight
+                    if module is not last:  # all tensors of its weight are written with the first
+                        yield from self._layer(prefix, module, name.removesuffix(key))
+                    last = module
                 elif not (prefix in self._float_layers and key in ("input_scale", "output_scale")):
                     yield self._plain(name, tensor)
 
@@ -80,14 +81,13 @@ class ModelState:
         self._sources[name] = tensor.detach
         return TensorEntry(name, tensor.dtype, tuple(tensor.shape))
 
-    def _layer(self, prefix: str, module: nn.Module, name: str) -> Iterator[TensorEntry]:
+    def _layer(self, prefix: str, module: nn.Module, base: str) -> Iterator[TensorEntry]:
         shape = self._format.shape(module)
         if prefix in self._float_layers:
-            self._sources[name] = lambda: self._format.values(module).float()
-            yield TensorEntry(name, torch.float32, shape)
+            self._sources[f"{base}weight"] = lambda: self._format.values(module).float()
+            yield TensorEntry(f"{base}weight", torch.float32, shape)
             return
         types = self._format.declared(module)
-        base = name.removesuffix("weight")
         for key, slot in self._format.slots(types, shape, bias=False).items():
             if key.startswith("weight"):
                 self._sources[base + key] = lambda key=key: self._packed(module)[key]  # type: ignore[misc]

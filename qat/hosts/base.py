@@ -234,6 +234,14 @@ class Host:
         """
         return None
 
+    def stock_faults(self, model: nn.Module, packed: bool) -> list[str]:
+        """Why the library's own loader of quantized models cannot load one; ``packed``: it must hold packed codes."""
+        return []
+
+    def load_settings(self, model: nn.Module, record: FrozenRecord, format: Format) -> dict[str, Any]:
+        """What ``config.json`` says beside the format's fields of how the library loads the weights."""
+        return {}
+
     def grid_arguments(self, model: nn.Module, record: FrozenRecord, format: Format) -> dict[str, Any]:
         """Check that a stock float32 load gives every code back; return the argument that names the one weight type.
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qat.errors import TargetError, meant, shown
-from qat.formats import GGUF, GGUF_HALF, QUANTO, Format, LayerTypes
+from qat.errors import SpecError, TargetError, meant, shown
+from qat.formats import COMPRESSED_TENSORS, GGUF, GGUF_HALF, QUANTO, Format, LayerTypes
 from qat.hosts.base import Host
 from qat.hosts.diffusers import DIFFUSERS
 from qat.hosts.gguf_diffusers import GGUF_DIFFUSERS
@@ -55,7 +55,22 @@ class Target:
 
     def faults(self, model: nn.Module, spec: QuantSpec) -> list[str]:
         """Why the target cannot load such a model, or express such a spec; each with its remedy."""
-        return [*self.host.model_faults(model), *self.host.spec_faults(spec)]
+        faults = [*self.host.model_faults(model), *self.spec_faults(spec)]
+        if self.format.own_modules and not faults:
+            faults = self.host.stock_faults(model, self.format.needs_packed(spec))
+        return faults
+
+    def spec_faults(self, spec: QuantSpec) -> list[str]:
+        """Why the target cannot express such a spec, whatever the model; each with its remedy."""
+        return [*self.host.spec_faults(spec), *self.format.spec_faults(spec)]
+
+    def check_types(self, spec: QuantSpec) -> None:
+        """Raise `SpecError` where the format lacks a type of weights that the spec names."""
+        known = self.format.qtypes
+        for name in sorted(spec.weight_types() - known.keys()):
+            others = [repr(target.name) for target in TARGETS.values() if name in target.format.qtypes]
+            what = f"weights: format {self.format.name!r} has {sorted(known)}, got {name!r}"
+            raise SpecError(f"{what}: choose one, or use target {' or '.join(others)}")
 
     def resolved(self, spec: QuantSpec) -> QuantSpec:
         """The spec with ``quantize_outputs`` set: outputs stay float where the loader can leave them so."""
@@ -79,7 +94,7 @@ class Target:
         holders: dict[int, list[nn.Module]] = {}
         for module in model.modules():
             if self.format.is_frozen(module):
-                holders.setdefault(id(module.weight), []).append(module)
+                holders.setdefault(id(self.format.shared(module)), []).append(module)
         for modules in holders.values():
             for module in modules:
                 self.format.settle(module, plain_on_cpu=self.plain_on_cpu)
@@ -146,6 +161,7 @@ TARGETS: dict[str, Target] = {
         Target("quanto", QUANTO, MODULE),
         Target("transformers", QUANTO, TRANSFORMERS),
         Target("diffusers", QUANTO, DIFFUSERS, plain_on_cpu=True),
+        Target("compressed-tensors", COMPRESSED_TENSORS, TRANSFORMERS),
         Target("gguf", GGUF, GGUF_TRANSFORMERS),
         Target("gguf-diffusers", GGUF_HALF, GGUF_DIFFUSERS),
     )

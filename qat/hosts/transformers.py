@@ -137,7 +137,7 @@ class _Transformers(Host):
             return self.added_faults(model)
         inside = [name for name, module in model.named_modules() if self.owns(module) and self.can_build(type(module))]
         remedy = f"pass the model inside it, {inside[0]!r}" if inside else "use target 'quanto'"
-        return [f"model: target 'transformers' loads models of transformers, got a {type(model).__name__}: {remedy}"]
+        return [f"model: this target loads models of transformers alone, got a {type(model).__name__}: {remedy}"]
 
     def kept_in_float32(self, model: nn.Module, name: str, dtype: torch.dtype) -> bool:
         kept: set[str] = set()
@@ -165,6 +165,40 @@ class _Transformers(Host):
         if dtype is torch.float32:
             return served
         return {name: tensor.to(served[name].dtype) for name, tensor in build(torch.float32).items()}
+
+    def stock_faults(self, model: nn.Module, packed: bool) -> list[str]:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter
+
+        what = f"model: transformers loads no quantized {type(model).__name__}"
+        parts = get_model_conversion_mapping(model, add_legacy=False)  # type: ignore[arg-type]
+        faults = [
+            f"{what}, since it splits {part.source_patterns[0]!r} of checkpoints: use another target"
+            for part in parts
+            if isinstance(part, WeightConverter) and len(part.target_patterns) > 1
+        ]
+        if packed and (fault := self._packed_fault(model)) is not None:
+            faults.append(f"{what} with packed weights of several types ({fault}): use one type, or types of 8 bits")
+        return faults
+
+    def load_settings(self, model: nn.Module, record: FrozenRecord, format: Format) -> dict[str, Any]:
+        """``dequantize`` where its modules cannot hold what is packed; it makes equal floats while it loads."""
+        hidden, held = format.hides_weights(record)
+        return {"dequantize": True} if hidden and (not held or self._packed_fault(model) is not None) else {}
+
+    def _packed_fault(self, model: Any) -> str | None:
+        """Why a model cannot be built whose linear layers hold codes in place of ``weight``: its class reads that."""
+        fresh: Any = self.build(type(model), model.config, torch.float32, empty=True)
+        for module in fresh.modules():
+            vars(module).pop("_is_hf_initialized", None)
+            if isinstance(module, nn.Linear):
+                module._parameters.pop("weight")
+                module._is_hf_initialized = True  # type: ignore[assignment]
+        try:
+            fresh.initialize_weights()  # on the meta device
+        except AttributeError as error:
+            return f"its class initializes weights by name: {error}"
+        return None
 
     def float_layers(self, model: nn.Module, record: FrozenRecord) -> list[str]:
         linear = (name for name, module in model.named_modules() if isinstance(module, nn.Linear))

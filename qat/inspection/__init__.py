@@ -123,6 +123,7 @@ def inspect(model: Any, spec: QuantSpec, *, target: str = "quanto", example_inpu
     if not isinstance(model, nn.Module):
         model = build_on_meta(model)
     model, chosen = without_peft(model), get_target(target)
+    chosen.check_types(spec)
     spec = chosen.resolved(spec)
     faults = chosen.faults(model, spec)
     if faults:

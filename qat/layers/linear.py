@@ -29,7 +29,8 @@ class LinearForm(QuantizedLayer):
         activation, quantizer = self.active_input_quantizer(), self.weight_quantizer
         same = activation is not None and activation.qtype.storage is quantizer.qtype.storage
         served = dtype is quantizer.dtype and (x.dtype is dtype or autocast_dtype(x) is dtype)
-        return same and served and quantizer.qtype.fused and not quantizer.qtype.has_shift
+        qtype = quantizer.qtype
+        return same and served and qtype.fused and qtype.multiplies and not qtype.has_shift
 
     def compute(self, x: Tensor, weight: Quantized | None) -> Tensor:
         """``x W^T + b``."""

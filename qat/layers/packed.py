@@ -36,6 +36,11 @@ class PackedForm(NamedTuple):
             packed |= flat[place] << (place * self.qtype.bits)
         return packed
 
+    def _moved(self, codes: Tensor, sign: int) -> Tensor:
+        """Codes that are narrower than a byte, moved so that the smallest one is 0 (``sign`` -1), and back (1)."""
+        narrow = self.qtype.bits < 8 and self.qtype.code_min
+        return codes + sign * int(self.qtype.code_min) if narrow else codes
+
     @torch.no_grad()
     def weight(self, packed: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
         """The weight, ``(out, in)``."""

@@ -64,9 +64,9 @@ class StretchedElastic(Algorithm):
         >>> StretchedElastic().make(weight, QUANTO.qtypes["int2"], torch.float32).quantize(weight, torch.float32)[0]
         tensor([[-3.,  1.,  1.,  3.]])
         """
-        if not qtype.has_shift:
+        if not qtype.has_shift or qtype.whole_shift:
             raise SpecError(
-                f"algorithm: StretchedElastic needs a type with a shift (int4 or int2), got {qtype.name}: choose "
-                "another algorithm such as LearnedAffine, or another type"
+                f"algorithm: StretchedElastic needs a type with a float shift (quanto's int4, int2), got {qtype.name}: "
+                "choose another algorithm such as LearnedAffine, or another type"
             )
         return StretchedRange(weight, qtype, dtype)

@@ -17,8 +17,8 @@ __all__ = ["balanced_range", "fits"]
 
 
 def fits(qtype: QType) -> bool:
-    """Whether the type has four codes and a shift."""
-    return qtype.bits == 2 and qtype.has_shift
+    """Whether the type has four codes, and a shift that may be 1.5 scales."""
+    return qtype.bits == 2 and qtype.has_shift and not qtype.whole_shift
 
 
 def balanced_range(weight: Tensor, qtype: QType, dtype: torch.dtype) -> Ends:
@@ -33,8 +33,8 @@ def balanced_range(weight: Tensor, qtype: QType, dtype: torch.dtype) -> Ends:
     """
     if not fits(qtype):
         raise SpecError(
-            f"algorithm: start='seq' is a grid of 2 bits, but a layer has {qtype.name} weights: use start='clip', or "
-            "leave layers of other types out of the spec"
+            f"algorithm: start='seq' needs 2 bits and a float shift, but a layer has {qtype.name} weights: use "
+            "start='clip', or leave layers of other types out of the spec"
         )
     high = qtype.grouped(weight.detach()).abs().amax(1, keepdim=True).float() * 0.75
     return -high, high

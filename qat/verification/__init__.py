@@ -38,7 +38,7 @@ from qat.hosts.base import Reloaded
 from qat.hosts.stock import library_and_class, stock_reload
 from qat.loading import check_files, check_headers, fill, skeleton
 from qat.tensors import TOLERANCE, meta_names, model_device
-from qat.verification.comparison import layer_faults, reference_faults, tensor_faults, value_faults
+from qat.verification.comparison import floats_alone, layer_faults, reference_faults, tensor_faults, value_faults
 from qat.verification.outputs import compute_outputs, output_faults
 
 __all__ = ["Check", "VerifyReport", "verify"]
@@ -181,7 +181,8 @@ def _checks(
     yield _check("load", faults, loader)
     if faults:
         return
-    held = loaded if get_target(manifest.target).host.keeps_packed else _filled(directory, manifest, model)
+    packed = get_target(manifest.target).host.keeps_packed and not floats_alone(loaded, record, format)
+    held = loaded if packed else _filled(directory, manifest, model)
     faults = layer_faults(held, record, format, codes_only=manifest.float_grid)
     faults += [] if record.layers else ["no layer is quantized: freeze and export the model that qat.prepare was given"]
     what = "codes" if manifest.float_grid else "codes, scale, shift and dequantized weight"
@@ -191,11 +192,12 @@ def _checks(
         yield _check("values", faults, f"{len(record.layers)} float layers of that loader hold the trained values")
     faults, count = tensor_faults(loaded, manifest, record, format)
     yield _check("tensors", faults, f"{count} other tensors equal those exported")
+    if reference is not None:  # before any forward: a loader may turn codes into floats then
+        faults = list(reference_faults(held, reference, record, format, codes_only=manifest.float_grid))
+        yield _check("reference layers", faults, f"{len(record.layers)} layers and all else equal the live ones")
     if manifest.example is not None:
         yield _stored_outputs(loaded, directory, manifest, manifest.example)
     if reference is not None:
-        faults = list(reference_faults(held, reference, record, format, codes_only=manifest.float_grid))
-        yield _check("reference layers", faults, f"{len(record.layers)} layers and all else equal the live ones")
         yield from _reference_outputs(loaded, reference, directory, manifest, inputs)
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from qat.files.evidence import FrozenRecord, LayerEvidence
 from qat.files.manifest import Manifest
@@ -17,7 +19,7 @@ from qat.jobs import in_threads
 from qat.layers import float_layers
 from qat.tensors import difference, digest
 
-__all__ = ["layer_faults", "reference_faults", "tensor_faults", "value_faults"]
+__all__ = ["floats_alone", "layer_faults", "reference_faults", "tensor_faults", "value_faults"]
 
 
 def layer_faults(model: nn.Module, record: FrozenRecord, format: Format, codes_only: bool) -> list[str]:
@@ -36,17 +38,29 @@ def layer_faults(model: nn.Module, record: FrozenRecord, format: Format, codes_o
     return faults
 
 
+def floats_alone(model: nn.Module, record: FrozenRecord, format: Format) -> bool:
+    """Whether a stock loader made floats of all codes, in a model without activation types, which it would lose."""
+    active = any(layer.activations is not None for layer in record.layers.values())
+    return format.own_modules and not active and not any(format.is_frozen(module) for module in model.modules())
+
+
 def value_faults(model: nn.Module, record: FrozenRecord) -> list[str]:
-    """Where a float layer of a reloaded model does not hold what training served."""
-    layers, faults = {name: (module, cls) for name, module, cls in float_layers(model)}, []
-    for name, kept in record.layers.items():
-        if name not in layers:
-            faults.append(f"{name} is no float layer after loading")
-            continue
-        module, cls = layers[name]
-        if digest(cls.effective_weight(module)) != kept.weight:
-            faults.append(f"{name}: its float weight differs from what freezing left")
-    return faults
+    """Where a loader that makes floats of codes gave a layer another value than freezing left."""
+    modules, kinds = dict(model.named_modules()), {name: cls for name, _, cls in float_layers(model)}
+    weights: dict[str, Any] = {
+        name: kinds[name].effective_weight(module) if name in kinds else getattr(module, "weight", None)
+        for name in record.layers
+        for module in (modules.get(name),)
+    }
+    names = [name for name, weight in weights.items() if isinstance(weight, Tensor)]
+    faults = [f"{name} has no weight after loading" for name in record.layers if name not in names]
+    digests = in_threads(partial(digest, weights[name].detach()) for name in names)
+    pairs = zip(names, digests, strict=True)
+    return faults + [
+        f"{name}: its float weight differs from what freezing left"
+        for name, found in pairs
+        if found != record.layers[name].weight
+    ]
 
 
 def _evidence(module: nn.Module, format: Format) -> Callable[[], LayerEvidence]:
@@ -88,9 +102,14 @@ def reference_faults(
     loaded: nn.Module, reference: nn.Module, record: FrozenRecord, format: Format, codes_only: bool
 ) -> Iterator[str]:
     """Compare the reloaded model with the live one, tensor by tensor, and say by how much they differ."""
+    values = floats_alone(loaded, record, format)
     live, again = dict(reference.named_modules()), dict(loaded.named_modules())
     for name in record.layers:
         old, new = live.get(name), again.get(name)
+        if values and old is not None and new is not None:
+            if (gap := difference(format.values(old), new.weight)) is not None:
+                yield f"{name}, weight: {gap}"
+            continue
         if old is None or new is None or not format.is_frozen(old) or not format.is_frozen(new):
             yield f"{name} is not a quantized layer in both models"
             continue

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from qat.files.examples import flatten_outputs
 from qat.files.shards import ALIGNMENT
+from qat.formats import FORMATS
 from qat.probing import kept_modes, run, seeded
 from qat.tensors import difference, map_tensors, model_device
 
@@ -18,8 +19,8 @@ __all__ = ["compute_outputs", "output_faults"]
 
 
 def _wraps_its_own(module: nn.Module) -> bool:
-    """Whether the object has a ``forward`` that is a wrapper around the one of its class."""
-    forward = vars(module).get("forward")
+    """Whether the object has a ``forward`` that is a wrapper around the one of its class, and of no format's loader."""
+    forward = None if any(format.owns(module) for format in FORMATS.values()) else vars(module).get("forward")
     while forward is not None and forward is not type(module).forward:
         forward = getattr(forward, "__func__", None) or getattr(forward, "__wrapped__", None)
     return forward is not None

@@ -235,7 +235,7 @@ class ComparisonConfig(RecipeConfig):
     """Steps, learning rates, distillation (from the fine-tuned float model, where there is one)."""
     float_baseline: bool = True
     """Also fine-tune the float model and quantize it after training, for comparison."""
-    target: Literal["quanto", "transformers"] = "transformers"
+    target: Literal["quanto", "transformers", "compressed-tensors"] = "transformers"
     """Who will load the export."""
 
 

@@ -1,0 +1,307 @@
+"""The target compressed-tensors from end to end: trained, frozen, exported, and loaded by stock transformers."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+
+import qat
+from qat.formats import COMPRESSED_TENSORS
+from qat.formats.compressed_modules import FrozenLinear
+from tests.architectures import ARCHITECTURES
+from tests.exports import IDS, altered, forge_hashes, rewrite, small_llama, stored_tensors
+from tests.helpers import tiny_model
+
+TARGET = "compressed-tensors"
+MIXED: dict[str, Any] = {
+    "weights": "int8",
+    "overrides": {"*.mlp.*": "int4_g32", "*.o_proj": "int2_g64", "*.k_proj": "float8"},
+}
+SPECS: dict[str, dict[str, Any]] = {
+    **{name: {"weights": name} for name in ("int8", "float8", "int4", "int4_g32", "int2_g64")},
+    **{name: {"weights": name} for name in ("int4_g32_zp", "int4_g128_zp", "int2_g64_zp")},
+    "int8 W8A8": {"weights": "int8", "activations": "int8"},
+    "float8 W8A8": {"weights": "float8", "activations": "float8"},
+    "mixed": MIXED,
+}
+
+
+def llama() -> Any:
+    return small_llama(hidden_size=128, intermediate_size=128, num_attention_heads=2)
+
+
+def exported(directory: Path, steps: int = 1, **spec: Any) -> tuple[Any, dict[str, torch.Tensor]]:
+    """A model that was trained, frozen and exported, and what its layers' weights were in training."""
+    model, wanted = llama(), qat.QuantSpec(**spec)
+    qat.prepare(model, wanted, algorithm=qat.LearnedAffine(), target=TARGET)
+    if wanted.activations:
+        qat.calibrate(model, [{"input_ids": IDS}])
+    optimizer = torch.optim.AdamW(qat.parameter_groups(model, lr=1e-3, scale_lr=1e-3))
+    for _ in range(steps):
+        model(input_ids=IDS, labels=IDS).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    layers = {name: layer for name, layer in model.named_modules() if hasattr(layer, "weight_quantizer")}
+    trained = {
+        name: layer.weight_quantizer.quantize(layer.weight, wanted.torch_dtype).value for name, layer in layers.items()
+    }
+    qat.freeze(model, allow_unreached=not steps)
+    qat.export(model, directory, example_inputs={"input_ids": IDS})
+    return model, trained
+
+
+@torch.no_grad()
+def logits(model: Any) -> torch.Tensor:
+    return model.eval()(IDS).logits  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", SPECS)
+def test_trained_frozen_exported_and_reloaded_are_one(kind: str, dtype: str, tmp_path: Path) -> None:
+    model, trained = exported(tmp_path / "out", dtype=dtype, **SPECS[kind])
+    assert all(torch.equal(model.get_submodule(name).weight, value) for name, value in trained.items())
+    report = qat.verify(tmp_path / "out", reference=model)
+    assert {check.name for check in report.checks} >= {"layers", "outputs", "reference layers", "reference outputs"}
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=getattr(torch, dtype))
+    assert torch.equal(logits(stock), logits(model))
+    assert all(torch.equal(stock.get_submodule(name).weight, value) for name, value in trained.items())
+    loaded = qat.load(tmp_path / "out")
+    assert torch.equal(logits(loaded), logits(model))
+    assert all(isinstance(loaded.get_submodule(name), FrozenLinear) for name in trained)
+    qat.export(loaded, tmp_path / "again", example_inputs={"input_ids": IDS})
+    first, second = stored_tensors(tmp_path / "out"), stored_tensors(tmp_path / "again")
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
+@pytest.mark.parametrize("kind", ["int4_g32", "float8", "int4_g32_zp"])
+def test_a_load_that_dequantizes_has_equal_weights_and_outputs(kind: str, tmp_path: Path) -> None:
+    model, trained = exported(tmp_path / "out", weights=kind)
+    config = CompressedTensorsConfig(dequantize=True)
+    floats = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16, quantization_config=config)
+    assert all(torch.equal(floats.get_submodule(name).weight, value) for name, value in trained.items())
+    assert torch.equal(logits(floats), logits(model))
+
+
+def test_a_fresh_process_without_qat_loads_it(tmp_path: Path) -> None:
+    model, _ = exported(tmp_path / "out", weights="int4_g64")
+    code = (
+        "import sys, torch; from transformers import AutoModelForCausalLM; torch.set_num_threads(int(sys.argv[3]));"
+        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16).eval();"
+        "y = model(torch.arange(24).reshape(2, 12)).logits; assert 'qat' not in sys.modules; torch.save(y, sys.argv[2])"
+    )
+    arguments = [str(tmp_path / "out"), str(tmp_path / "y"), str(torch.get_num_threads())]
+    subprocess.run([sys.executable, "-c", code, *arguments], check=True, capture_output=True, cwd=tmp_path)
+    assert torch.equal(torch.load(tmp_path / "y"), logits(model))
+
+
+def test_what_config_json_says(tmp_path: Path) -> None:
+    exported(tmp_path / "out", 0, **MIXED)
+    fields = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert (fields["quant_method"], fields["format"], fields["ignore"]) == (
+        "compressed-tensors",
+        "mixed-precision",
+        ["lm_head"],
+    )
+    groups = list(fields["config_groups"].values())
+    assert [group["weights"]["num_bits"] for group in groups] == [8, 2, 8, 4]
+    assert groups[0]["targets"] == ["model.layers.0.self_attn.k_proj"]
+    assert groups[-1] == {
+        "targets": ["Linear"],
+        "format": "pack-quantized",
+        "weights": {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32},
+    }
+    assert "dequantize" not in fields
+    assert "import qat" not in (tmp_path / "out" / "README.md").read_text().split("from_pretrained")[0]
+
+
+def test_static_activations_in_config_json_and_in_the_files(tmp_path: Path) -> None:
+    exported(tmp_path / "out", 0, weights="int8", activations="int8", dtype="float16", overrides={"*.mlp.*": "float"})
+    fields = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    (group,) = fields["config_groups"].values()
+    assert group["input_activations"] == {
+        "num_bits": 8,
+        "type": "int",
+        "symmetric": True,
+        "strategy": "tensor",
+        "dynamic": False,
+    }
+    assert [name.rpartition(".")[2] for name in fields["ignore"]] == ["gate_proj", "up_proj", "down_proj", "lm_head"]
+    stored = stored_tensors(tmp_path / "out")
+    below = {key.removeprefix("model.layers.0.self_attn.q_proj.") for key in stored if ".q_proj." in key}
+    assert below == {"weight", "weight_scale", "input_scale"}
+    assert stored["model.layers.0.self_attn.q_proj.input_scale"].shape == (1,)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ({"weights": "int8", "activations": "int8", "quantize_outputs": True}, "quantize_outputs=True: loaders of"),
+        ({"weights": "int4", "activations": "int8"}, r"int8 inputs beside int8 weights alone, got weights='int4'"),
+        ({"weights": "float8", "activations": "int8"}, r"int8 inputs beside int8 weights alone, got weights='float8'"),
+        ({"weights": "int4_g32_zp", "overrides": {"*.mlp.*": "int8"}}, "weights='int4_g32_zp': transformers reads"),
+        ({"weights": "int4_g32_zp", "activations": "int8"}, "with one weight type and float activations alone"),
+    ],
+    ids=["outputs", "int4 with activations", "two kinds", "mixed zero points", "zero points with activations"],
+)
+@pytest.mark.parametrize("verb", [qat.inspect, qat.prepare])
+def test_what_no_loader_reads_is_refused_before_training(verb: Any, spec: dict[str, Any], message: str) -> None:
+    with pytest.raises(qat.QatError, match=message):
+        verb(llama(), qat.QuantSpec(**spec), target=TARGET)
+
+
+@pytest.mark.parametrize("target", ["quanto", "transformers", "diffusers"])
+@pytest.mark.parametrize("name", ["int4_g32", "int2_g64_zp"])
+def test_other_targets_refuse_its_types_by_name(target: str, name: Any) -> None:
+    message = rf"format 'quanto' has .*, got '{name}': choose one, or use target 'compressed-tensors'$"
+    for spec in (qat.QuantSpec(weights=name), qat.QuantSpec(overrides={"*.q_proj": name})):
+        with pytest.raises(qat.SpecError, match=message):
+            qat.prepare(llama(), spec, target=target)
+
+
+def test_a_row_that_its_group_does_not_divide_stays_float_and_is_named() -> None:
+    report = qat.inspect(small_llama(), qat.QuantSpec(weights="int4_g64"), target=TARGET)
+    reasons = {row.name.rpartition(".")[2]: row.reason for row in report.layers if row.weights is None}
+    assert reasons["down_proj"] == "in_features (48) is not a multiple of the group size of int4_g64, 64"
+    assert reasons.keys() == {"down_proj", "lm_head"}
+
+
+def test_what_it_cannot_hold_stays_float_and_is_named() -> None:
+    with pytest.raises(
+        qat.TargetError, match="loads models of transformers alone, got a Sequential: use target 'quanto'"
+    ):
+        qat.prepare(nn.Sequential(nn.Linear(64, 64)), qat.QuantSpec(), target=TARGET)
+    spec = qat.QuantSpec(overrides={"model.embed_tokens": "int8"})
+    report = qat.inspect(llama(), spec, target=TARGET)
+    (row,) = [row for row in report.layers if row.name == "model.embed_tokens"]
+    assert row.reason == f"the loader of target {TARGET!r} replaces no Embedding: use target 'transformers'"
+
+
+def test_a_quantized_head_is_untied(tmp_path: Path) -> None:
+    model, trained = exported(tmp_path / "out", weights="int8", overrides={"lm_head": "int8"})
+    assert "lm_head" in trained
+    qat.verify(tmp_path / "out", reference=model)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
+
+
+def test_a_trained_model_is_not_frozen_for_another_format(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    qat.prepare(model, qat.QuantSpec(weights="int8"), target=TARGET)
+    with pytest.raises(qat.TargetError, match="its format 'quanto' has another arithmetic"):
+        qat.freeze(model, target="transformers", allow_unreached=True)
+    qat.freeze(model, allow_unreached=True)
+    with pytest.raises(qat.TargetError, match="target 'transformers' would hold"):
+        qat.export(model, tmp_path / "out", target="transformers")
+
+
+@pytest.mark.parametrize(
+    ("kind", "key", "step"),
+    [
+        ("int4_g32", "weight_packed", 16),
+        ("int4_g32", "weight_scale", 0.5),
+        ("int4_g32_zp", "weight_packed", 1),
+        ("int4_g32_zp", "weight_zero_point", 16),
+        ("int8 W8A8", "weight", 1),
+        ("int8 W8A8", "input_scale", 0.25),
+    ],
+)
+def test_a_changed_number_is_found_behind_forged_hashes(kind: str, key: str, step: float, tmp_path: Path) -> None:
+    directory = tmp_path / "out"
+    exported(directory, 0, **SPECS[kind])
+    rewrite(directory / "model.safetensors", altered(f"model.layers.0.self_attn.q_proj.{key}", step))
+    with pytest.raises(qat.VerifyError, match=r"model\.safetensors has another content"):
+        qat.verify(directory)
+    forge_hashes(directory)
+    with pytest.raises(qat.VerifyError, match=r"model\.layers\.0\.self_attn\.q_proj"):
+        qat.verify(directory)
+
+
+@pytest.mark.parametrize("kind", ["int4_g32", "int4_g32_zp", "int8 W8A8"])
+def test_a_truncated_or_incomplete_directory_is_found(kind: str, tmp_path: Path) -> None:
+    directory = tmp_path / "out"
+    exported(directory, 0, **SPECS[kind])
+    path = directory / "model.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-64])
+    for verb in (qat.verify, qat.load):
+        with pytest.raises(qat.QatError, match=r"has \d+ bytes instead of"):
+            verb(directory)
+    path.write_bytes(whole)
+    rewrite(path, lambda tensors: {key: value for key, value in tensors.items() if ".q_proj.weight_scale" not in key})
+    forge_hashes(directory)
+    for verb in (qat.verify, qat.load):
+        with pytest.raises(qat.QatError, match=r"q_proj\.weight_scale is missing"):
+            verb(directory)
+
+
+def test_a_changed_configuration_is_found(tmp_path: Path) -> None:
+    directory = tmp_path / "out"
+    exported(directory, 0, **MIXED)
+    fields = json.loads((directory / "config.json").read_text())
+    fields["quantization_config"]["config_groups"]["group_3"]["weights"]["group_size"] = 64
+    (directory / "config.json").write_text(json.dumps(fields))
+    forge_hashes(directory, tensors=False)
+    with pytest.raises(qat.VerifyError):
+        qat.verify(directory)
+
+
+def test_prepared_and_frozen_layers_are_told_from_float_ones() -> None:
+    model = llama()
+    qat.prepare(model, qat.QuantSpec(weights="int4_g32"), target=TARGET)
+    qat.freeze(model, allow_unreached=True)
+    layer = model.model.layers[0].mlp.up_proj
+    assert COMPRESSED_TENSORS.owns(layer)
+    assert "weights=int4_g32" in repr(layer)
+    with pytest.raises(qat.StateError, match="prepared or frozen already"):
+        qat.inspect(model, qat.QuantSpec(weights="int4_g32"), target=TARGET)
+
+
+class TestClassesThatTheLoaderCannotHoldPacked:
+    """Their ``_init_weights`` reads ``weight`` of linear layers, which packed ones have not."""
+
+    def test_one_type_is_loaded_as_equal_floats(self, tmp_path: Path) -> None:
+        model: Any = tiny_model("t5")
+        qat.prepare(model, qat.QuantSpec(weights="int4_g32"), target=TARGET)
+        qat.freeze(model, allow_unreached=True)
+        inputs = {"input_ids": IDS, "decoder_input_ids": IDS}
+        qat.export(model, tmp_path / "out", example_inputs=inputs)
+        assert json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["dequantize"] is True
+        report = qat.verify(tmp_path / "out", reference=model)
+        (layers,) = [check.detail for check in report.checks if check.name == "layers"]
+        assert "codes and zero points on disk, and the loader's floats" in layers
+        with torch.no_grad():
+            assert torch.equal(qat.load(tmp_path / "out")(**inputs).logits, model(**inputs).logits)
+
+    def test_types_that_differ_are_refused_before_training(self) -> None:
+        spec = qat.QuantSpec(weights="int4_g32", overrides={"*.q": "int8"})
+        with pytest.raises(
+            qat.TargetError, match=r"packed weights of several types .*: use one type, or types of 8 bits"
+        ):
+            qat.prepare(tiny_model("t5"), spec, target=TARGET)
+        qat.prepare(tiny_model("t5"), qat.QuantSpec(overrides={"*.q": "float8"}), target=TARGET)
+
+
+def test_a_class_whose_checkpoints_the_loader_splits_is_refused() -> None:
+    model = ARCHITECTURES["Dinov2ForImageClassification"].build()
+    with pytest.raises(qat.TargetError, match=r"since it splits 'mlp\.weights_in\.weight' of checkpoints"):
+        qat.inspect(model, qat.QuantSpec(), target=TARGET)
+
+
+def test_a_load_that_loses_activations_is_found(tmp_path: Path) -> None:
+    exported(tmp_path / "out", 0, **SPECS["int8 W8A8"])
+    path = tmp_path / "out" / "config.json"
+    fields = json.loads(path.read_text())
+    fields["quantization_config"]["dequantize"] = True
+    path.write_text(json.dumps(fields))
+    forge_hashes(tmp_path / "out", tensors=False)
+    with pytest.raises(qat.VerifyError, match="is not a quantized layer after loading"):
+        qat.verify(tmp_path / "out")
