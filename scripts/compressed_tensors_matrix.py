@@ -105,7 +105,11 @@ def table(results: Mapping[str, Mapping[str, tuple[str, float]]]) -> str:
         for case, (result, _) in row.items():
             if result not in ("equal", "float"):
                 notes.setdefault(f"{name}: {' '.join(result.split())[:300]}", []).append(case)
-    told = [line for note, cases in notes.items() for line in wrap(f"- {note} ({len(cases)} cases)", 118)]
+    told = [
+        line
+        for note, cases in notes.items()
+        for line in wrap(f"- {note} ({len(cases)} cases)", 118, subsequent_indent="  ")
+    ]
     return "\n".join([*lines, "", *(["## What is not equal", "", *told, ""] if told else [])]).rstrip() + "\n"
 
 
