@@ -11,16 +11,21 @@ from qat.formats.base import LayerTypes
 from qat.formats.compressed_types import pack_words, unpack_words
 from qat.numerics import FrozenWeight
 
-__all__ = ["FrozenLinear", "packed_weight", "unpacked_weight"]
+__all__ = ["FrozenLinear", "packed_weight", "packs", "unpacked_weight"]
 
 
-def packed_weight(weight: FrozenWeight) -> dict[str, Tensor]:
+def packs(types: LayerTypes) -> bool:
+    """Whether codes are packed into words; else they are stored as int8 or float8."""
+    return not types.weights.floating and (types.weights.bits < 8 or types.activations is None)
+
+
+def packed_weight(weight: FrozenWeight, types: LayerTypes) -> dict[str, Tensor]:
     """The stored tensors of a weight, by their names below the layer's."""
     qtype, (out_features, in_features) = weight.qtype, weight.shape
     scale = weight.scale.view(out_features, -1)
-    if qtype.bits == 8:
+    if not packs(types):
         return {"weight": weight.codes, "weight_scale": scale}
-    codes = weight.codes - int(qtype.code_min)
+    codes = weight.codes.short() - int(qtype.code_min)
     tensors = {"weight_packed": pack_words(codes, qtype.bits), "weight_scale": scale}
     if weight.shift is not None:
         zeros = (weight.shift.float() / weight.scale.float()).round().view(out_features, -1)
@@ -31,7 +36,7 @@ def packed_weight(weight: FrozenWeight) -> dict[str, Tensor]:
 def unpacked_weight(tensors: Mapping[str, Tensor], types: LayerTypes, shape: tuple[int, int]) -> FrozenWeight:
     """What `packed_weight` packed, on the device of the tensors."""
     qtype, scale = types.weights, tensors["weight_scale"].detach().reshape(-1, 1)
-    if qtype.bits == 8:
+    if "weight" in tensors:
         return FrozenWeight(tensors["weight"].detach(), scale, None, qtype)
     codes = unpack_words(tensors["weight_packed"].detach(), qtype.bits, shape[1])
     if not qtype.has_shift:

@@ -3,7 +3,8 @@
 Keys below a layer's name
     ``weight`` (codes of 8 bits) and ``weight_scale``, ``(out, 1)``; or ``weight_packed`` (int32 words along a row, the
     first code lowest), ``weight_scale``, ``(out, groups)``, ``weight_shape``, and ``weight_zero_point`` (int32 words
-    along a column of groups); ``input_scale``, ``(1,)``, with static activations; ``bias``.
+    along a column of groups); ``input_scale``, ``(1,)``, with static activations; ``bias``. int8 weights without an
+    activation type are packed: vLLM reads no others (``_get_scheme_from_parts``, compressed_tensors.py, at be696453).
 
 Activations
     The stock loader of transformers fake-quantizes inputs, and leaves outputs float. Weights are dequantized before the
@@ -27,10 +28,10 @@ from torch import Tensor, nn
 from qat.errors import SpecError
 from qat.files.evidence import FrozenRecord
 from qat.formats.base import Format, FrozenLayer, InLibrary, LayerTypes, Slot
-from qat.formats.compressed_modules import FrozenLinear, packed_weight, unpacked_weight
+from qat.formats.compressed_modules import FrozenLinear, packed_weight, packs, unpacked_weight
 from qat.formats.compressed_types import QTYPES
 from qat.numerics import QType
-from qat.spec import QuantSpec
+from qat.spec import LayerSpec, QuantSpec
 
 __all__ = ["COMPRESSED_TENSORS"]
 
@@ -86,7 +87,7 @@ class _CompressedTensors(Format):
         (out_features, in_features), qtype, dtype = shape, types.weights, types.dtype
         groups = in_features // (qtype.group_size(in_features) or in_features)
         scale = {"weight_scale": Slot(dtype, ((out_features, groups),))}
-        if qtype.bits == 8:
+        if not packs(types):
             slots = {"weight": Slot(qtype.storage, (shape,), is_code=True)} | scale
         else:
             words = torch.int32, -(-in_features * qtype.bits // 32)
@@ -99,7 +100,7 @@ class _CompressedTensors(Format):
         return slots if types.activations is None else slots | {"input_scale": Slot(dtype, ((1,), ()))}
 
     def pack(self, layer: FrozenLayer) -> dict[str, Tensor]:
-        tensors = packed_weight(layer.weight)
+        tensors = packed_weight(layer.weight, layer.types)
         if layer.bias is not None:
             tensors["bias"] = layer.bias
         return tensors if layer.types.activations is None else tensors | {"input_scale": layer.input_scale.reshape(1)}
@@ -159,12 +160,14 @@ class _CompressedTensors(Format):
         """Nothing to do: its loaders tie no packed weights."""
 
     def needs_packed(self, spec: QuantSpec) -> bool:
-        types = {self.qtypes[name] for name in spec.weight_types()}
-        return len(types) > 1 and any(qtype.bits < 8 for qtype in types)
+        given = (v if isinstance(v, LayerSpec) else LayerSpec(weights=v) for v in spec.overrides.values())
+        groups = {(spec.weights, spec.activations)} | {(v.weights, v.activations) for v in given}
+        types = [self.types(*group, spec.torch_dtype) for group in groups if group[0] != "float"]
+        return len(types) > 1 and any(map(packs, types))
 
     def hides_weights(self, record: FrozenRecord) -> tuple[bool, bool]:
-        types = [self.qtypes[layer.weights] for layer in record.layers.values()]
-        return any(qtype.bits < 8 for qtype in types), not any(qtype.whole_shift for qtype in types)
+        types = [self.recorded(record, name) for name in record.layers]
+        return any(map(packs, types)), not any(one.weights.whole_shift for one in types)
 
     def release(self, model: nn.Module) -> None:
         """Take off the hook that would turn all layers into floats on the first forward."""
@@ -192,8 +195,9 @@ class _CompressedTensors(Format):
         }
 
     def _scheme(self, weights: str, activations: str | None, targets: Iterable[str]) -> dict[str, Any]:
-        qtype = self.qtypes[weights]
-        format = "pack-quantized" if qtype.bits < 8 else "float-quantized" if qtype.floating else "int-quantized"
+        types = self.types(weights, activations, torch.float32)
+        qtype = types.weights
+        format = "pack-quantized" if packs(types) else "float-quantized" if qtype.floating else "int-quantized"
         scheme: dict[str, Any] = {"targets": list(targets), "format": format, "weights": _arguments(qtype)}
         if activations is not None:
             inputs = _arguments(self.activation_qtypes[activations])

@@ -178,7 +178,7 @@ class _Transformers(Host):
             if isinstance(part, WeightConverter) and len(part.target_patterns) > 1
         ]
         if packed and (fault := self._packed_fault(model)) is not None:
-            faults.append(f"{what} with packed weights of several types ({fault}): use one type, or types of 8 bits")
+            faults.append(f"{what} with packed weights of several types ({fault}): use one type, or float8")
         return faults
 
     def load_settings(self, model: nn.Module, record: FrozenRecord, format: Format) -> dict[str, Any]:
