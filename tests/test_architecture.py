@@ -72,7 +72,7 @@ MODEL_LIBRARIES = frozenset({"transformers", "diffusers", "peft"})
 QUANTO_FILES = ("qat/formats/quanto", "qat/integrations/")
 HOST_FILES = {
     "transformers": ("qat/hosts/", "qat/integrations/", "qat/layers/conv1d.py"),
-    "diffusers": ("qat/hosts/",),
+    "diffusers": ("qat/hosts/", "qat/integrations/"),
     "peft": ("qat/layers/lora.py",),
 }
 # Modules that are imported only where the library is there already: integrations, and classes derived from a library's.

@@ -17,6 +17,7 @@ What it changes, against the stock backend of diffusers 0.42:
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 import re
 import warnings
@@ -42,10 +43,11 @@ from qat.files.shards import TensorEntry, read_headers
 from qat.formats.quanto import QUANTO, WEIGHT_KEYS
 from qat.formats.quanto_marlin import keep_bias
 from qat.formats.quanto_types import QUANTO_NAMES
+from qat.hosts.base import shown_call
 from qat.hosts.diffusers import DIFFUSERS
 from qat.tensors import meta_names
 
-__all__ = ["PackedQuantizer", "QuantoConfig"]
+__all__ = ["PackedQuantizer", "QuantoConfig", "register"]
 
 logger = logging.getLogger("qat")
 
@@ -80,6 +82,10 @@ class QuantoConfig(stock_configs.QuantizationConfigMixin):
         self.quant_method: Any = _Method(quant_method)
         self.weights_dtype = weights_dtype
         self.modules_to_not_convert = modules_to_not_convert
+
+    def __repr__(self) -> str:
+        """The base class's fails, and diffusers logs it."""
+        return shown_call("QuantoConfig", vars(self))
 
 
 class _PackedFile(dict[str, Tensor]):
@@ -281,10 +287,8 @@ def _part_of(key: str, names: Collection[str]) -> str:
 
 def _owner(model: Any, key: str) -> tuple[Any, str]:
     """What holds a tensor, a module or the wrapper of a packed weight, and the name of the tensor there."""
-    path, _, name = key.rpartition(".")
-    for part in path.split("."):
-        model = getattr(model, part)
-    return model, name
+    *path, name = key.split(".")
+    return functools.reduce(getattr, path, model), name
 
 
 _stock_needs_conversion: Any = single_file_model._should_convert_state_dict_to_diffusers
@@ -295,7 +299,8 @@ def _needs_conversion(model_state: dict[str, Tensor], checkpoint: dict[str, Tens
     return not isinstance(checkpoint, _PackedFile) and _stock_needs_conversion(model_state, checkpoint)
 
 
-def _register() -> None:
+def register() -> None:
+    """Register the quantizer, and the configuration where diffusers has none that works; importing this does it."""
     AUTO_QUANTIZER_MAPPING["quanto"] = PackedQuantizer
     setattr(single_file_model, "_should_convert_state_dict_to_diffusers", _needs_conversion)  # noqa: B010
     try:
@@ -308,4 +313,4 @@ def _register() -> None:
             setattr(module, "QuantoConfig", QuantoConfig)  # noqa: B010
 
 
-_register()
+register()
