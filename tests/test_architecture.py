@@ -80,7 +80,7 @@ LATE_FILES = ("qat/integrations/", "qat/layers/conv1d.py", "qat/layers/lora.py",
 TYPE_NAMES = frozenset({"int8", "float8", "int4", "int2"})
 TYPE_FILES = ("qat/spec.py", "qat/formats/quanto")  # where a type's name is turned into an object
 
-MOST_LIBRARY_LINES = 20_205
+MOST_LIBRARY_LINES = 20_538
 MOST_LINES = 400
 MOST_RECIPE_LINES = 150  # of a recipe itself
 

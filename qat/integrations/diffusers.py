@@ -34,8 +34,6 @@ from diffusers.loaders import single_file_model
 from diffusers.quantizers import quantization_config as stock_configs
 from diffusers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from diffusers.quantizers.base import DiffusersQuantizer
-from optimum.quanto import QLinear, QTensor, qtypes
-from optimum.quanto.tensor.packed import PackedTensor
 from torch import Tensor, nn
 
 from qat.errors import LoadError, listed, load_error
@@ -151,7 +149,7 @@ class PackedQuantizer(DiffusersQuantizer):
     ) -> bool:
         """Whether a tensor is part of a packed weight, or a float weight to be quantized."""
         owner, name = _owner(model, param_name)
-        return isinstance(owner, QTensor | PackedTensor) or (isinstance(owner, QLinear) and name == "weight")
+        return isinstance(owner, Tensor) or (QUANTO.owns(owner) and name == "weight")
 
     def create_quantized_param(  # type: ignore[override]
         self,
@@ -204,8 +202,10 @@ class PackedQuantizer(DiffusersQuantizer):
         self.entries = {}
         model.register_to_config(quantization_config=config)
 
-    def _layer(self, linear: nn.Linear) -> QLinear:
+    def _layer(self, linear: nn.Linear) -> Any:
         """A quanto layer on the meta device."""
+        from optimum.quanto import QLinear, qtypes
+
         weights = qtypes[QUANTO_NAMES[self.quantization_config.weights_dtype]]
         size, bias = (linear.in_features, linear.out_features), linear.bias is not None
         with init_empty_weights():
@@ -216,7 +216,7 @@ class PackedQuantizer(DiffusersQuantizer):
                 keep_bias(layer.weight)
         return layer
 
-    def _faults(self, model: Any, layers: Mapping[str, QLinear], packed: Collection[str]) -> list[str]:
+    def _faults(self, model: Any, layers: Mapping[str, Any], packed: Collection[str]) -> list[str]:
         """Where the keys, dtypes and shapes in the files differ from what the model needs."""
         kind, config = type(model).__name__, self.quantization_config
         faults = [
@@ -251,7 +251,7 @@ class PackedQuantizer(DiffusersQuantizer):
                 f"the files hold nothing for {listed(names, 5)} of a {type(model).__name__}: load all files"
             )
         for module in model.modules():
-            if isinstance(module, QLinear) and module.weight.is_meta:
+            if QUANTO.is_frozen(module) and module.weight.is_meta:
                 state = module.state_dict()
                 module.weight = QUANTO.weight(
                     module, {k: state[k] for k in WEIGHT_KEYS if k in state}, plain_on_cpu=True
@@ -291,7 +291,8 @@ def _owner(model: Any, key: str) -> tuple[Any, str]:
     return functools.reduce(getattr, path, model), name
 
 
-_stock_needs_conversion: Any = single_file_model._should_convert_state_dict_to_diffusers
+_NEEDS_CONVERSION = "_should_convert_state_dict_to_diffusers"
+_stock_needs_conversion: Any = getattr(single_file_model, _NEEDS_CONVERSION, None)  # private: it may go
 
 
 def _needs_conversion(model_state: dict[str, Tensor], checkpoint: dict[str, Tensor]) -> bool:
@@ -302,7 +303,7 @@ def _needs_conversion(model_state: dict[str, Tensor], checkpoint: dict[str, Tens
 def register() -> None:
     """Register the quantizer, and the configuration where diffusers has none that works; importing this does it."""
     AUTO_QUANTIZER_MAPPING["quanto"] = PackedQuantizer
-    setattr(single_file_model, "_should_convert_state_dict_to_diffusers", _needs_conversion)  # noqa: B010
+    setattr(single_file_model, _NEEDS_CONVERSION, _needs_conversion)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
