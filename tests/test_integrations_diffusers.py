@@ -232,6 +232,23 @@ def test_float8_weights_with_a_bias_are_marked_for_cuda(tmp_path: Path) -> None:
         assert {layer.weight.activation_qtype.name for layer in layers} == {"qfloat8_e4m3fn"}
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("weights", TYPES)
+def test_on_a_gpu_it_computes_what_qat_load_gives(weights: str, tmp_path: Path, register: Callable[[], Any]) -> None:
+    export(frozen_flux(weights=weights), tmp_path / "out")
+    inputs = {name: tensor.cuda() for name, tensor in flux_inputs("bfloat16").items()}
+    wanted = qat.load(tmp_path / "out", device="cuda")(**inputs).sample
+    register()
+    for loaded in (
+        from_directory(tmp_path / "out", device_map="cuda"),
+        from_directory(tmp_path / "out").cuda(),
+        from_file(tmp_path / "out", quantization_config=config(weights)).cuda(),
+        from_file(tmp_path / "out", quantization_config=config(weights), device="cuda"),
+    ):
+        with torch.no_grad():
+            assert torch.equal(loaded(**inputs).sample, wanted)
+
+
 @pytest.mark.usefixtures("plugin")
 def test_original_names_of_float_files_are_converted(tmp_path: Path) -> None:
     model = ARCHITECTURES["LTXVideoTransformer3DModel"].build()
