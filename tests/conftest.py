@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 import tempfile
 
 _datasets_cache = tempfile.TemporaryDirectory(prefix="qat-tests-", ignore_cleanup_errors=True)
@@ -31,7 +32,19 @@ settings.load_profile("qat")
 
 def pytest_collection_finish() -> None:
     """Collecting garbage, as accelerate does around each training, takes half a second for what imports have made."""
+    _take_away_the_plugin_for_diffusers()
     gc.freeze()
+
+
+def _take_away_the_plugin_for_diffusers() -> None:
+    """Collecting doctests has imported it, and stock code is what the other tests are about."""
+    if plugin := sys.modules.get("qat.integrations.diffusers"):
+        from diffusers.loaders import single_file_model
+        from diffusers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+        from diffusers.quantizers.quanto import QuantoQuantizer
+
+        AUTO_QUANTIZER_MAPPING["quanto"] = QuantoQuantizer
+        single_file_model._should_convert_state_dict_to_diffusers = plugin._stock_needs_conversion
 
 
 def pytest_unconfigure() -> None:

@@ -72,7 +72,7 @@ MODEL_LIBRARIES = frozenset({"transformers", "diffusers", "peft"})
 QUANTO_FILES = ("qat/formats/quanto", "qat/integrations/")
 HOST_FILES = {
     "transformers": ("qat/hosts/", "qat/integrations/", "qat/layers/conv1d.py"),
-    "diffusers": ("qat/hosts/", "qat/formats/gguf.py"),
+    "diffusers": ("qat/hosts/", "qat/formats/gguf.py", "qat/integrations/"),
     "peft": ("qat/layers/lora.py",),
 }
 # Modules that are imported only where the library is there already: integrations, and classes derived from a library's.
@@ -84,7 +84,7 @@ TYPE_FILES = (
     "qat/formats/compressed_types.py",
 )  # where a type's name is turned into an object
 
-MOST_LIBRARY_LINES = 22_326
+MOST_LIBRARY_LINES = 22_668
 MOST_LINES = 400
 MOST_RECIPE_LINES = 150  # of a recipe itself
 

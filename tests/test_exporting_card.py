@@ -55,6 +55,8 @@ def test_the_code_of_the_card_loads_the_model(tmp_path: Path, library: str, opti
     assert front["library_name"] == {"quanto": "optimum-quanto"}.get(library, library)
     assert set(front["tags"]) == {"qat", "quanto", "int8"}
     assert "served in **float32**" in card
+    bound = "Stock diffusers below 1.0 " in card and "From 1.0 on, first `import qat.integrations.diffusers`" in card
+    assert bound is (library == "diffusers")
 
 
 def test_a_module_without_configuration_needs_the_float_model(exported: Path) -> None:

@@ -110,6 +110,8 @@ class InLibrary:
     """Its argument for the type of weights."""
     plugin: str | None = None
     """The module to import before the library can load packed weights."""
+    stock_below: int | None = None
+    """The major release of the library below which its own code loads them, too; None: it has no such code."""
 
 
 class Format(ABC):

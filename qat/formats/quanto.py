@@ -68,7 +68,7 @@ class _Quanto(Format):
     tags: ClassVar[tuple[str, ...]] = ("quanto",)
     libraries: ClassVar[Mapping[str, InLibrary]] = {
         "transformers": InLibrary("QuantoConfig", "weights", plugin="qat.integrations.transformers"),
-        "diffusers": InLibrary("QuantoConfig", "weights_dtype"),
+        "diffusers": InLibrary("QuantoConfig", "weights_dtype", plugin="qat.integrations.diffusers", stock_below=1),
     }
 
     def layer_hazard(self, types: LayerTypes, shape: tuple[int, int]) -> str | None:
@@ -122,8 +122,8 @@ class _Quanto(Format):
             "int8 is not affected"
         )
         text = (
-            f"{fact}. `qat.load` avoids that kernel. Loaded otherwise, mark the weights before the model goes to the "
-            "GPU:\n\n"
+            f"{fact}. `qat.load` and the plug-ins `qat.integrations` avoid that kernel. Loaded otherwise, mark the "
+            "weights before the model goes to the GPU:\n\n"
             "```python\n"
             "from optimum.quanto import qfloat8_e4m3fn\n\n"
             "for module in model.modules():\n"
@@ -201,7 +201,7 @@ class _Quanto(Format):
         """
         rules, spec = self.libraries[library], record.spec
         fields: dict[str, Any] = {"quant_method": "quanto", rules.weights_argument: spec.weights}
-        if rules.plugin is None:
+        if rules.stock_below is not None:
             return fields | {"modules_to_not_convert": floats}
         return fields | {
             "weights": f"load with `import {rules.plugin}`: packed by qat as {spec.weights}",

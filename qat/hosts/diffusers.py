@@ -1,4 +1,6 @@
-"""The host diffusers: ``AutoModel.from_pretrained`` with ``QuantoConfig``, stock, no code of ours.
+"""The host diffusers: ``AutoModel.from_pretrained`` with ``QuantoConfig``, stock, no code of ours, below diffusers 1.0.
+
+From 1.0 on diffusers has no such code, and the plug-in ``qat.integrations.diffusers`` takes its place.
 
 One weight type a model, no activations. ``modules_to_not_convert`` matches the last part of a module's name, so two
 layers of one last name are both quantized or both float. docs/diffusers.md has what was measured of this loader.
@@ -7,6 +9,7 @@ layers of one last name are both quantized or both float. docs/diffusers.md has 
 from __future__ import annotations
 
 import copy
+import importlib
 import json
 import warnings
 from contextlib import nullcontext
@@ -132,7 +135,13 @@ class _Diffusers(Host):
         return FloatGrid(arguments, dtype="dtype=torch.float32, ", one_file=True)
 
     def load(self, cls: Any, directory: Path, manifest: Manifest, format: Format) -> Reloaded:
-        """``from_pretrained``; the report says that the dtype must be given."""
+        """``from_pretrained``, by the plug-in where stock code is gone; the report says that it wants a dtype."""
+        import diffusers
+        from diffusers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+
+        rules = format.libraries[self.name]
+        if int(diffusers.__version__.partition(".")[0]) >= (rules.stock_below or 0):
+            importlib.import_module(str(rules.plugin))
         arguments = {"dtype": getattr(torch, manifest.dtype), **self.stock_config(manifest, format)}
         with warnings.catch_warnings():
             # The notice, at every load, that diffusers will drop its quanto backend in its release 1.0.
@@ -146,13 +155,18 @@ class _Diffusers(Host):
                 module._parameters["weight"] = nn.Parameter(weight.detach(), requires_grad=False)
         without = "" if manifest.dtype == "float32" else "; without one diffusers loads float32, and outputs differ"
         how = f"{type(loaded).__name__}.from_pretrained with dtype=torch.{manifest.dtype}{without}"
+        if AUTO_QUANTIZER_MAPPING[format.name].__module__ == rules.plugin:  # imported here, or by the caller
+            how += f"; by {rules.plugin}"
         return Reloaded(loaded, how)
 
     def card(self, manifest: Manifest, module: str, cls: str, format: Format) -> list[str]:
         dtype = f"torch.{manifest.dtype}"
-        code = self.pretrained_code(manifest, module, cls, format)
+        code, rules = self.pretrained_code(manifest, module, cls, format), format.libraries[self.name]
+        bound = f"Stock diffusers below {rules.stock_below}.0 "
+        later = f"From {rules.stock_below}.0 on, first `import {rules.plugin}`."
         if manifest.float_grid:
-            return [code, "Without `quantization_config` the same file loads as a float model that computes the same."]
+            plain = "Without `quantization_config` the same file loads as a float model that computes the same."
+            return [code, f"{bound}with {format.library} and accelerate. {later}", plain]
         why = (
             "Any other `dtype` keeps the codes but rounds scales"
             if manifest.dtype == "float32"
@@ -160,7 +174,7 @@ class _Diffusers(Host):
             "without one diffusers loads float32, which keeps the codes but widens scales"
         )
         text = (
-            f"Stock diffusers with {format.library} and accelerate, no other package. "
+            f"{bound}with {format.library} and accelerate, no other package. {later} "
             f"{why}, so that outputs are no longer those of training."
         )
         use = [
