@@ -145,7 +145,7 @@ def test_the_refusal_of_gpt2_says_what_its_layers_are() -> None:
         "spec: no layer of the model would be quantized; reasons: [\"the loader of target 'quanto' replaces no Conv1D: "
         "use target 'transformers' or 'gguf'\", \"the loader of target 'quanto' replaces no Embedding: use target "
         "'transformers' or 'gguf'\", 'tied to another weight (include it by name to untie and quantize it)']: use "
-        "target 'transformers' or 'gguf', or change the spec's patterns"
+        "target 'gguf' or 'transformers', or change the spec's patterns"
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from qat.errors import TargetError, listed
-from qat.hosts import MODULE, TARGETS, host_of
+from qat.hosts import TARGETS
 from qat.layers import QuantizedLayer
 from qat.spec import LayerSpec, QuantSpec
 
@@ -26,7 +26,7 @@ def target_fault(model: nn.Module, module: nn.Module, cls: type[QuantizedLayer],
     if not cls.targets or target in cls.targets:
         return None
     what = type(module).__name__ if cls.called else "experts in one parameter"
-    able = [repr(name) for name in cls.targets if TARGETS[name].host in (MODULE, host_of(model))]
+    able = [repr(name) for name in cls.targets if not TARGETS[name].host.model_faults(model)]
     remedy = f"use target {' or '.join(able)}" if able else "no target for such a model does"
     return f"the loader of target {target!r} replaces no {what}: {remedy}"
 

@@ -189,10 +189,12 @@ class PackedQuantizer(DiffusersQuantizer):
         config = self.quantization_config
         if self.pre_quantized and config.modules_to_not_convert is None:
             config = self.quantization_config = copy.copy(config)
-            config.modules_to_not_convert = sorted({DIFFUSERS.layer_key(name) for name in linear.keys() - packed})
+            config.modules_to_not_convert = sorted(
+                {DIFFUSERS.layer_key(model, name) for name in linear.keys() - packed}
+            )
         floats = config.modules_to_not_convert or ()
         skipped = {*([floats] if isinstance(floats, str) else floats), *keep_in_fp32_modules}
-        layers = {n: self._layer(m) for n, m in linear.items() if DIFFUSERS.layer_key(n) not in skipped}
+        layers = {n: self._layer(m) for n, m in linear.items() if DIFFUSERS.layer_key(model, n) not in skipped}
         if not layers:
             logger.warning("%s has no linear layer to quantize: it is loaded as it is", type(model).__name__)
         for name, layer in layers.items():
