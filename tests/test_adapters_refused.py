@@ -109,13 +109,3 @@ def test_bases_of_other_shapes_stay_float_and_are_merged() -> None:
     assert torch.allclose(logits(model), before, atol=1e-5)
     inner = get_peft_model(nn.Sequential(Packed(), nn.Linear(64, 64)), LoraConfig(target_modules=["0"]))  # type: ignore[arg-type]
     assert qat.prepare(inner, INT4).layers == ("1",)
-
-
-def test_adapters_that_were_merged_by_hand_are_refused() -> None:
-    model = adapted()
-    qat.prepare(model, INT4, target="transformers")
-    train(model)
-    with pytest.raises(
-        StateError, match=r"4 of 14 prepared layers were replaced since .*leave peft's merge_and_unload"
-    ):
-        qat.freeze(model.merge_and_unload())

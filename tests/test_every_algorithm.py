@@ -111,7 +111,11 @@ def test_backward_computes_the_value_of_the_forward_again(algorithm: Algorithm, 
 def test_masters_of_other_dtypes(algorithm: Algorithm, qtype: QType, master: torch.dtype) -> None:
     layer = nn.Linear(256, 5, bias=False, dtype=master)
     quantizer = moved(algorithm.make(layer.weight, qtype, torch.bfloat16), 0.1)
-    assert {tensor.dtype for tensor in quantizer.state_dict().values()} <= {torch.float32, torch.bool}
+    assert {tensor.dtype for tensor in quantizer.state_dict().values()} <= {
+        torch.float32,
+        torch.bool,
+        torch.uint8,
+    }  # uint8: a name
     QLinear.adopt(layer, quantizer)(torch.ones(2, 256, dtype=master)).sum().backward()
     assert layer.weight.grad is not None
     assert layer.weight.grad.dtype is master
