@@ -13,7 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForC
 
 import qat
 from qat.errors import SpecError, StateError
-from tests.test_adapters import INT4, TOKENS, Q, adapted, llama, logits, train
+from tests.test_adapters import INT4, TOKENS, Q, adapted, llama, logits
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft asks
 
