@@ -49,10 +49,10 @@ def build(work: Path, package: str) -> Path:
         return folder
     work.mkdir(parents=True, exist_ok=True)
     pip = [sys.executable, "-m", "pip"]
-    tools = work / "tools"  # of the package's own set-up, without which pip does not even download it
+    tools = str(work / "tools")  # of the package's own set-up, without which pip does not even download it
     subprocess.run([*pip, "install", "--target", tools, "scikit-build-core[pyproject]"], check=True)
-    download = [*pip, "download", "--no-deps", "--no-build-isolation", "--no-binary", ":all:", "-d", work, package]
-    subprocess.run(download, check=True, env={"PYTHONPATH": str(tools), "PATH": "/usr/bin:/bin"})
+    download = [*pip, "download", "--no-deps", "--no-build-isolation", "--no-binary", ":all:", "-d", str(work), package]
+    subprocess.run(download, check=True, env={"PYTHONPATH": tools, "PATH": "/usr/bin:/bin"})
     with tarfile.open(next(work.glob("llama_cpp_python-*.tar.gz"))) as archive:
         archive.extractall(work / "source", filter="data")
     source = next((work / "source").glob("*/vendor/llama.cpp"))
