@@ -240,7 +240,6 @@ def test_on_a_gpu_it_computes_what_qat_load_gives(weights: str, tmp_path: Path, 
     wanted = qat.load(tmp_path / "out", device="cuda")(**inputs).sample
     register()
     for loaded in (
-        from_directory(tmp_path / "out", device_map="cuda"),
         from_directory(tmp_path / "out").cuda(),
         from_file(tmp_path / "out", quantization_config=config(weights)).cuda(),
         from_file(tmp_path / "out", quantization_config=config(weights), device="cuda"),
