@@ -37,6 +37,7 @@ from qat.jobs import begun, in_threads
 from qat.layers import QuantizedLayer, float_layers, quantized_layers
 from qat.optimizers import unchanged
 from qat.preparation import Prepared, forget_prepared, prepared_as
+from qat.probing import several_processes
 from qat.progress import counted
 from qat.quantizers.activation import ActivationQuantizer
 from qat.runs import read_without_call
@@ -178,6 +179,7 @@ def _remarks(model: nn.Module, allow_unreached: bool, allow_reads: bool) -> list
         places = [f"{name} ({', '.join(numbers)})" for name, numbers in experts.items()]
         count = sum(map(len, experts.values()))
         when = "in training, and so learned nothing" if any(one.trained for one in layers.values()) else "at all"
+        when += ", as far as this rank knows" if several_processes() else ""
         notes.append(f"{count} experts never saw a token {when}: {listed(places, 100)}")
         logger.warning("%s", notes[-1])
     if unreached:

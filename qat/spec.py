@@ -203,6 +203,8 @@ class QuantSpec(NamedArguments):
                 close = [wanted[near] for near in get_close_matches(pattern.lstrip("*."), wanted, n=1)]
                 if held:
                     hint = f", only {held[0]} and the like: {others[held[0]]}"
+                elif any(fnmatchcase(name, f"{pattern}.*") for name in good):
+                    hint = f": it names a module that holds layers; did you mean {f'{pattern}.*'!r}?"
                 elif close:
                     hint = f": a pattern matches the whole name; did you mean {close[0]!r}?"
                 else:

@@ -129,6 +129,7 @@ def test_a_pipeline_with_a_unet_is_its_unet(tmp_path: Path) -> None:
     ("name", "why"),
     [
         ("Qwen/Qwen3-8", "; did you mean 'Qwen/Qwen3-8B'?"),
+        ("gpt2", "; did you mean 'openai-community/gpt2'?"),
         ("gpt2", "names there have the form owner/model"),
         ("./models/a", "names there have the form owner/model"),
     ],

@@ -209,12 +209,13 @@ def test_patterns_that_match_are_fine() -> None:
         (QuantSpec(include="*.to_k"), "include: pattern '\\*.to_k' .* did you mean '\\*.to_q'"),
         (QuantSpec(exclude="to_q"), "exclude: pattern 'to_q' .*: a pattern matches the whole name; .*'\\*.to_q'"),
         (QuantSpec(exclude="encodr.0.to_q"), "did you mean 'encoder.0.to_q'"),
+        (QuantSpec(exclude="encoder.0"), "it names a module that holds layers; did you mean 'encoder.0.*'\\?"),
         (
             QuantSpec(overrides={"xyzzy": "int4"}),
             "overrides: pattern 'xyzzy' .*; layers here: .*'encoder.0.to_q'",
         ),
     ],
-    ids=["misspelt", "by its last part", "without a star", "a whole name", "nothing near"],
+    ids=["misspelt", "by its last part", "without a star", "a whole name", "a module", "nothing near"],
 )
 def test_a_pattern_that_matches_nothing_is_refused_with_a_suggestion(spec: QuantSpec, message: str) -> None:
     with pytest.raises(SpecError, match=message) as raised:

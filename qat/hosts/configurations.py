@@ -104,10 +104,11 @@ def _directory(source: str) -> Path | None:
             return None
         found = _of_hub(source, cached=False) if isinstance(cached, str) else cached
         if isinstance(found, str):
+            owned = {name.rpartition("/")[2]: name for name in published()}  # as users call them
+            hint = f"; did you mean {owned[source]!r}?" if source in owned else meant(source, published())
             raise LoadError(
                 f"model: {source!r} is no directory here, and as a name on the hub it cannot be read ({found}): give a "
-                f"directory with a config.json, or a name that comes with qat: {', '.join(published())}"
-                f"{meant(source, published())}"
+                f"directory with a config.json, or a name that comes with qat: {', '.join(published())}{hint}"
             )
         directory = found
     if (directory / "model_index.json").is_file():
