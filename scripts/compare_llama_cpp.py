@@ -118,7 +118,7 @@ def frozen(weights: str, steps: int, rate: float, problem: LanguageModel) -> nn.
     run = _quality.Run("best", weights, None, steps, 0, rate, "float32")
     torch.manual_seed(0)
     model, groups, training = _quality.prepared(
-        AutoModelForCausalLM.from_pretrained(REFERENCE, dtype=torch.float32), run, arm, problem
+        AutoModelForCausalLM.from_pretrained(REFERENCE, dtype=torch.float32, trust_remote_code=False), run, arm, problem
     )
     if steps:
         loss_of = _quality.distilled(model, problem.model, arm, problem)
@@ -136,7 +136,9 @@ def float_file(directory: Path, source: Path) -> None:
 
     reader = gguf.GGUFReader(source)
     weight = (
-        AutoModelForCausalLM.from_pretrained(REFERENCE, dtype=torch.float32).model.layers[0].self_attn.o_proj.weight
+        AutoModelForCausalLM.from_pretrained(REFERENCE, dtype=torch.float32, trust_remote_code=False)
+        .model.layers[0]
+        .self_attn.o_proj.weight
     )
     writer = gguf.GGUFWriter(directory / "float.gguf", "llama")
     for field in reader.fields.values():
@@ -170,7 +172,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=None)
     arguments = parser.parse_args()
     programs, work = build(arguments.work, arguments.package), arguments.work
-    tokenizer: Any = AutoTokenizer.from_pretrained(REFERENCE)
+    tokenizer: Any = AutoTokenizer.from_pretrained(REFERENCE, trust_remote_code=False)
     text = work / "text.txt"
     documents = [document["text"] for document in standard_library_documents("evaluation")]
     text.write_text("\n\n".join(documents)[-arguments.characters :], encoding="utf-8")
@@ -182,7 +184,7 @@ def main() -> None:
         rows.append(row)
         print(json.dumps(row), flush=True)
 
-    one = AutoModelForCausalLM.from_pretrained(REFERENCE, dtype=torch.float32)
+    one = AutoModelForCausalLM.from_pretrained(REFERENCE, dtype=torch.float32, trust_remote_code=False)
     qat.prepare(one, qat.QuantSpec(weights="q8_0", include=("*.0.self_attn.o_proj",), dtype="float32"), target="gguf")
     qat.freeze(one)
     qat.export(one, work / "one", processor=tokenizer, overwrite=True)
