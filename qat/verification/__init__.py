@@ -193,7 +193,7 @@ def _checks(
     faults, count = tensor_faults(loaded, manifest, record, format)
     yield _check("tensors", faults, f"{count} other tensors equal those exported")
     if reference is not None:  # before any forward: a loader may turn codes into floats then
-        faults = list(reference_faults(held, reference, record, format, codes_only=manifest.float_grid))
+        faults = list(reference_faults(loaded, held, reference, record, format, codes_only=manifest.float_grid))
         yield _check("reference layers", faults, f"{len(record.layers)} layers and all else equal the live ones")
     if manifest.example is not None:
         yield _stored_outputs(loaded, directory, manifest, manifest.example)

@@ -99,17 +99,20 @@ def _belongs_to_weight(name: str, record: FrozenRecord) -> bool:
 
 
 def reference_faults(
-    loaded: nn.Module, reference: nn.Module, record: FrozenRecord, format: Format, codes_only: bool
+    loaded: nn.Module,
+    held: nn.Module,
+    reference: nn.Module,
+    record: FrozenRecord,
+    format: Format,
+    codes_only: bool,
 ) -> Iterator[str]:
-    """Compare the reloaded model with the live one, tensor by tensor, and say by how much they differ."""
-    values = floats_alone(loaded, record, format)
-    live, again = dict(reference.named_modules()), dict(loaded.named_modules())
+    """Compare the reloaded model with the live one, tensor by tensor, and say by how much they differ.
+
+    ``held`` is the reloaded model with its codes: another one where its loader makes floats of them.
+    """
+    live, again = dict(reference.named_modules()), dict(held.named_modules())
     for name in record.layers:
         old, new = live.get(name), again.get(name)
-        if values and old is not None and new is not None:
-            if (gap := difference(format.values(old), new.weight)) is not None:
-                yield f"{name}, weight: {gap}"
-            continue
         if old is None or new is None or not format.is_frozen(old) or not format.is_frozen(new):
             yield f"{name} is not a quantized layer in both models"
             continue
@@ -130,7 +133,7 @@ def reference_faults(
         gap = difference(tensor, unstored[name]) if name in unstored else None
         if gap is not None and not codes_only:
             yield f"{name}, which no file holds: {gap}"
-    kept, found = (ModelState(model, format, host_of(model).ties(model)) for model in (reference, loaded))
+    kept, found = (ModelState(model, format, host_of(model).ties(model)) for model in (reference, held))
     names = {entry.name for entry in found.entries} | set(found.tied)
     for entry in kept.entries:
         activation_scale = entry.name.endswith(("input_scale", "output_scale"))
