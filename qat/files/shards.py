@@ -35,6 +35,7 @@ from qat.tensors import raw_bytes
 
 __all__ = [
     "ALIGNMENT",
+    "DTYPES_BY_NAME",
     "DTYPE_NAMES",
     "Header",
     "Shard",
@@ -62,6 +63,7 @@ DTYPE_NAMES: dict[torch.dtype, str] = {
     torch.float8_e4m3fn: "F8_E4M3",
     torch.float8_e5m2: "F8_E5M2",
 }
+DTYPES_BY_NAME: dict[str, torch.dtype] = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 _SIZE = TypeAdapter[int](Annotated[ByteSize, Field(ge=1)])
 
 
@@ -262,7 +264,6 @@ def read_headers(files: Iterable[Path]) -> dict[str, Header]:
     """
     from safetensors import SafetensorError, safe_open
 
-    dtypes = {name: dtype for dtype, name in DTYPE_NAMES.items()}
     found: dict[str, Header] = {}
     for path in files:
         try:
@@ -271,7 +272,7 @@ def read_headers(files: Iterable[Path]) -> dict[str, Header]:
             with safe_open(path, framework="pt") as opened:
                 for name in opened.offset_keys():  # the format has no holes, so that the order gives the offsets
                     view = opened.get_slice(name)
-                    entry = TensorEntry(name, dtypes[view.get_dtype()], tuple(view.get_shape()))
+                    entry = TensorEntry(name, DTYPES_BY_NAME[view.get_dtype()], tuple(view.get_shape()))
                     found[name] = Header(path.name, entry, position)
                     position += entry.nbytes
         except (OSError, SafetensorError, struct.error, KeyError) as error:

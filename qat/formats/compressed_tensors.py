@@ -160,8 +160,11 @@ class _CompressedTensors(Format):
         """Nothing to do: its loaders tie no packed weights."""
 
     def needs_packed(self, spec: QuantSpec) -> bool:
-        given = (v if isinstance(v, LayerSpec) else LayerSpec(weights=v) for v in spec.overrides.values())
-        groups = {(spec.weights, spec.activations)} | {(v.weights, v.activations) for v in given}
+        default = spec.activations  # which an override by a name keeps, as in `QuantSpec.resolve`
+        given = (
+            (v.weights, v.activations) if isinstance(v, LayerSpec) else (v, default) for v in spec.overrides.values()
+        )
+        groups = {(spec.weights, default), *given}
         types = [self.types(*group, spec.torch_dtype) for group in groups if group[0] != "float"]
         return len(types) > 1 and any(map(packs, types))
 

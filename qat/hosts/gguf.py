@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from qat.errors import ExportError, LoadError, listed
 from qat.files.evidence import FrozenRecord, frozen_record
 from qat.files.manifest import Manifest, TensorRecord, file_record
-from qat.files.shards import DTYPE_NAMES, Header, TensorEntry, header_faults
+from qat.files.shards import DTYPE_NAMES, DTYPES_BY_NAME, Header, TensorEntry, header_faults
 from qat.files.weights import Container, Written
 from qat.formats.gguf import BLOCKS
 from qat.progress import counted
@@ -158,13 +158,11 @@ class GgufContainer(Container):
             if tensor.tensor_type.name == "BF16":
                 shape = (*shape[:-1], shape[-1] // 2)
             if (tensor.tensor_type.name, shape) != (stored.type, stored.shape):
-                held[f"{name} ({tensor.tensor_type.name} {list(shape)}, not {stored.type} {list(stored.shape)})"] = (
-                    tensor
-                )
+                told = f"{name} ({tensor.tensor_type.name} {list(shape)}, not {stored.type} {list(stored.shape)})"
+                held[told] = tensor
                 continue
             for key, _, _ in stored.parts:
-                dtypes = {name: dtype for dtype, name in DTYPE_NAMES.items()}
-                entry = TensorEntry(key, dtypes[tensors[key].dtype], tensors[key].shape)
+                entry = TensorEntry(key, DTYPES_BY_NAME[tensors[key].dtype], tensors[key].shape)
                 found[key] = Header(path.name, entry, 0)
         others = {
             name: Header(path.name, TensorEntry(name, torch.uint8, tuple(t.data.shape)), 0) for name, t in held.items()
@@ -183,7 +181,6 @@ class GgufContainer(Container):
             for key, place, shape in stored.parts:
                 starts[key] = name, place, start, start + shape[0]
                 start += shape[0]
-        dtypes = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
         def read(key: str) -> Tensor:
             name, place, start, end = starts[key]
@@ -192,16 +189,15 @@ class GgufContainer(Container):
                 rows = rows.view(torch.bfloat16)
             if place.order is not None:
                 rows = rows[place.order(len(rows)).argsort()]
-            return (rows.t() if place.transposed else rows).to(dtypes[manifest.tensors[key].dtype]).contiguous()
+            return (rows.t() if place.transposed else rows).to(DTYPES_BY_NAME[manifest.tensors[key].dtype]).contiguous()
 
         return read
 
     def _planned(
         self, path: Path, tensors: Mapping[str, TensorRecord], record: FrozenRecord, facts: Mapping[str, Any]
     ) -> dict[str, _Stored]:
-        dtypes = {name: dtype for dtype, name in DTYPE_NAMES.items()}
         try:
-            return self._plan({key: (dtypes[t.dtype], t.shape) for key, t in tensors.items()}, record, facts)
+            return self._plan({key: (DTYPES_BY_NAME[t.dtype], t.shape) for key, t in tensors.items()}, record, facts)
         except (KeyError, ExportError) as error:
             raise LoadError(
                 f"{path.name} in {str(path.parent)!r} does not say where its tensors lie ({error}): export it again"

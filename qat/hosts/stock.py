@@ -13,7 +13,7 @@ from torch import nn
 
 from qat.errors import LoadError
 from qat.files.manifest import Manifest
-from qat.files.shards import DTYPE_NAMES
+from qat.files.shards import DTYPES_BY_NAME
 from qat.hosts.base import Host, Reloaded
 from qat.hosts.remote_code import refuse_remote_code
 from qat.hosts.targets import HOSTS, MODULE, get_target, host_of
@@ -86,10 +86,10 @@ def stock_reload(directory: Path, manifest: Manifest, model: nn.Module | None) -
                 return Reloaded(*found)
         # On CPU, not meta: quanto's loader fills the buffers of a meta model with garbage.
         skeleton = library.build_from(cls, directory, manifest, empty=False)
-    dtypes, serving = {name: dtype for dtype, name in DTYPE_NAMES.items()}, getattr(torch, manifest.dtype)
+    serving = getattr(torch, manifest.dtype)
     for name, tensor in stored_tensors(skeleton):  # the loader may copy into the model, whose dtypes then decide
         if name in manifest.tensors:
-            tensor.data = tensor.data.to(dtypes[manifest.tensors[name].dtype])
+            tensor.data = tensor.data.to(DTYPES_BY_NAME[manifest.tensors[name].dtype])
         elif name.rpartition(".")[0] in manifest.frozen.layers:
             tensor.data = tensor.data.to(serving)
     files = sorted({tensor.file for tensor in manifest.tensors.values()})
