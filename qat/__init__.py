@@ -10,6 +10,7 @@ The verbs, in the order in which they are used::
     qat.export(model, "out")               # files for diffusers, transformers or optimum-quanto
     qat.verify("out", reference=model)     # proof that what loads is what was trained
     qat.load("out")                        # a model ready for inference
+    qat.convert("out", "other", target=...)  # the same values for another loader, where its grid has them
 
 Names are imported when they are first used: ``import qat`` loads neither torch nor Lightning nor any model library.
 """
@@ -25,6 +26,7 @@ _HOMES = {
     "qat.allocation": ("LayerChoice", "SearchReport", "search"),
     "qat.calibration": ("CalibrationReport", "calibrate"),
     "qat.codes_only": ("FixCodesReport", "fix_codes"),
+    "qat.conversion": ("convert",),
     "qat.errors": tuple(errors.__all__),
     "qat.exporting": ("ExportReport", "export"),
     "qat.folding": ("FoldReport", "fold_outliers"),

@@ -2,9 +2,10 @@
 
 ``qat inspect MODEL`` says what a spec would do to a model, from its configuration alone. ``qat calibrate MODEL``
 makes a quantized export of a float model, without training. ``qat verify DIRECTORY`` checks an export against its
-evidence. They print a table; inspect and verify print JSON with ``--json``. Exit codes: 0; 1 when a
-verification failed; 2 for a user's mistake; 141 when whoever read the output has left. Torch is imported when a verb
-has work to do, so ``--help`` and a wrong option answer at once.
+evidence. ``qat convert DIRECTORY OUTPUT`` writes it for another target, where every value stays. They print a table;
+inspect and verify print JSON with ``--json``. Exit codes: 0; 1 when a verification failed; 2 for a user's mistake; 141
+when whoever read the output has left. Torch is imported when a verb has work to do, so ``--help`` and a wrong option
+answer at once.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ __all__ = ["main", "mapping_rule"]
 
 _W8A8 = QuantSpec(activations="int8")
 _DEFAULT: dict[str, Any] = {}
+_Target = Literal["quanto", "transformers", "diffusers", "compressed-tensors", "gguf", "gguf-diffusers"]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -41,9 +43,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     registry.struct_rule(_spec_rule)
     run_command(
         lambda: tyro.extras.subcommand_cli_from_dict(
-            {"inspect": _inspect, "calibrate": _calibrate, "verify": _verify},
+            {"inspect": _inspect, "calibrate": _calibrate, "verify": _verify, "convert": _convert},
             prog="qat",
-            description="Quantization-aware training: inspect, calibrate and verify.",
+            description="Quantization-aware training: inspect, calibrate, verify and convert.",
             args=(sys.argv[1:] if argv is None else argv) or ["--help"],
             config=(tyro.conf.PositionalMetavarFromFieldName,),
             registry=registry,
@@ -55,7 +57,7 @@ def _inspect(
     model: str,
     /,
     spec: Annotated[QuantSpec, tyro.conf.OmitArgPrefixes],
-    target: Literal["quanto", "transformers", "diffusers", "compressed-tensors", "gguf", "gguf-diffusers"] = "quanto",
+    target: _Target = "quanto",
     full: bool = False,
     json: bool = False,
 ) -> None:
@@ -212,6 +214,23 @@ def _verify(directory: Path, /, json: bool = False) -> None:
         _show(failed, json)
         checks = ", ".join(check.name for check in failed.checks if not check.passed)
         raise VerifyError(f"{str(directory)!r} is not what was frozen; failed: {checks}") from None
+
+
+def _convert(directory: Path, output: Path, /, target: _Target, overwrite: bool = False) -> None:
+    """Write an exported directory for another target, where every value stays the same, and verify it.
+
+    Args:
+        directory: What `qat.export` wrote.
+        output: The directory to write.
+        target: Who will load it.
+        overwrite: Replace an older export.
+    """
+    from qat.conversion import convert
+    from qat.verification import verify
+
+    quiet_libraries()
+    print(convert(directory, output, target=target, overwrite=overwrite, progress=True))
+    print(verify(output))
 
 
 def _show(report: InspectReport | VerifyReport, as_json: bool) -> None:

@@ -29,7 +29,7 @@ from qat.jobs import in_threads
 from qat.layers import QuantizedLayer, float_layers
 from qat.tensors import meta_names, stored_tensors
 
-__all__ = ["check_files", "check_headers", "fill", "load", "skeleton"]
+__all__ = ["check_files", "check_headers", "fill", "load", "skeleton", "tied_layers"]
 
 _Places = Mapping[str, tuple[nn.Module, type[QuantizedLayer]]]
 """The float modules that become frozen layers, each with the class of its kind."""
@@ -153,12 +153,12 @@ def _keys_of_layers(manifest: Manifest, keys: Iterable[str]) -> dict[str, dict[s
         for dot in re.finditer(r"\.", key):
             if key[: dot.start()] in below:
                 below[key[: dot.start()]][key[dot.end() :]] = key
-    for name, source in _tied_layers(manifest).items():
+    for name, source in tied_layers(manifest).items():
         below[name] |= {rest: key for rest, key in below[source].items() if rest.startswith("weight")}
     return below
 
 
-def _tied_layers(manifest: Manifest) -> dict[str, str]:
+def tied_layers(manifest: Manifest) -> dict[str, str]:
     """The quantized layers without a weight of their own, each with the layer that has it."""
     tied = {name: manifest.tied.get(f"{name}.weight", "").removesuffix(".weight") for name in manifest.frozen.layers}
     return {name: source for name, source in tied.items() if source in manifest.frozen.layers}
@@ -183,6 +183,7 @@ def skeleton(directory: Path, manifest: Manifest) -> nn.Module:
         f"{name} is {manifest.tensors[name].dtype} in the files, but the model holds it in {rules.tensor_dtype(name)}"
         for name, tensor in built.named_parameters()
         if name in manifest.tensors
+        and name.rpartition(".")[0] not in manifest.frozen.layers  # whose codes may be stored as ``weight``
         and tensor.is_floating_point()
         and manifest.tensors[name].dtype != DTYPE_NAMES[rules.tensor_dtype(name)]
     ]
@@ -219,7 +220,7 @@ def fill(model: nn.Module, directory: Path, manifest: Manifest, device: torch.de
         raise load_error(f"the files in {str(directory)!r} do not fit the model", faults)
     read = _reader(directory, manifest, device)
     _place(model, manifest, places, read)
-    for name, source in _tied_layers(manifest).items():
+    for name, source in tied_layers(manifest).items():
         get_target(manifest.target).format.tie([model.get_submodule(source), model.get_submodule(name)])
     loaded: dict[str, Any] = {}
     for name, old in own.items():

@@ -182,3 +182,16 @@ def test_the_module_can_be_run(module: str) -> None:
     assert done.returncode == 0
     assert "inspect" in done.stdout
     assert done.stderr == ""
+
+
+def test_convert_writes_and_verifies_and_refuses_what_would_change(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    qat.export(frozen_llama(weights="int8", target="transformers"), tmp_path / "a")
+    code, out, _ = run(capsys, "convert", tmp_path / "a", tmp_path / "b", "--target", "compressed-tensors")
+    assert code == 0
+    assert "verified" in out
+    code, out, err = run(capsys, "convert", tmp_path / "a", tmp_path / "c", "--target", "gguf-diffusers")
+    assert (code, out) == (2, "")
+    assert "error: model: target 'gguf-diffusers'" in err
+    assert not (tmp_path / "c").exists()

@@ -41,9 +41,10 @@ from qat.progress import counted
 from qat.tensors import await_numbers, model_device, stored_tensors
 from qat.verification.outputs import compute_outputs
 
-__all__ = ["ExportReport", "export"]
+__all__ = ["CONFIG_NAME", "ExportReport", "export", "moved_tensors"]
 
 CONFIG_NAME = "qat_config.yaml"
+"""The resolved configuration of a recipe, beside the weights."""
 _ONE_FILE = 1 << 62
 _CHANGED = "the model changed after qat.freeze"
 _REMEDY = "; export the model as freezing left it, without casting or editing it"
@@ -214,13 +215,7 @@ def _check_target(model: nn.Module, record: FrozenRecord, wanted: Target) -> Non
             f"target {wanted.name!r}: its loader cannot hold {len(strange)} of the quantized layers "
             f"({listed(strange, 3)}): export for target {record.target!r}, or prepare for this one"
         )
-    dtype = record.spec.torch_dtype
-    old, new = frozen.rules(model, dtype), wanted.rules(model, dtype)
-    floats = (key for key, tensor in stored_tensors(model) if tensor.is_floating_point())
-    moved = [key for key in floats if new.tensor_dtype(key) != old.tensor_dtype(key)]
-    made = constructed_tensors(model, wanted, dtype)
-    others = (found for found in unstored_tensors(model) if found.name in made)
-    moved += [found.name for found in others if differs(found.tensor, made[found.name])]
+    moved = moved_tensors(model, frozen, wanted, record.spec.torch_dtype)
     moved += [
         f"{name}.weight"
         for name, module in model.named_modules()
@@ -232,6 +227,16 @@ def _check_target(model: nn.Module, record: FrozenRecord, wanted: Target) -> Non
             f"dtype, than target {record.target!r}, which the model was frozen for (first: {moved[0]!r}), so that "
             f"outputs would differ: {remedy}"
         )
+
+
+def moved_tensors(model: nn.Module, old: Target, new: Target, dtype: torch.dtype) -> list[str]:
+    """The tensors outside frozen layers that the loader of ``new`` would hold in another dtype, or make otherwise."""
+    before, after = old.rules(model, dtype), new.rules(model, dtype)
+    floats = (key for key, tensor in stored_tensors(model) if tensor.is_floating_point())
+    moved = [key for key in floats if after.tensor_dtype(key) != before.tensor_dtype(key)]
+    made = constructed_tensors(model, new, dtype)
+    others = (found for found in unstored_tensors(model) if found.name in made)
+    return moved + [found.name for found in others if differs(found.tensor, made[found.name])]
 
 
 def _strange(model: nn.Module, record: FrozenRecord, name: str) -> list[str]:
