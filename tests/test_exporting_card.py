@@ -12,6 +12,7 @@ import yaml
 
 import qat
 from qat.exporting import export
+from qat.hosts.targets import TARGETS
 from qat.verification import verify
 from tests.exports import flux_inputs, frozen, frozen_flux, frozen_layers, frozen_llama, small_llama
 
@@ -57,6 +58,16 @@ def test_the_code_of_the_card_loads_the_model(tmp_path: Path, library: str, opti
     assert "served in **float32**" in card
     bound = "Stock diffusers below 1.0 " in card and "From 1.0 on, first `import qat.integrations.diffusers`" in card
     assert bound is (library == "diffusers")
+
+
+@pytest.mark.parametrize("target", sorted(TARGETS))
+def test_every_block_of_python_on_a_card_is_valid(tmp_path: Path, target: str) -> None:
+    flux, weights = "diffusers" in target, "q8_0" if "gguf" in target else "int8"
+    export((frozen_flux if flux else frozen_llama)(target, weights=weights), tmp_path / "out")
+    blocks = re.findall(r"```python\n(.*?)```", read(tmp_path / "out"), re.DOTALL)
+    assert blocks
+    for block in blocks:
+        compile(block, "README.md", "exec")
 
 
 def test_a_module_without_configuration_needs_the_float_model(exported: Path) -> None:

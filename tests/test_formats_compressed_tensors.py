@@ -121,7 +121,16 @@ def test_what_config_json_says(tmp_path: Path) -> None:
         "weights": {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32},
     }
     assert "dequantize" not in fields
-    assert "import qat" not in (tmp_path / "out" / "README.md").read_text().split("from_pretrained")[0]
+
+
+@pytest.mark.parametrize("spec", [MIXED, {"weights": "int8", "activations": "int8"}, {"weights": "int4_g32_zp"}])
+def test_the_card_shows_a_load_that_works_without_qat(tmp_path: Path, spec: dict[str, Any]) -> None:
+    model, _ = exported(tmp_path / "out", 0, **spec)
+    code = (tmp_path / "out" / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    assert "qat" not in code
+    names: dict[str, Any] = {"directory": str(tmp_path / "out")}
+    exec(code, names)
+    assert torch.equal(logits(names["model"]), logits(model))
 
 
 def test_static_activations_in_config_json_and_in_the_files(tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ def _description(manifest: Manifest, types: list[str], library: str) -> str:
     form = (
         "as float32 numbers on the quantization grid, which a stock load quantizes back into the same codes"
         if manifest.float_grid
-        else f"in {library}'s format"
+        else f"in the format of {library}"
     )
     record = manifest.frozen
     activations = record.spec.activation_type

@@ -308,7 +308,7 @@ class Host:
             ]
             arguments += ", quantization_config=quantization"
         else:
-            if rules.stock_below is None:
+            if rules.plugin is not None and rules.stock_below is None:
                 code.append(f"import {rules.plugin}  # stock {self.name} cannot read packed weights")
             code.append("")
         return python_block([*code, f"model = {cls}.from_pretrained({arguments})"])
