@@ -70,6 +70,10 @@ def logits(model: Any) -> torch.Tensor:
     return model.eval()(**TOKENS).logits  # type: ignore[no-any-return]
 
 
+@pytest.mark.loads("transformers", "plug-in for transformers", layers=("LoRA",), weights=("int8",), activations="same")
+@pytest.mark.loads("transformers", "plug-in for transformers", layers=("LoRA",), weights=("float8", "int4", "int2"))
+@pytest.mark.loads("quanto", "QuantizedModelForCausalLM", layers=("LoRA",), weights=("int8",), activations="same")
+@pytest.mark.loads("quanto", "QuantizedModelForCausalLM", layers=("LoRA",), weights=("float8", "int4", "int2"))
 @pytest.mark.parametrize(
     ("types", "config"),
     [

@@ -16,6 +16,7 @@ import qat
 from scripts.architecture_matrix import (
     ACTIVATION_CASES,
     CASES,
+    WEIGHTS,
     Outcome,
     load,
     output_faults,
@@ -29,6 +30,8 @@ TESTED = list(ARCHITECTURES)[:16]
 KERNEL_GAPS = {"float32": 1e-5, "bfloat16": 5e-2}
 
 
+@pytest.mark.loads("transformers", "plug-in for transformers", weights=WEIGHTS)
+@pytest.mark.loads("quanto", "QuantizedModelForCausalLM", weights=WEIGHTS)
 @pytest.mark.parametrize("name", TESTED)
 def test_the_target_loads_what_was_frozen(name: str, tmp_path: Path) -> None:
     """Every type in one of both dtypes, by turns; the script takes all."""
@@ -40,6 +43,8 @@ def test_the_target_loads_what_was_frozen(name: str, tmp_path: Path) -> None:
         assert all(outcome.left_float.values()), outcome
 
 
+@pytest.mark.loads("transformers", "plug-in for transformers", weights=("int8", "float8"), activations="same")
+@pytest.mark.loads("quanto", "QuantizedModelForCausalLM", weights=("int8", "float8"), activations="same")
 @pytest.mark.parametrize("name", ["OPTForCausalLM", "BertForSequenceClassification", "LlamaForCausalLM"])
 def test_the_target_loads_quantized_activations(name: str, tmp_path: Path) -> None:
     for number, case in enumerate(ACTIVATION_CASES):

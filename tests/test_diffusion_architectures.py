@@ -51,6 +51,7 @@ def assert_equal(outcome: Outcome) -> None:
     assert outcome.result == "equal", f"{outcome.detail}\n{outcome.traceback}"
 
 
+@pytest.mark.loads("diffusers", "stock diffusers", weights=WEIGHTS)
 @pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight:UserWarning")  # Kandinsky's own norms
 @pytest.mark.parametrize("name", TESTED)
 def test_stock_diffusers_loads_what_was_frozen(name: str, stock: Worker, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ import qat.integrations.transformers
 from qat.errors import SpecError, StateError, TargetError
 from qat.files.evidence import frozen_record
 from qat.layers import quantized_layers
-from tests.helpers import same_bits
+from tests.helpers import WEIGHT_TYPES, same_bits
 
 TOKENS = torch.arange(40).reshape(2, 20) % 64
 QUICK = qat.Automatic(start="minmax")  # the usual start searches for its range
@@ -107,8 +107,11 @@ def logits(model: Any) -> Tensor:
     return found
 
 
+@pytest.mark.loads(
+    "transformers", "plug-in for transformers", layers=("experts",), weights=WEIGHT_TYPES, equal="codes, outputs"
+)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("weights", ["int8", "float8", "int4", "int2"])
+@pytest.mark.parametrize("weights", WEIGHT_TYPES)
 @pytest.mark.parametrize("name", MODELS)
 def test_models_of_experts_reload_equal(name: str, weights: Any, dtype: Any, tmp_path: Path) -> None:
     model = build(name)

@@ -34,6 +34,9 @@ def expert(model: Any, name: str) -> Any:
     return model.get_submodule(f"model.layers.0.mlp.experts.{name}")
 
 
+@pytest.mark.loads(
+    "transformers", "qat.load", layers=("experts",), weights=("int8", "float8"), activations="same", equal="outputs"
+)
 @pytest.mark.parametrize("kind", ["int8", "float8"])
 @pytest.mark.parametrize("form", ["eager", "batched_mm", "grouped_mm"])
 @pytest.mark.parametrize("name", ["MixtralForCausalLM", "GptOssForCausalLM"])

@@ -68,6 +68,7 @@ def same(left: torch.Tensor, right: torch.Tensor) -> bool:
     return left.dtype == right.dtype and torch.equal(left.float(), right.float())
 
 
+@pytest.mark.loads("diffusers", "stock diffusers", weights=TYPES, equal="codes, outputs")
 @pytest.mark.slow
 def test_a_process_without_qat_serves_what_was_frozen(tmp_path: Path) -> None:
     models = {}
@@ -210,6 +211,7 @@ class TestOtherTargets:
         export(model, tmp_path / "out", example_inputs=flux_inputs("bfloat16"))
         assert verify(tmp_path / "out", model).ok
 
+    @pytest.mark.loads("quanto", "requantize", weights=("int4",), activations=("none", "int8"))
     @pytest.mark.parametrize("activations", [None, "int8"])
     def test_target_quanto_loads_and_verifies(self, tmp_path: Path, activations: str | None) -> None:
         dtype = "float32" if activations else "bfloat16"
@@ -228,6 +230,7 @@ class TestOtherTargets:
 
 
 class TestFloatGrid:
+    @pytest.mark.loads("diffusers", "QuantoConfig", weights=TYPES, equal="codes")
     @pytest.mark.parametrize("weights", TYPES)
     def test_a_stock_load_gives_the_codes_back(self, tmp_path: Path, weights: str) -> None:
         from diffusers import AutoModel, QuantoConfig

@@ -25,6 +25,7 @@ from tests.exports import (
 
 
 class TestFloatGrid:
+    @pytest.mark.loads("transformers", "QuantoConfig", weights=TYPES, equal="codes")
     @pytest.mark.parametrize("weights", TYPES)
     def test_a_stock_load_gives_the_codes_back(self, tmp_path: Path, weights: str) -> None:
         model = frozen_llama("transformers", weights=weights, dtype="float32")

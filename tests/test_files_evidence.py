@@ -54,6 +54,7 @@ def test_what_was_packed_is_unpacked_bit_for_bit(weights: str, dtype: str) -> No
     assert ("TinyGemmWeightQBitsTensor" in classes) is ((weights, dtype) == ("int4", "bfloat16"))
 
 
+@pytest.mark.loads("quanto", "requantize", weights=WEIGHT_TYPES, equal="codes, values")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("weights", WEIGHT_TYPES)
 def test_a_reloaded_layer_gives_the_same_evidence(weights: str, dtype: str) -> None:

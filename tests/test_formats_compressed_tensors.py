@@ -25,9 +25,11 @@ MIXED: dict[str, Any] = {
     "weights": "int8",
     "overrides": {"*.mlp.*": "int4_g32", "*.o_proj": "int2_g64", "*.k_proj": "float8"},
 }
+TYPES = tuple(dict.fromkeys(qtype.name for qtype in COMPRESSED_TENSORS.qtypes.values()))
+PACKED = tuple(name for name in TYPES if not name.endswith("_zp"))
+ZERO_POINTS = tuple(name for name in TYPES if name.endswith("_zp"))
 SPECS: dict[str, dict[str, Any]] = {
-    **{name: {"weights": name} for name in ("int8", "float8", "int4", "int4_g32", "int2_g64")},
-    **{name: {"weights": name} for name in ("int4_g32_zp", "int4_g128_zp", "int2_g64_zp")},
+    **{name: {"weights": name} for name in TYPES},
     "int8 W8A8": {"weights": "int8", "activations": "int8"},
     "float8 W8A8": {"weights": "float8", "activations": "float8"},
     "mixed": MIXED,
@@ -63,6 +65,14 @@ def logits(model: Any) -> torch.Tensor:
     return model.eval()(IDS).logits  # type: ignore[no-any-return]
 
 
+@pytest.mark.loads("compressed-tensors", "stock transformers", weights=PACKED)
+@pytest.mark.loads("compressed-tensors", "stock transformers", weights=ZERO_POINTS, holds="equal floats")
+@pytest.mark.loads("compressed-tensors", "stock transformers", weights=("int8", "float8"), activations="same")
+@pytest.mark.loads(
+    "compressed-tensors", "stock transformers", weights=("int8", "float8", "int4_g32", "int2_g64"), mixed=True
+)
+@pytest.mark.loads("compressed-tensors", "qat.load", weights=TYPES)
+@pytest.mark.loads("compressed-tensors", "qat.load", weights=("int8", "float8"), activations="same")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", SPECS)
 def test_trained_frozen_exported_and_reloaded_are_one(kind: str, dtype: str, tmp_path: Path) -> None:
@@ -71,6 +81,8 @@ def test_trained_frozen_exported_and_reloaded_are_one(kind: str, dtype: str, tmp
     report = qat.verify(tmp_path / "out", reference=model)
     assert {check.name for check in report.checks} >= {"layers", "outputs", "reference layers", "reference outputs"}
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=getattr(torch, dtype))
+    held = stock.get_submodule("model.layers.0.self_attn.q_proj").state_dict()  # until the first forward
+    assert ("weight_scale" in held) is not kind.endswith("_zp")
     assert torch.equal(logits(stock), logits(model))
     assert all(torch.equal(stock.get_submodule(name).weight, value) for name, value in trained.items())
     loaded = qat.load(tmp_path / "out")
@@ -82,6 +94,7 @@ def test_trained_frozen_exported_and_reloaded_are_one(kind: str, dtype: str, tmp
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
+@pytest.mark.loads("compressed-tensors", "CompressedTensorsConfig", weights=("float8", "int4_g32", "int4_g32_zp"))
 @pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
 @pytest.mark.parametrize("kind", ["int4_g32", "float8", "int4_g32_zp"])
 def test_a_load_that_dequantizes_has_equal_weights_and_outputs(kind: str, tmp_path: Path) -> None:

@@ -76,6 +76,8 @@ def logits(model: Any) -> Tensor:
     return model(**IDS).logits  # type: ignore[no-any-return]
 
 
+@pytest.mark.loads("gguf", "gguf_file", weights=TYPES)
+@pytest.mark.loads("gguf", "qat.load", weights=TYPES, equal="values, outputs")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("weights", TYPES)
 def test_trained_frozen_exported_and_reloaded_are_equal(tmp_path: Path, weights: str, dtype: str) -> None:
@@ -107,6 +109,8 @@ def test_trained_frozen_exported_and_reloaded_are_equal(tmp_path: Path, weights:
     assert {"values", "layers", "outputs", "reference outputs"} <= {check.name for check in report.checks}
 
 
+@pytest.mark.loads("gguf", "gguf_file", layers=("Conv1D",), weights=("q4_1",))
+@pytest.mark.loads("gguf", "gguf_file", layers=("Linear", "embedding"), weights=("q8_0", "q4_1"), mixed=True)
 @pytest.mark.parametrize("ties", ["tied", "untied", "tied and quantized"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_architectures(tmp_path: Path, name: str, ties: str) -> None:

@@ -21,6 +21,7 @@ from qat.layers import quantized_layers
 from tests.diffusion_architectures import ARCHITECTURES
 from tests.helpers import same_bits
 
+TYPES = ("q8_0", "q4_0", "q4_1")
 WIDTH = 64  # of the tiny Flux
 
 
@@ -66,8 +67,10 @@ def narrow_flux(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gguf_diffusers, "_FLUX_WIDTH", WIDTH)
 
 
+@pytest.mark.loads("gguf-diffusers", "GGUFQuantizationConfig", weights=TYPES)
+@pytest.mark.loads("gguf-diffusers", "qat.load", weights=TYPES, equal="outputs")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("weights", ["q8_0", "q4_0", "q4_1"])
+@pytest.mark.parametrize("weights", TYPES)
 def test_flux_by_its_published_names_is_equal_in_all_four_forms(
     tmp_path: Path, narrow_flux: None, weights: str, dtype: str
 ) -> None:
@@ -106,6 +109,7 @@ def test_other_classes_have_the_names_of_diffusers(tmp_path: Path, name: str) ->
     assert config == ("qwen_image" if "Qwen" in name else "diffusers")
 
 
+@pytest.mark.loads("gguf-diffusers", "GGUFQuantizationConfig", weights=("q8_0", "q4_0"), mixed=True)
 def test_a_flux_of_another_width_has_the_names_of_diffusers_too(tmp_path: Path) -> None:
     model = exported(tmp_path, prepared("FluxTransformer2DModel", "q8_0", overrides={"*.to_q": "q4_0"}))
     assert qat.verify(tmp_path, reference=model).ok

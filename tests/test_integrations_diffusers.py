@@ -87,6 +87,8 @@ def assert_equal(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) 
         assert torch.equal(one.float(), right[name].float()), name
 
 
+@pytest.mark.loads("diffusers", "plug-in for diffusers", weights=TYPES, equal="codes, outputs")
+@pytest.mark.loads("diffusers", "plug-in for diffusers, single file", weights=TYPES, equal="codes, outputs")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("weights", TYPES)
 def test_packed_weights_load_as_by_stock_code_and_from_single_files(

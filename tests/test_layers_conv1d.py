@@ -17,7 +17,7 @@ from qat.formats import QUANTO
 from qat.layers import layer_class
 from qat.layers.conv1d import QConv1D
 from qat.quantizers.activation import ActivationQuantizer
-from tests.helpers import same_bits
+from tests.helpers import WEIGHT_TYPES, same_bits
 
 TOKENS = torch.arange(24).reshape(2, 12) % 64
 
@@ -56,8 +56,9 @@ def test_it_is_what_a_linear_layer_with_the_transposed_weight_is() -> None:
     assert torch.equal(conv.bias.grad, linear.bias.grad)
 
 
+@pytest.mark.loads("transformers", "plug-in for transformers", layers=("Conv1D",), weights=WEIGHT_TYPES)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("weights", ["int8", "float8", "int4", "int2"])
+@pytest.mark.parametrize("weights", WEIGHT_TYPES)
 def test_gpt2_reloads_equal(tmp_path: Path, weights: Any, dtype: Any) -> None:
     model = gpt2()
     spec = qat.QuantSpec(weights=weights, dtype=dtype)
@@ -81,6 +82,9 @@ def test_gpt2_reloads_equal(tmp_path: Path, weights: Any, dtype: Any) -> None:
         assert same_bits(loaded(input_ids=TOKENS).logits, model(input_ids=TOKENS).logits)
 
 
+@pytest.mark.loads(
+    "transformers", "qat.load", layers=("Conv1D",), weights=("int8",), activations="same", equal="outputs"
+)
 def test_activations_are_served_as_they_were_trained(tmp_path: Path) -> None:
     model, batches = gpt2(), [{"input_ids": TOKENS}]
     qat.calibrate(model, batches, spec=qat.QuantSpec(weights="int8", activations="int8"), target="transformers")
@@ -90,6 +94,7 @@ def test_activations_are_served_as_they_were_trained(tmp_path: Path) -> None:
     qat.export(model, tmp_path / "out", example_inputs=batches[0])
     with torch.no_grad():
         found = qat.load(tmp_path / "out")(input_ids=TOKENS).logits.float()
+        assert same_bits(found, model(input_ids=TOKENS).logits.float())
     assert (found - expected).abs().max() < 0.05 * expected.abs().max()
 
 

@@ -86,6 +86,8 @@ def through(folder: Path, build: Callable[[], Any], inputs: dict[str, Any], **sp
     return trained, found.float()
 
 
+@pytest.mark.loads("quanto", "requantize", layers=("Conv2d",), weights=WEIGHT_TYPES)
+@pytest.mark.loads("quanto", "qat.load, model", layers=("Conv2d",), weights=WEIGHT_TYPES, equal="outputs")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("weights", WEIGHT_TYPES)
 def test_it_reloads_equal(tmp_path: Path, weights: str, dtype: str) -> None:

@@ -74,6 +74,8 @@ def assert_same(live: nn.Module, loaded: nn.Module) -> None:
         assert torch.equal(live(IDS).logits, loaded(IDS).logits)
 
 
+@pytest.mark.loads("transformers", "qat.load", weights=TYPES, activations=("none", "int8"), equal="codes, outputs")
+@pytest.mark.loads("quanto", "qat.load", weights=TYPES, activations=("none", "int8"), equal="codes, outputs")
 @pytest.mark.parametrize("target", ["quanto", "transformers"])
 @pytest.mark.parametrize("activations", [None, "int8"], ids=["weights-only", "activations"])
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -111,6 +113,7 @@ def test_a_float_grid(tmp_path: Path) -> None:
         assert torch.equal(*codes), name
 
 
+@pytest.mark.loads("quanto", "qat.load, model", weights=TYPES, equal="outputs")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("weights", TYPES)
 def test_a_plain_module_is_filled_in_place(tmp_path: Path, weights: str, dtype: str) -> None:

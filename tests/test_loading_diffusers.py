@@ -17,6 +17,8 @@ from qat.verification.outputs import compute_outputs
 from tests.exports import DTYPES, TYPES, flux_inputs, frozen_flux
 
 
+@pytest.mark.loads("diffusers", "qat.load", weights=TYPES, equal="outputs")
+@pytest.mark.loads("quanto", "qat.load", weights=TYPES, equal="outputs")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("weights", TYPES)
 @pytest.mark.parametrize("target", ["diffusers", "quanto"])

@@ -15,7 +15,7 @@ from qat.errors import SpecError, TargetError
 from qat.hosts import get_target
 from qat.training.cage import cage_step
 from tests.architectures import ARCHITECTURES
-from tests.helpers import same_bits, tiny_model
+from tests.helpers import WEIGHT_TYPES, same_bits, tiny_model
 
 TOKENS = torch.arange(24).reshape(2, 12) % 64
 BOTH = ("model.embed_tokens", "lm_head")
@@ -54,13 +54,15 @@ def is_tied(model: Any) -> bool:
 
 
 CASES = [
-    *((weights, dtype, None) for weights in ("int8", "float8", "int4", "int2") for dtype in ("float32", "bfloat16")),
+    *((weights, dtype, None) for weights in WEIGHT_TYPES for dtype in ("float32", "bfloat16")),
     ("int8", "float16", None),
     ("int8", "bfloat16", "int8"),
     ("float8", "bfloat16", "float8"),
 ]
 
 
+@pytest.mark.loads("transformers", "plug-in for transformers", layers=("embedding",), weights=WEIGHT_TYPES)
+@pytest.mark.loads("transformers", "qat.load, model", layers=("embedding",), weights=WEIGHT_TYPES, equal="outputs")
 @pytest.mark.parametrize(("weights", "dtype", "activations"), CASES)
 def test_both_reload_equal_from_one_table(tmp_path: Path, weights: Any, dtype: Any, activations: Any) -> None:
     model = llama()

@@ -92,6 +92,7 @@ class TestStockLoadersGiveWhatWasFrozen:
         (load,) = (check.detail for check in verify(tmp_path / "out", model).checks if check.name == "load")
         assert load == "QuantizedModelForCausalLM.from_pretrained"
 
+    @pytest.mark.loads("quanto", "requantize", weights=TYPES, activations=("int8",))
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("weights", TYPES)
     def test_requantize(self, tmp_path: Path, weights: str, dtype: str) -> None:
@@ -100,6 +101,7 @@ class TestStockLoadersGiveWhatWasFrozen:
         report = verify(tmp_path / "out", model)
         assert "requantize" in {check.name: check.detail for check in report.checks}["load"]
 
+    @pytest.mark.loads("transformers", "plug-in for transformers", weights=TYPES, activations=("int8",))
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("weights", TYPES)
     def test_transformers_with_the_plug_in(self, tmp_path: Path, weights: str, dtype: str) -> None:
