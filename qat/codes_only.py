@@ -272,7 +272,11 @@ def _thaw(model: nn.Module) -> None:
     record = frozen_record(model)
     format = get_target(record.target).format
     if others := [name for name in record.layers if not isinstance(model.get_submodule(name), nn.Linear)]:
-        raise StateError(f"model: is frozen with layers that are not linear ({listed(others, 4)}): exclude them")
+        kind = type(model.get_submodule(others[0])).__name__
+        raise StateError(
+            f"model: is frozen, and {len(others)} layers are none that can train again ({listed(others, 3)}; the first "
+            f"is a {kind}): exclude them, or call qat.fix_codes on the prepared model, before qat.freeze"
+        )
     if active := [name for name, layer in record.layers.items() if layer.activations is not None]:
         raise StateError(
             f"model: is frozen, and {len(active)} layers quantize activations ({listed(active, 3)}); no file says "

@@ -27,7 +27,7 @@ from qat.hosts import get_target
 from qat.hosts.stock import library_and_class, load_pretrained
 from qat.jobs import in_threads
 from qat.layers import QuantizedLayer, float_layers
-from qat.tensors import meta_names, stored_tensors
+from qat.tensors import difference, meta_names, stored_tensors
 
 __all__ = ["check_files", "check_headers", "fill", "load", "skeleton", "tied_layers"]
 
@@ -98,10 +98,17 @@ def load(
 
 def _unfilled(model: nn.Module, manifest: Manifest) -> list[str]:
     """Tensors that no file holds, so that a lenient loader has left them random."""
-    held = manifest.tensors.keys() | manifest.tied.keys()
+    every, tied = dict(stored_tensors(model)), manifest.tied
     layers = tuple(f"{name}." for name in manifest.frozen.layers)
-    own = [(name, tensor) for name, tensor in stored_tensors(model) if not name.startswith(layers)]
-    filled = {id(tensor) for name, tensor in own if name in held}
+    own = [(name, tensor) for name, tensor in every.items() if not name.startswith(layers)]
+
+    def is_filled(name: str, tensor: Tensor) -> bool:
+        source = every.get(tied.get(name, name))  # an edited config.json may have broken a tie
+        if source is None or not (name in manifest.tensors or name in tied):
+            return False
+        return source is tensor or difference(source, tensor) is None
+
+    filled = {id(tensor) for name, tensor in own if is_filled(name, tensor)}
     return [f"the model has {name}, which the files have not" for name, tensor in own if id(tensor) not in filled]
 
 

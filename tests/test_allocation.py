@@ -294,6 +294,7 @@ def test_a_budget_that_cannot_be_met_is_told_the_smallest_one() -> None:
         ({"budget": "int3"}, qat.SpecError, "budget: must be bytes.*'int3'"),
         ({"types": "int4"}, qat.SpecError, "types: must be some of"),
         ({"types": ("int4", "int3")}, qat.SpecError, "types: must be some of"),
+        ({"types": ("int8", "q8_0")}, qat.SpecError, r"types: target 'quanto' has .*, got 'q8_0': give types="),
         ({"types": ("float",)}, qat.SpecError, "types: must be some of"),
         ({"types": (["int4"],)}, qat.SpecError, "types: must be some of"),
         ({"score": "fisher"}, qat.SpecError, "score: must be one of"),

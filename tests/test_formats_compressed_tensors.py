@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -273,6 +274,85 @@ def test_a_changed_configuration_is_found(tmp_path: Path) -> None:
     forge_hashes(directory, tensors=False)
     with pytest.raises(qat.VerifyError):
         qat.verify(directory)
+
+
+def forge_config(directory: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Change config.json, with its hash in the manifest."""
+    path = directory / "config.json"
+    fields = json.loads(path.read_text())
+    change(fields)
+    path.write_text(json.dumps(fields))
+    forge_hashes(directory, tensors=False)
+
+
+@pytest.mark.parametrize("field", ["weights", "input_activations"])
+@pytest.mark.parametrize(
+    "change", [{"symmetric": False}, {"num_bits": 3}, {"dynamic": True}, None], ids=lambda change: str(change)
+)
+@pytest.mark.parametrize("kind", ["int8", "int8 W8A8", "int4_g32"])
+def test_a_scheme_of_no_type_is_an_error_of_ours(kind: str, change: Any, field: str, tmp_path: Path) -> None:
+    """The loader's own arithmetic fails on layers that such a scheme made."""
+    directory = tmp_path / "out"
+    exported(directory, 0, **SPECS[kind])
+
+    def edit(fields: dict[str, Any]) -> None:
+        (group,) = fields["quantization_config"]["config_groups"].values()
+        group[field] = None if change is None else group["weights"] | change
+
+    forge_config(directory, edit)
+    if change is not None or field == "weights" or kind == "int8 W8A8":
+        with pytest.raises(qat.VerifyError):
+            qat.verify(directory)
+    try:
+        model = qat.load(directory)  # by the types of the manifest
+    except qat.LoadError:
+        return
+    assert torch.equal(model.model.layers[0].mlp.up_proj.weight, stored_value(directory))
+
+
+def stored_value(directory: Path) -> torch.Tensor:
+    """The weight of a layer as a directory's tensors have it, by the package alone."""
+    tensors, name = stored_tensors(directory), "model.layers.0.mlp.up_proj"
+    scale = tensors[f"{name}.weight_scale"]
+    if f"{name}.weight" in tensors:
+        return tensors[f"{name}.weight"].to(scale.dtype) * scale
+    from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+
+    shape = torch.Size(tensors[f"{name}.weight_shape"].tolist())
+    bits = 32 * tensors[f"{name}.weight_packed"].shape[1] // shape[1]
+    codes = unpack_from_int32(tensors[f"{name}.weight_packed"], bits, shape)
+    size = shape[1] // scale.shape[1]
+    return codes.to(scale.dtype) * scale.repeat_interleave(size, 1)
+
+
+def test_a_stored_shape_that_is_wrong_is_found(tmp_path: Path) -> None:
+    directory, key = tmp_path / "out", "model.layers.0.self_attn.q_proj.weight_shape"
+    exported(directory, 0, **SPECS["int4_g32"])
+    rewrite(directory / "model.safetensors", lambda tensors: tensors | {key: torch.zeros_like(tensors[key])})
+    forge_hashes(directory)
+    with pytest.raises(qat.VerifyError, match="what was loaded cannot be compared: RuntimeError"):
+        qat.verify(directory)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_tie_that_the_configuration_breaks_is_found_by_a_load(tied: bool, tmp_path: Path) -> None:
+    """The loader leaves a head random that no file holds."""
+    directory = tmp_path / "out"
+    exported(directory, 0, **SPECS["int8"])
+    forge_config(directory, lambda fields: fields.update(tie_word_embeddings=tied))
+    if tied:
+        assert qat.load(directory).lm_head.weight is not None
+        return
+    with pytest.raises(qat.LoadError, match=r"the model has lm_head\.weight, which the files have not"):
+        qat.load(directory)
+
+
+@pytest.mark.parametrize("verb", [qat.inspect, qat.prepare])
+def test_a_missing_package_is_named_before_training(verb: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = llama()
+    monkeypatch.setitem(sys.modules, "compressed_tensors", None)
+    with pytest.raises(qat.TargetError, match=r"needs a package that is missing: pip install 'qat\[compressed-tensors"):
+        verb(model, qat.QuantSpec(weights="int4_g32"), target=TARGET)
 
 
 def test_prepared_and_frozen_layers_are_told_from_float_ones() -> None:

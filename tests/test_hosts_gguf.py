@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import struct
 from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -16,6 +18,7 @@ from transformers import AutoModelForCausalLM
 import qat
 from qat.files.manifest import MANIFEST_NAME, file_record
 from qat.layers import quantized_layers
+from tests.exports import small_flux
 from tests.helpers import same_bits, tiny_model, tokens
 
 TYPES = ("q8_0", "q4_0", "q4_1")
@@ -171,7 +174,8 @@ def test_rows_of_llamas_query_are_interleaved_as_llama_cpp_rotates_them(tmp_path
     ("model", "match"),
     [
         (lambda: tiny_model("opt"), "knows the conversion of GPT2LMHeadModel, LlamaForCausalLM.*got a OPTForCausalLM"),
-        (lambda: nn.Sequential(nn.Linear(64, 64)), "got a Sequential: use target 'transformers'"),
+        (lambda: small_flux(), "got a FluxTransformer2DModel: use target 'gguf-diffusers'"),
+        (lambda: nn.Sequential(nn.Linear(64, 64)), "got a Sequential: use target 'quanto'"),
         (
             lambda: tiny_model("llama", hidden_act="relu"),
             "its config has hidden_act='relu', and GGUF's 'llama' computes",
@@ -181,7 +185,7 @@ def test_rows_of_llamas_query_are_interleaved_as_llama_cpp_rotates_them(tmp_path
             "its config has rope_type='linear'",
         ),
     ],
-    ids=["architecture", "plain module", "activation function", "rotary scaling"],
+    ids=["architecture", "diffusers", "plain module", "activation function", "rotary scaling"],
 )
 def test_what_llama_cpp_does_not_compute_is_refused_at_prepare(model: Any, match: str) -> None:
     with pytest.raises(qat.TargetError, match=match):
@@ -273,3 +277,84 @@ def test_the_card_shows_a_load_that_works(tmp_path: Path) -> None:
     names: dict[str, Any] = {"directory": str(tmp_path)}
     exec(code, names)
     assert torch.equal(logits(names["model"]), logits(model))
+
+
+def edit_metadata(directory: Path, key: str, value: Any) -> None:
+    """Write another value over one of the metadata, with the file's hash in the manifest."""
+    reader = gguf.GGUFReader(directory / "model.gguf", "r+")
+    field = reader.fields[key]
+    part = field.parts[field.data[-1]]
+    part[:] = np.frombuffer(value, np.uint8) if isinstance(value, bytes) else value
+    reader.data.flush()
+    forge(directory, (directory / "model.gguf").read_bytes())
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("llama.rope.freq_base", 500.0),
+        ("llama.attention.layer_norm_rms_epsilon", 1e-3),
+        ("llama.context_length", 7),
+        ("llama.block_count", 3),
+        ("general.file_type", 7),
+        ("general.quantization_version", 1),
+        ("tokenizer.ggml.model", b"none"[::-1]),
+    ],
+)
+def test_metadata_of_another_model_is_found_behind_forged_hashes(tmp_path: Path, key: str, value: Any) -> None:
+    """transformers reads none of it beside a configuration, and llama.cpp reads nothing else."""
+    exported(tmp_path)
+    edit_metadata(tmp_path, key, value)
+    with pytest.raises(qat.VerifyError, match=rf"model\.gguf has {key} = .*, and the model and its tokenizer say"):
+        qat.verify(tmp_path)
+
+
+@pytest.mark.parametrize("key", ["block_count", "attention.head_count", "attention.head_count_kv"])
+@pytest.mark.parametrize("value", [0, 3, 8, 2**32 - 1])
+def test_a_count_that_fits_no_tensor_is_refused(tmp_path: Path, key: str, value: int) -> None:
+    exported(tmp_path)
+    edit_metadata(tmp_path, f"llama.{key}", value)
+    with pytest.raises(qat.VerifyError):
+        qat.verify(tmp_path)
+    if key != "block_count" or value in (0, 2**32 - 1):
+        with pytest.raises(qat.LoadError, match=r"does not say where its tensors lie"):
+            qat.load(tmp_path)
+
+
+@pytest.mark.parametrize("old", [b"general.architecture", b"llama.attention.head_count"])
+@pytest.mark.parametrize("kind", [6, 7], ids=["float", "bool"])
+def test_metadata_of_another_kind_is_an_error_of_ours(tmp_path: Path, old: bytes, kind: int) -> None:
+    exported(tmp_path)
+    content = bytearray((tmp_path / "model.gguf").read_bytes())
+    at = content.index(struct.pack("<Q", len(old)) + old) + 8 + len(old)
+    content[at : at + 4] = struct.pack("<I", kind)
+    forge(tmp_path, bytes(content))
+    with pytest.raises(qat.VerifyError):
+        qat.verify(tmp_path)
+    with pytest.raises(qat.LoadError):
+        qat.load(tmp_path)
+
+
+@pytest.mark.parametrize("names", [("blk.0.ffn_up.weight", "blk.0.ffn_gate.weight"), ("blk.0.attn_q.weight",) * 2])
+def test_tensors_that_do_not_follow_each_other_are_refused(tmp_path: Path, names: tuple[str, str]) -> None:
+    """Two of equal shape in each other's place, or one that lies where another one is: llama.cpp reads neither."""
+    exported(tmp_path)
+    reader = gguf.GGUFReader(tmp_path / "model.gguf", "r+")
+    first, second = (next(t for t in reader.tensors if t.name == name).field.parts[-1] for name in names)
+    kept = first.copy()
+    first[:] = second if first is not second else 0
+    second[:] = kept if first is not second else 0
+    reader.data.flush()
+    for verb in (qat.load, qat.verify):
+        with pytest.raises(qat.QatError, match=r"begins at byte \d+ instead of \d+"):
+            verb(tmp_path)
+
+
+def test_a_broken_tie_of_quantized_tables_is_found(tmp_path: Path) -> None:
+    exported(
+        tmp_path, tiny_model("llama", tie_word_embeddings=True), overrides={"*embed_tokens": "q8_0", "lm_head": "q8_0"}
+    )
+    fields = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(fields | {"tie_word_embeddings": False}))
+    with pytest.raises(qat.VerifyError, match="lm_head: its float weight differs"):
+        qat.verify(tmp_path)

@@ -19,7 +19,7 @@ import qat
 from qat.hosts import gguf_diffusers
 from qat.layers import quantized_layers
 from tests.diffusion_architectures import ARCHITECTURES
-from tests.helpers import same_bits
+from tests.helpers import same_bits, tiny_model
 
 TYPES = ("q8_0", "q4_0", "q4_1")
 WIDTH = 64  # of the tiny Flux
@@ -148,7 +148,8 @@ def test_what_cannot_be_loaded_is_refused() -> None:
             ARCHITECTURES["DiTTransformer2DModel"].build(),
             "needs a class that diffusers loads from a single file, got a DiT",
         ),
-        (nn.Sequential(nn.Linear(32, 32)), "got a Sequential"),
+        (nn.Sequential(nn.Linear(32, 32)), "got a Sequential: use target 'quanto'"),
+        (tiny_model("llama"), "got a LlamaForCausalLM: use target 'gguf'"),
     ):
         with pytest.raises(qat.TargetError, match=match):
             qat.prepare(model, qat.QuantSpec(weights="q8_0"), target="gguf-diffusers")

@@ -158,6 +158,11 @@ def search(
     check_module(model)
     report = inspect(model, spec, target=target)  # says what is wrong with it
     kinds = [kind for kind in types if kind != _FLOAT]
+    known_types = get_target(target).format.qtypes
+    if lacking := [kind for kind in kinds if kind not in known_types]:
+        raise SpecError(
+            f"types: target {target!r} has {sorted(known_types)}, got {lacking[0]!r}: give types=, of those"
+        )
     sizes, plans, single = _options(model, spec, target, kinds, floats=_FLOAT in types)
     tied = {row.name: row.shared_with or row.name for row in report.layers}
     most, host = _bytes(model, spec, target, budget), get_target(target).host

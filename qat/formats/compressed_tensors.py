@@ -19,6 +19,7 @@ Zero points
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -60,6 +61,8 @@ class _CompressedTensors(Format):
 
     def spec_faults(self, spec: QuantSpec) -> list[str]:
         faults = []
+        if importlib.util.find_spec("compressed_tensors") is None:
+            faults.append("target: its loader needs a package that is missing: pip install 'qat[compressed-tensors]'")
         if spec.quantize_outputs:
             faults.append(
                 "quantize_outputs=True: loaders of compressed-tensors leave the outputs of layers float: leave it out"
@@ -85,7 +88,8 @@ class _CompressedTensors(Format):
 
     def slots(self, types: LayerTypes, shape: tuple[int, int], bias: bool) -> dict[str, Slot]:
         (out_features, in_features), qtype, dtype = shape, types.weights, types.dtype
-        groups = in_features // (qtype.group_size(in_features) or in_features)
+        size = qtype.group_size(in_features)
+        groups = 1 if size is None else in_features // size
         scale = {"weight_scale": Slot(dtype, ((out_features, groups),))}
         if not packs(types):
             slots = {"weight": Slot(qtype.storage, (shape,), is_code=True)} | scale
@@ -122,15 +126,12 @@ class _CompressedTensors(Format):
     def is_frozen(self, module: nn.Module) -> bool:
         """Ours; or the stock loader's, until its first forward turns it into floats."""
         status = getattr(getattr(module, "quantization_status", None), "value", None)
-        return isinstance(module, FrozenLinear) or status == "compressed"
+        return isinstance(module, FrozenLinear) or (status == "compressed" and _stock_types(module) is not None)
 
     def declared(self, module: nn.Module) -> LayerTypes:
-        if isinstance(module, FrozenLinear):
-            return module.types
-        stock: Any = module
-        scheme, dtype = stock.quantization_scheme, stock.weight_scale.dtype
-        active = None if scheme.input_activations is None else _BY_SCHEME[_scheme_key(scheme.input_activations)]
-        return LayerTypes(_BY_SCHEME[_scheme_key(scheme.weights)], active, dtype, outputs=False)
+        types = module.types if isinstance(module, FrozenLinear) else _stock_types(module)
+        assert types is not None
+        return types
 
     def shape(self, module: nn.Module) -> tuple[int, int]:
         layer: Any = module
@@ -215,8 +216,31 @@ def _arguments(qtype: QType) -> dict[str, Any]:
     return words | ({"strategy": "channel"} if size is None else {"strategy": "group", "group_size": size})
 
 
-def _scheme_key(arguments: Any) -> tuple[Any, ...]:
-    return arguments.num_bits, str(arguments.type), arguments.symmetric, arguments.group_size
+def _stock_types(module: Any) -> LayerTypes | None:
+    """The types of a layer that the stock loader made; None where its scheme is none of this format's."""
+    scheme, scale = module.quantization_scheme, getattr(module, "weight_scale", None)
+    weights, inputs = _said(scheme.weights), scheme.input_activations
+    active = _said(inputs)
+    if (
+        scale is None
+        or weights is None
+        or scheme.output_activations is not None
+        or (active is None) != (inputs is None)
+    ):
+        return None
+    if inputs is not None and (
+        inputs.dynamic is not False or getattr(inputs.strategy, "value", inputs.strategy) != "tensor"
+    ):
+        return None
+    return LayerTypes(weights, active, scale.dtype, outputs=False)
+
+
+def _said(arguments: Any) -> QType | None:
+    """The type that arguments of a scheme say; None where there are none, or it is none of this format's."""
+    if arguments is None:
+        return None
+    kind = getattr(arguments.type, "value", arguments.type)  # the default is an enumeration's member
+    return _BY_SCHEME.get((arguments.num_bits, kind, arguments.symmetric, arguments.group_size))
 
 
 _BY_SCHEME = {(*list(_arguments(qtype).values())[:3], qtype.group_size(0)): qtype for qtype in QTYPES.values()}

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from qat.errors import ExportError, LoadError, listed
+from qat.errors import ExportError, LoadError, listed, shown
 from qat.files.evidence import FrozenRecord, frozen_record
 from qat.files.manifest import Manifest, TensorRecord, file_record
 from qat.files.shards import DTYPE_NAMES, DTYPES_BY_NAME, Header, TensorEntry, header_faults
@@ -96,12 +96,7 @@ class GgufContainer(Container):
         path = directory / f"{stem}.gguf"
         writer = gguf.GGUFWriter(path, self.architecture(model))
         try:
-            self.describe(writer, model, directory)
-            writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-            types = [layer.weights.upper() for layer in record.layers.values()]
-            most = max(sorted(set(types)), key=types.count)
-            writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{most}"])
-            facts = {key: value.value for key, value in writer.kv_data[0].items()}
+            facts = {key: value.value for key, value in self._metadata(writer, model, directory, record).items()}
             try:
                 plan = self._plan({entry.name: (entry.dtype, entry.shape) for entry in entries}, record, facts)
             except KeyError as error:
@@ -136,6 +131,31 @@ class GgufContainer(Container):
         if faults:
             raise ExportError(f"the file was written but holds something else: {listed(faults, 3)}; check the disk")
         return {path.name: file_record(path)}, {entry.name: tensors[entry.name] for entry in entries}
+
+    def _metadata(self, writer: Any, model: Any, directory: Path, record: FrozenRecord) -> dict[str, Any]:
+        """Write all of it into a ``gguf.GGUFWriter``; the result is its values, with their types."""
+        gguf = require_package(ExportError)
+        self.describe(writer, model, directory)
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        types = [layer.weights.upper() for layer in record.layers.values()]
+        most = max(sorted(set(types)), key=types.count)
+        writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{most}"])
+        return dict(writer.kv_data[0])
+
+    def metadata_faults(self, model: nn.Module, directory: Path, manifest: Manifest) -> list[str]:
+        """Where it is not what `write` would write of the model: programs that read the file alone compute by it."""
+        (name,) = {tensor.file for tensor in manifest.tensors.values()}
+        reader, _ = _opened(directory / name)
+        writer = require_package(LoadError).GGUFWriter(None, self.architecture(model))
+        described = self._metadata(writer, model, directory, manifest.frozen)
+        wanted = {key: (value.type.name, _single(value.value)) for key, value in described.items()}
+        fields = {key: field for key, field in reader.fields.items() if not key.startswith("GGUF.")}
+        found = {key: (field.types[0].name, _single(field.contents())) for key, field in fields.items()}
+        return [
+            f"{name} has {key} = {shown(found.get(key))}, and the model and its tokenizer say {shown(wanted.get(key))}"
+            for key in sorted(wanted.keys() | found.keys())
+            if key != "general.name" and found.get(key) != wanted.get(key)  # a loaded model is called by its directory
+        ]
 
     def headers(self, directory: Path, manifest: Manifest) -> dict[str, Header]:
         """Of every file, by the model's names; a tensor that is not what the manifest needs has the file's name."""
@@ -248,12 +268,25 @@ def _opened(path: Path) -> tuple[Any, dict[str, Any]]:
     gguf = require_package(LoadError)
     try:
         reader = gguf.GGUFReader(path)
+        end = reader.data_offset
+        for tensor in reader.tensors:  # llama.cpp asks for this, too
+            if tensor.data_offset != end:
+                raise ValueError(f"tensor {tensor.name} begins at byte {tensor.data_offset} instead of {end}")
+            end += -(-tensor.n_bytes // reader.alignment) * reader.alignment
         fields: Iterable[Any] = reader.fields.values()
-        return reader, {field.name: field.contents() for field in fields if len(field.types) == 1}
+        scalars = (field for field in fields if field.types[0] is not gguf.GGUFValueType.ARRAY)
+        return reader, {field.name: field.contents() for field in scalars}
     except (OSError, ValueError, KeyError, IndexError, TypeError, OverflowError) as error:
         raise LoadError(
             f"{path.name} in {str(path.parent)!r} is not a whole GGUF file: {error}; copy or export it again"
         ) from error
+
+
+def _single(value: Any) -> Any:
+    """A value of the metadata, with its floats as float32 holds them."""
+    if isinstance(value, float):
+        return torch.tensor(value).item()
+    return [_single(item) for item in value] if isinstance(value, list) else value
 
 
 def _ordered(tensor: Tensor, place: Place) -> Tensor:

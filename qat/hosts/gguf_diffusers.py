@@ -24,6 +24,7 @@ from qat.formats import GGUF_HALF, Format
 from qat.hosts.base import FloatGrid, Host, Reloaded, python_block
 from qat.hosts.diffusers import _Diffusers, _kept
 from qat.hosts.gguf import GgufContainer, Place, require_package
+from qat.hosts.transformers import TRANSFORMERS
 from qat.numerics import QType
 from qat.spec import QuantSpec
 from qat.tensors import own_tensors
@@ -137,9 +138,10 @@ class _GgufDiffusers(_Diffusers):
     def model_faults(self, model: nn.Module) -> list[str]:
         require_package(TargetError)
         if not self.owns(model) or type(model).__name__ not in _loadable():
+            other = "diffusers" if self.owns(model) else "gguf" if TRANSFORMERS.owns(model) else "quanto"
             return [
                 f"model: target 'gguf-diffusers' needs a class that diffusers loads from a single file, got a "
-                f"{type(model).__name__}: use target 'diffusers' (diffusers.loaders.single_file_model lists them)"
+                f"{type(model).__name__}: use target {other!r} (diffusers.loaders.single_file_model lists them)"
             ]
         parts = [(name, module) for name, module in model.named_modules() if not GGUF_HALF.is_frozen(module)]
         tensors = ((f"{name}.{key}", tensor) for name, module in parts for key, tensor in own_tensors(module))

@@ -23,6 +23,7 @@ from qat.files.evidence import FrozenRecord
 from qat.files.manifest import Manifest
 from qat.formats import Format
 from qat.hosts.base import FloatGrid, Host, Reloaded, python_block
+from qat.hosts.diffusers import DIFFUSERS
 from qat.hosts.gguf import GgufContainer, Place, require_package
 from qat.hosts.gguf_tokenizer import write_tokenizer
 from qat.hosts.transformers import _Transformers
@@ -141,21 +142,30 @@ class _Container(GgufContainer):
 
     def places(self, shapes: Mapping[str, tuple[int, ...]], facts: Mapping[str, Any]) -> dict[str, Place]:
         gguf, name = require_package(TargetError), facts["general.architecture"]
-        known, heads = _BY_NAME[name], facts[f"{name}.attention.head_count"]
-        kinds = {value: key for key, value in gguf.MODEL_ARCH_NAMES.items()}
-        table = gguf.get_tensor_name_map(kinds[name], facts[f"{name}.block_count"])
-        orders: dict[str, Callable[[int], Tensor]] = {}
+        known, kinds = _BY_NAME[name], {value: key for key, value in gguf.MODEL_ARCH_NAMES.items()}
+
+        def count(key: str) -> int:
+            value = facts[f"{name}.{key}"]
+            if type(value) is not int or not 0 < value < 4096:  # a loop runs as often
+                raise KeyError(f"{name}.{key} = {value!r}")
+            return value
+
+        table = gguf.get_tensor_name_map(kinds[name], count("block_count"))
+        heads = {}
         if known.permuted:
-            orders["q_proj"] = functools.partial(_interleaved, heads)
-            orders["k_proj"] = functools.partial(_interleaved, facts[f"{name}.attention.head_count_kv"])
+            heads = {"q_proj": count("attention.head_count"), "k_proj": count("attention.head_count_kv")}
         places = {}
         for key in shapes:
             layer, _, kind = key.rpartition(".")
             tensor, last = table.get_name(layer), layer.rpartition(".")[2]
             if tensor is None:
                 raise KeyError(f"tensor {key!r}")
-            transposed = last in known.transposed and kind == "weight"
-            places[key] = Place(f"{tensor}.{kind}", order=orders.get(last), transposed=transposed)
+            transposed, order = last in known.transposed and kind == "weight", None
+            if last in heads:
+                if shapes[key][0] != heads[last] * count("attention.key_length"):
+                    raise KeyError(f"{heads[last]} heads in tensor {key!r}, which has {shapes[key][0]} rows")
+                order = functools.partial(_interleaved, heads[last])
+            places[key] = Place(f"{tensor}.{kind}", order=order, transposed=transposed)
         return places
 
 
@@ -176,9 +186,10 @@ class _GgufTransformers(_Transformers):
         cls, config = type(model), getattr(model, "config", None)
         known = ARCHITECTURES.get(cls.__name__) if self.owns(model) else None
         if known is None or config is None:
+            other = "gguf-diffusers" if DIFFUSERS.owns(model) else "transformers" if self.owns(model) else "quanto"
             return [
                 f"model: target 'gguf' knows the conversion of {', '.join(sorted(ARCHITECTURES))}, got a "
-                f"{cls.__name__}: use target 'transformers'"
+                f"{cls.__name__}: use target {other!r}"
             ]
         asked = {**known.requires, "rope_type": "default"} if hasattr(config, "rope_parameters") else known.requires
         fields = {**config.to_dict(), **(getattr(config, "rope_parameters", None) or {})}

@@ -183,15 +183,12 @@ def _checks(
         return
     packed = get_target(manifest.target).host.keeps_packed and not floats_alone(loaded, record, format)
     held = loaded if packed else _filled(directory, manifest, model)
-    faults = layer_faults(held, record, format, codes_only=manifest.float_grid)
-    faults += [] if record.layers else ["no layer is quantized: freeze and export the model that qat.prepare was given"]
-    what = "codes" if manifest.float_grid else "codes, scale, shift and dequantized weight"
-    yield _check("layers", faults, f"{len(record.layers)} layers: {what} equal those of freezing")
-    if held is not loaded:
-        faults = value_faults(loaded, record)
-        yield _check("values", faults, f"{len(record.layers)} float layers of that loader hold the trained values")
-    faults, count = tensor_faults(loaded, manifest, record, format)
-    yield _check("tensors", faults, f"{count} other tensors equal those exported")
+    try:
+        contents = tuple(_contents(loaded, held, directory, manifest))
+    except Exception as error:  # a configuration may have made layers that the loader's own arithmetic cannot compute
+        yield Check("layers", False, f"what was loaded cannot be compared: {type(error).__name__}: {error}")
+        return
+    yield from contents
     if reference is not None:  # before any forward: a loader may turn codes into floats then
         faults = list(reference_faults(loaded, held, reference, record, format, codes_only=manifest.float_grid))
         yield _check("reference layers", faults, f"{len(record.layers)} layers and all else equal the live ones")
@@ -199,6 +196,21 @@ def _checks(
         yield _stored_outputs(loaded, directory, manifest, manifest.example)
     if reference is not None:
         yield from _reference_outputs(loaded, reference, directory, manifest, inputs)
+
+
+def _contents(loaded: nn.Module, held: nn.Module, directory: Path, manifest: Manifest) -> Iterator[Check]:
+    """What a reloaded model holds; ``held`` has its codes."""
+    record, target = manifest.frozen, get_target(manifest.target)
+    faults = layer_faults(held, record, target.format, codes_only=manifest.float_grid)
+    faults += [] if record.layers else ["no layer is quantized: freeze and export the model that qat.prepare was given"]
+    what = "codes" if manifest.float_grid else "codes, scale, shift and dequantized weight"
+    yield _check("layers", faults, f"{len(record.layers)} layers: {what} equal those of freezing")
+    if held is not loaded:
+        faults = value_faults(loaded, record)
+        yield _check("values", faults, f"{len(record.layers)} float layers of that loader hold the trained values")
+    faults, count = tensor_faults(loaded, manifest, record, target.format)
+    faults += target.host.container.metadata_faults(loaded, directory, manifest)
+    yield _check("tensors", faults, f"{count} other tensors equal those exported")
 
 
 def _reload(directory: Path, manifest: Manifest, model: nn.Module | None) -> Reloaded:

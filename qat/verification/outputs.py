@@ -41,6 +41,22 @@ def _bare(model: nn.Module) -> Iterator[None]:
             module.__dict__["forward"] = forward
 
 
+@contextmanager
+def _without_requiring(model: nn.Module) -> Iterator[None]:
+    """Let no parameter require a gradient: a product with a weight that does is cut and rounded in another way.
+
+    Torch does so without gradients too, for inputs that are no view of a matrix (``should_fold``, LinearAlgebra.cpp).
+    """
+    required = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in required:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in required:
+            parameter.requires_grad_(True)
+
+
 def compute_outputs(model: nn.Module, inputs: Any) -> dict[str, Tensor]:
     """Run a model on example inputs, as a reload would: in evaluation mode, without gradients and without autocast.
 
@@ -63,7 +79,7 @@ def compute_outputs(model: nn.Module, inputs: Any) -> dict[str, Tensor]:
 
     inputs = map_tensors(place, inputs)
     plain = torch.autocast(device.type, enabled=False)
-    with _bare(model), kept_modes(model), torch.no_grad(), seeded(0), plain:
+    with _bare(model), _without_requiring(model), kept_modes(model), torch.no_grad(), seeded(0), plain:
         model.eval()
         outputs = run(model, inputs)
     return flatten_outputs(outputs)
