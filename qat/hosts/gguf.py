@@ -10,6 +10,7 @@ holds every number of a narrower dtype, so they come back as they were.
 from __future__ import annotations
 
 import os
+import tempfile
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -94,13 +95,8 @@ class GgufContainer(Container):
         """Into one file, whatever ``max_shard_size``: loaders read no others."""
         gguf, record = require_package(ExportError), frozen_record(model)
         path = directory / f"{stem}.gguf"
-        writer = gguf.GGUFWriter(path, self.architecture(model))
+        writer = self._writer(path, model, record, directory)
         try:
-            self.describe(writer, model, directory)
-            writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-            types = [layer.weights.upper() for layer in record.layers.values()]
-            most = max(sorted(set(types)), key=types.count)
-            writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{most}"])
             facts = {key: value.value for key, value in writer.kv_data[0].items()}
             try:
                 plan = self._plan({entry.name: (entry.dtype, entry.shape) for entry in entries}, record, facts)
@@ -136,6 +132,39 @@ class GgufContainer(Container):
         if faults:
             raise ExportError(f"the file was written but holds something else: {listed(faults, 3)}; check the disk")
         return {path.name: file_record(path)}, {entry.name: tensors[entry.name] for entry in entries}
+
+    def _writer(self, path: Path, model: Any, record: FrozenRecord, directory: Path) -> Any:
+        """A ``gguf.GGUFWriter`` that knows all metadata."""
+        gguf = require_package(ExportError)
+        writer = gguf.GGUFWriter(path, self.architecture(model))
+        self.describe(writer, model, directory)
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        types = [layer.weights.upper() for layer in record.layers.values()]
+        most = max(sorted(set(types)), key=types.count)
+        writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{most}"])
+        return writer
+
+    def metadata_faults(self, model: nn.Module, directory: Path, manifest: Manifest) -> list[str]:
+        """Each field that is not what `describe` writes of the model's configuration and of the tokenizer."""
+        name = f"{manifest.weights_stem}.gguf"
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                writer = self._writer(Path(folder) / name, model, manifest.frozen, directory)
+            except Exception as error:  # whatever is wrong with the JSON files that it reads
+                return [f"the metadata of {name} cannot be written again: {type(error).__name__}: {error}"]
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.close()
+            wanted, found = _metadata(Path(folder) / name), _metadata(directory / name)
+        missing = _Field(b"", "missing")
+        pairs = {
+            key: (found.get(key, missing), wanted.get(key, missing)) for key in sorted(wanted.keys() | found.keys())
+        }
+        return [
+            f"{key} of {name} is {is_.shown}, and config.json and the tokenizer say {said.shown}"
+            for key, (is_, said) in pairs.items()
+            if is_.content != said.content
+        ]
 
     def headers(self, directory: Path, manifest: Manifest) -> dict[str, Header]:
         """Of every file, by the model's names; a tensor that is not what the manifest needs has the file's name."""
@@ -254,6 +283,26 @@ def _opened(path: Path) -> tuple[Any, dict[str, Any]]:
         raise LoadError(
             f"{path.name} in {str(path.parent)!r} is not a whole GGUF file: {error}; copy or export it again"
         ) from error
+
+
+class _Field(NamedTuple):
+    """A field of a file's metadata: its type and value as they are stored, and for readers."""
+
+    content: bytes
+    shown: str
+
+
+def _metadata(path: Path) -> dict[str, _Field]:
+    """All metadata, and the version of the file; numbers of tensors and fields are no metadata."""
+    reader, _ = _opened(path)
+    return {
+        name: _Field(
+            b"".join(part.tobytes() for part in field.parts),
+            repr(field.contents()) if len(field.types) == 1 else f"a list of {len(field.data)}",
+        )
+        for name, field in reader.fields.items()
+        if name not in ("GGUF.tensor_count", "GGUF.kv_count")
+    }
 
 
 def _ordered(tensor: Tensor, place: Place) -> Tensor:
