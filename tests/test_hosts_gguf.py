@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import qat
-from qat.files.manifest import MANIFEST_NAME, file_record
 from qat.layers import quantized_layers
+from tests.gguf_files import flipped, forge, rewritten, stored
 from tests.helpers import same_bits, tiny_model, tokens
 
 TYPES = ("q8_0", "q4_0", "q4_1")
@@ -71,10 +70,6 @@ def stock(directory: Path, dtype: str) -> Any:
     arguments = {"config": config, "dtype": getattr(torch, dtype)}
     arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
     return AutoModelForCausalLM.from_pretrained(directory, gguf_file="model.gguf", **arguments)
-
-
-def stored(directory: Path) -> dict[str, Any]:
-    return {tensor.name: tensor for tensor in gguf.GGUFReader(directory / "model.gguf").tensors}
 
 
 @torch.no_grad()
@@ -217,15 +212,6 @@ def test_an_export_again_of_what_was_loaded_is_the_same_file(tmp_path: Path) -> 
     assert (tmp_path / "one" / "model.gguf").read_bytes() == (tmp_path / "two" / "model.gguf").read_bytes()
 
 
-def forge(directory: Path, content: bytes) -> None:
-    """Another content of the file, with its size and hash in the manifest."""
-    (directory / "model.gguf").write_bytes(content)
-    path = directory / MANIFEST_NAME
-    manifest = json.loads(path.read_text())
-    manifest["files"]["model.gguf"] = file_record(directory / "model.gguf").model_dump()
-    path.write_text(json.dumps(manifest))
-
-
 @pytest.mark.parametrize(
     ("tensor", "byte", "finds"),
     [
@@ -238,13 +224,11 @@ def forge(directory: Path, content: bytes) -> None:
 )
 def test_a_changed_byte_is_found_behind_forged_hashes(tmp_path: Path, tensor: str, byte: int, finds: str) -> None:
     exported(tmp_path)
-    at = stored(tmp_path)[tensor].data_offset + byte
-    content = bytearray((tmp_path / "model.gguf").read_bytes())
-    content[at] ^= 1
+    content = flipped(tmp_path, tensor, byte)
     (tmp_path / "model.gguf").write_bytes(content)
     with pytest.raises(qat.VerifyError, match=r"model.gguf has another content \(sha256\)"):
         qat.verify(tmp_path)
-    forge(tmp_path, bytes(content))
+    forge(tmp_path, content)
     with pytest.raises(qat.VerifyError, match=finds):
         qat.verify(tmp_path)
 
@@ -274,28 +258,6 @@ def test_other_metadata_is_found_behind_forged_hashes(tmp_path: Path, old: bytes
     forge(tmp_path, (tmp_path / "model.gguf").read_bytes().replace(old, new))
     with pytest.raises(qat.VerifyError, match=finds):
         qat.verify(tmp_path)
-
-
-def rewritten(directory: Path, change: Any) -> None:
-    """Write the file again, with metadata that ``change`` made of the old, behind forged hashes."""
-    reader = gguf.GGUFReader(directory / "model.gguf")
-    fields = {
-        name: (field.contents(), field.types[0], field.types[1] if len(field.types) > 1 else None)
-        for name, field in reader.fields.items()
-        if not name.startswith("GGUF.")
-    }
-    change(fields)
-    writer = gguf.GGUFWriter(directory / "other.gguf", fields.pop("general.architecture")[0])
-    for name, field in fields.items():
-        writer.add_key_value(name, *field)
-    for tensor in reader.tensors:
-        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    forge(directory, (directory / "other.gguf").read_bytes())
-    (directory / "other.gguf").unlink()
 
 
 def test_each_field_of_the_metadata_is_that_of_the_configuration(tmp_path: Path) -> None:

@@ -31,8 +31,26 @@ from qat.tensors import digest
 
 __all__ = ["GgufContainer", "Place", "require_package"]
 
-_FLOATS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-_WIDE = ("_norm.weight", "position_embd.weight")
+_IN_FLOAT32 = ("_norm.weight", "position_embd.weight")
+
+
+class _Kind(NamedTuple):
+    """A number type of a file: its numbers, and what the package gguf takes and gives for them."""
+
+    dtype: torch.dtype
+    stored: torch.dtype
+
+    def stored_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return (*shape[:-1], shape[-1] * self.dtype.itemsize // self.stored.itemsize)
+
+
+_FLOATS = {
+    "F32": _Kind(torch.float32, torch.float32),
+    "F16": _Kind(torch.float16, torch.float16),
+    "BF16": _Kind(torch.bfloat16, torch.uint8),
+}
+_BYTES = _Kind(torch.uint8, torch.uint8)  # of blocks
+_FLOAT_NAMES = {kind.dtype: name for name, kind in _FLOATS.items()}
 
 
 class Place(NamedTuple):
@@ -54,6 +72,10 @@ class _Stored:
     parts: list[tuple[str, Place, tuple[int, ...]]]
 
     @property
+    def kind(self) -> _Kind:
+        return _FLOATS.get(self.type, _BYTES)
+
+    @property
     def shape(self) -> tuple[int, ...]:
         _, _, (_, *rest) = self.parts[0]
         return sum(shape[0] for _, _, shape in self.parts), *rest
@@ -63,8 +85,8 @@ class _Stored:
 class GgufContainer(Container):
     """GGUF files of one model library; abstract."""
 
-    wide: frozenset[torch.dtype] = frozenset()
-    """dtypes whose tensors are all float32 in a file, since the library's loader takes them for blocks otherwise."""
+    stored_as_float32: frozenset[torch.dtype] = frozenset()
+    """dtypes whose tensors are float32 in a file: the library's loader would take them for blocks."""
 
     @abstractmethod
     def describe(self, writer: Any, model: Any, directory: Path) -> None:
@@ -75,11 +97,11 @@ class GgufContainer(Container):
         """What GGUF calls the model's architecture."""
 
     @abstractmethod
-    def places(self, shapes: Mapping[str, tuple[int, ...]], facts: Mapping[str, Any]) -> dict[str, Place]:
-        """Where tensors lie, by the model's names of weights, without ``.blocks``; ``facts`` is the metadata.
+    def places(self, shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, Any]) -> dict[str, Place]:
+        """Where tensors lie, by the model's names of weights, without ``.blocks``; ``metadata`` is that of the file.
 
         Raises:
-            KeyError: a fact is missing, or a tensor has no name in such a file.
+            KeyError: a field is missing, or a tensor has no name in such a file.
         """
 
     def write(
@@ -97,18 +119,16 @@ class GgufContainer(Container):
         path = directory / f"{stem}.gguf"
         writer = self._writer(path, model, record, directory)
         try:
-            facts = {key: value.value for key, value in writer.kv_data[0].items()}
+            metadata = {key: value.value for key, value in writer.kv_data[0].items()}
             try:
-                plan = self._plan({entry.name: (entry.dtype, entry.shape) for entry in entries}, record, facts)
+                plan = self._plan({entry.name: (entry.dtype, entry.shape) for entry in entries}, record, metadata)
             except KeyError as error:
                 raise ExportError(f"model: {error.args[0]}: GGUF has no name for it: use another target") from None
             for name, stored in plan.items():
-                shape, kind = stored.shape, gguf.GGMLQuantizationType[stored.type]
-                numbers = {"F32": "float32", "F16": "float16"}.get(stored.type, "uint8")
-                if stored.type == "BF16":
-                    shape = (*shape[:-1], 2 * shape[-1])
-                nbytes = torch.Size(shape).numel() * getattr(torch, numbers).itemsize
-                writer.add_tensor_info(name, shape, getattr(gguf.quants.np, numbers)(0).dtype, nbytes, kind)
+                kind = stored.kind
+                shape, of_numpy = kind.stored_shape(stored.shape), torch.empty(0, dtype=kind.stored).numpy().dtype
+                nbytes = torch.Size(shape).numel() * of_numpy.itemsize
+                writer.add_tensor_info(name, shape, of_numpy, nbytes, gguf.GGMLQuantizationType[stored.type])
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
@@ -120,7 +140,8 @@ class GgufContainer(Container):
                     form = DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)
                     tensors[key] = TensorRecord(file=path.name, dtype=form[0], shape=form[1], sha256=digest(tensor))
                     parts.append(_ordered(tensor, place))
-                writer.write_tensor_data(_array(torch.cat(parts), stored.type))
+                numbers = torch.cat(parts).to(stored.kind.dtype).contiguous()
+                writer.write_tensor_data(numbers.view(stored.kind.stored).numpy())
         finally:
             writer.close()
         with path.open("rb") as file:
@@ -176,17 +197,15 @@ class GgufContainer(Container):
 
     def _headers(self, path: Path, tensors: Mapping[str, TensorRecord], record: FrozenRecord) -> dict[str, Header]:
         """What a file holds, by the model's names where it is what ``tensors`` need, and by its own otherwise."""
-        reader, facts = _opened(path)
+        reader, metadata = _opened(path)
         held = {tensor.name: tensor for tensor in reader.tensors}
         found: dict[str, Header] = {}
-        for name, stored in self._planned(path, tensors, record, facts).items():
+        for name, stored in self._planned(path, tensors, record, metadata).items():
             tensor = held.pop(name, None)
             if tensor is None:
                 continue
             shape = tuple(tensor.data.shape)
-            if tensor.tensor_type.name == "BF16":
-                shape = (*shape[:-1], shape[-1] // 2)
-            if (tensor.tensor_type.name, shape) != (stored.type, stored.shape):
+            if (tensor.tensor_type.name, shape) != (stored.type, stored.kind.stored_shape(stored.shape)):
                 told = f"{name} ({tensor.tensor_type.name} {list(shape)}, not {stored.type} {list(stored.shape)})"
                 held[told] = tensor
                 continue
@@ -200,10 +219,15 @@ class GgufContainer(Container):
 
     def reader(self, directory: Path, manifest: Manifest) -> Callable[[str], Tensor]:
         """Of copies, since rows may have another order in the file."""
-        (name,) = {tensor.file for tensor in manifest.tensors.values()}
-        reader, facts = _opened(directory / name)
+        names = sorted({tensor.file for tensor in manifest.tensors.values()})
+        if len(names) != 1:
+            raise LoadError(
+                f"{str(directory)!r} must have one GGUF file, and its manifest names {names}: export it again"
+            )
+        name = names[0]
+        reader, metadata = _opened(directory / name)
         held = {tensor.name: tensor for tensor in reader.tensors}
-        plan = self._planned(directory / name, manifest.tensors, manifest.frozen, facts)
+        plan = self._planned(directory / name, manifest.tensors, manifest.frozen, metadata)
         starts: dict[str, tuple[str, Place, int, int]] = {}
         for name, stored in plan.items():
             start = 0
@@ -213,9 +237,7 @@ class GgufContainer(Container):
 
         def read(key: str) -> Tensor:
             name, place, start, end = starts[key]
-            rows = torch.from_numpy(held[name].data[start:end].copy())
-            if held[name].tensor_type.name == "BF16":
-                rows = rows.view(torch.bfloat16)
+            rows = torch.from_numpy(held[name].data[start:end].copy()).view(plan[name].kind.dtype)
             if place.order is not None:
                 rows = rows[place.order(len(rows)).argsort()]
             return (rows.t() if place.transposed else rows).to(DTYPES_BY_NAME[manifest.tensors[key].dtype]).contiguous()
@@ -223,10 +245,10 @@ class GgufContainer(Container):
         return read
 
     def _planned(
-        self, path: Path, tensors: Mapping[str, TensorRecord], record: FrozenRecord, facts: Mapping[str, Any]
+        self, path: Path, tensors: Mapping[str, TensorRecord], record: FrozenRecord, metadata: Mapping[str, Any]
     ) -> dict[str, _Stored]:
         try:
-            return self._plan({key: (DTYPES_BY_NAME[t.dtype], t.shape) for key, t in tensors.items()}, record, facts)
+            return self._plan({key: (DTYPES_BY_NAME[t.dtype], t.shape) for key, t in tensors.items()}, record, metadata)
         except (KeyError, ExportError) as error:
             raise LoadError(
                 f"{path.name} in {str(path.parent)!r} does not say where its tensors lie ({error}): export it again"
@@ -236,21 +258,21 @@ class GgufContainer(Container):
         self,
         tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
         record: FrozenRecord,
-        facts: Mapping[str, Any],
+        metadata: Mapping[str, Any],
     ) -> dict[str, _Stored]:
         names = {key: key.removesuffix(BLOCKS) + "weight" if key.endswith(BLOCKS) else key for key in tensors}
-        places = self.places({names[key]: shape for key, (_, shape) in tensors.items()}, facts)
+        places = self.places({names[key]: shape for key, (_, shape) in tensors.items()}, metadata)
         plan: dict[str, _Stored] = {}
         for key, (dtype, shape) in tensors.items():
             place = places[names[key]]
             if key.endswith(BLOCKS):
                 place = place._replace(transposed=False)  # blocks lie along the rows of (out, in), whatever the layer
                 kind = record.layers[key.removesuffix(f".{BLOCKS}")].weights.upper()
-            elif dtype not in _FLOATS or not shape:
+            elif dtype not in _FLOAT_NAMES or not shape:
                 raise ExportError(f"tensor {key!r} is {dtype} {list(shape)}, for which GGUF files have no place")
             else:
-                wide = len(shape) < 2 or place.tensor.endswith(_WIDE) or dtype in self.wide
-                kind = "F32" if wide else _FLOATS[dtype]
+                wanted = len(shape) < 2 or place.tensor.endswith(_IN_FLOAT32) or dtype in self.stored_as_float32
+                kind = "F32" if wanted else _FLOAT_NAMES[dtype]
             stored = plan.setdefault(place.tensor, _Stored(kind, []))
             if stored.type != kind:
                 raise ExportError(
@@ -308,9 +330,3 @@ def _metadata(path: Path) -> dict[str, _Field]:
 def _ordered(tensor: Tensor, place: Place) -> Tensor:
     rows = tensor.t() if place.transposed else tensor
     return rows if place.order is None else rows[place.order(len(rows))]
-
-
-def _array(tensor: Tensor, kind: str) -> Any:
-    dtype = {name: dtype for dtype, name in _FLOATS.items()}.get(kind, torch.uint8)
-    tensor = tensor.to(dtype).contiguous()
-    return (tensor.view(torch.uint8) if kind == "BF16" else tensor).numpy()

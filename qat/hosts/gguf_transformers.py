@@ -28,7 +28,6 @@ from qat.hosts.base import FloatGrid, Host, Reloaded, python_block
 from qat.hosts.gguf import GgufContainer, Place, require_package
 from qat.hosts.gguf_tokenizer import general_name, tokenizer_notes, write_tokenizer
 from qat.hosts.transformers import _Transformers
-from qat.spec import QuantSpec
 
 __all__ = ["GGUF_TRANSFORMERS"]
 
@@ -146,15 +145,15 @@ class _Container(GgufContainer):
     def notes(self, directory: Path) -> list[str]:
         return tokenizer_notes(directory)
 
-    def places(self, shapes: Mapping[str, tuple[int, ...]], facts: Mapping[str, Any]) -> dict[str, Place]:
-        gguf, name = require_package(TargetError), facts["general.architecture"]
-        known, heads = _BY_NAME[name], facts[f"{name}.attention.head_count"]
+    def places(self, shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, Any]) -> dict[str, Place]:
+        gguf, name = require_package(TargetError), metadata["general.architecture"]
+        known, heads = _BY_NAME[name], metadata[f"{name}.attention.head_count"]
         kinds = {value: key for key, value in gguf.MODEL_ARCH_NAMES.items()}
-        table = gguf.get_tensor_name_map(kinds[name], facts[f"{name}.block_count"])
+        table = gguf.get_tensor_name_map(kinds[name], metadata[f"{name}.block_count"])
         orders: dict[str, Callable[[int], Tensor]] = {}
         if known.permuted:
             orders["q_proj"] = functools.partial(_interleaved, heads)
-            orders["k_proj"] = functools.partial(_interleaved, facts[f"{name}.attention.head_count_kv"])
+            orders["k_proj"] = functools.partial(_interleaved, metadata[f"{name}.attention.head_count_kv"])
         places = {}
         for key in shapes:
             layer, _, kind = key.rpartition(".")
@@ -173,11 +172,6 @@ def _interleaved(heads: int, rows: int) -> Tensor:
 
 @dataclass(frozen=True)
 class _GgufTransformers(_Transformers):
-    def spec_faults(self, spec: QuantSpec) -> list[str]:
-        if spec.activation_type is None:
-            return []
-        return [f"activations={spec.activation_type!r}: GGUF files hold none: use None, or target 'transformers'"]
-
     def model_faults(self, model: nn.Module) -> list[str]:
         require_package(TargetError)
         cls, config = type(model), getattr(model, "config", None)
