@@ -8,55 +8,17 @@ from typing import Any
 
 import gguf
 import pytest
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import qat
 from qat.files.manifest import read_manifest
 from qat.hosts import gguf_tokenizer
 from qat.hosts.gguf_tokenizer import general_name, tokenizer_notes
+from tests.gguf_models import TEXTS, byte_level, changed, metaspace, sentencepiece
 from tests.helpers import tiny_model
 
-TEXTS = ["the cat sat on the mat", "a cat,  a hat", "that's 1234 cats!\n", "über <s> sat", "<think> on"]
 ROWS = 320
-
-
-def byte_level(split: Any = None, ignore_merges: bool = False) -> Any:
-    backend = Tokenizer(models.BPE(ignore_merges=ignore_merges))
-    plain = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split is None)
-    backend.pre_tokenizer = plain
-    if split is not None:
-        backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(split), "isolated"), plain])
-    backend.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300, special_tokens=["<s>"], initial_alphabet=alphabet, show_progress=False
-    )
-    backend.train_from_iterator(TEXTS, trainer)
-    made = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="<s>")
-    made.add_tokens(["<think>"])
-    return made
-
-
-def sentencepiece() -> Any:
-    """BPE that falls back to bytes, as Llama's tokenizer is converted."""
-    trained = Tokenizer(models.BPE())
-    trained.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    trainer = trainers.BpeTrainer(vocab_size=60, show_progress=False)
-    trained.train_from_iterator(TEXTS, trainer)
-    model = json.loads(trained.to_str())["model"]
-    first = ["<unk>", "<s>", "</s>", *(f"<0x{number:02X}>" for number in range(256))]
-    merges = [tuple(merge) for merge in model["merges"]]
-    merged = ["".join(merge) for merge in merges]
-    singles = [text for text in model["vocab"] if text not in merged]
-    vocab = {text: number for number, text in enumerate([*first, *merged, *singles])}
-    backend = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-    backend.normalizer = trained.normalizer
-    backend.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    return PreTrainedTokenizerFast(tokenizer_object=backend, **special)
 
 
 def exported(directory: Path, tokenizer: Any, rows: int = ROWS) -> dict[str, Any]:
@@ -108,9 +70,9 @@ def test_sentencepiece(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("ignore_merges", [False, True])
-@pytest.mark.parametrize("name", gguf_tokenizer._SPLITS)
+@pytest.mark.parametrize("name", gguf_tokenizer.SPLITS)
 def test_llama_cpp_knows_a_split_by_its_name(tmp_path: Path, name: str, ignore_merges: bool) -> None:
-    tokenizer = byte_level(gguf_tokenizer._SPLITS[name], ignore_merges)
+    tokenizer = byte_level(gguf_tokenizer.SPLITS[name], ignore_merges)
     if name == "qwen2" and ignore_merges:
         with pytest.raises(qat.ExportError, match=r"ignore_merges=True, and llama.cpp would make other tokens"):
             exported(tmp_path / "out", tokenizer)
@@ -129,21 +91,8 @@ def test_digits_are_split_as_in_starcoder(tmp_path: Path) -> None:
 def test_the_names_are_those_by_which_transformers_splits() -> None:
     from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
-    for name, split in gguf_tokenizer._SPLITS.items():
+    for name, split in gguf_tokenizer.SPLITS.items():
         assert GGUF_PRE_TOKENIZER_SPLITS[name] == split
-
-
-def changed(tokenizer: Any, **parts: Any) -> Any:
-    """A tokenizer with other parts; ``model.`` parts are fields of its BPE."""
-    fields = json.loads(tokenizer.backend_tokenizer.to_str())
-    for key, value in parts.items():
-        (fields["model"] if key in fields["model"] else fields)[key] = value
-    backend = Tokenizer.from_str(json.dumps(fields))
-    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token=tokenizer.eos_token)
-
-
-def metaspace(scheme: str) -> dict[str, Any]:
-    return {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": False}
 
 
 def around(*tokens: str) -> dict[str, Any]:

@@ -15,13 +15,13 @@ from typing import Any
 from qat.errors import ExportError, listed
 from qat.hosts.gguf import require_package
 
-__all__ = ["general_name", "tokenizer_notes", "write_tokenizer"]
+__all__ = ["SPLITS", "general_name", "tokenizer_notes", "write_tokenizer"]
 
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_SPLITS = {"llama-bpe": _LLAMA3, "dbrx": _LLAMA3, "qwen2": _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")}
+SPLITS = {"llama-bpe": _LLAMA3, "dbrx": _LLAMA3, "qwen2": _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")}
 _IGNORES_MERGES = "llama-bpe"  # the name of them by which llama.cpp takes a word that is a token as it is
 _BYTES = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
 # Steps before byte-level BPE, by llama.cpp's names of them; of a step, the fields that decide.
@@ -29,7 +29,7 @@ _BYTE_LEVEL: list[tuple[str, list[dict[str, Any]]]] = [
     ("gpt-2", [_BYTES]),
     ("starcoder", [{"type": "Digits", "individual_digits": True}, _BYTES]),
 ]
-for _name, _split in _SPLITS.items():
+for _name, _split in SPLITS.items():
     _isolated = {"type": "Split", "pattern": {"Regex": _split}, "behavior": "Isolated", "invert": False}
     _BYTE_LEVEL.append((_name, [_isolated, {**_BYTES, "use_regex": False}]))
 _SPACE = "\u2581"  # which stands for a space in tokens of SentencePiece
