@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import qat
-from qat.formats import FORMATS, GGUF, GGUF_HALF, QUANTO
+from qat.formats import GGUF, GGUF_FLOAT16, QUANTO
 from qat.formats.base import FrozenLayer
 from qat.formats.gguf import GgufEmbedding, GgufLinear
 from tests.helpers import awkward_weight, same_bits, tiny_model
@@ -30,7 +30,7 @@ def packed(name: str, like: nn.Module, dtype: torch.dtype = torch.bfloat16, form
     return format.build(types, (12, 64), tensors, like=like), value
 
 
-@pytest.mark.parametrize("format", [GGUF, GGUF_HALF], ids=["gguf", "gguf-half"])
+@pytest.mark.parametrize("format", [GGUF, GGUF_FLOAT16], ids=["gguf", "gguf-float16"])
 @pytest.mark.parametrize("name", GGUF.qtypes)
 def test_a_layer_computes_what_a_float_one_with_its_values_does(name: str, format: Any) -> None:
     layer, value = packed(name, nn.Linear(64, 12), format=format)
@@ -39,7 +39,10 @@ def test_a_layer_computes_what_a_float_one_with_its_values_does(name: str, forma
     assert torch.equal(layer(x), nn.functional.linear(x, value, layer.bias))
     assert same_bits(format.values(layer), value)
     assert same_bits(format.values(copy.deepcopy(layer)), value)
-    assert (format.is_frozen(layer), (GGUF if format is GGUF_HALF else GGUF_HALF).is_frozen(layer)) == (True, False)
+    assert (format.is_frozen(layer), (GGUF if format is GGUF_FLOAT16 else GGUF_FLOAT16).is_frozen(layer)) == (
+        True,
+        False,
+    )
     assert not QUANTO.owns(layer)
     assert format.shape(layer) == (12, 64)
     assert layer.compute_dtype is torch.bfloat16
@@ -50,6 +53,17 @@ def test_an_embedding_dequantizes_the_rows_it_reads() -> None:
     ids = torch.tensor([[3, 0, 3], [11, 5, 1]])
     assert isinstance(layer, GgufEmbedding)
     assert torch.equal(layer(ids), value[ids])
+
+
+@pytest.mark.parametrize("like", [nn.Linear(64, 12), nn.Embedding(12, 64)], ids=["linear", "embedding"])
+def test_a_layer_keeps_the_dtype_that_it_was_trained_for(like: nn.Module) -> None:
+    layer, value = packed("q4_0", like)
+    for change in (nn.Module.float, nn.Module.half, lambda module: module.to(torch.float64)):
+        with pytest.raises(qat.StateError, match=r"trained for torch\.bfloat16, got torch\.float.*: load it again"):
+            change(nn.Sequential(layer))
+    nn.Sequential(layer).bfloat16().to("cpu")
+    assert same_bits(layer.frozen_weight().dequantize(), value)
+    assert layer.to("meta").weight.is_meta
 
 
 def test_bytes_of_a_weight() -> None:
@@ -71,7 +85,7 @@ def test_a_type_of_another_format_is_refused(target: str, weights: str, known: s
 
 
 def test_activations_are_refused() -> None:
-    with pytest.raises(qat.TargetError, match="activations='int8': GGUF files hold none: use None"):
+    with pytest.raises(qat.TargetError, match="activations='int8': format 'gguf' has none: use None, or another"):
         qat.prepare(tiny_model("llama"), qat.QuantSpec(weights="q8_0", activations="int8"), target="gguf")
 
 
@@ -82,7 +96,3 @@ def test_rows_that_are_no_whole_number_of_blocks_stay_float_embeddings_too() -> 
     report = qat.inspect(tiny_model("llama", intermediate_size=72), spec, target="gguf")
     reasons = {row.name: row.reason for row in report.layers if row.weights is None}
     assert reasons["model.layers.0.mlp.down_proj"] == "GGUF stores blocks of 32, and its rows have 72 numbers"
-
-
-def test_both_formats_are_registered() -> None:
-    assert [FORMATS[name].name for name in ("gguf", "gguf-half")] == ["gguf", "gguf-half"]

@@ -12,7 +12,7 @@ from diffusers.quantizers.gguf import utils as of_diffusers
 from torch import Tensor
 
 import qat
-from qat.formats.gguf_types import BLOCK, HALF_QTYPES, QTYPES, pack_blocks, unpack_blocks
+from qat.formats.gguf_types import BLOCK, FLOAT16_QTYPES, QTYPES, pack_blocks, unpack_blocks
 from qat.layers import QLinear
 from qat.layers.packed import PackedForm
 from qat.numerics import QType, moved_range
@@ -21,7 +21,7 @@ from qat.starts import DATA_STARTS, RANGE_STARTS
 from qat.starts.base import Start, output_error
 from tests.helpers import DTYPES, awkward_weight, same_bits
 
-TYPES = [pytest.param(qtype, id=qtype.key) for table in (QTYPES, HALF_QTYPES) for qtype in table.values()]
+TYPES = [pytest.param(qtype, id=qtype.key) for table in (QTYPES, FLOAT16_QTYPES) for qtype in table.values()]
 ALGORITHMS: list[Algorithm] = [
     qat.StraightThrough(),
     qat.LearnedAffine(),
@@ -40,7 +40,7 @@ def by_diffusers(blocks: Tensor, qtype: QType, dtype: torch.dtype) -> Tensor:
     return of_diffusers.dequantize_gguf_tensor(of_diffusers.GGUFParameter(blocks, quant_type=kind)).to(dtype)
 
 
-LOADERS: dict[str, Callable[[Tensor, QType, torch.dtype], Tensor]] = {"gguf": by_gguf, "gguf-half": by_diffusers}
+LOADERS: dict[str, Callable[[Tensor, QType, torch.dtype], Tensor]] = {"gguf": by_gguf, "gguf-float16": by_diffusers}
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)

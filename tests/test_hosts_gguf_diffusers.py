@@ -16,9 +16,11 @@ from diffusers.quantizers.gguf.utils import dequantize_gguf_tensor
 from torch import nn
 
 import qat
-from qat.hosts import gguf_diffusers
+from qat.files.manifest import read_manifest
+from qat.hosts import get_target, gguf_diffusers
 from qat.layers import quantized_layers
 from tests.diffusion_architectures import ARCHITECTURES
+from tests.gguf_files import flipped, forge, gguf_file, rewritten, stored
 from tests.helpers import same_bits, tiny_model
 
 TYPES = ("q8_0", "q4_0", "q4_1")
@@ -49,10 +51,6 @@ def stock(directory: Path, name: str, dtype: torch.dtype) -> Any:
     return getattr(diffusers, name).from_single_file(
         path, config=str(directory), quantization_config=config, dtype=dtype
     )
-
-
-def stored(directory: Path) -> dict[str, Any]:
-    return {t.name: t for t in gguf.GGUFReader(directory / "diffusion_pytorch_model.gguf").tensors}
 
 
 @pytest.fixture
@@ -153,7 +151,7 @@ def test_what_cannot_be_loaded_is_refused() -> None:
     ):
         with pytest.raises(qat.TargetError, match=match):
             qat.prepare(model, qat.QuantSpec(weights="q8_0"), target="gguf-diffusers")
-    with pytest.raises(qat.TargetError, match="activations='int8': GGUF files hold none"):
+    with pytest.raises(qat.TargetError, match="activations='int8': format 'gguf-float16' has none"):
         prepared("FluxTransformer2DModel", "q8_0", activations="int8")
 
 
@@ -167,11 +165,72 @@ def test_the_card_shows_a_load_that_works(tmp_path: Path) -> None:
         assert torch.equal(names["model"](**example)[0], model(**example)[0])
 
 
+@pytest.mark.parametrize("forged", [False, True])
 @pytest.mark.parametrize("share", [0.02, 0.999])
-def test_a_truncated_file_is_found(tmp_path: Path, share: float) -> None:
+def test_a_truncated_file_is_found(tmp_path: Path, share: float, forged: bool) -> None:
     exported(tmp_path, prepared("FluxTransformer2DModel"))
-    path = tmp_path / "diffusion_pytorch_model.gguf"
-    content = path.read_bytes()
-    path.write_bytes(content[: int(share * len(content))])
+    path = gguf_file(tmp_path)
+    content = path.read_bytes()[: int(share * path.stat().st_size)]
+    if forged:
+        forge(tmp_path, content)
+    path.write_bytes(content)
     with pytest.raises(qat.VerifyError, match="is not a whole GGUF file"):
         qat.verify(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "byte", "finds"),
+    [
+        ("double_blocks.0.img_mlp.0.weight", 5, "transformer_blocks.0.ff.net.0.proj: codes, weight differ"),
+        ("double_blocks.0.img_mlp.0.weight", 0, "transformer_blocks.0.ff.net.0.proj: scale, weight differ"),
+        ("double_blocks.0.img_mlp.0.weight", 2, "transformer_blocks.0.ff.net.0.proj: shift, weight differ"),
+        ("double_blocks.0.img_attn.qkv.weight", 4, "transformer_blocks.0.attn.to_q: codes, weight differ"),
+        ("double_blocks.0.img_attn.qkv.weight", -1, "transformer_blocks.0.attn.to_v: codes, weight differ"),
+        ("final_layer.adaLN_modulation.1.weight", 4, "norm_out.linear: codes, weight differ"),
+        ("double_blocks.0.img_attn.norm.query_norm.scale", 2, "attn.norm_q.weight differs from what was exported"),
+    ],
+)
+def test_a_changed_byte_is_found_behind_forged_hashes(
+    tmp_path: Path, narrow_flux: None, tensor: str, byte: int, finds: str
+) -> None:
+    exported(tmp_path, prepared("FluxTransformer2DModel"))
+    forge(tmp_path, flipped(tmp_path, tensor, byte % stored(tmp_path)[tensor].n_bytes))
+    with pytest.raises(qat.VerifyError, match=finds):
+        qat.verify(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "finds"),
+    [
+        ("qat.original_names", False, "time_text_embed.timestep_embedder.linear_1.weight.blocks is missing"),
+        ("general.architecture", "sd3", "time_text_embed.timestep_embedder.linear_1.weight.blocks is missing"),
+        ("general.name", "Other", "general.name of .* is 'Other', and config.json"),
+        ("general.file_type", 7, "general.file_type of .* is 7, and config.json"),
+    ],
+)
+def test_other_metadata_is_found_behind_forged_hashes(
+    tmp_path: Path, narrow_flux: None, key: str, value: Any, finds: str
+) -> None:
+    exported(tmp_path, prepared("FluxTransformer2DModel"))
+    rewritten(tmp_path, lambda fields: fields.update({key: (value, *fields[key][1:])}))
+    with pytest.raises(qat.VerifyError, match=finds):
+        qat.verify(tmp_path)
+
+
+def test_a_manifest_of_two_files_is_refused(tmp_path: Path) -> None:
+    exported(tmp_path, prepared("FluxTransformer2DModel"))
+    manifest = read_manifest(tmp_path)
+    name, kept = next(iter(manifest.tensors.items()))
+    two = manifest.model_copy(
+        update={"tensors": manifest.tensors | {name: kept.model_copy(update={"file": "other.gguf"})}}
+    )
+    container = get_target("gguf-diffusers").host.container
+    with pytest.raises(qat.LoadError, match=r"one GGUF file, and its manifest names \['diffusion.*', 'other.gguf'\]"):
+        container.reader(tmp_path, two)
+
+
+def test_a_tensor_without_a_place_is_named_at_the_models_top_too() -> None:
+    model = ARCHITECTURES["SD3Transformer2DModel"].build()
+    model.register_parameter("scale", nn.Parameter(torch.ones(())))
+    with pytest.raises(qat.TargetError, match="its tensor 'scale' has no place in a GGUF file"):
+        qat.prepare(model, qat.QuantSpec(weights="q8_0"), target="gguf-diffusers")

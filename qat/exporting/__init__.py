@@ -163,7 +163,7 @@ def export(
             files=files,
             example=example,
             config=None if config is None else dict(config),
-            notes=(*record.notes, *notes, *host_of(model).export_notes(model)),
+            notes=(*record.notes, *notes, *host_of(model).export_notes(model), *to.host.container.notes(temporary)),
         )
         for path in (manifest.write(temporary), write_card(temporary, manifest)):
             files = files | {path.name: file_record(path)}

@@ -50,13 +50,17 @@ class Container(ABC):
     def headers(self, directory: Path, manifest: Manifest) -> dict[str, Header]:
         """What the files say of their tensors; `LoadError` when one is missing or not whole."""
 
-    def metadata_faults(self, model: nn.Module, directory: Path, manifest: Manifest) -> list[str]:
-        """Where the files describe another model than ``model``, which was loaded from them. Most describe none."""
-        return []
-
     @abstractmethod
     def reader(self, directory: Path, manifest: Manifest) -> Callable[[str], Tensor]:
         """The call that reads a tensor of the manifest by its name; memory-mapped where the files allow it."""
+
+    def metadata_faults(self, model: nn.Module, directory: Path, manifest: Manifest) -> list[str] | None:
+        """Where the metadata by which programs compute is not that of the model; None: the files have no such."""
+        return None
+
+    def notes(self, directory: Path) -> list[str]:
+        """What readers should know of files that lie beside the JSON files of ``directory``."""
+        return []
 
 
 def write_json(path: Path, fields: Mapping[str, Any]) -> None:

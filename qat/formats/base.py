@@ -145,7 +145,9 @@ class Format(ABC):
 
     def spec_faults(self, spec: QuantSpec) -> list[str]:
         """What the spec asks for that no loader of the format gives, each with its remedy; its types are known."""
-        return []
+        if spec.activation_type is None or self.activation_qtypes:
+            return []
+        return [f"activations={spec.activation_type!r}: format {self.name!r} has none: use None, or another target"]
 
     def shape_fault(self, types: LayerTypes, shape: tuple[int, int]) -> str | None:
         """Why the format cannot store a weight of this shape (``(out, in)``), or None."""

@@ -6,17 +6,18 @@ so to the hosts (`qat.hosts.gguf`). The modules here hold blocks, and compute th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
+from qat.errors import StateError
 from qat.formats.base import Format, FrozenLayer, LayerTypes, Slot
-from qat.formats.gguf_types import BLOCK, HALF_QTYPES, QTYPES, block_bytes, pack_blocks, unpack_blocks
+from qat.formats.gguf_types import BLOCK, FLOAT16_QTYPES, QTYPES, block_bytes, pack_blocks, unpack_blocks
 from qat.numerics import FrozenWeight, QType
 
-__all__ = ["BLOCKS", "GGUF", "GGUF_HALF", "GgufEmbedding", "GgufLinear"]
+__all__ = ["BLOCKS", "GGUF", "GGUF_FLOAT16", "GgufEmbedding", "GgufLinear"]
 
 BLOCKS = "weight.blocks"
 """Below a layer's name, the tensor that holds its weight."""
@@ -38,6 +39,15 @@ class _Packed(nn.Module):
     def compute_dtype(self) -> torch.dtype:
         """What some models of diffusers ask a layer of blocks for, to cast its input."""
         return self.types.dtype
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        dtype = self.types.dtype
+        if (asked := fn(torch.empty(0, dtype=dtype, device=self.weight.device)).dtype) != dtype:
+            raise StateError(
+                f"dtype: the values of a frozen model were trained for {dtype}, got {asked}, which rounds otherwise: "
+                f"load it again, and leave it in {dtype}"
+            )
+        return super()._apply(fn, recurse)  # type: ignore[no-any-return,no-untyped-call]
 
     def frozen_weight(self) -> FrozenWeight:
         """What the blocks hold."""
@@ -119,11 +129,11 @@ class _Gguf(Format):
         return FrozenLayer(unpack_blocks(blocks, types.weights, types.dtype), layer.bias, types, one, one)
 
 
-class _GgufHalf(_Gguf):
+class _GgufFloat16(_Gguf):
     """The same blocks with diffusers' arithmetic, and its own layers beside ours."""
 
-    name: ClassVar[str] = "gguf-half"
-    qtypes: ClassVar[Mapping[str, QType]] = HALF_QTYPES
+    name: ClassVar[str] = "gguf-float16"
+    qtypes: ClassVar[Mapping[str, QType]] = FLOAT16_QTYPES
 
     def is_frozen(self, module: nn.Module) -> bool:
         return super().is_frozen(module) or _stock_type(module) in self.qtypes
@@ -158,4 +168,4 @@ def _stock_type(module: nn.Module) -> str:
 
 
 GGUF = _Gguf()
-GGUF_HALF = _GgufHalf()
+GGUF_FLOAT16 = _GgufFloat16()

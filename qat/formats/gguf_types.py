@@ -9,7 +9,7 @@ dtype::
 
 The package gguf, and with it transformers, computes a value in float32 and rounds it once, to the serving dtype.
 diffusers computes product and sum in float16 (``dequantize_blocks_Q4_1`` and the like), and then rounds to the serving
-dtype. So one file has two meanings, and each is a grid of its own: `QTYPES` and `HALF_QTYPES`.
+dtype. So one file has two meanings, and each is a grid of its own: `QTYPES` and `FLOAT16_QTYPES`.
 
 Here codes of q4_0 are q - 8, and the shift of q4_1 is -m. The definition is gguf-py/gguf/quants.py of
 https://github.com/ggml-org/llama.cpp.
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from qat.numerics import Affine, FrozenWeight, QType, Symmetric, round_to
 
-__all__ = ["BLOCK", "HALF_QTYPES", "QTYPES", "block_bytes", "pack_blocks", "unpack_blocks"]
+__all__ = ["BLOCK", "FLOAT16_QTYPES", "QTYPES", "block_bytes", "pack_blocks", "unpack_blocks"]
 
 BLOCK = 32
 _LARGEST = torch.finfo(torch.float16).max
@@ -37,7 +37,7 @@ class _Blocks(QType):
 
     fused: ClassVar[bool] = False
 
-    half: bool = False
+    in_float16: bool = False
     """Whether values are computed in float16, as diffusers does."""
 
     def group_size(self, in_features: int) -> int | None:
@@ -55,7 +55,7 @@ class _Blocks(QType):
 
     def decode(self, codes: Tensor, scale: Tensor, shift: Tensor | None, dtype: torch.dtype) -> Tensor:
         """In float32, or in float16. Of float32, a product has at most 19 bits, so it is exact."""
-        within = torch.float16 if self.half else torch.float32
+        within = torch.float16 if self.in_float16 else torch.float32
         values = scale.to(within) * self.grouped(codes).to(within)
         if shift is not None:
             values -= shift.to(within)
@@ -63,12 +63,12 @@ class _Blocks(QType):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Symmetric(_Blocks, Symmetric):
+class _Q8(_Blocks, Symmetric):
     """q8_0."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Signed(_Blocks, Symmetric):
+class _Q4(_Blocks, Symmetric):
     """q4_0, whose codes reach to -8 but only to 7: the scale gets the sign that gives -8 to the largest magnitude.
 
     >>> low, high = QTYPES["q4_0"].weight_range(torch.tensor([[0.8] + 31 * [-0.5]]))
@@ -84,23 +84,23 @@ class _Signed(_Blocks, Symmetric):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Affine(_Blocks, Affine):
+class _Q4WithMinimum(_Blocks, Affine):
     """q4_1."""
 
 
-def _types(format: str, half: bool) -> dict[str, QType]:
-    common: dict[str, Any] = {"format": format, "half": half}
+def _types(format: str, in_float16: bool) -> dict[str, QType]:
+    common: dict[str, Any] = {"format": format, "in_float16": in_float16}
     nibbles = common | {"bits": 4}
     types = (
-        _Symmetric(**common, name="q8_0", bits=8, code_min=-127, code_max=127, steps=127, storage=torch.int8),
-        _Signed(**nibbles, name="q4_0", code_min=-8, code_max=7, steps=8, storage=torch.int8),
-        _Affine(**nibbles, name="q4_1", code_min=0, code_max=15, steps=15, storage=torch.uint8),
+        _Q8(**common, name="q8_0", bits=8, code_min=-127, code_max=127, steps=127, storage=torch.int8),
+        _Q4(**nibbles, name="q4_0", code_min=-8, code_max=7, steps=8, storage=torch.int8),
+        _Q4WithMinimum(**nibbles, name="q4_1", code_min=0, code_max=15, steps=15, storage=torch.uint8),
     )
     return {qtype.name: qtype for qtype in types}
 
 
-QTYPES = _types("gguf", half=False)
-HALF_QTYPES = _types("gguf-half", half=True)
+QTYPES = _types("gguf", in_float16=False)
+FLOAT16_QTYPES = _types("gguf-float16", in_float16=True)
 
 
 def block_bytes(qtype: QType) -> int:

@@ -10,6 +10,7 @@ holds every number of a narrower dtype, so they come back as they were.
 from __future__ import annotations
 
 import os
+import tempfile
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from qat.errors import ExportError, LoadError, listed, shown
+from qat.errors import ExportError, LoadError, listed
 from qat.files.evidence import FrozenRecord, frozen_record
 from qat.files.manifest import Manifest, TensorRecord, file_record
 from qat.files.shards import DTYPE_NAMES, DTYPES_BY_NAME, Header, TensorEntry, header_faults
@@ -30,8 +31,26 @@ from qat.tensors import digest
 
 __all__ = ["GgufContainer", "Place", "require_package"]
 
-_FLOATS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-_WIDE = ("_norm.weight", "position_embd.weight")
+_IN_FLOAT32 = ("_norm.weight", "position_embd.weight")
+
+
+class _Kind(NamedTuple):
+    """A number type of a file: its numbers, and what the package gguf takes and gives for them."""
+
+    dtype: torch.dtype
+    stored: torch.dtype
+
+    def stored_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return (*shape[:-1], shape[-1] * self.dtype.itemsize // self.stored.itemsize)
+
+
+_FLOATS = {
+    "F32": _Kind(torch.float32, torch.float32),
+    "F16": _Kind(torch.float16, torch.float16),
+    "BF16": _Kind(torch.bfloat16, torch.uint8),
+}
+_BYTES = _Kind(torch.uint8, torch.uint8)  # of blocks
+_FLOAT_NAMES = {kind.dtype: name for name, kind in _FLOATS.items()}
 
 
 class Place(NamedTuple):
@@ -53,6 +72,10 @@ class _Stored:
     parts: list[tuple[str, Place, tuple[int, ...]]]
 
     @property
+    def kind(self) -> _Kind:
+        return _FLOATS.get(self.type, _BYTES)
+
+    @property
     def shape(self) -> tuple[int, ...]:
         _, _, (_, *rest) = self.parts[0]
         return sum(shape[0] for _, _, shape in self.parts), *rest
@@ -62,8 +85,8 @@ class _Stored:
 class GgufContainer(Container):
     """GGUF files of one model library; abstract."""
 
-    wide: frozenset[torch.dtype] = frozenset()
-    """dtypes whose tensors are all float32 in a file, since the library's loader takes them for blocks otherwise."""
+    stored_as_float32: frozenset[torch.dtype] = frozenset()
+    """dtypes whose tensors are float32 in a file: the library's loader would take them for blocks."""
 
     @abstractmethod
     def describe(self, writer: Any, model: Any, directory: Path) -> None:
@@ -74,11 +97,11 @@ class GgufContainer(Container):
         """What GGUF calls the model's architecture."""
 
     @abstractmethod
-    def places(self, shapes: Mapping[str, tuple[int, ...]], facts: Mapping[str, Any]) -> dict[str, Place]:
-        """Where tensors lie, by the model's names of weights, without ``.blocks``; ``facts`` is the metadata.
+    def places(self, shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, Any]) -> dict[str, Place]:
+        """Where tensors lie, by the model's names of weights, without ``.blocks``; ``metadata`` is that of the file.
 
         Raises:
-            KeyError: a fact is missing, or a tensor has no name in such a file.
+            KeyError: a field is missing, or a tensor has no name in such a file.
         """
 
     def write(
@@ -94,20 +117,18 @@ class GgufContainer(Container):
         """Into one file, whatever ``max_shard_size``: loaders read no others."""
         gguf, record = require_package(ExportError), frozen_record(model)
         path = directory / f"{stem}.gguf"
-        writer = gguf.GGUFWriter(path, self.architecture(model))
+        writer = self._writer(path, model, record, directory)
         try:
-            facts = {key: value.value for key, value in self._metadata(writer, model, directory, record).items()}
+            metadata = {key: value.value for key, value in writer.kv_data[0].items()}
             try:
-                plan = self._plan({entry.name: (entry.dtype, entry.shape) for entry in entries}, record, facts)
+                plan = self._plan({entry.name: (entry.dtype, entry.shape) for entry in entries}, record, metadata)
             except KeyError as error:
                 raise ExportError(f"model: {error.args[0]}: GGUF has no name for it: use another target") from None
             for name, stored in plan.items():
-                shape, kind = stored.shape, gguf.GGMLQuantizationType[stored.type]
-                numbers = {"F32": "float32", "F16": "float16"}.get(stored.type, "uint8")
-                if stored.type == "BF16":
-                    shape = (*shape[:-1], 2 * shape[-1])
-                nbytes = torch.Size(shape).numel() * getattr(torch, numbers).itemsize
-                writer.add_tensor_info(name, shape, getattr(gguf.quants.np, numbers)(0).dtype, nbytes, kind)
+                kind = stored.kind
+                shape, of_numpy = kind.stored_shape(stored.shape), torch.empty(0, dtype=kind.stored).numpy().dtype
+                nbytes = torch.Size(shape).numel() * of_numpy.itemsize
+                writer.add_tensor_info(name, shape, of_numpy, nbytes, gguf.GGMLQuantizationType[stored.type])
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
@@ -119,7 +140,8 @@ class GgufContainer(Container):
                     form = DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)
                     tensors[key] = TensorRecord(file=path.name, dtype=form[0], shape=form[1], sha256=digest(tensor))
                     parts.append(_ordered(tensor, place))
-                writer.write_tensor_data(_array(torch.cat(parts), stored.type))
+                numbers = torch.cat(parts).to(stored.kind.dtype).contiguous()
+                writer.write_tensor_data(numbers.view(stored.kind.stored).numpy())
         finally:
             writer.close()
         with path.open("rb") as file:
@@ -132,29 +154,37 @@ class GgufContainer(Container):
             raise ExportError(f"the file was written but holds something else: {listed(faults, 3)}; check the disk")
         return {path.name: file_record(path)}, {entry.name: tensors[entry.name] for entry in entries}
 
-    def _metadata(self, writer: Any, model: Any, directory: Path, record: FrozenRecord) -> dict[str, Any]:
-        """Write all of it into a ``gguf.GGUFWriter``; the result is its values, with their types."""
+    def _writer(self, path: Path, model: Any, record: FrozenRecord, directory: Path) -> Any:
+        """A ``gguf.GGUFWriter`` that knows all metadata."""
         gguf = require_package(ExportError)
+        writer = gguf.GGUFWriter(path, self.architecture(model))
         self.describe(writer, model, directory)
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         types = [layer.weights.upper() for layer in record.layers.values()]
         most = max(sorted(set(types)), key=types.count)
         writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{most}"])
-        return dict(writer.kv_data[0])
+        return writer
 
     def metadata_faults(self, model: nn.Module, directory: Path, manifest: Manifest) -> list[str]:
-        """Where it is not what `write` would write of the model: programs that read the file alone compute by it."""
-        (name,) = {tensor.file for tensor in manifest.tensors.values()}
-        reader, _ = _opened(directory / name)
-        writer = require_package(LoadError).GGUFWriter(None, self.architecture(model))
-        described = self._metadata(writer, model, directory, manifest.frozen)
-        wanted = {key: (value.type.name, _single(value.value)) for key, value in described.items()}
-        fields = {key: field for key, field in reader.fields.items() if not key.startswith("GGUF.")}
-        found = {key: (field.types[0].name, _single(field.contents())) for key, field in fields.items()}
+        """Each field that is not what `describe` writes of the model's configuration and of the tokenizer."""
+        name = f"{manifest.weights_stem}.gguf"
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                writer = self._writer(Path(folder) / name, model, manifest.frozen, directory)
+            except Exception as error:  # whatever is wrong with the JSON files that it reads
+                return [f"the metadata of {name} cannot be written again: {type(error).__name__}: {error}"]
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.close()
+            wanted, found = _metadata(Path(folder) / name), _metadata(directory / name)
+        missing = _Field(b"", "missing")
+        pairs = {
+            key: (found.get(key, missing), wanted.get(key, missing)) for key in sorted(wanted.keys() | found.keys())
+        }
         return [
-            f"{name} has {key} = {shown(found.get(key))}, and the model and its tokenizer say {shown(wanted.get(key))}"
-            for key in sorted(wanted.keys() | found.keys())
-            if key != "general.name" and found.get(key) != wanted.get(key)  # a loaded model is called by its directory
+            f"{key} of {name} is {is_.shown}, and config.json and the tokenizer say {said.shown}"
+            for key, (is_, said) in pairs.items()
+            if is_.content != said.content
         ]
 
     def headers(self, directory: Path, manifest: Manifest) -> dict[str, Header]:
@@ -167,17 +197,15 @@ class GgufContainer(Container):
 
     def _headers(self, path: Path, tensors: Mapping[str, TensorRecord], record: FrozenRecord) -> dict[str, Header]:
         """What a file holds, by the model's names where it is what ``tensors`` need, and by its own otherwise."""
-        reader, facts = _opened(path)
+        reader, metadata = _opened(path)
         held = {tensor.name: tensor for tensor in reader.tensors}
         found: dict[str, Header] = {}
-        for name, stored in self._planned(path, tensors, record, facts).items():
+        for name, stored in self._planned(path, tensors, record, metadata).items():
             tensor = held.pop(name, None)
             if tensor is None:
                 continue
             shape = tuple(tensor.data.shape)
-            if tensor.tensor_type.name == "BF16":
-                shape = (*shape[:-1], shape[-1] // 2)
-            if (tensor.tensor_type.name, shape) != (stored.type, stored.shape):
+            if (tensor.tensor_type.name, shape) != (stored.type, stored.kind.stored_shape(stored.shape)):
                 told = f"{name} ({tensor.tensor_type.name} {list(shape)}, not {stored.type} {list(stored.shape)})"
                 held[told] = tensor
                 continue
@@ -191,10 +219,15 @@ class GgufContainer(Container):
 
     def reader(self, directory: Path, manifest: Manifest) -> Callable[[str], Tensor]:
         """Of copies, since rows may have another order in the file."""
-        (name,) = {tensor.file for tensor in manifest.tensors.values()}
-        reader, facts = _opened(directory / name)
+        names = sorted({tensor.file for tensor in manifest.tensors.values()})
+        if len(names) != 1:
+            raise LoadError(
+                f"{str(directory)!r} must have one GGUF file, and its manifest names {names}: export it again"
+            )
+        name = names[0]
+        reader, metadata = _opened(directory / name)
         held = {tensor.name: tensor for tensor in reader.tensors}
-        plan = self._planned(directory / name, manifest.tensors, manifest.frozen, facts)
+        plan = self._planned(directory / name, manifest.tensors, manifest.frozen, metadata)
         starts: dict[str, tuple[str, Place, int, int]] = {}
         for name, stored in plan.items():
             start = 0
@@ -204,9 +237,7 @@ class GgufContainer(Container):
 
         def read(key: str) -> Tensor:
             name, place, start, end = starts[key]
-            rows = torch.from_numpy(held[name].data[start:end].copy())
-            if held[name].tensor_type.name == "BF16":
-                rows = rows.view(torch.bfloat16)
+            rows = torch.from_numpy(held[name].data[start:end].copy()).view(plan[name].kind.dtype)
             if place.order is not None:
                 rows = rows[place.order(len(rows)).argsort()]
             return (rows.t() if place.transposed else rows).to(DTYPES_BY_NAME[manifest.tensors[key].dtype]).contiguous()
@@ -214,10 +245,10 @@ class GgufContainer(Container):
         return read
 
     def _planned(
-        self, path: Path, tensors: Mapping[str, TensorRecord], record: FrozenRecord, facts: Mapping[str, Any]
+        self, path: Path, tensors: Mapping[str, TensorRecord], record: FrozenRecord, metadata: Mapping[str, Any]
     ) -> dict[str, _Stored]:
         try:
-            return self._plan({key: (DTYPES_BY_NAME[t.dtype], t.shape) for key, t in tensors.items()}, record, facts)
+            return self._plan({key: (DTYPES_BY_NAME[t.dtype], t.shape) for key, t in tensors.items()}, record, metadata)
         except (KeyError, ExportError) as error:
             raise LoadError(
                 f"{path.name} in {str(path.parent)!r} does not say where its tensors lie ({error}): export it again"
@@ -227,21 +258,21 @@ class GgufContainer(Container):
         self,
         tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
         record: FrozenRecord,
-        facts: Mapping[str, Any],
+        metadata: Mapping[str, Any],
     ) -> dict[str, _Stored]:
         names = {key: key.removesuffix(BLOCKS) + "weight" if key.endswith(BLOCKS) else key for key in tensors}
-        places = self.places({names[key]: shape for key, (_, shape) in tensors.items()}, facts)
+        places = self.places({names[key]: shape for key, (_, shape) in tensors.items()}, metadata)
         plan: dict[str, _Stored] = {}
         for key, (dtype, shape) in tensors.items():
             place = places[names[key]]
             if key.endswith(BLOCKS):
                 place = place._replace(transposed=False)  # blocks lie along the rows of (out, in), whatever the layer
                 kind = record.layers[key.removesuffix(f".{BLOCKS}")].weights.upper()
-            elif dtype not in _FLOATS or not shape:
+            elif dtype not in _FLOAT_NAMES or not shape:
                 raise ExportError(f"tensor {key!r} is {dtype} {list(shape)}, for which GGUF files have no place")
             else:
-                wide = len(shape) < 2 or place.tensor.endswith(_WIDE) or dtype in self.wide
-                kind = "F32" if wide else _FLOATS[dtype]
+                wanted = len(shape) < 2 or place.tensor.endswith(_IN_FLOAT32) or dtype in self.stored_as_float32
+                kind = "F32" if wanted else _FLOAT_NAMES[dtype]
             stored = plan.setdefault(place.tensor, _Stored(kind, []))
             if stored.type != kind:
                 raise ExportError(
@@ -282,19 +313,26 @@ def _opened(path: Path) -> tuple[Any, dict[str, Any]]:
         ) from error
 
 
-def _single(value: Any) -> Any:
-    """A value of the metadata, with its floats as float32 holds them."""
-    if isinstance(value, float):
-        return torch.tensor(value).item()
-    return [_single(item) for item in value] if isinstance(value, list) else value
+class _Field(NamedTuple):
+    """A field of a file's metadata: its type and value as they are stored, and for readers."""
+
+    content: bytes
+    shown: str
+
+
+def _metadata(path: Path) -> dict[str, _Field]:
+    """All metadata, and the version of the file; numbers of tensors and fields are no metadata."""
+    reader, _ = _opened(path)
+    return {
+        name: _Field(
+            b"".join(part.tobytes() for part in field.parts),
+            repr(field.contents()) if len(field.types) == 1 else f"a list of {len(field.data)}",
+        )
+        for name, field in reader.fields.items()
+        if name not in ("GGUF.tensor_count", "GGUF.kv_count")
+    }
 
 
 def _ordered(tensor: Tensor, place: Place) -> Tensor:
     rows = tensor.t() if place.transposed else tensor
     return rows if place.order is None else rows[place.order(len(rows))]
-
-
-def _array(tensor: Tensor, kind: str) -> Any:
-    dtype = {name: dtype for dtype, name in _FLOATS.items()}.get(kind, torch.uint8)
-    tensor = tensor.to(dtype).contiguous()
-    return (tensor.view(torch.uint8) if kind == "BF16" else tensor).numpy()

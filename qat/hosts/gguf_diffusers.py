@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from qat.errors import TargetError
 from qat.files.evidence import FrozenRecord
 from qat.files.manifest import Manifest
-from qat.formats import GGUF_HALF, Format
+from qat.formats import GGUF_FLOAT16, Format
 from qat.hosts.base import FloatGrid, Host, Reloaded, python_block
 from qat.hosts.diffusers import _Diffusers, _kept
 from qat.hosts.gguf import GgufContainer, Place, require_package
@@ -122,8 +122,8 @@ class _Container(GgufContainer):
         writer.add_name(type(model).__name__)
         writer.add_bool(_ORIGINAL, _has_published_names(model))
 
-    def places(self, shapes: Mapping[str, tuple[int, ...]], facts: Mapping[str, Any]) -> dict[str, Place]:
-        if facts[_ORIGINAL] and facts["general.architecture"] == "flux":
+    def places(self, shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, Any]) -> dict[str, Place]:
+        if metadata[_ORIGINAL] and metadata["general.architecture"] == "flux":
             return {key: _flux_place(key) for key in shapes}
         return {key: Place(key) for key in shapes}
 
@@ -131,9 +131,8 @@ class _Container(GgufContainer):
 @dataclass(frozen=True)
 class _GgufDiffusers(_Diffusers):
     def spec_faults(self, spec: QuantSpec) -> list[str]:
-        if spec.activation_type is None:
-            return []
-        return [f"activations={spec.activation_type!r}: GGUF files hold none: use None, or target 'quanto'"]
+        """None: each tensor of a file has its own type."""
+        return []
 
     def model_faults(self, model: nn.Module) -> list[str]:
         require_package(TargetError)
@@ -143,8 +142,8 @@ class _GgufDiffusers(_Diffusers):
                 f"model: target 'gguf-diffusers' needs a class that diffusers loads from a single file, got a "
                 f"{type(model).__name__}: use target {other!r} (diffusers.loaders.single_file_model lists them)"
             ]
-        parts = [(name, module) for name, module in model.named_modules() if not GGUF_HALF.is_frozen(module)]
-        tensors = ((f"{name}.{key}", tensor) for name, module in parts for key, tensor in own_tensors(module))
+        parts = [(name, module) for name, module in model.named_modules() if not GGUF_FLOAT16.is_frozen(module)]
+        tensors = ((f"{name}.{key}" if name else key, t) for name, module in parts for key, t in own_tensors(module))
         others = [name for name, tensor in tensors if not tensor.is_floating_point() or not tensor.ndim]
         faults = [
             f"model: its tensor {name!r} has no place in a GGUF file: use target 'diffusers'" for name in others[:1]
@@ -213,6 +212,6 @@ def _loadable() -> Iterable[str]:
 GGUF_DIFFUSERS = _GgufDiffusers(
     "diffusers",
     weights_stem="diffusion_pytorch_model",
-    container=_Container(wide=frozenset({torch.bfloat16})),
+    container=_Container(stored_as_float32=frozenset({torch.bfloat16})),
     families="holds these layers in one tensor",
 )

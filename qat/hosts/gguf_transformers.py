@@ -1,7 +1,9 @@
 """transformers as the reader of GGUF files: ``from_pretrained(directory, gguf_file="model.gguf")``.
 
-Names come from the tables of the package gguf, metadata as llama.cpp's own conversion writes it. transformers makes a
-float model of a file: `qat.load` fills modules that hold blocks, and verification compares what both compute.
+Names come from the tables of the package gguf, metadata as llama.cpp's own conversion writes it. ``GgufConfig(
+dequantize=True)`` has transformers make a float model. Without it, release 5.23 keeps the blocks of some other
+architectures, if the package ``kernels`` is there, and their products round otherwise. `qat.load` fills modules of ours
+that hold blocks, and verification compares what both compute.
 
 An architecture is here when its conversion is known to keep codes: tensors are renamed, and of Llama the rows of two
 projections are reordered, since llama.cpp rotates other pairs of numbers.
@@ -25,9 +27,8 @@ from qat.formats import Format
 from qat.hosts.base import FloatGrid, Host, Reloaded, python_block
 from qat.hosts.diffusers import DIFFUSERS
 from qat.hosts.gguf import GgufContainer, Place, require_package
-from qat.hosts.gguf_tokenizer import write_tokenizer
+from qat.hosts.gguf_tokenizer import general_name, tokenizer_notes, write_tokenizer
 from qat.hosts.transformers import _Transformers
-from qat.spec import QuantSpec
 
 __all__ = ["GGUF_TRANSFORMERS"]
 
@@ -46,6 +47,8 @@ class _Architecture(NamedTuple):
     """Whether the rows of the query and key projections are interleaved."""
     transposed: tuple[str, ...] = ()
     """Last names of layers whose float weights are ``(in, out)``."""
+    any_heads: bool = False
+    """Whether heads may have another size than their share of the hidden size."""
 
 
 def _decoder(writer: Any, config: Any) -> None:
@@ -83,7 +86,6 @@ def _phi3(writer: Any, config: Any) -> None:
     _rms_decoder(writer, config)
     writer.add_rope_dimension_count(_rotary_size(config))
     writer.add_rope_scaling_orig_ctx_len(config.original_max_position_embeddings)
-    writer.add_sliding_window(config.sliding_window or 0)
 
 
 def _starcoder2(writer: Any, config: Any) -> None:
@@ -116,13 +118,14 @@ _GPT2 = {
     "add_cross_attention": False,
 }
 _STARCODER2 = {"hidden_act": "gelu_pytorch_tanh", "use_bias": True, "sliding_window": None}
+_STABLELM = {**_SILU, "qk_layernorm": False, "tie_word_embeddings": False}
 ARCHITECTURES: Mapping[str, _Architecture] = {
-    "LlamaForCausalLM": _Architecture("llama", _SILU, _llama, permuted=True),
+    "LlamaForCausalLM": _Architecture("llama", _SILU, _llama, permuted=True, any_heads=True),
     "Qwen2ForCausalLM": _Architecture("qwen2", _QWEN, _rms_decoder),
-    "Qwen3ForCausalLM": _Architecture("qwen3", {**_QWEN, "attention_bias": False}, _with_heads),
-    "Phi3ForCausalLM": _Architecture("phi3", _SILU, _phi3),
+    "Qwen3ForCausalLM": _Architecture("qwen3", {**_QWEN, "attention_bias": False}, _with_heads, any_heads=True),
+    "Phi3ForCausalLM": _Architecture("phi3", {**_SILU, "sliding_window": None}, _phi3),
     "Starcoder2ForCausalLM": _Architecture("starcoder2", _STARCODER2, _starcoder2),
-    "StableLmForCausalLM": _Architecture("stablelm", {**_SILU, "qk_layernorm": False}, _stablelm),
+    "StableLmForCausalLM": _Architecture("stablelm", _STABLELM, _stablelm),
     "GPT2LMHeadModel": _Architecture("gpt2", _GPT2, _gpt2, transposed=("c_attn", "c_proj", "c_fc")),
 }
 _BY_NAME = {known.name: known for known in ARCHITECTURES.values()}
@@ -135,17 +138,20 @@ class _Container(GgufContainer):
     def describe(self, writer: Any, model: Any, directory: Path) -> None:
         config = model.config
         writer.add_type("model")
-        writer.add_name(Path(config.name_or_path or "").name or type(model).__name__)
+        writer.add_name(general_name(type(model).__name__, directory))
         ARCHITECTURES[type(model).__name__].describe(writer, config)
         writer.add_vocab_size(config.vocab_size)
         write_tokenizer(writer, directory, config.vocab_size)
 
-    def places(self, shapes: Mapping[str, tuple[int, ...]], facts: Mapping[str, Any]) -> dict[str, Place]:
-        gguf, name = require_package(TargetError), facts["general.architecture"]
+    def notes(self, directory: Path) -> list[str]:
+        return tokenizer_notes(directory)
+
+    def places(self, shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, Any]) -> dict[str, Place]:
+        gguf, name = require_package(TargetError), metadata["general.architecture"]
         known, kinds = _BY_NAME[name], {value: key for key, value in gguf.MODEL_ARCH_NAMES.items()}
 
         def count(key: str) -> int:
-            value = facts[f"{name}.{key}"]
+            value = metadata[f"{name}.{key}"]
             if type(value) is not int or not 0 < value < 4096:  # a loop runs as often
                 raise KeyError(f"{name}.{key} = {value!r}")
             return value
@@ -176,11 +182,6 @@ def _interleaved(heads: int, rows: int) -> Tensor:
 
 @dataclass(frozen=True)
 class _GgufTransformers(_Transformers):
-    def spec_faults(self, spec: QuantSpec) -> list[str]:
-        if spec.activation_type is None:
-            return []
-        return [f"activations={spec.activation_type!r}: GGUF files hold none: use None, or target 'transformers'"]
-
     def model_faults(self, model: nn.Module) -> list[str]:
         require_package(TargetError)
         cls, config = type(model), getattr(model, "config", None)
@@ -192,10 +193,12 @@ class _GgufTransformers(_Transformers):
                 f"{cls.__name__}: use target {other!r}"
             ]
         asked = {**known.requires, "rope_type": "default"} if hasattr(config, "rope_parameters") else known.requires
+        if getattr(config, "head_dim", None) is not None and not known.any_heads:
+            asked = {**asked, "head_dim": config.hidden_size // config.num_attention_heads}
         fields = {**config.to_dict(), **(getattr(config, "rope_parameters", None) or {})}
         faults = [
             f"model: its config has {key}={fields.get(key)!r}, and GGUF's {known.name!r} computes {value!r} alone: use "
-            "target 'transformers'"
+            f"target 'transformers', or train the model with {key}={value!r}"
             for key, value in asked.items()
             if fields.get(key) != value
         ]
@@ -212,22 +215,26 @@ class _GgufTransformers(_Transformers):
         return Host.float_grid(self, model, record, format)
 
     def load(self, cls: Any, directory: Path, manifest: Manifest, format: Format) -> Reloaded:
-        """``from_pretrained`` with the file and the configuration beside it, since a file holds not all of that."""
+        """``from_pretrained`` as floats, with the configuration beside the file, since a file holds not all of that."""
+        from transformers import GgufConfig
+
         config = cls.config_class.from_pretrained(directory, trust_remote_code=False)
         arguments = {"dtype": getattr(torch, manifest.dtype), **self.attention_arguments(manifest), "config": config}
+        arguments["quantization_config"] = GgufConfig(dequantize=True)
         loaded = cls.from_pretrained(directory, gguf_file=FILE_NAME, trust_remote_code=False, **arguments)
-        return Reloaded(loaded, f"{type(loaded).__name__}.from_pretrained with gguf_file={FILE_NAME!r}")
+        return Reloaded(loaded, f"{type(loaded).__name__}.from_pretrained with GgufConfig(dequantize=True)")
 
     def card(self, manifest: Manifest, module: str, cls: str, format: Format) -> list[str]:
         code = [
             "import torch",
-            f"from {module} import AutoConfig, {cls}",
+            f"from {module} import AutoConfig, GgufConfig, {cls}",
             "",
             "config = AutoConfig.from_pretrained(directory)  # a GGUF file holds not all of it",
+            "floats = GgufConfig(dequantize=True)  # products of blocks would round otherwise than in training",
             f"arguments = {{'gguf_file': {FILE_NAME!r}, 'config': config, 'dtype': torch.{manifest.dtype}}}",
-            f"model = {cls}.from_pretrained(directory, **arguments)",
+            f"model = {cls}.from_pretrained(directory, quantization_config=floats, **arguments)",
         ]
-        text = f"transformers makes a float model of it, with equal values. llama.cpp reads `{FILE_NAME}` alone."
+        text = f"transformers so makes a float model, with equal values. llama.cpp reads `{FILE_NAME}` alone."
         return [python_block(code), text]
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from qat.errors import SpecError, TargetError, meant, shown
-from qat.formats import COMPRESSED_TENSORS, GGUF, GGUF_HALF, QUANTO, Format, LayerTypes
+from qat.formats import COMPRESSED_TENSORS, GGUF, GGUF_FLOAT16, QUANTO, Format, LayerTypes
 from qat.hosts.base import Host
 from qat.hosts.diffusers import DIFFUSERS
 from qat.hosts.gguf_diffusers import GGUF_DIFFUSERS
@@ -163,7 +163,7 @@ TARGETS: dict[str, Target] = {
         Target("diffusers", QUANTO, DIFFUSERS, plain_on_cpu=True),
         Target("compressed-tensors", COMPRESSED_TENSORS, TRANSFORMERS),
         Target("gguf", GGUF, GGUF_TRANSFORMERS),
-        Target("gguf-diffusers", GGUF_HALF, GGUF_DIFFUSERS),
+        Target("gguf-diffusers", GGUF_FLOAT16, GGUF_DIFFUSERS),
     )
 }
 

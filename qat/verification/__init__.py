@@ -7,6 +7,7 @@ Four questions, each answered by checks of their own in the report:
    can end the process.
 2. *load*, *layers*, *tensors*: does the target's own loader (quanto's, or transformers with the plug-in) rebuild every
    layer's codes, scale, shift and dequantized weight, by the digests that freezing left, and every other tensor?
+   Is the *metadata* of a GGUF file that of the configuration and the tokenizer, by which no such loader computes?
 3. *outputs*: does the reloaded model answer the stored example with the frozen model's numbers? Bit for bit where the
    environment is that of the export; elsewhere sums may round differently, and a stated tolerance holds.
 4. *reference layers*, *reference outputs*: with the live model at hand, the same directly, with how much differs.
@@ -209,8 +210,9 @@ def _contents(loaded: nn.Module, held: nn.Module, directory: Path, manifest: Man
         faults = value_faults(loaded, record)
         yield _check("values", faults, f"{len(record.layers)} float layers of that loader hold the trained values")
     faults, count = tensor_faults(loaded, manifest, record, target.format)
-    faults += target.host.container.metadata_faults(loaded, directory, manifest)
     yield _check("tensors", faults, f"{count} other tensors equal those exported")
+    if (wrong := target.host.container.metadata_faults(held, directory, manifest)) is not None:
+        yield _check("metadata", wrong, "every field is that of config.json and the tokenizer")
 
 
 def _reload(directory: Path, manifest: Manifest, model: nn.Module | None) -> Reloaded:
