@@ -13,10 +13,10 @@ import pytest
 import torch
 
 import qat
+from scripts._architecture_course import Outcome
 from scripts.architecture_matrix import (
     ACTIVATION_CASES,
     CASES,
-    Outcome,
     load,
     output_faults,
     outputs_of,
