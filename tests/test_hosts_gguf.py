@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import qat
-from qat.files.manifest import MANIFEST_NAME, file_record
 from qat.layers import quantized_layers
+from tests.exports import forge_files
 from tests.helpers import same_bits, tiny_model, tokens
 
 TYPES = ("q8_0", "q4_0", "q4_1")
@@ -207,10 +207,7 @@ def test_an_export_again_of_what_was_loaded_is_the_same_file(tmp_path: Path) -> 
 def forge(directory: Path, content: bytes) -> None:
     """Another content of the file, with its size and hash in the manifest."""
     (directory / "model.gguf").write_bytes(content)
-    path = directory / MANIFEST_NAME
-    manifest = json.loads(path.read_text())
-    manifest["files"]["model.gguf"] = file_record(directory / "model.gguf").model_dump()
-    path.write_text(json.dumps(manifest))
+    forge_files(directory)
 
 
 @pytest.mark.parametrize(
@@ -269,3 +266,35 @@ def test_the_card_shows_a_load_that_works(tmp_path: Path) -> None:
     names: dict[str, Any] = {"directory": str(tmp_path)}
     exec(code, names)
     assert torch.equal(logits(names["model"]), logits(model))
+
+
+@pytest.mark.parametrize(
+    ("place", "form", "value"),
+    [
+        (0, "<I", 0),
+        (4, "<I", 9),
+        (8, "<Q", 1 << 60),
+        (16, "<Q", 1 << 60),
+        (24, "<Q", (1 << 64) - 1),
+        (24, "<Q", 1 << 40),
+    ],
+    ids=["magic", "version", "tensors", "fields", "longest name", "long name"],
+)
+def test_a_header_that_tells_of_more_than_the_file_has(tmp_path: Path, place: int, form: str, value: int) -> None:
+    exported(tmp_path)
+    content = bytearray((tmp_path / "model.gguf").read_bytes())
+    struct.pack_into(form, content, place, value)
+    forge(tmp_path, bytes(content))
+    for verb in (qat.verify, qat.load):
+        with pytest.raises(qat.QatError, match=r"model\.gguf in .* is not a whole GGUF file"):
+            verb(tmp_path)
+
+
+@pytest.mark.parametrize("kind", [8, 9, 4, 77], ids=["texts", "arrays", "numbers", "unknown"])
+def test_an_array_without_end(tmp_path: Path, kind: int) -> None:
+    """The package gguf would read 2^40 elements of nothing from the end of the file."""
+    header = struct.pack("<4sIQQ", b"GGUF", 3, 0, 1) + struct.pack("<Q1sIIQ", 1, b"a", 9, kind, 1 << 40)
+    exported(tmp_path)
+    forge(tmp_path, header)
+    with pytest.raises(qat.VerifyError, match="is not a whole GGUF file"):
+        qat.verify(tmp_path)

@@ -19,6 +19,7 @@ import qat
 from qat.hosts import gguf_diffusers
 from qat.layers import quantized_layers
 from tests.diffusion_architectures import ARCHITECTURES
+from tests.exports import forge_files
 from tests.helpers import same_bits
 
 WIDTH = 64  # of the tiny Flux
@@ -168,5 +169,8 @@ def test_a_truncated_file_is_found(tmp_path: Path, share: float) -> None:
     path = tmp_path / "diffusion_pytorch_model.gguf"
     content = path.read_bytes()
     path.write_bytes(content[: int(share * len(content))])
+    with pytest.raises(qat.VerifyError, match="bytes instead of"):
+        qat.verify(tmp_path)
+    forge_files(tmp_path)
     with pytest.raises(qat.VerifyError, match="is not a whole GGUF file"):
         qat.verify(tmp_path)
