@@ -158,17 +158,19 @@ def build_described(directory: Path, manifest: Manifest) -> nn.Module:
     library, cls = library_and_class(directory, manifest)
     elements = [math.prod(tensor.shape) for tensor in manifest.tensors.values()]
     elements += [math.prod(layer.shape) for layer in manifest.frozen.layers.values()]
+    # No attention is named: some classes take one for a part alone, and names and shapes do not depend on it.
+    plain = manifest.model_copy(update={"attn_implementation": None, "experts_implementation": None})
     # More, for tied tensors (T5 builds its embeddings four times), and for parts that a class builds and replaces.
     most = 8 * sum(elements) + 1_000_000, 8 * len(elements) + 1000
     try:
         with _bounded(*most):
             try:
                 with torch.device("meta"):
-                    model = library.build_from(cls, directory, manifest, empty=False)
+                    model = library.build_from(cls, directory, plain, empty=False)
             except LoadError:
                 raise
             except Exception:  # classes that compute with numbers while they are built
-                model = library.build_from(cls, directory, manifest, empty=True)
+                model = library.build_from(cls, directory, plain, empty=True)
     except LoadError:
         raise
     except Exception as error:  # a configuration can be wrong in as many ways as there are models
