@@ -47,7 +47,7 @@ ORDER: tuple[frozenset[str], ...] = tuple(
         "hosts",
         "agreement allocation blocks calibration checkpoints checks codes_only folding freezing inspection moments "
         "optimizers output_errors packing preparation probing reconstruction runs serving starting",
-        "conversion exporting loading verification",
+        "conversion exporting loading untrusted verification",
         "training",
         "integrations",
         "cli __main__",
@@ -84,7 +84,7 @@ TYPE_FILES = (
     "qat/formats/compressed_types.py",
 )  # where a type's name is turned into an object
 
-MOST_LIBRARY_LINES = 23_249
+MOST_LIBRARY_LINES = 23_674
 MOST_LINES = 400
 MOST_RECIPE_LINES = 150  # of a recipe itself
 

@@ -31,14 +31,17 @@ from torch import nn
 
 from qat.adapters import without_peft
 from qat.errors import LoadError, StateError, VerifyError
+from qat.files.directory import as_path
 from qat.files.evidence import frozen_record
 from qat.files.examples import read_example
-from qat.files.manifest import Environment, ExampleRecord, Manifest, read_manifest
+from qat.files.manifest import Environment, ExampleRecord, Manifest
 from qat.hosts import get_target
 from qat.hosts.base import Reloaded
-from qat.hosts.stock import library_and_class, stock_reload
-from qat.loading import check_files, check_headers, fill, skeleton
+from qat.hosts.stock import stock_reload
+from qat.hosts.targets import MODULE
+from qat.loading import before_loading, fill, skeleton
 from qat.tensors import TOLERANCE, meta_names, model_device
+from qat.untrusted import read_trusted
 from qat.verification.comparison import floats_alone, layer_faults, reference_faults, tensor_faults, value_faults
 from qat.verification.outputs import compute_outputs, output_faults
 
@@ -121,8 +124,8 @@ def verify(
     if reference is not None:
         reference = without_peft(reference)
         frozen_record(reference)
-    path = Path(directory)
-    manifest = read_manifest(path)
+    path = as_path(directory, LoadError)
+    manifest = read_trusted(path)
     checks: list[Check] = []
     if fresh_process:
         checks += _in_fresh_process(path)
@@ -160,19 +163,11 @@ def _checks(
     directory: Path, manifest: Manifest, reference: nn.Module | None, inputs: Any, model: nn.Module | None
 ) -> Iterator[Check]:
     record, format = manifest.frozen, get_target(manifest.target).format
-    faults = check_files(directory, manifest, hashes=True)
-    yield _check("files", faults, f"{len(manifest.files)} files, sizes and hashes as written")
-    whole = not faults
-    try:
-        faults = check_headers(directory, manifest)
-        faults += format.map_faults(record, directory) if format.map_name in manifest.files else []
-    except LoadError as error:
-        faults = [str(error)]
-    yield _check("keys", faults, f"{len(manifest.tensors)} tensors, dtypes, packed shapes and alignment as declared")
-    if faults:
-        return  # a loader could answer with garbage, or end the process
-    if model is None and whole:
-        library_and_class(directory, manifest)
+    filled = model if get_target(manifest.target).host is MODULE else None  # which other loaders build themselves
+    for name, faults, good in before_loading(directory, manifest, filled, hashes=True):
+        yield _check(name, faults, good)
+        if faults:
+            return  # a loader could answer with garbage, or end the process
     try:
         loaded, loader = _reload(directory, manifest, model)
     except Exception as error:  # a stock loader can fail in any way
