@@ -100,7 +100,9 @@ def _unfilled(model: nn.Module, manifest: Manifest) -> list[str]:
     """Tensors that no file holds, so that a lenient loader has left them random."""
     held = manifest.tensors.keys() | manifest.tied.keys()
     layers = tuple(f"{name}." for name in manifest.frozen.layers)
-    own = [(name, tensor) for name, tensor in stored_tensors(model) if not name.startswith(layers)]
+    places = [(cls, module) for name, module, cls in float_layers(model) if name in manifest.frozen.layers]
+    masters = {id(parameter) for cls, module in places for parameter in cls.masters(module).values()}
+    own = [(n, tensor) for n, tensor in stored_tensors(model) if not n.startswith(layers) and id(tensor) not in masters]
     filled = {id(tensor) for name, tensor in own if name in held}
     return [f"the model has {name}, which the files have not" for name, tensor in own if id(tensor) not in filled]
 
@@ -183,6 +185,7 @@ def skeleton(directory: Path, manifest: Manifest) -> nn.Module:
         f"{name} is {manifest.tensors[name].dtype} in the files, but the model holds it in {rules.tensor_dtype(name)}"
         for name, tensor in built.named_parameters()
         if name in manifest.tensors
+        and name.rpartition(".")[0] not in manifest.frozen.layers
         and tensor.is_floating_point()
         and manifest.tensors[name].dtype != DTYPE_NAMES[rules.tensor_dtype(name)]
     ]

@@ -28,8 +28,9 @@ from torch import Tensor, nn
 from qat.errors import SpecError
 from qat.files.evidence import FrozenRecord
 from qat.formats.base import Format, FrozenLayer, InLibrary, LayerTypes, Slot
-from qat.formats.compressed_modules import FrozenLinear, packed_weight, packs, unpacked_weight
+from qat.formats.compressed_modules import FrozenExpert, FrozenLinear, packed_weight, packs, unpacked_weight
 from qat.formats.compressed_types import QTYPES
+from qat.layers import ExpertMatrix
 from qat.numerics import QType
 from qat.spec import LayerSpec, QuantSpec
 
@@ -114,7 +115,7 @@ class _CompressedTensors(Format):
         like: nn.Module,
         plain_on_cpu: bool = False,
     ) -> nn.Module:
-        return FrozenLinear(types, shape, tensors)
+        return (FrozenExpert if isinstance(like, ExpertMatrix) else FrozenLinear)(types, shape, tensors)
 
     def owns(self, module: nn.Module) -> bool:
         return isinstance(module, FrozenLinear) or getattr(module, "quantization_scheme", None) is not None
@@ -179,14 +180,17 @@ class _CompressedTensors(Format):
             hook.remove()
 
     def quantization_config(self, library: str, record: FrozenRecord, floats: list[str]) -> dict[str, Any]:
-        """Groups of layers with equal types. The largest one is called ``Linear``; the others name their layers."""
-        groups: dict[tuple[str, str | None], list[str]] = {}
+        """Groups of layers with equal types, those of patterns first, since the first match counts.
+
+        The largest of the others is called ``Linear``, and comes last; the rest name their layers.
+        """
+        groups: dict[tuple[bool, str, str | None], list[str]] = {}
         for name, layer in record.layers.items():
-            groups.setdefault((layer.weights, layer.activations), []).append(name)
-        ordered = sorted(groups.items(), key=lambda item: len(item[1]))  # names first: the first match counts
+            groups.setdefault((not name.startswith("re:"), layer.weights, layer.activations), []).append(name)
+        ordered = sorted(groups.items(), key=lambda item: (item[0][0], len(item[1])))
         schemes = [
-            self._scheme(*types, names if place + 1 < len(ordered) else ["Linear"])
-            for place, (types, names) in enumerate(ordered)
+            self._scheme(weights, active, names if place + 1 < len(ordered) or not plain else ["Linear"])
+            for place, ((plain, weights, active), names) in enumerate(ordered)
         ]
         formats = {scheme["format"] for scheme in schemes}
         return {

@@ -19,7 +19,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ from qat.hosts.base import Reloaded
 from qat.hosts.stock import library_and_class, stock_reload
 from qat.loading import check_files, check_headers, fill, skeleton
 from qat.tensors import TOLERANCE, meta_names, model_device
-from qat.verification.comparison import floats_alone, layer_faults, reference_faults, tensor_faults, value_faults
+from qat.verification.comparison import layer_faults, made_float, reference_faults, tensor_faults, value_faults
 from qat.verification.outputs import compute_outputs, output_faults
 
 __all__ = ["Check", "VerifyReport", "verify"]
@@ -181,15 +181,17 @@ def _checks(
     yield _check("load", faults, loader)
     if faults:
         return
-    packed = get_target(manifest.target).host.keeps_packed and not floats_alone(loaded, record, format)
-    held = loaded if packed else _filled(directory, manifest, model)
-    faults = layer_faults(held, record, format, codes_only=manifest.float_grid)
+    floats = made_float(loaded, record, format) if get_target(manifest.target).host.keeps_packed else record
+    held = _filled(directory, manifest, model) if floats.layers else loaded
+    packed = {name: layer for name, layer in record.layers.items() if name not in floats.layers}
+    faults = layer_faults(loaded, replace(record, layers=packed), format, codes_only=manifest.float_grid)
+    faults += layer_faults(held, record, format, codes_only=manifest.float_grid) if floats.layers else []
     faults += [] if record.layers else ["no layer is quantized: freeze and export the model that qat.prepare was given"]
     what = "codes" if manifest.float_grid else "codes, scale, shift and dequantized weight"
     yield _check("layers", faults, f"{len(record.layers)} layers: {what} equal those of freezing")
-    if held is not loaded:
-        faults = value_faults(loaded, record)
-        yield _check("values", faults, f"{len(record.layers)} float layers of that loader hold the trained values")
+    if floats.layers:
+        faults = value_faults(loaded, floats)
+        yield _check("values", faults, f"{len(floats.layers)} float layers of that loader hold the trained values")
     faults, count = tensor_faults(loaded, manifest, record, format)
     yield _check("tensors", faults, f"{count} other tensors equal those exported")
     if reference is not None:  # before any forward: a loader may turn codes into floats then
