@@ -5,6 +5,8 @@ verify with the live model (the stock loader's codes, values and outputs bit for
 may invent or drop no tensor, and `qat.load`. Writes ``compressed_tensors.md``::
 
     python -m scripts.compressed_tensors_matrix [--only Llama Bert] [--output docs/results]
+
+With ``--by-rules``, the models of `tests.tiny_transformers` in their place: one for each model type and task.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ import qat
 from qat.errors import SpecError, TargetError
 from scripts.architecture_matrix import output_faults, outputs_of, train
 from tests.architectures import ARCHITECTURES, Architecture
+from tests.tiny_transformers import LEFT_OUT, TinyTransformer, tiny_transformers
 
 CASES: dict[str, dict[str, Any]] = {
     "int8 bfloat16": {"weights": "int8"},
@@ -37,7 +40,7 @@ CASES: dict[str, dict[str, Any]] = {
 TARGET = "compressed-tensors"
 
 
-def run_case(architecture: Architecture, spec: qat.QuantSpec, directory: Path) -> tuple[str, float]:
+def run_case(architecture: Architecture | TinyTransformer, spec: qat.QuantSpec, directory: Path) -> tuple[str, float]:
     """How one case went, and the share of all parameters that is quantized."""
     example = architecture.example(spec.torch_dtype)
     model, report = train(architecture, spec, TARGET)
@@ -60,7 +63,7 @@ def run_case(architecture: Architecture, spec: qat.QuantSpec, directory: Path) -
     return faults[0] if faults else "equal", report.quantized_share
 
 
-def run(architecture: Architecture, cases: Sequence[str]) -> dict[str, tuple[str, float]]:
+def run(architecture: Architecture | TinyTransformer, cases: Sequence[str]) -> dict[str, tuple[str, float]]:
     """Some cases of one architecture."""
     found = {}
     for case in cases:
@@ -116,13 +119,15 @@ def table(results: Mapping[str, Mapping[str, tuple[str, float]]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", default=[""], help="parts of class names; default all")
+    parser.add_argument("--by-rules", action="store_true", help="models made by rules, of every class of transformers")
     parser.add_argument("--cases", nargs="*", default=[""], help="parts of cases' names; default all")
     parser.add_argument("--output", type=Path, default=None, help="a folder; default: print only")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     results = {}
-    for name, architecture in ARCHITECTURES.items():
-        if any(word.lower() in name.lower() for word in arguments.only):
+    known: Mapping[str, Architecture | TinyTransformer] = tiny_transformers() if arguments.by_rules else ARCHITECTURES
+    for name, architecture in known.items():
+        if name not in LEFT_OUT and any(word.lower() in name.lower() for word in arguments.only):
             results[name] = run(architecture, [case for case in CASES if any(word in case for word in arguments.cases)])
             print(f"{name:40}", *(result[:200] for result, _ in results[name].values()), flush=True)
     if arguments.output is not None:
