@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qat.errors import LoadError, load_error
+from qat.errors import LoadError, QatError, load_error
 from qat.files.directory import as_path
 from qat.files.evidence import record_frozen
 from qat.files.manifest import Manifest
@@ -26,7 +26,7 @@ from qat.hosts import get_target
 from qat.hosts.stock import library_and_class, load_pretrained, refuse_strange_code
 from qat.layers import QuantizedLayer, float_layers
 from qat.tensors import difference, meta_names, stored_tensors
-from qat.untrusted import build_described, check_configuration, check_files, read_trusted
+from qat.untrusted import build_described, check_configuration, check_files, check_settings, read_trusted
 
 __all__ = ["before_loading", "check_headers", "fill", "load", "skeleton", "tied_layers"]
 
@@ -99,7 +99,9 @@ def _unfilled(model: nn.Module, manifest: Manifest) -> list[str]:
     """Tensors that no file holds, so that a lenient loader has left them random."""
     every, tied = dict(stored_tensors(model)), manifest.tied
     layers = tuple(f"{name}." for name in manifest.frozen.layers)
-    own = [(name, tensor) for name, tensor in every.items() if not name.startswith(layers)]
+    places = [(cls, module) for name, module, cls in float_layers(model) if name in manifest.frozen.layers]
+    masters = {id(parameter) for cls, module in places for parameter in cls.masters(module).values()}
+    own = [(n, tensor) for n, tensor in every.items() if not n.startswith(layers) and id(tensor) not in masters]
 
     def is_filled(name: str, tensor: Tensor) -> bool:
         source = every.get(tied.get(name, name))  # an edited config.json may have broken a tie
@@ -130,7 +132,8 @@ def before_loading(
         return check_headers(directory, manifest) + found
 
     def fits() -> list[str]:
-        return _fit(build_described(directory, manifest) if model is None else model, manifest)[0]
+        built = build_described(directory, manifest) if model is None else model
+        return _fit(built, manifest)[0] or check_settings(built, directory, manifest)
 
     counts = f"{len(manifest.frozen.layers)} layers and {len(manifest.tensors)} tensors"
     faults = check_files(directory, manifest, hashes=hashes)
@@ -141,7 +144,7 @@ def before_loading(
         if not faults:
             try:
                 faults = ask()
-            except LoadError as error:
+            except QatError as error:
                 faults = [str(error)]
             yield name, faults, good
 

@@ -9,6 +9,7 @@ configuration builds, without memory for its weights, with the tensors.
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import math
 import re
@@ -30,7 +31,7 @@ from qat.hosts.stock import library_and_class
 from qat.hosts.targets import HOSTS
 from qat.jobs import in_threads
 
-__all__ = ["build_described", "check_configuration", "check_files", "read_trusted"]
+__all__ = ["build_described", "check_configuration", "check_files", "check_settings", "read_trusted"]
 
 SMALL = 64_000_000
 """Bytes of the largest file that is hashed at every load."""
@@ -108,8 +109,11 @@ def check_configuration(directory: Path, manifest: Manifest) -> list[str]:
     target, record, faults = get_target(manifest.target), manifest.frozen, []
     index = f"{manifest.weights_stem}.safetensors.index.json"
     if index in manifest.files:
-        places = {name: tensor.file for name, tensor in manifest.tensors.items()}
-        if read_json(directory, index).get("weight_map") != places:
+        parts = {name: tensor.stored_as or (name,) for name, tensor in manifest.tensors.items()}
+        first = {parts[name][0]: tensor.file for name, tensor in manifest.tensors.items()}
+        found = read_json(directory, index).get("weight_map")
+        places = dict.fromkeys(itertools.chain(*parts.values())) | (found if isinstance(found, dict) else {}) | first
+        if found != places or not {*places.values()} <= manifest.files.keys():
             faults.append(f"{index} places tensors in other files than {MANIFEST_NAME}")
     if target.format.map_name in manifest.files:
         read_json(directory, target.format.map_name)
@@ -125,15 +129,6 @@ def check_configuration(directory: Path, manifest: Manifest) -> list[str]:
         raise LoadError(
             f"config.json in {str(directory)!r}: configuration_files names what is not one of the exported files"
         )
-    quantized, wanted = fields.get("quantization_config"), None
-    if target.host.name in target.format.libraries and not manifest.float_grid:
-        given = quantized if isinstance(quantized, dict) else {}
-        floats: Any = given.get("modules_to_not_convert", given.get("ignore"))
-        wanted = json.loads(json.dumps(target.format.quantization_config(target.host.name, record, floats)))
-        if isinstance(given.get("dequantize"), bool):
-            wanted["dequantize"] = given["dequantize"]
-    if quantized != wanted:
-        faults.append("config.json: quantization_config is not what freezing left")
     return faults + [f"config.json: {key} is {value}, too deep" for key, value in _depths(fields) if value > _MOST_DEEP]
 
 
@@ -147,6 +142,21 @@ def _depths(value: Any, key: str = "") -> Iterator[tuple[str, int]]:
             yield from _depths(item, key)
     elif isinstance(value, int) and re.search("layer|block|depth", key) and not re.search("size|dim|length", key):
         yield key, value
+
+
+def check_settings(model: nn.Module, directory: Path, manifest: Manifest) -> list[str]:
+    """Whether ``config.json`` tells loaders what freezing left; ``model`` is a float one that it builds."""
+    if "config.json" not in manifest.files:
+        return []
+    target, record = get_target(manifest.target), manifest.frozen
+    host, format, wanted = target.host, target.format, None
+    if host.name in format.libraries and not manifest.float_grid:
+        floats = host.float_layers(model, record) or []
+        wanted = format.quantization_config(host.name, host.as_stored(model, record), floats)
+        wanted = json.loads(json.dumps(wanted | host.load_settings(model, record, format)))
+    if read_json(directory, "config.json").get("quantization_config") == wanted:
+        return []
+    return ["config.json: quantization_config is not what freezing left"]
 
 
 def build_described(directory: Path, manifest: Manifest) -> nn.Module:

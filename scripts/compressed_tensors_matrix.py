@@ -6,6 +6,8 @@ may invent or drop no tensor, and `qat.load`. Writes ``compressed_tensors.md`` a
 some classes replaces their rows and keeps the rest::
 
     python -m scripts.compressed_tensors_matrix [--only Llama Bert] [--jobs 2] [--output docs/results]
+
+With ``--by-rules`` the classes are all others that `tests.tiny_transformers` makes models of; name some: ``--only``.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from scripts._architecture_table import Row, faults, wrapped
 from scripts.architecture_matrix import output_faults, outputs_of, train
 from scripts.json_workers import Ask, serve
 from tests.architectures import ARCHITECTURES, Architecture
+from tests.tiny_transformers import LEFT_OUT, TinyTransformer, tiny_transformers
 
 CASES: dict[str, dict[str, Any]] = {
     "int8 bfloat16": {"weights": "int8"},
@@ -38,7 +41,7 @@ CASES: dict[str, dict[str, Any]] = {
 TARGET = "compressed-tensors"
 
 
-def run_case(architecture: Architecture, case: str, directory: Path) -> Outcome:
+def run_case(architecture: Architecture | TinyTransformer, case: str, directory: Path) -> Outcome:
     """Take one tiny model through the whole line; raises whatever the library or the model raises after prepare."""
     spec = qat.QuantSpec(**CASES[case])
     outcome = Outcome(case, "equal", torch=version("torch").partition("+")[0])
@@ -74,12 +77,14 @@ def answer(request: Mapping[str, Any]) -> dict[str, Any]:
     """One case of one class."""
     with tempfile.TemporaryDirectory() as folder:
         case = list(CASES)[request["case"]]
-        return asdict(run_case(ARCHITECTURES[request["name"]], case, Path(folder) / "out"))
+        name = request["name"]
+        model = ARCHITECTURES.get(name) or tiny_transformers()[name]
+        return asdict(run_case(model, case, Path(folder) / "out"))
 
 
 def run_architecture(name: str, ask: Ask) -> Row:
     """All cases of one class."""
-    return Row.of("by hand", outcomes_of(name, list(CASES), ask))
+    return Row.of("by hand" if name in ARCHITECTURES else "by rules", outcomes_of(name, list(CASES), ask))
 
 
 def table(rows: Mapping[str, Row]) -> str:
@@ -120,12 +125,15 @@ COURSE = Course("scripts.compressed_tensors_matrix", "compressed_tensors", table
 
 
 def main() -> None:
-    arguments = parser(__doc__).parse_args()
+    options = parser(__doc__)
+    options.add_argument("--by-rules", action="store_true", help="all other classes, by models that rules make")
+    arguments = options.parse_args()
     if arguments.work:
         serve(answer)
         return
-    names = chosen(list(ARCHITECTURES), arguments)
-    COURSE.write(COURSE.run(names, arguments.jobs, run_architecture), list(ARCHITECTURES), arguments.output)
+    others = [name for name in tiny_transformers() if name not in (*ARCHITECTURES, *LEFT_OUT)]
+    names = chosen(others if arguments.by_rules else list(ARCHITECTURES), arguments)
+    COURSE.write(COURSE.run(names, arguments.jobs, run_architecture), [*ARCHITECTURES, *others], arguments.output)
 
 
 if __name__ == "__main__":

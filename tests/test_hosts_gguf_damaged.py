@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import qat
+from tests.exports import forge_files
 from tests.gguf_files import flipped, forge, rewritten
 from tests.gguf_models import exported
 from tests.helpers import tiny_model
@@ -152,6 +153,7 @@ def test_tensors_that_do_not_follow_each_other_are_refused(tmp_path: Path, names
     first[:] = second if first is not second else 0
     second[:] = kept if first is not second else 0
     reader.data.flush()
+    forge(tmp_path, (tmp_path / "model.gguf").read_bytes())
     for verb in (qat.load, qat.verify):
         with pytest.raises(qat.QatError, match=r"begins at byte \d+ instead of \d+"):
             verb(tmp_path)
@@ -163,6 +165,7 @@ def test_a_broken_tie_of_quantized_tables_is_found(tmp_path: Path) -> None:
     )
     fields = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(fields | {"tie_word_embeddings": False}))
+    forge_files(tmp_path)
     with pytest.raises(qat.VerifyError, match="lm_head"):
         qat.verify(tmp_path)
 

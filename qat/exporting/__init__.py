@@ -187,7 +187,7 @@ def _configured(
     state, floats = ModelState(model, target.format, ties, untie=untie), host.float_layers(model, record)
     settings = None
     if floats is not None:
-        settings = target.format.quantization_config(host.name, record, floats)
+        settings = target.format.quantization_config(host.name, host.as_stored(model, record), floats)
         settings |= host.load_settings(model, record, target.format)
     notes: tuple[str, ...] = ()
     if not library.write_config(model, directory, record.spec.torch_dtype, settings):

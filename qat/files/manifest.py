@@ -67,6 +67,8 @@ class TensorRecord(_Frozen):
     """Its shape as stored (packed codes: the packed shape)."""
     sha256: str
     """Digest of its bytes."""
+    stored_as: tuple[str, ...] = ()
+    """Its name in the file where that is another one; or several, each of which holds as many of its rows."""
 
 
 class ExampleRecord(_Frozen):
