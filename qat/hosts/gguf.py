@@ -15,6 +15,7 @@ import tempfile
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,7 +32,9 @@ from qat.formats.gguf import BLOCKS
 from qat.progress import counted
 from qat.tensors import digest
 
-__all__ = ["GgufContainer", "Place", "require_package"]
+__all__ = ["GgufContainer", "Place", "package_faults", "require_package"]
+
+_MISSING = "target: GGUF files need the package gguf: pip install 'qat[gguf]'"
 
 _IN_FLOAT32 = ("_norm.weight", "position_embd.weight")
 
@@ -290,12 +293,17 @@ class GgufContainer(Container):
         return plan
 
 
+def package_faults() -> list[str]:
+    """The fault of a missing package gguf."""
+    return [] if find_spec("gguf") is not None else [_MISSING]
+
+
 def require_package(error: type[Exception]) -> Any:
     """The package gguf; ``error`` where it is not installed."""
     try:
         import gguf
     except ImportError:
-        raise error("GGUF files need the package gguf: pip install 'qat[gguf]'") from None
+        raise error(_MISSING) from None
     return gguf
 
 
