@@ -45,8 +45,8 @@ ORDER: tuple[frozenset[str], ...] = tuple(
         "files",
         "formats",
         "hosts",
-        "agreement allocation blocks calibration checkpoints checks codes_only folding freezing inspection moments "
-        "optimizers output_errors packing preparation probing reconstruction runs serving starting",
+        "agreement allocation blocks calibration checkpoints checks codes_only distributed folding freezing inspection "
+        "moments optimizers output_errors packing preparation probing reconstruction runs serving starting",
         "conversion exporting loading verification",
         "training",
         "integrations",

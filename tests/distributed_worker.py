@@ -1,0 +1,221 @@
+"""What each rank of `test_distributed` runs, started by torchrun: it writes what it found into ``DIRECTORY``.
+
+    torchrun --nproc-per-node 2 -m tests.distributed_worker DIRECTORY
+
+References are trained before there is a process group, on rank 0 alone.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Shard
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from torch.nn.parallel import DistributedDataParallel
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import qat
+from qat.tensors import whole
+
+STEPS, TRANSFORMERS = 3, "transformers"
+BFLOAT16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+
+
+def llama() -> Any:
+    """Two blocks, whose units two ranks share; of the 65 rows of the embedding they cannot have equal parts."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=65, num_key_value_heads=1, tie_word_embeddings=True, **sizes))
+
+
+INT4 = qat.QuantSpec(weights="int4", dtype="float32")
+INT8 = qat.QuantSpec(weights="int8", dtype="float32")
+W8A8 = qat.QuantSpec(weights="int8", activations="int8", dtype="float32")
+CASES: dict[str, tuple[qat.QuantSpec, qat.Algorithm]] = {
+    "straight-int8": (INT8, qat.StraightThrough()),
+    "straight-int4": (INT4, qat.StraightThrough()),
+    "learned-int4": (INT4, qat.LearnedAffine(start="gptq")),
+    "w8a8": (W8A8, qat.LearnedAffine(learn_activations=True)),
+}
+BATCHES = torch.randint(
+    65, (STEPS, 2, 2, 16), generator=torch.Generator().manual_seed(1)
+)  # one a step and rank
+
+
+def prepared(name: str, *, dtype: torch.dtype = torch.float32, serving: str = "float32", to: str = TRANSFORMERS) -> Any:
+    spec, algorithm = CASES[name]
+    model = llama().to(dtype).train()
+    qat.prepare(model, spec.model_copy(update={"dtype": serving}), algorithm=algorithm, target=to)
+    return model
+
+
+def train(model: nn.Module, batches: Tensor, called: nn.Module | None = None) -> list[float]:
+    """Losses of one rank, whose batches are ``(steps, rows, tokens)``."""
+    optimizer = torch.optim.AdamW(qat.parameter_groups(model, lr=1e-3, scale_lr=1e-3, weight_decay=0.1))
+    losses = []
+    for x in batches:
+        loss = (called or model)(input_ids=x, labels=x).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def mean(losses: list[float]) -> list[float]:
+    found = torch.tensor(losses, dtype=torch.float64)
+    torch.distributed.all_reduce(found)
+    return (found / torch.distributed.get_world_size()).tolist()  # type: ignore[no-any-return]
+
+
+def whole_state(model: nn.Module) -> dict[str, Any]:
+    return {key: whole(value).clone() for key, value in model.state_dict().items()}
+
+
+@contextmanager
+def poisoned(model: Any, rank: int) -> Iterator[None]:
+    """Let the first block's input be inf on rank 1, in the second batch."""
+    calls = itertools.count()
+
+    def spoil(_: nn.Module, __: Any, y: Tensor) -> Tensor:
+        return y * torch.inf if rank and next(calls) else y
+
+    handle = model.model.embed_tokens.register_forward_hook(spoil)
+    yield
+    handle.remove()
+
+
+def told(action: Callable[[], Any]) -> str:
+    try:
+        action()
+    except qat.QatError as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+def sharded_by_user(model: nn.Module, mesh: DeviceMesh, **options: Any) -> nn.Module:
+    for block in (*model.model.layers, model):  # type: ignore[union-attr]
+        fully_shard(block, mesh=mesh, **options)
+    return model
+
+
+def run(directory: Path) -> dict[str, Any]:
+    rank = int(torch.distributed.get_rank())
+    mesh, found = init_device_mesh("cpu", (2,)), {}
+
+    def finish(name: str, model: nn.Module, state: Mapping[str, Any], **how: Any) -> None:
+        """Freeze and export from shards, and on one process from the same state."""
+        report = qat.export(model, directory / name) if qat.freeze(model) else None
+        assert report is not None and report.directory == directory / name and (directory / name).is_dir()
+        if rank == 0:
+            single = prepared(name.partition("/")[0], **how)
+            single.load_state_dict(state)
+            qat.freeze(single)
+            qat.export(single, directory / f"{name}-single")
+
+    for name in CASES:
+        model = prepared(name)
+        qat.calibrate(model, list(BATCHES[:, rank]))
+        found[f"{name}/ddp"] = mean(train(model, BATCHES[:, rank], DistributedDataParallel(model)))
+        model = prepared(name)
+        qat.shard(model, mesh)
+        qat.calibrate(model, list(BATCHES[:, rank]))
+        found[f"{name}/fsdp2"] = mean(train(model, BATCHES[:, rank]))
+        with torch.no_grad():
+            model(BATCHES[0, rank])  # leaves nothing gathered behind
+        finish(f"{name}/fsdp2", model, whole_state(model))
+
+    model = prepared("learned-int4", serving="bfloat16")
+    qat.shard(model, mesh, mp_policy=BFLOAT16)
+    found["policy"] = mean(train(model, BATCHES[:, rank]))
+    state = whole_state(model)
+    with torch.no_grad():
+        model.eval()(BATCHES[0, rank])
+    finish("learned-int4/policy", model, state, dtype=torch.bfloat16, serving="bfloat16")
+    if rank == 0:
+        masters = prepared("learned-int4", serving="bfloat16")
+        masters.load_state_dict(state)
+        qat.freeze(masters)
+        qat.export(masters, directory / "learned-int4" / "masters")
+
+    within = {"shard_placement_fn": lambda p: Shard(p.ndim - 1) if p.shape[-1] % 2 == 0 else Shard(0)}
+    model = sharded_by_user(prepared("straight-int4"), mesh, **within)
+    found["straight-int4/within-groups"] = mean(train(model, BATCHES[:, rank]))
+    finish("straight-int4/within-groups", model, whole_state(model))
+    found["refused"] = refusals(rank, mesh, directory)
+    return found
+
+
+def refusals(rank: int, mesh: DeviceMesh, directory: Path) -> dict[str, str]:
+    found = {}
+    x = BATCHES[0, rank]
+
+    def learned() -> Any:
+        return prepared("learned-int4")
+
+    model = prepared("straight-int4")
+    parallelize_module(model.model.layers[0], mesh, {"mlp.up_proj": ColwiseParallel()})
+    found["tensor parallel"] = told(lambda: model(x))
+    other = sharded_by_user(learned(), mesh, mp_policy=BFLOAT16)
+    found["cast ranges"] = told(lambda: train(other, BATCHES[:1, rank]))
+    shards: Any = prepared("w8a8")
+    qat.shard(shards, mesh)
+    found["again"] = told(lambda: qat.shard(shards, mesh))
+    found["fix_codes"] = told(lambda: qat.fix_codes(shards))
+    found["prepare"] = told(lambda: qat.prepare(sharded_by_user(llama(), mesh), INT4))
+    found["a part"] = told(lambda: qat.freeze(shards.model))
+    found["a layer"] = told(lambda: shards.model.layers[0].mlp.up_proj(torch.ones(1, 128)))
+    found["counts"] = told(lambda: qat.calibrate(shards, [x] * (1 + rank)))
+    found["batches"] = told(lambda: qat.calibrate(shards, (x if not rank else 1 / 0 for _ in range(2))))
+    with poisoned(shards, rank):
+        found["inf"] = told(lambda: qat.calibrate(shards, [x, x]))
+    qat.calibrate(shards, [x])
+    outputs = prepared("w8a8", to="quanto")
+    qat.shard(outputs, mesh)
+    found["outputs"] = told(lambda: qat.calibrate(outputs, [x]))
+    if rank:
+        with suppress(AttributeError):
+            shards.model.layers[0].mlp.up_proj.weight_quantizer.final_codes = lambda _: 1 / 0
+    found["freeze"] = told(lambda: qat.freeze(shards))
+    model = learned()
+    qat.shard(model, mesh)
+    qat.freeze(model)
+    (directory / "taken").write_text("")
+    found["export"] = told(lambda: qat.export(model, directory / "taken"))
+    if rank == 0:
+        qat.export(model, directory / "alone")  # others need not come
+    return found
+
+
+def main() -> None:
+    directory = Path(sys.argv[1])
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+    references = {}
+    if os.environ["RANK"] == "0":
+        for name in CASES:
+            model = prepared(name)
+            qat.calibrate(model, list(BATCHES.flatten(0, 1)))
+            references[name] = train(model, BATCHES.flatten(1, 2))
+    torch.distributed.init_process_group("gloo")
+    try:
+        found = {"references": references, **run(directory)}
+        (directory / f"{torch.distributed.get_rank()}.json").write_text(json.dumps(found))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
