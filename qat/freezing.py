@@ -224,7 +224,7 @@ def _freeze(
         dtypes = ", ".join(sorted({str(dtype).removeprefix("torch.") for dtype in cast.values()}))
         notes = (
             *notes,
-            f"codes are those of the {dtypes} copies of masters that a mixed-precision policy trained with",
+            f"codes are of the {dtypes} copies of masters that a mixed-precision policy trained with",
         )
     places = _places(model)
     for name, module in adapters(model):

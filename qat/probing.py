@@ -194,8 +194,17 @@ class Weights:
     """The weights of layers, by identity, and which of them a torch function reads."""
 
     def __init__(self, layers: Mapping[str, Iterable[nn.Parameter]]) -> None:
-        self._names = {id(p): name for name, parameters in layers.items() for p in parameters}
+        self._names: dict[int, str] = {}
         self._aliases: list[torch.Tensor] = []  # kept, so that no other tensor gets their identity
+        self.add(layers)
+
+    def add(self, layers: Mapping[str, Iterable[nn.Parameter]]) -> None:
+        """Know the parameters that layers have by now, too."""
+        self._names |= {id(p): name for name, parameters in layers.items() for p in parameters}
+
+    def lack(self, args: Any, kwargs: Any) -> bool:
+        """Whether a parameter among the arguments of a call is not known."""
+        return any(isinstance(x, nn.Parameter) and id(x) not in self._names for x in tree_leaves((args, kwargs)))
 
     def read_by(self, func: Any, args: Any, kwargs: Any, result: Any) -> Iterator[str]:
         """The layers whose numbers a call reads; views, and asking for a dtype or a shape, read none."""

@@ -17,12 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import qat
@@ -48,9 +52,7 @@ CASES: dict[str, tuple[qat.QuantSpec, qat.Algorithm]] = {
     "learned-int4": (INT4, qat.LearnedAffine(start="gptq")),
     "w8a8": (W8A8, qat.LearnedAffine(learn_activations=True)),
 }
-BATCHES = torch.randint(
-    65, (STEPS, 2, 2, 16), generator=torch.Generator().manual_seed(1)
-)  # one a step and rank
+BATCHES = torch.randint(65, (STEPS, 2, 2, 16), generator=torch.Generator().manual_seed(1))  # one a step and rank
 
 
 def prepared(name: str, *, dtype: torch.dtype = torch.float32, serving: str = "float32", to: str = TRANSFORMERS) -> Any:
@@ -118,7 +120,9 @@ def run(directory: Path) -> dict[str, Any]:
     def finish(name: str, model: nn.Module, state: Mapping[str, Any], **how: Any) -> None:
         """Freeze and export from shards, and on one process from the same state."""
         report = qat.export(model, directory / name) if qat.freeze(model) else None
-        assert report is not None and report.directory == directory / name and (directory / name).is_dir()
+        assert report is not None
+        assert report.directory == directory / name
+        assert (directory / name).is_dir()
         if rank == 0:
             single = prepared(name.partition("/")[0], **how)
             single.load_state_dict(state)
@@ -154,8 +158,68 @@ def run(directory: Path) -> dict[str, Any]:
     model = sharded_by_user(prepared("straight-int4"), mesh, **within)
     found["straight-int4/within-groups"] = mean(train(model, BATCHES[:, rank]))
     finish("straight-int4/within-groups", model, whole_state(model))
+    found["lightning"] = lightning(directory)
     found["refused"] = refusals(rank, mesh, directory)
     return found
+
+
+class Tuned(LightningModule):
+    """Any module of a user, but that it shards where the strategy has a mesh."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = llama()
+        self.losses: list[float] = []
+
+    def configure_model(self) -> None:
+        if self.device_mesh is not None:
+            qat.shard(self.model, self.device_mesh)
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        loss: Tensor = self.model(input_ids=batch, labels=batch).loss
+        self.losses.append(loss.item())
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(qat.parameter_groups(self, lr=1e-3, weight_decay=0.1))
+
+
+def fitted(directory: Path, strategy: Any, **options: Any) -> Tuned:
+    """What Lightning trains in two epochs of two steps, with a checkpoint after each."""
+    module = Tuned()
+    quantization = qat.QuantizationAwareTraining(
+        INT4,
+        qat.LearnedAffine(start="gptq"),
+        qat.QuantizationSchedule(calibration_batches=2),
+        target=TRANSFORMERS,
+        model_inputs=lambda batch: {"input_ids": batch},
+    )
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=2,
+        strategy=strategy,
+        max_steps=4,
+        gradient_clip_val=0.1,
+        callbacks=[quantization, ModelCheckpoint(directory, "{step}", every_n_train_steps=2, save_top_k=-1)],
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, DataLoader(BATCHES[:2].flatten(0, 2), batch_size=2), **options)
+    return module
+
+
+def lightning(directory: Path) -> dict[str, list[float]]:
+    def parallel() -> ModelParallelStrategy:
+        return ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
+
+    ddp = fitted(directory / "ddp-steps", DDPStrategy())
+    whole = fitted(directory / "steps", parallel())
+    resumed = fitted(directory / "steps", parallel(), ckpt_path=directory / "steps" / "step=2.ckpt", weights_only=False)
+    for name, module in (("whole", whole), ("resumed", resumed)):
+        qat.freeze(module.model)
+        qat.export(module.model, directory / "lightning" / name)
+    return {"ddp": ddp.losses, "whole": whole.losses, "resumed": resumed.losses}
 
 
 def refusals(rank: int, mesh: DeviceMesh, directory: Path) -> dict[str, str]:
@@ -188,7 +252,13 @@ def refusals(rank: int, mesh: DeviceMesh, directory: Path) -> dict[str, str]:
     if rank:
         with suppress(AttributeError):
             shards.model.layers[0].mlp.up_proj.weight_quantizer.final_codes = lambda _: 1 / 0
-    found["freeze"] = told(lambda: qat.freeze(shards))
+    found["freeze"] = told(lambda: qat.freeze(shards, allow_unreached=True))
+    reads = learned()
+    layer = reads.model.layers[0]
+    layer.input_layernorm.register_forward_hook(lambda _, __, y: y + 0 * layer.mlp.up_proj.weight.sum())
+    qat.shard(reads, mesh)
+    train(reads, BATCHES[:1, rank])
+    found["reads"] = told(lambda: qat.freeze(reads))
     model = learned()
     qat.shard(model, mesh)
     qat.freeze(model)
