@@ -49,6 +49,7 @@ __all__ = [
     "shard",
     "sharded",
     "together_between_runs",
+    "unshard",
     "unwrap",
 ]
 
@@ -121,7 +122,6 @@ def shard(
     for unit in (*units, model):
         fully_shard(unit, mp_policy=mp_policy or MixedPrecisionPolicy(), **options)
 
-    @torch.compiler.disable
     def before(*_: Any) -> None:
         if ranges:
             ranges[0].unshard()
@@ -130,7 +130,8 @@ def shard(
         if not torch.is_grad_enabled():  # no backward will do it, and an optimizer holds the shards
             reshard(model)
 
-    setattr(model, _HOOKS, [model.register_forward_pre_hook(before), model.register_forward_hook(after)])
+    eager: Any = torch.compiler.disable(before)  # type: ignore[no-untyped-call]
+    setattr(model, _HOOKS, [model.register_forward_pre_hook(eager), model.register_forward_hook(after)])
 
 
 def sharded(model: nn.Module) -> bool:
@@ -170,7 +171,7 @@ def _dtypes(model: nn.Module) -> dict[int, torch.dtype]:
     """Parameters that a mixed-precision policy casts for the forward, by ``id``, and to what."""
     found: dict[int, torch.dtype] = {}
     for unit in filter(is_unit, model.modules()):  # units within others come later, and overrule them
-        dtype = unit._get_fsdp_state()._mp_policy.param_dtype  # type: ignore[operator, union-attr]
+        dtype = unit._get_fsdp_state()._mp_policy.param_dtype  # type: ignore[operator]
         for parameter in unit.parameters():
             found[id(parameter)] = dtype or parameter.dtype
     return {id(p): found[id(p)] for p in model.parameters() if found.get(id(p), p.dtype) is not p.dtype}
@@ -258,17 +259,24 @@ def _write(parameter: Any, value: Tensor) -> None:
 
 
 @torch.no_grad()
-def gather_rest(model: nn.Module, dtype_of: Callable[[str], torch.dtype]) -> None:
-    """Put whole parameters in the place of all other shards, one after another, floats in the dtype of their name."""
+def gather_rest(model: nn.Module, made_of: Callable[[str, Tensor], Tensor]) -> None:
+    """Put whole parameters in the place of all shards, one after another: what is made of a name and a whole tensor."""
     made: dict[int, nn.Parameter] = {}
     for path, module in model.named_modules():
         for key, parameter in module._parameters.items():
             if parameter is None or not is_sharded(parameter):
                 continue
             if id(parameter) not in made:
-                dtype = dtype_of(f"{path}.{key}" if path else key) if parameter.is_floating_point() else parameter.dtype
-                made[id(parameter)] = nn.Parameter(whole(parameter.detach().to(dtype)), parameter.requires_grad)
+                value = made_of(f"{path}.{key}" if path else key, whole(parameter.detach()))
+                made[id(parameter)] = nn.Parameter(value, parameter.requires_grad)
             module._parameters[key] = made[id(parameter)]
+
+
+def unshard(model: nn.Module) -> None:
+    """Make a sharded model whole on every rank, on the CPU, as it was before `shard`; all ranks call it."""
+    unwrap(model)
+    gather_rest(model, lambda _, value: value.cpu())
+    model.cpu()
 
 
 def together_between_runs(model: nn.Module) -> Any:
@@ -314,7 +322,7 @@ def on_first_rank(model: nn.Module, action: Callable[[], Item]) -> Item:
             fault = str(error) or type(error).__name__
             raise
         finally:
-            store.set(key, pickle.dumps((fault, result)))
+            store.set(key, pickle.dumps((fault, result)))  # type: ignore[arg-type]
     try:
         while not store.check([key]):
             time.sleep(0.05)

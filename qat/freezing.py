@@ -380,7 +380,7 @@ def _places(model: nn.Module) -> dict[str, list[_Place]]:
 @torch.no_grad()
 def _cast_the_rest(model: nn.Module, quantized: set[str], target: Target, constructed: dict[str, Tensor]) -> None:
     rules = target.rules(model, prepared_as(model).spec.torch_dtype)
-    gather_rest(model, rules.tensor_dtype)
+    gather_rest(model, lambda name, x: x.to(rules.tensor_dtype(name)) if x.is_floating_point() else x)
     for name, tensor in stored_tensors(model):
         if tensor.is_floating_point() and name.rpartition(".")[0] not in quantized:
             tensor.data = tensor.data.to(rules.tensor_dtype(name))

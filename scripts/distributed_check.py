@@ -106,13 +106,14 @@ def references(device: str, ranks: int) -> dict[str, list[float]]:
 def mean(losses: list[float], device: str) -> list[float]:
     found = torch.tensor(losses, dtype=torch.float64, device=device)
     torch.distributed.all_reduce(found)
-    return (found / torch.distributed.get_world_size()).tolist()  # type: ignore[no-any-return]
+    return (found / torch.distributed.get_world_size()).tolist()
 
 
 def check(name: str, wanted: list[float], device: str, mesh: Any, folder: Path) -> dict[str, Any]:
     """Losses beside those of one device, and whether an export from shards is that of one process, to the bit."""
     rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    rows, row = batches(CHECKED, STEPS, ranks, device), {"case": name}
+    rows = batches(CHECKED, STEPS, ranks, device)
+    row: dict[str, Any] = {"case": name}
     for engine in ("ddp", "fsdp2"):
         model = prepared(CHECKED, name, device)
         if engine == "fsdp2":
@@ -121,7 +122,7 @@ def check(name: str, wanted: list[float], device: str, mesh: Any, folder: Path) 
         step = Stepping(model, DistributedDataParallel(model) if engine == "ddp" else None)
         losses = mean([step(x) for x in rows[:, rank]], device)
         if rank == 0:
-            row[engine] = max(abs(a / b - 1) for a, b in zip(losses, wanted, strict=True))  # type: ignore[assignment]
+            row[engine] = max(abs(a / b - 1) for a, b in zip(losses, wanted, strict=True))
     state = {key: whole(value).clone() for key, value in model.state_dict().items()}
     qat.freeze(model)
     qat.export(model, folder / "shards")
@@ -130,7 +131,7 @@ def check(name: str, wanted: list[float], device: str, mesh: Any, folder: Path) 
         single.load_state_dict(state)
         qat.freeze(single)
         qat.export(single, folder / "single")
-        row["equal"] = _files(folder / "shards") == _files(folder / "single")  # type: ignore[assignment]
+        row["equal"] = _files(folder / "shards") == _files(folder / "single")
         qat.verify(folder / "shards")
     torch.distributed.barrier()
     return row
@@ -181,12 +182,17 @@ def speed(shape: dict[str, int], names: list[str], device: str, mesh: Any, clock
             gc.collect()
             if cuda:
                 torch.cuda.empty_cache()
-    found, base = [], seconds[names[0]]
+    found: list[dict[str, Any]] = []
+    base = seconds[names[0]]
     for name in names:
         if not seconds[name]:
             found.append({"arm": name, "error": "no time was left"})
             continue
-        row = {"arm": name, "ms": round(statistics.median(seconds[name]) * 1e3, 2), "steps": len(seconds[name])}
+        row: dict[str, Any] = {
+            "arm": name,
+            "ms": round(statistics.median(seconds[name]) * 1e3, 2),
+            "steps": len(seconds[name]),
+        }
         row["time_ratio"] = round(statistics.median(seconds[name]) / statistics.median(base), 4)
         if cuda:
             row |= {"peak_gib": round(peaks[name], 3), "memory_ratio": round(peaks[name] / peaks[names[0]], 4)}

@@ -27,9 +27,10 @@ from torch.distributed.tensor import Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import qat
+from qat.distributed import unshard
 from qat.tensors import whole
 
 STEPS, TRANSFORMERS = 3, "transformers"
@@ -43,6 +44,12 @@ def llama() -> Any:
     return LlamaForCausalLM(LlamaConfig(vocab_size=65, num_key_value_heads=1, tie_word_embeddings=True, **sizes))
 
 
+def mixtral() -> Any:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return MixtralForCausalLM(MixtralConfig(vocab_size=65, num_key_value_heads=1, num_local_experts=3, **sizes))
+
+
 INT4 = qat.QuantSpec(weights="int4", dtype="float32")
 INT8 = qat.QuantSpec(weights="int8", dtype="float32")
 W8A8 = qat.QuantSpec(weights="int8", activations="int8", dtype="float32")
@@ -52,12 +59,15 @@ CASES: dict[str, tuple[qat.QuantSpec, qat.Algorithm]] = {
     "learned-int4": (INT4, qat.LearnedAffine(start="gptq")),
     "w8a8": (W8A8, qat.LearnedAffine(learn_activations=True)),
 }
+TABLES = qat.QuantSpec(weights="int8", dtype="float32", include=("*proj", "*embed_tokens", "lm_head"))
+MORE = {"tied": (TABLES, qat.LearnedAffine(start="minmax")), "experts": (INT4, qat.LearnedAffine(start="minmax"))}
+"""Cases that are trained from shards alone."""
 BATCHES = torch.randint(65, (STEPS, 2, 2, 16), generator=torch.Generator().manual_seed(1))  # one a step and rank
 
 
 def prepared(name: str, *, dtype: torch.dtype = torch.float32, serving: str = "float32", to: str = TRANSFORMERS) -> Any:
-    spec, algorithm = CASES[name]
-    model = llama().to(dtype).train()
+    spec, algorithm = (CASES | MORE)[name]
+    model = (mixtral if name == "experts" else llama)().to(dtype).train()
     qat.prepare(model, spec.model_copy(update={"dtype": serving}), algorithm=algorithm, target=to)
     return model
 
@@ -141,6 +151,12 @@ def run(directory: Path) -> dict[str, Any]:
             model(BATCHES[0, rank])  # leaves nothing gathered behind
         finish(f"{name}/fsdp2", model, whole_state(model))
 
+    for name in MORE:
+        model = prepared(name)
+        qat.shard(model, mesh)
+        train(model, BATCHES[:, rank])
+        finish(f"{name}/fsdp2", model, whole_state(model))
+
     model = prepared("learned-int4", serving="bfloat16")
     qat.shard(model, mesh, mp_policy=BFLOAT16)
     found["policy"] = mean(train(model, BATCHES[:, rank]))
@@ -166,9 +182,9 @@ def run(directory: Path) -> dict[str, Any]:
 class Tuned(LightningModule):
     """Any module of a user, but that it shards where the strategy has a mesh."""
 
-    def __init__(self) -> None:
+    def __init__(self, poisoned: int | None = None) -> None:
         super().__init__()
-        self.model = llama()
+        self.model, self.poisoned = llama(), poisoned
         self.losses: list[float] = []
 
     def configure_model(self) -> None:
@@ -177,6 +193,8 @@ class Tuned(LightningModule):
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         loss: Tensor = self.model(input_ids=batch, labels=batch).loss
+        if self.global_rank == self.poisoned:
+            loss = loss * torch.nan
         self.losses.append(loss.item())
         return loss
 
@@ -184,9 +202,9 @@ class Tuned(LightningModule):
         return torch.optim.AdamW(qat.parameter_groups(self, lr=1e-3, weight_decay=0.1))
 
 
-def fitted(directory: Path, strategy: Any, **options: Any) -> Tuned:
+def fitted(directory: Path, strategy: Any, poisoned: int | None = None, **options: Any) -> Tuned:
     """What Lightning trains in two epochs of two steps, with a checkpoint after each."""
-    module = Tuned()
+    module = Tuned(poisoned)
     quantization = qat.QuantizationAwareTraining(
         INT4,
         qat.LearnedAffine(start="gptq"),
@@ -209,17 +227,25 @@ def fitted(directory: Path, strategy: Any, **options: Any) -> Tuned:
     return module
 
 
-def lightning(directory: Path) -> dict[str, list[float]]:
-    def parallel() -> ModelParallelStrategy:
-        return ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
+def sharding(*, parts: bool = True) -> ModelParallelStrategy:
+    """Over both ranks; checkpoints are directories of ``parts``, or files of whole weights."""
+    return ModelParallelStrategy(2, tensor_parallel_size=1, save_distributed_checkpoint=parts)
 
-    ddp = fitted(directory / "ddp-steps", DDPStrategy())
-    whole = fitted(directory / "steps", parallel())
-    resumed = fitted(directory / "steps", parallel(), ckpt_path=directory / "steps" / "step=2.ckpt", weights_only=False)
-    for name, module in (("whole", whole), ("resumed", resumed)):
-        qat.freeze(module.model)
-        qat.export(module.model, directory / "lightning" / name)
-    return {"ddp": ddp.losses, "whole": whole.losses, "resumed": resumed.losses}
+
+def lightning(directory: Path) -> dict[str, list[float]]:
+    found = {"ddp": fitted(directory / "ddp-steps", DDPStrategy()).losses}
+    for parts in (True, False):
+        name = "parts" if parts else "file"
+        steps = directory / f"{name}-steps"
+        whole = fitted(steps, sharding(parts=parts))
+        resumed = fitted(steps, sharding(parts=parts), ckpt_path=steps / "step=2.ckpt", weights_only=False)
+        unshard(resumed.model)
+        for module, kind in ((whole, "whole"), (resumed, "resumed")):
+            found[f"{name}/{kind}"] = module.losses
+            qat.freeze(module.model)
+            if kind == "whole" or torch.distributed.get_rank() == 0:  # of whole weights each process exports its own
+                qat.export(module.model, directory / "lightning" / f"{name}-{kind}")
+    return found
 
 
 def refusals(rank: int, mesh: DeviceMesh, directory: Path) -> dict[str, str]:
@@ -241,6 +267,7 @@ def refusals(rank: int, mesh: DeviceMesh, directory: Path) -> dict[str, str]:
     found["prepare"] = told(lambda: qat.prepare(sharded_by_user(llama(), mesh), INT4))
     found["a part"] = told(lambda: qat.freeze(shards.model))
     found["a layer"] = told(lambda: shards.model.layers[0].mlp.up_proj(torch.ones(1, 128)))
+    found["loss"] = told(lambda: fitted(directory / "none", sharding(), poisoned=1))
     found["counts"] = told(lambda: qat.calibrate(shards, [x] * (1 + rank)))
     found["batches"] = told(lambda: qat.calibrate(shards, (x if not rank else 1 / 0 for _ in range(2))))
     with poisoned(shards, rank):

@@ -229,7 +229,7 @@ class QuantizationAwareTraining(Callback):
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Stop before a non-finite loss can reach the weights or a checkpoint."""
-        require_finite(loss, trainer.global_step)
+        require_finite(loss, trainer.global_step, self._of(trainer, pl_module).shards)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Never let weights that a non-finite gradient has spoilt replace a good checkpoint."""
