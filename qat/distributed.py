@@ -127,7 +127,7 @@ def shard(
             ranges[0].unshard()
 
     def after(*_: Any) -> None:
-        if not torch.is_grad_enabled():  # no backward will do it, and an optimizer holds the shards
+        if not (torch.is_grad_enabled() or model.training):  # no backward will do it, and none may be to come
             reshard(model)
 
     eager: Any = torch.compiler.disable(before)  # type: ignore[no-untyped-call]
@@ -174,7 +174,8 @@ def _dtypes(model: nn.Module) -> dict[int, torch.dtype]:
         dtype = unit._get_fsdp_state()._mp_policy.param_dtype  # type: ignore[operator]
         for parameter in unit.parameters():
             found[id(parameter)] = dtype or parameter.dtype
-    return {id(p): found[id(p)] for p in model.parameters() if found.get(id(p), p.dtype) is not p.dtype}
+    shards = filter(is_sharded, model.parameters())  # others are ignored by fully_shard
+    return {id(p): found[id(p)] for p in shards if found.get(id(p), p.dtype) is not p.dtype}
 
 
 def refuse_cast_ranges(model: nn.Module) -> None:

@@ -148,7 +148,7 @@ def run(directory: Path) -> dict[str, Any]:
         qat.calibrate(model, list(BATCHES[:, rank]))
         found[f"{name}/fsdp2"] = mean(train(model, BATCHES[:, rank]))
         with torch.no_grad():
-            model(BATCHES[0, rank])  # leaves nothing gathered behind
+            model(BATCHES[0, rank])  # leaves the rest and the ranges gathered
         finish(f"{name}/fsdp2", model, whole_state(model))
 
     for name in MORE:
@@ -262,6 +262,8 @@ def refusals(rank: int, mesh: DeviceMesh, directory: Path) -> dict[str, str]:
     found["cast ranges"] = told(lambda: train(other, BATCHES[:1, rank]))
     shards: Any = prepared("w8a8")
     qat.shard(shards, mesh)
+    two = init_device_mesh("cpu", (1, 2), mesh_dim_names=("data_parallel", "tensor_parallel"))
+    found["a mesh"] = told(lambda: qat.shard(learned(), two))
     found["again"] = told(lambda: qat.shard(shards, mesh))
     found["fix_codes"] = told(lambda: qat.fix_codes(shards))
     found["prepare"] = told(lambda: qat.prepare(sharded_by_user(llama(), mesh), INT4))

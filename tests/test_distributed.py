@@ -82,6 +82,7 @@ def test_lightning_shards_and_resumes(checkpoint: str, ran: Path, found: list[di
 REFUSED = {
     "tensor parallel": r"StateError: QLinear: its weight is sharded while it runs .* tensor parallel is not supported",
     "cast ranges": r"StateError: model: the mixed-precision policy of fully_shard casts the learned ranges of 14",
+    "a mesh": r"StateError: mesh: its dimension 'tensor_parallel' has more than one rank",
     "again": r"StateError: model: is sharded already",
     "fix_codes": r"StateError: model: its weights are sharded: call qat\.fix_codes before qat\.shard",
     "prepare": r"StateError: model: its weights are sharded: call qat\.prepare .* before qat\.shard",
