@@ -11,6 +11,7 @@ import itertools
 import json
 import os
 import sys
+import unittest.mock
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -30,8 +31,9 @@ from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import qat
-from qat.distributed import unshard
-from qat.tensors import whole
+from qat.distributed import gather, unshard
+from qat.layers import quantized_layers
+from qat.tensors import is_sharded, whole
 
 STEPS, TRANSFORMERS = 3, "transformers"
 BFLOAT16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
@@ -125,12 +127,22 @@ def sharded_by_user(model: nn.Module, mesh: DeviceMesh, **options: Any) -> nn.Mo
 
 def run(directory: Path) -> dict[str, Any]:
     rank = int(torch.distributed.get_rank())
-    mesh, found = init_device_mesh("cpu", (2,)), {}
+    mesh, most = init_device_mesh("cpu", (2,)), dict[str, int]()
+    found: dict[str, Any] = {"most": most}
 
     def finish(name: str, model: nn.Module, state: Mapping[str, Any], **how: Any) -> None:
         """Freeze and export from shards, and on one process from the same state."""
-        report = qat.export(model, directory / name) if qat.freeze(model) else None
-        assert report is not None
+        whole_at_once = []
+
+        def gathering(layer: nn.Module, cast: dict[int, torch.dtype]) -> None:
+            gather(layer, cast)
+            masters = (p for _, one in quantized_layers(model) for p in one.masters(one).values())
+            whole_at_once.append(len({id(p) for p in masters if not is_sharded(p)}))
+
+        with unittest.mock.patch("qat.freezing.gather", gathering):
+            qat.freeze(model)
+        most[name] = max(whole_at_once)
+        report = qat.export(model, directory / name)
         assert report.directory == directory / name
         assert (directory / name).is_dir()
         if rank == 0:

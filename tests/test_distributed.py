@@ -57,6 +57,12 @@ def test_an_export_from_shards_is_that_of_one_process(name: str, ran: Path) -> N
     qat.verify(ran / name)
 
 
+def test_one_layer_is_whole_at_a_time(found: list[dict[str, Any]]) -> None:
+    experts = {"experts/fsdp2": 2}  # both parameters of a module of experts
+    assert found[0]["most"] == {name: experts.get(name, 1) for name in found[0]["most"]}
+    assert len(found[0]["most"]) == len(CASES) + len(MORE) + 2
+
+
 def test_a_shard_may_end_within_a_group(found: list[dict[str, Any]]) -> None:
     """Rows are cut in two, groups of 128 too; operators see gathered weights."""
     assert found[0]["straight-int4/within-groups"] == pytest.approx(found[0]["straight-int4/fsdp2"], rel=1e-6)
