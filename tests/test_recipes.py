@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -93,6 +94,17 @@ def small(tiny: Path, text: Path, tmp_path: Path) -> list[str]:
         *("--optimization.steps", "3", "--optimization.batch-size", "4", "--optimization.warmup-steps", "1"),
         *("--trainer.accelerator", "cpu", "--trainer.checkpoint-every", "2"),
     ]
+
+
+@pytest.mark.slow
+def test_a_recipe_on_two_devices(small: list[str], tmp_path: Path) -> None:
+    """Lightning starts the second process; the first one judges and reports alone, at the end."""
+    options = [*small, "--trainer.devices", "2", "--trainer.strategy", "fsdp2"]
+    command = [sys.executable, "-W", "ignore", "-m", "recipes.causal_lm", *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert "compared and found equal" in done.stdout, done.stderr[-3000:]
+    assert (tmp_path / "out-checkpoints" / "last.ckpt").is_file()
 
 
 def test_there_are_recipes_and_configurations() -> None:

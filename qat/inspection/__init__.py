@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from qat.adapters import adapters, without_peft
+from qat.distributed import refuse_sharded
 from qat.errors import SpecError, StateError, TargetError, listed, shown
 from qat.formats import FORMATS, LayerTypes
 from qat.hosts import Rules, Target, get_target
@@ -191,6 +192,7 @@ def check_module(model: Any) -> None:
     """Check that a model, which a verb will change or run, is one with weights."""
     if not isinstance(model, nn.Module):
         raise SpecError(f"model: must be an nn.Module, got {shown(model)}: load the model first")
+    refuse_sharded(model, "qat.prepare and what comes with it")
 
 
 def _layers(model: nn.Module, target: Target) -> Iterator[tuple[str, tuple[nn.Module, type[QuantizedLayer]]]]:

@@ -14,11 +14,13 @@ from typing import Any
 import lightning
 import torch
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 import qat
 from qat.calibration import calibrate_parts
+from qat.distributed import sharded, unshard
 from qat.layers import quantized_layers
 from qat.preparation import prepared_as
 from qat.starting import awaiting
@@ -26,7 +28,7 @@ from qat.training.task import QuantizedTask, Task
 from recipes.common.callbacks import SeedNoise, StepProgress, averages, mixed_seed, step_of
 from recipes.common.config import ConfigError
 from recipes.common.progress import stage
-from recipes.common.settings import OptimizationSettings, TrainerSettings
+from recipes.common.settings import FSDP2, OptimizationSettings, TrainerSettings
 from recipes.data import DataError
 from recipes.data.tensors import move
 from recipes.tasks import Batch
@@ -177,7 +179,8 @@ def fit(
     if settings.trainer.gradient_checkpointing:
         _checkpoint_activations(model)
     trained: Any = torch.compile(model) if settings.trainer.compile else model
-    module = QuantizedTask(
+    shards = settings.trainer.strategy == FSDP2
+    module = (_ShardedTask if shards else QuantizedTask)(
         trained,
         task,
         learning_rate=learning_rate,
@@ -207,12 +210,33 @@ def fit(
     maps = teacher is not None and optimization.distillation.attention_maps > 0
     with _attention_maps(model, teacher) if maps else nullcontext():
         trainer.fit(module, batches, ckpt_path=None if resume is None else str(resume), weights_only=True)
+    if shards:
+        unshard(model)
     if trainer.global_step < optimization.steps:
         raise qat.TrainingError(
             f"optimization.steps: {name} ended after {trainer.global_step} of {optimization.steps} steps: give every "
             "process at least one whole batch (more data, or a smaller batch_size)"
         )
     return trainer
+
+
+class _ShardedTask(QuantizedTask):
+    """One whose model is sharded where training begins, after the callback has prepared it."""
+
+    def configure_model(self) -> None:
+        if self.device_mesh is not None and not sharded(self.model):
+            qat.shard(self.model, self.device_mesh)
+
+
+class _Sharding(ModelParallelStrategy):
+    """Lightning's strategy for FSDP2, over all ranks; checkpoints are single files, as those of other strategies."""
+
+    def __init__(self) -> None:
+        super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=False)
+
+    def setup_environment(self) -> None:
+        self._data_parallel_size = self.num_nodes * self.num_processes
+        super().setup_environment()
 
 
 def calibrate(model: nn.Module, batches: Iterable[Batch], device: torch.device, *, starts: bool = True) -> None:
@@ -303,6 +327,8 @@ def _checkpoint_activations(model: nn.Module) -> None:
 def _trainer(settings: TrainerSettings, **options: Any) -> lightning.Trainer:
     """Make a trainer that says nothing, or say in one line why the settings do not allow one."""
     lightnings = settings.model_dump(exclude={"gradient_checkpointing", "compile", "checkpoint_every"})
+    if settings.strategy == FSDP2:
+        lightnings["strategy"] = _Sharding()
     try:
         return lightning.Trainer(
             logger=False, enable_progress_bar=False, enable_model_summary=False, **options, **lightnings
