@@ -12,6 +12,7 @@ With ``--by-rules`` the classes are all others that `tests.tiny_transformers` ma
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 from collections import Counter
 from collections.abc import Mapping
@@ -75,11 +76,11 @@ def run_case(architecture: Architecture | TinyTransformer, case: str, directory:
 
 def answer(request: Mapping[str, Any]) -> dict[str, Any]:
     """One case of one class."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         case = list(CASES)[request["case"]]
         name = request["name"]
         model = ARCHITECTURES.get(name) or tiny_transformers()[name]
-        return asdict(run_case(model, case, Path(folder) / "out"))
+        return asdict(run_case(model, case, Path("out")))
 
 
 def run_architecture(name: str, ask: Ask) -> Row:
