@@ -23,6 +23,7 @@ from qat.layers import QExpert, quantized_layers
 from tests.exports import altered, forge_hashes, rewrite, stored_tensors
 from tests.helpers import same_bits
 from tests.test_experts import QUICK, TOKENS, build, logits
+from tests.tiny_transformers import tiny_transformers
 
 TARGET = "compressed-tensors"
 MODELS = (
@@ -330,3 +331,12 @@ class TestNames:
             model = ernie(ernie.config_class())
         name = next(name for name, _ in model.named_parameters() if name.endswith("experts.gate_up_proj"))
         assert Names.of(model).experts(name, 0) == ()
+
+
+def test_zero_points_beside_a_weight_that_is_kept_in_float32_are_refused() -> None:
+    """Verification finds the cast, and a refusal before training is better."""
+    model = tiny_transformers()["BeamForCausalLM"].build()
+    spec = qat.QuantSpec(weights="int4_g32_zp")
+    with pytest.raises(qat.SpecError, match=r"zero points while it loads, and then casts model\.layers\.1\.mlp\.gate"):
+        qat.inspect(model, spec, target=TARGET)
+    assert qat.inspect(model, spec.model_copy(update={"dtype": "float32"}), target=TARGET).quantized_share > 0.2

@@ -54,6 +54,8 @@ class Names:
         renamed = [part for part in own if isinstance(part, WeightRenaming) and not isinstance(part, PrefixChange)]
         self._back = [part.reverse_transform() for part in reversed(renamed)]
         self._merges = [(part, part.reverse_transform()) for part in self._converters if _merges(part)]
+        self.cast: dict[torch.dtype, str | None] = {}
+        """By serving dtype, a ``weight`` that is kept in float32."""
 
     @classmethod
     def of(cls, model: nn.Module) -> Names:
@@ -243,7 +245,18 @@ class _CompressedTransformers(_Transformers):
             return f"{what} (conversion_mapping.py): use target 'transformers'"
         if place is not None and weights.whole_shift:
             return "transformers drops the zero points of experts: use a type without _zp, or target 'transformers'"
+        if weights.whole_shift and (cast := self._cast_weight(model, dtype)) is not None:
+            return f"transformers dequantizes zero points while it loads, and then casts {cast}: use a type without _zp"
         return super().layer_fault(model, name, weights, dtype)
+
+    def _cast_weight(self, model: nn.Module, dtype: torch.dtype) -> str | None:
+        """A float ``weight`` kept in float32, which a load that dequantizes takes for a quantized one, and casts."""
+        cast = Names.of(model).cast
+        if dtype not in cast:
+            own = self.own_dtypes(model, dtype)  # which a class gives itself, and no load casts
+            weights = (key for key, _ in model.named_parameters() if key.endswith(".weight") and key not in own)
+            cast[dtype] = next((key for key in weights if self.kept_in_float32(model, key, dtype)), None)
+        return cast[dtype]
 
     def layer_key(self, model: nn.Module, name: str) -> str:
         """One for all experts that a load merges."""
