@@ -45,7 +45,8 @@ def round_float(values: Array, kind: str) -> Array:
     """Round float64 numbers to a narrower float format, half to even; no overflow."""
     precision, smallest = _FLOATS[kind]
     step = np.ldexp(1.0, np.maximum(np.frexp(values)[1] - precision, smallest))
-    return np.rint(values / step) * step
+    rounded: Array = np.rint(values / step) * step
+    return rounded
 
 
 def reference_quantize(
