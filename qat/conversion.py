@@ -79,7 +79,10 @@ def convert(
     qat.errors.TargetError: ...
     """
     path, to = as_path(directory, LoadError), get_target(target)
-    check_destination(as_path(output, ExportError).absolute(), overwrite)
+    destination = as_path(output, ExportError).absolute()
+    if destination.resolve() == path.resolve():
+        raise ExportError(f"output: {str(output)!r} is the directory itself, which is read: name another one")
+    check_destination(destination, overwrite)
     manifest = read_trusted(path)
     if manifest.float_grid:
         raise LoadError(f"directory: {str(path)!r} holds floats (float_grid=True), no codes: convert a packed export")
@@ -88,7 +91,7 @@ def convert(
             raise load_error(f"{str(path)!r} is not what was exported ({name})", faults)
     origin = get_target(manifest.target)
     architecture = skeleton(path, manifest) if model is None else copy.deepcopy(model)
-    if faults := to.host.model_faults(architecture):
+    if faults := to.format.package_faults() or to.host.model_faults(architecture):
         raise TargetError("; ".join(faults))
     filled = copy.deepcopy(architecture)
     fill(filled, path, manifest, torch.device("cpu"))

@@ -44,11 +44,14 @@ def read_trusted(directory: Path) -> Manifest:
     Raises:
         LoadError: the directory or the manifest is missing, unreadable, changed or contradicts itself.
     """
-    manifest = read_manifest(directory)
+    manifest, missing = read_manifest(directory), list[str]()
     try:
-        faults = _contradictions(manifest)
+        missing = get_target(manifest.target).format.package_faults()
+        faults = [] if missing else _contradictions(manifest)
     except (QatError, ZeroDivisionError, OverflowError) as error:
         faults = [str(error)]
+    if missing:
+        raise LoadError(f"{str(directory)!r}: {missing[0]}")
     if faults:
         raise load_error(f"{MANIFEST_NAME} in {str(directory)!r} contradicts itself", faults)
     return manifest

@@ -173,7 +173,9 @@ def faults(rows: Mapping[str, Row], fine: Sequence[str] = ("equal",)) -> list[st
         details: dict[str, list[str]] = {}
         for outcome in row.outcomes:
             if outcome["result"] not in fine:
-                detail = f"{outcome['result']}: {' '.join(outcome['detail'].split())[:300]}"
+                told = outcome["detail"].splitlines()
+                told = [line for line in told if " FAILED " in line] or told  # of the report of a verification
+                detail = f"{outcome['result']}: {' '.join(' '.join(told).split())[:300]}"
                 details.setdefault(detail, []).append(outcome["case"])
         lines += [f"- {name}, {', '.join(cases)}: {detail}" for detail, cases in details.items()]
     return lines

@@ -213,6 +213,8 @@ def test_a_changed_directory_a_float_grid_and_a_full_destination_are_refused(tmp
     qat.export(grid, tmp_path / "grid", float_grid=True)
     with pytest.raises(LoadError, match="float_grid=True"):
         qat.convert(tmp_path / "grid", tmp_path / "b", target="quanto")
+    with pytest.raises(ExportError, match="is the directory itself"):
+        qat.convert(first, first, target="quanto", overwrite=True)
     with pytest.raises(TargetError, match="must be one of"):
         qat.convert(first, tmp_path / "b", target="int8")
     assert not (tmp_path / "b").exists()

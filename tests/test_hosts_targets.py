@@ -311,3 +311,19 @@ def test_a_missing_package_is_a_fault_of_its_own_targets_alone(missing: str, mon
                 qat.inspect(model, spec, target=name)
         else:
             assert qat.inspect(model, spec, target=name).quantized_share > 0
+
+
+@pytest.mark.parametrize(("target", "missing"), [("compressed-tensors", "compressed_tensors"), ("gguf", "gguf")])
+def test_a_missing_package_is_not_told_as_damage(
+    target: str, missing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model("llama")
+    qat.prepare(model, qat.QuantSpec(weights="q8_0" if target == "gguf" else "int8"), target=target)
+    qat.freeze(model, allow_unreached=True)
+    qat.export(model, tmp_path / "out")
+    monkeypatch.setitem(sys.modules, missing, None)
+    for verb in (qat.load, qat.verify):
+        with pytest.raises(
+            qat.LoadError, match=rf"out': target: its loaders need the package {target}, which is missing"
+        ):
+            verb(tmp_path / "out")

@@ -225,7 +225,10 @@ def _check_target(model: nn.Module, record: FrozenRecord, wanted: Target) -> Non
     frozen.settle(model)
     if wanted.name == record.target:
         return
-    remedy = f"call qat.freeze(model, target={wanted.name!r}) instead and export that model"
+    remedy = (
+        f"export for {record.target!r} and try qat.convert(directory, output, target={wanted.name!r}), or prepare and "
+        f"train the float model with target={wanted.name!r}"
+    )
     faults = wanted.spec_faults(record.spec)
     if faults:
         raise TargetError(f"target {wanted.name!r} cannot express what was trained: {'; '.join(faults)}")

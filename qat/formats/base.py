@@ -12,6 +12,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from math import prod
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -128,6 +129,8 @@ class Format(ABC):
     tags: ClassVar[tuple[str, ...]] = ()
     libraries: ClassVar[Mapping[str, InLibrary]] = {}
     """The model libraries that load the format, by name."""
+    package: ClassVar[str] = ""
+    """The module that its loaders need beside a model library; an extra of qat of the same name installs it."""
     own_modules: ClassVar[bool] = False
     """Whether stock loaders make other modules than `build`, which then takes their place in `qat.load`."""
 
@@ -142,6 +145,13 @@ class Format(ABC):
                 raise SpecError(f"{what}: choose one{meant(name, known)}")
         active = None if activations is None else self.activation_qtypes[activations]
         return LayerTypes(self.qtypes[weights], active, dtype, outputs)
+
+    def package_faults(self) -> list[str]:
+        """The fault of a missing package."""
+        if not self.package or find_spec(self.package) is not None:
+            return []
+        extra = self.package.replace("_", "-")
+        return [f"target: its loaders need the package {extra}, which is missing: pip install 'qat[{extra}]'"]
 
     def spec_faults(self, spec: QuantSpec) -> list[str]:
         """What the spec asks for that no loader of the format gives, each with its remedy; its types are known."""

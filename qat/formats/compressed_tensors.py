@@ -19,7 +19,6 @@ Zero points
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -49,6 +48,7 @@ class _CompressedTensors(Format):
     libraries: ClassVar[Mapping[str, InLibrary]] = {
         "transformers": InLibrary("CompressedTensorsConfig", "config_groups")
     }
+    package: ClassVar[str] = "compressed_tensors"
     own_modules: ClassVar[bool] = True
 
     def types(self, weights: str, activations: str | None, dtype: torch.dtype, outputs: bool = True) -> LayerTypes:
@@ -62,8 +62,6 @@ class _CompressedTensors(Format):
 
     def spec_faults(self, spec: QuantSpec) -> list[str]:
         faults = []
-        if importlib.util.find_spec("compressed_tensors") is None:
-            faults.append("target: its loader needs a package that is missing: pip install 'qat[compressed-tensors]'")
         if spec.quantize_outputs:
             faults.append(
                 "quantize_outputs=True: loaders of compressed-tensors leave the outputs of layers float: leave it out"

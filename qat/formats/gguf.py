@@ -81,6 +81,7 @@ class _Gguf(Format):
     activation_qtypes: ClassVar[Mapping[str, QType]] = {}
     library: ClassVar[str] = "gguf"
     tags: ClassVar[tuple[str, ...]] = ("gguf",)
+    package: ClassVar[str] = "gguf"
 
     def shape_fault(self, types: LayerTypes, shape: tuple[int, int]) -> str | None:
         """Of rows that are no whole number of blocks."""

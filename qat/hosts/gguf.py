@@ -15,7 +15,6 @@ import tempfile
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,9 +31,8 @@ from qat.formats.gguf import BLOCKS
 from qat.progress import counted
 from qat.tensors import digest
 
-__all__ = ["GgufContainer", "Place", "package_faults", "require_package"]
+__all__ = ["GgufContainer", "Place", "require_package"]
 
-_MISSING = "target: GGUF files need the package gguf: pip install 'qat[gguf]'"
 
 _IN_FLOAT32 = ("_norm.weight", "position_embd.weight")
 
@@ -293,17 +291,12 @@ class GgufContainer(Container):
         return plan
 
 
-def package_faults() -> list[str]:
-    """The fault of a missing package gguf."""
-    return [] if find_spec("gguf") is not None else [_MISSING]
-
-
 def require_package(error: type[Exception]) -> Any:
     """The package gguf; ``error`` where it is not installed."""
     try:
         import gguf
     except ImportError:
-        raise error(_MISSING) from None
+        raise error("GGUF files need the package gguf: pip install 'qat[gguf]'") from None
     return gguf
 
 

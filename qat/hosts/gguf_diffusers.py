@@ -22,7 +22,7 @@ from qat.files.manifest import Manifest
 from qat.formats import GGUF_FLOAT16, Format
 from qat.hosts.base import FloatGrid, Host, Reloaded, python_block
 from qat.hosts.diffusers import _Diffusers, _kept
-from qat.hosts.gguf import GgufContainer, Place, package_faults
+from qat.hosts.gguf import GgufContainer, Place
 from qat.hosts.transformers import TRANSFORMERS
 from qat.numerics import QType
 from qat.spec import QuantSpec
@@ -134,8 +134,6 @@ class _GgufDiffusers(_Diffusers):
         return []
 
     def model_faults(self, model: nn.Module) -> list[str]:
-        if missing := package_faults():
-            return missing
         if not self.owns(model) or type(model).__name__ not in _loadable():
             other = "diffusers" if self.owns(model) else "gguf" if TRANSFORMERS.owns(model) else "quanto"
             return [

@@ -56,6 +56,8 @@ class Target:
 
     def faults(self, model: nn.Module, spec: QuantSpec) -> list[str]:
         """Why the target cannot load such a model, or express such a spec; each with its remedy."""
+        if missing := self.format.package_faults():
+            return missing
         faults = [*self.host.model_faults(model), *self.spec_faults(spec)]
         if self.format.own_modules and not faults:
             faults = self.host.stock_faults(model, self.format.needs_packed(spec))
