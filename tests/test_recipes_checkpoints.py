@@ -121,6 +121,8 @@ def test_a_failure_while_writing_leaves_the_one_before(tmp_path: Path, monkeypat
     found = newest(tmp_path)
     assert found is not None
     assert found.step == 2
+    assert not list(tmp_path.glob("*.partial"))  # which would fill the disk
+    (tmp_path / "step-3.partial").write_bytes(b"half")  # as of a process that was ended there
     quiet_trainer(tmp_path, kept(tmp_path, 9)).fit(UserModule(), loader())
     assert "step-3.partial" not in names(tmp_path)
 

@@ -77,7 +77,11 @@ class LastCheckpoints(Checkpoint):
     def _save(self, trainer: lightning.Trainer) -> None:
         path = self.folder / f"step-{trainer.global_step}.ckpt"
         partial = path.with_suffix(".partial")
-        trainer.save_checkpoint(partial)  # by every process: sharded strategies need them all
+        try:
+            trainer.save_checkpoint(partial)  # by every process: sharded strategies need them all
+        except Exception:  # such as a full disk, which the half of a file would fill
+            checkpoints.remove(partial)
+            raise
         if trainer.is_global_zero:
             checkpoints.publish(partial, path, step=trainer.global_step, settings=self.settings)
             for old in checkpoints.of(self.folder)[: -self.keep]:
