@@ -27,6 +27,7 @@ _HOMES = {
     "qat.calibration": ("CalibrationReport", "calibrate"),
     "qat.codes_only": ("FixCodesReport", "fix_codes"),
     "qat.conversion": ("convert",),
+    "qat.distributed": ("shard",),
     "qat.errors": tuple(errors.__all__),
     "qat.exporting": ("ExportReport", "export"),
     "qat.folding": ("FoldReport", "fold_outliers"),

@@ -8,6 +8,7 @@ from qat.calibration import calibrate as calibrate
 from qat.codes_only import FixCodesReport as FixCodesReport
 from qat.codes_only import fix_codes as fix_codes
 from qat.conversion import convert as convert
+from qat.distributed import shard as shard
 from qat.errors import *  # noqa: F403
 from qat.exporting import ExportReport as ExportReport
 from qat.exporting import export as export

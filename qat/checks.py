@@ -14,13 +14,16 @@ from contextlib import contextmanager, suppress
 import torch
 from torch import Tensor, nn
 
-from qat.errors import StateError, listed
-from qat.hosts import Rules
-from qat.layers import Mode, QuantizedLayer, quantized_layers
+from qat.distributed import gathered
+from qat.errors import StateError, TargetError, listed
+from qat.hosts import Rules, Target, get_target
+from qat.layers import Mode, QuantizedLayer, float_layers, quantized_layers
+from qat.preparation import Prepared
 from qat.probing import compiled_parts
+from qat.quantizers import WeightQuantizer
 from qat.quantizers.activation import fake_quantize_output
 from qat.runs import runs
-from qat.tensors import TOLERANCE, stored_tensors
+from qat.tensors import TOLERANCE, is_sharded, stored_tensors
 
 __all__ = [
     "function_check",
@@ -30,6 +33,7 @@ __all__ = [
     "require_final_types",
     "require_finite",
     "require_range",
+    "require_target",
     "unreached_layers",
     "values_fault",
 ]
@@ -79,7 +83,12 @@ def require_range(model: nn.Module, layers: list[tuple[str, QuantizedLayer]], ru
     for name, tensor in stored_tensors(model):
         if not tensor.is_floating_point() or tensor.is_meta or not tensor.numel() or name.startswith(quantizers):
             continue
-        beyond = rules.tensor_dtype(name) is torch.float16 and (tensor.amax() > largest) | (tensor.amin() < -largest)
+        if rules.tensor_dtype(name) is not torch.float16:
+            continue
+        if is_sharded(tensor):  # a part may have no elements
+            beyond = (tensor.abs() > largest).any()
+        else:
+            beyond = (tensor.amax() > largest) | (tensor.amin() < -largest)
         if bool(beyond):
             raise StateError(
                 f"model: {name} holds numbers beyond ±{largest:g}, which float16 cannot hold: serve in bfloat16 "
@@ -110,15 +119,59 @@ def loses_scales(layer: QuantizedLayer, mean: float = 1.0) -> bool:
         or not activation.enabled
     ):
         return False
-    weight = layer.effective_weight(layer)
-    if weight.is_meta or not activation.initialized:
+    if not activation.initialized:
         return False
-    scale, x_scale = quantizer.quantize_to_codes(weight).scale, activation.serving_scale()
+    with gathered(layer):
+        weight = layer.effective_weight(layer)
+        return not weight.is_meta and _loses(quantizer, weight, activation.serving_scale(), mean)
+
+
+def _loses(quantizer: WeightQuantizer, weight: Tensor, x_scale: Tensor, mean: float) -> bool:
+    scale = quantizer.quantize_to_codes(weight).scale
     exact = (scale.double() * x_scale.double()).flatten()
     off = ((scale.half() * x_scale.half()).double().flatten() / exact.clamp(min=1e-300) - 1).abs()
     rows = weight.double().square().sum(1)
     whole = (off.square() @ rows) / rows.sum().clamp(min=1e-300)
     return bool(((off > 1 / 8) & (rows > 0)).any() | (whole > mean * mean))
+
+
+def require_target(
+    model: nn.Module, target: Target, prepared: Prepared, quantized: list[tuple[str, QuantizedLayer]]
+) -> None:
+    """Raise `TargetError` when ``target`` cannot serve what was prepared for another one."""
+    faults = target.faults(model, prepared.spec)
+    if target.format is not get_target(prepared.target).format:
+        faults.append(f"its format {target.format.name!r} has another arithmetic than the one that was trained with")
+    rules = target.rules(model, prepared.spec.torch_dtype)
+    reasons = {name: rules.layer_fault(name, layer.weight_quantizer.qtype) for name, layer in quantized}
+    refused = [f"{name} ({reason})" for name, reason in reasons.items() if reason is not None]
+    refused += [
+        f"{name} (its loader replaces no {layer.replaces.__name__})"
+        for name, layer in quantized
+        if layer.targets and target.name not in layer.targets
+    ]
+    if target.host.ties(model) is None:
+        refused += [f"{name} (its loader ties no weights)" for name, layer in quantized if layer.shares]
+    if refused:
+        faults.append(f"{len(refused)} quantized layers would have to stay float, such as {', '.join(refused[:2])}")
+    names = {name for name, _ in quantized}
+    layers = {
+        name
+        for name, _, cls in float_layers(model, remove_duplicate=False)
+        if target.name in (cls.targets or (target.name,))
+    }
+    keys = {name: target.host.layer_key(model, name) for name in names | layers}
+    shared = {keys[name] for name in names} & {keys[name] for name in layers - names}
+    if shared:
+        faults.append(
+            f"target {target.name!r} {target.host.families}, but some called {sorted(shared)[:4]} are quantized "
+            "and others not"
+        )
+    if faults:
+        raise TargetError(
+            f"target: the model was prepared for {prepared.target!r} and cannot be served by {target.name!r}: "
+            f"{'; '.join(faults)}: prepare for the target that will load it"
+        )
 
 
 def require_final_types(model: nn.Module, become: str) -> None:
@@ -135,12 +188,16 @@ def require_final_types(model: nn.Module, become: str) -> None:
 @torch.no_grad()
 def require_finite(name: str, layer: nn.Module) -> None:
     """Raise `StateError` where training left inf or NaN in a layer."""
-    own = []
+    own: list[tuple[str, Tensor]] = []
     if isinstance(layer, QuantizedLayer) and not layer.called:  # its master is its owner's
-        own.append(("weight", layer.effective_weight(layer)))
+        whole = layer.masters(layer)
+        own += whole.items() if any(map(is_sharded, whole.values())) else [("weight", layer.effective_weight(layer))]
     for key, parameter in (*layer.named_parameters(), *own):
-        # NaN passes through a minimum and a maximum, and neither needs memory.
-        if parameter.numel() and not all(bool(end.isfinite()) for end in torch.aminmax(parameter)):
+        if is_sharded(parameter):  # all ranks find the same; of a part without elements there is no minimum
+            finite = bool(parameter.isfinite().all())
+        else:  # NaN passes through a minimum and a maximum, and neither needs memory.
+            finite = not parameter.numel() or all(bool(end.isfinite()) for end in torch.aminmax(parameter))
+        if not finite:
             raise StateError(
                 f"model: layer {name!r} holds inf or NaN in its {key}, so training diverged: go back to an earlier "
                 "checkpoint, and train with a lower learning rate or with clipped gradients"
@@ -164,6 +221,11 @@ def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
 @torch.no_grad()
 def hooks_change(layer: QuantizedLayer) -> bool:
     """Whether the forward hooks of a layer change what it computes. They run once; the layer is left as it was."""
+    with gathered(layer):
+        return _hooks_change(layer)
+
+
+def _hooks_change(layer: QuantizedLayer) -> bool:
     state = [*layer.parameters(), *layer.buffers()]
     x, kept = _example(layer, layer.like_weight(layer).dtype), [tensor.clone() for tensor in state]
     reached, mode, layer.mode = layer.reached, layer.mode, Mode()

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from qat.adapters import without_peft
 from qat.checks import require_final_types, require_finite
+from qat.distributed import refuse_sharded
 from qat.errors import StateError, listed
 from qat.files.evidence import forget_frozen, frozen_record, is_frozen
 from qat.formats import FrozenLayer
@@ -227,6 +228,7 @@ def fix_codes(model: nn.Module, *, vectors: bool = False) -> FixCodesReport:
 def _replace_masters(model: nn.Module) -> int:
     """Let the layers of a prepared model hold codes, one after another; the bytes of the masters."""
     prepared_as(model)
+    refuse_sharded(model, "qat.fix_codes")
     layers = list(quantized_layers(model))
     _require_masters(layers)
     require_final_types(model, "fixed")

@@ -24,15 +24,16 @@ from qat.exporting import CONFIG_NAME, ExportReport, export, moved_tensors
 from qat.files.directory import as_path, check_destination
 from qat.files.evidence import FrozenRecord, LayerEvidence, record_frozen
 from qat.files.examples import read_example
-from qat.files.manifest import EVIDENCE_NAME, Manifest, read_manifest
+from qat.files.manifest import EVIDENCE_NAME, Manifest
 from qat.formats import FORMATS
 from qat.hosts import Target, get_target
 from qat.inspection import InspectReport, inspect
 from qat.layers import float_layers
-from qat.loading import check_files, check_headers, fill, skeleton, tied_layers
+from qat.loading import before_loading, fill, skeleton, tied_layers
 from qat.numerics import FrozenWeight, QType
 from qat.spec import LayerSpec, QuantSpec
 from qat.tensors import digest
+from qat.untrusted import read_trusted
 
 __all__ = ["convert"]
 
@@ -79,12 +80,12 @@ def convert(
     """
     path, to = as_path(directory, LoadError), get_target(target)
     check_destination(as_path(output, ExportError).absolute(), overwrite)
-    manifest = read_manifest(path)
+    manifest = read_trusted(path)
     if manifest.float_grid:
         raise LoadError(f"directory: {str(path)!r} holds floats (float_grid=True), no codes: convert a packed export")
-    faults = check_files(path, manifest, hashes=True) or check_headers(path, manifest)
-    if faults:
-        raise load_error(f"{str(path)!r} is not what was exported", faults)
+    for name, faults, _ in before_loading(path, manifest, model, hashes=True):
+        if faults:
+            raise load_error(f"{str(path)!r} is not what was exported ({name})", faults)
     origin = get_target(manifest.target)
     architecture = skeleton(path, manifest) if model is None else copy.deepcopy(model)
     if faults := to.host.model_faults(architecture):

@@ -11,7 +11,8 @@ from __future__ import annotations
 import copy
 import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -25,24 +26,36 @@ from qat.checks import (
     require_final_types,
     require_finite,
     require_range,
+    require_target,
     unreached_layers,
     values_fault,
 )
-from qat.errors import QatError, StateError, TargetError, listed
+from qat.distributed import (
+    gather,
+    gather_rest,
+    is_unit,
+    mark_gathered,
+    own_hooks,
+    refuse_cast_ranges,
+    reshard,
+    sharded,
+    unwrap,
+)
+from qat.errors import QatError, StateError, listed
 from qat.files.evidence import FrozenRecord, LayerEvidence, record_frozen, refuse_saving
 from qat.formats import FrozenLayer, LayerTypes
 from qat.hosts import Target, get_target, host_of
 from qat.hosts.construction import constructed_tensors, differs, unstored_tensors
 from qat.jobs import begun, in_threads
-from qat.layers import QuantizedLayer, float_layers, quantized_layers
+from qat.layers import QuantizedLayer, quantized_layers
 from qat.optimizers import unchanged
 from qat.preparation import Prepared, forget_prepared, prepared_as
-from qat.probing import several_processes
+from qat.probing import several_processes, together
 from qat.progress import counted
 from qat.quantizers.activation import ActivationQuantizer
 from qat.runs import read_without_call
 from qat.starting import awaiting
-from qat.tensors import await_numbers, digest, meta_names, model_device, same_bits, stored_tensors
+from qat.tensors import await_numbers, digest, is_sharded, meta_names, model_device, same_bits, stored_tensors
 
 __all__ = ["FreezeReport", "freeze", "frozen_copy"]
 
@@ -82,6 +95,8 @@ def freeze(
     put into evaluation mode; nothing in it requires a gradient afterwards in the quantized layers. ``save_pretrained``
     of a frozen model raises: `qat.export` writes it. Adapters of peft are merged, those over float layers too.
 
+    All ranks freeze a sharded model together, and each ends with the whole frozen one: see `qat.distributed`.
+
     Args:
         model: a prepared model, the very module that `qat.prepare` was called on.
         target: who will load the export; default the one named at prepare.
@@ -114,7 +129,12 @@ def freeze(
     froze 2 layers (int4, int8) for target 'quanto', served in bfloat16
     """
     outer, model = model, without_peft(model)
-    report = _freeze(model, target, _remarks(model, allow_unreached, allow_reads), progress)
+    if isinstance(model, nn.Module) and sharded(model):
+        if not is_unit(outer):
+            raise StateError("model: is a part of what is sharded: freeze the module that qat.shard was called on")
+        reshard(outer)
+        refuse_cast_ranges(outer)
+    report = _freeze(model, target, _remarks(model, allow_unreached, allow_reads), progress, outer)
     refuse_saving(outer)
     return report
 
@@ -138,20 +158,21 @@ def _remarks(model: nn.Module, allow_unreached: bool, allow_reads: bool) -> list
             "would be served in float: leave peft's merge_and_unload to qat.freeze, which merges adapters as they were "
             "trained, and resize or replace layers before qat.prepare"
         )
-    (unreached, idle), read = unreached_layers(model), read_without_call(model)
-    if unreached and not allow_unreached:
-        raise StateError(
-            f"model: {len(unreached)} prepared layers never ran with their quantized weight "
-            f"({listed(unreached, 4)}) although the model ran: exclude layers whose weight is read without a call "
-            "(prepare finds them with example_inputs), run the model once as it will be served, or pass "
-            "allow_unreached=True"
-        )
-    if read is not None and not allow_reads:
-        raise StateError(f"{read}, or pass allow_reads=True if the outputs do not depend on them")
+    with together(StateError) if sharded(model) else nullcontext():  # a rank may have seen what others have not
+        (unreached, idle), read = unreached_layers(model), read_without_call(model)
+        if unreached and not allow_unreached:
+            raise StateError(
+                f"model: {len(unreached)} prepared layers never ran with their quantized weight "
+                f"({listed(unreached, 4)}) although the model ran: exclude layers whose weight is read without a call "
+                "(prepare finds them with example_inputs), run the model once as it will be served, or pass "
+                "allow_unreached=True"
+            )
+        if read is not None and not allow_reads:
+            raise StateError(f"{read}, or pass allow_reads=True if the outputs do not depend on them")
     require_final_types(model, "frozen")
     for name, module in (*layers.items(), *adapters(model)):
         require_finite(name, module)
-    hooked = [name for name, layer in layers.items() if layer._forward_hooks or layer._forward_pre_hooks]
+    hooked = [name for name, layer in layers.items() if own_hooks(layer)]
     changing = [name for name in hooked if hooks_change(layers[name])]
     if changing:
         raise StateError(
@@ -187,11 +208,28 @@ def _remarks(model: nn.Module, allow_unreached: bool, allow_reads: bool) -> list
     return notes
 
 
-def _freeze(model: nn.Module, target: str | None, remarks: Sequence[str] = (), progress: bool = False) -> FreezeReport:
+def _freeze(
+    model: nn.Module,
+    target: str | None,
+    remarks: Sequence[str] = (),
+    progress: bool = False,
+    outer: nn.Module | None = None,
+) -> FreezeReport:
     prepared = prepared_as(model)
     chosen = get_target(target or prepared.target)
     notes = (*prepared.notes, *remarks, *_check_layers(model, chosen, prepared))
+    shards = sharded(model)
+    cast = unwrap(outer or model) if shards else {}
+    if cast:
+        dtypes = ", ".join(sorted({str(dtype).removeprefix("torch.") for dtype in cast.values()}))
+        notes = (
+            *notes,
+            f"codes are of the {dtypes} copies of masters that a mixed-precision policy trained with",
+        )
     places = _places(model)
+    for name, module in adapters(model):
+        if name not in places:
+            gather(module, cast)
     merge_adapters(model, places)
     constructed = constructed_tensors(model, chosen, prepared.spec.torch_dtype)
     types = [layer.weight_quantizer.final_qtype for _, layer in quantized_layers(model)]
@@ -200,13 +238,22 @@ def _freeze(model: nn.Module, target: str | None, remarks: Sequence[str] = (), p
     tied: dict[int, list[str]] = {}
     for name, layer in quantized_layers(model):
         tied.setdefault(id(layer.weight_quantizer), []).append(name)
-    calls = (_freeze_layer(name, held, chosen, prepared, kinds) for name, held in places.items())
-    hashed = in_threads(calls, threads=2) if model_device(model).type == "cpu" else in_threads(calls)
+
+    def calls() -> Iterator[Callable[[], LayerEvidence]]:
+        for name, held in places.items():
+            with together(QatError) if shards else nullcontext():
+                gather(held[0][0][held[0][1]], cast)
+                call = _freeze_layer(name, held, chosen, prepared, kinds)
+            yield call
+
+    hashed = in_threads(calls(), threads=2) if model_device(model).type == "cpu" else in_threads(calls())
     evidence = dict(zip(places, counted(hashed, "freezing", progress, len(places)), strict=True))
     for names in tied.values():
         chosen.format.tie([model.get_submodule(name) for name in names])
     _cast_the_rest(model, set(evidence), chosen, constructed)
     _own_forward(model)
+    if shards:
+        mark_gathered(model)
     model.eval()
     forget_prepared(model)
     record = FrozenRecord(prepared.spec, chosen.name, algorithms, evidence, notes, prepared.left_float)
@@ -226,7 +273,7 @@ def _check_layers(model: nn.Module, chosen: Target, prepared: Prepared) -> list[
     """What the record keeps of the layers' activations; raise where a layer cannot be frozen."""
     layers = list(quantized_layers(model))
     if chosen.name != prepared.target:
-        _check_other_target(model, chosen, prepared, layers)
+        require_target(model, chosen, prepared, layers)
     for _, layer in layers:
         for quantizer in layer.activation_quantizers():
             quantizer.require_scale()
@@ -244,45 +291,6 @@ def _check_layers(model: nn.Module, chosen: Target, prepared: Prepared) -> list[
     if calm := [name for name, layer in layers if not all(q.enabled for q in layer.activation_quantizers())]:
         return [f"calibration left the activations of {len(calm)} layers float: {listed(calm, 8)}"]
     return []
-
-
-def _check_other_target(
-    model: nn.Module, target: Target, prepared: Prepared, quantized: list[tuple[str, QuantizedLayer]]
-) -> None:
-    """Raise `TargetError` when ``target`` cannot serve what was prepared for another one."""
-    faults = target.faults(model, prepared.spec)
-    if target.format is not get_target(prepared.target).format:
-        faults.append(f"its format {target.format.name!r} has another arithmetic than the one that was trained with")
-    rules = target.rules(model, prepared.spec.torch_dtype)
-    reasons = {name: rules.layer_fault(name, layer.weight_quantizer.qtype) for name, layer in quantized}
-    refused = [f"{name} ({reason})" for name, reason in reasons.items() if reason is not None]
-    refused += [
-        f"{name} (its loader replaces no {layer.replaces.__name__})"
-        for name, layer in quantized
-        if layer.targets and target.name not in layer.targets
-    ]
-    if target.host.ties(model) is None:
-        refused += [f"{name} (its loader ties no weights)" for name, layer in quantized if layer.shares]
-    if refused:
-        faults.append(f"{len(refused)} quantized layers would have to stay float, such as {', '.join(refused[:2])}")
-    names = {name for name, _ in quantized}
-    layers = {
-        name
-        for name, _, cls in float_layers(model, remove_duplicate=False)
-        if target.name in (cls.targets or (target.name,))
-    }
-    keys = {name: target.host.layer_key(model, name) for name in names | layers}
-    shared = {keys[name] for name in names} & {keys[name] for name in layers - names}
-    if shared:
-        faults.append(
-            f"target {target.name!r} {target.host.families}, but some called {sorted(shared)[:4]} are quantized "
-            "and others not"
-        )
-    if faults:
-        raise TargetError(
-            f"target: the model was prepared for {prepared.target!r} and cannot be served by {target.name!r}: "
-            f"{'; '.join(faults)}: prepare for the target that will load it"
-        )
 
 
 def frozen_copy(model: nn.Module) -> nn.Module:
@@ -349,7 +357,8 @@ def _freeze_layer(
 
 
 def _narrower(serving: torch.dtype, layer: QuantizedLayer) -> bool:
-    master = layer.like_weight(layer).dtype
+    first = next(iter(layer.masters(layer).values()), None)  # of a shard, a part would be gathered
+    master = layer.like_weight(layer).dtype if first is None or not is_sharded(first) else first.dtype
     return torch.promote_types(master, serving) is not master
 
 
@@ -371,6 +380,7 @@ def _places(model: nn.Module) -> dict[str, list[_Place]]:
 @torch.no_grad()
 def _cast_the_rest(model: nn.Module, quantized: set[str], target: Target, constructed: dict[str, Tensor]) -> None:
     rules = target.rules(model, prepared_as(model).spec.torch_dtype)
+    gather_rest(model, lambda name, x: x.to(rules.tensor_dtype(name)) if x.is_floating_point() else x)
     for name, tensor in stored_tensors(model):
         if tensor.is_floating_point() and name.rpartition(".")[0] not in quantized:
             tensor.data = tensor.data.to(rules.tensor_dtype(name))

@@ -7,9 +7,8 @@ a missing or unexpected key, another dtype or shape are errors, found in the fil
 
 from __future__ import annotations
 
-import functools
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
@@ -18,18 +17,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qat.errors import LoadError, load_error
+from qat.errors import LoadError, QatError, load_error
 from qat.files.directory import as_path
 from qat.files.evidence import record_frozen
-from qat.files.manifest import FileRecord, Manifest, file_record, read_manifest
+from qat.files.manifest import Manifest
 from qat.files.shards import DTYPE_NAMES, header_faults
 from qat.hosts import get_target
-from qat.hosts.stock import library_and_class, load_pretrained
-from qat.jobs import in_threads
+from qat.hosts.stock import library_and_class, load_pretrained, refuse_strange_code
 from qat.layers import QuantizedLayer, float_layers
 from qat.tensors import difference, meta_names, stored_tensors
+from qat.untrusted import build_described, check_configuration, check_files, check_settings, read_trusted
 
-__all__ = ["check_files", "check_headers", "fill", "load", "skeleton", "tied_layers"]
+__all__ = ["before_loading", "check_headers", "fill", "load", "skeleton", "tied_layers"]
+
+_FILES = "{} files, sizes and hashes as written"
+_KEYS = "{} tensors, dtypes, packed shapes and alignment as declared"
 
 _Places = Mapping[str, tuple[nn.Module, type[QuantizedLayer]]]
 """The float modules that become frozen layers, each with the class of its kind."""
@@ -49,7 +51,8 @@ def load(
         model: a float model of the exported architecture, to be filled in place; needed where the directory has no
             ``config.json``, or its class is not one of transformers or diffusers.
         device: where the model goes.
-        verify_hashes: compare every file's hash with the manifest first.
+        verify_hashes: compare the hashes of large files with the manifest too, which reads all of them; those of files
+            up to 64 MB are compared at every load.
 
     Returns:
         The model in evaluation mode; no parameter requires a gradient.
@@ -69,22 +72,18 @@ def load(
     True
     """
     path = as_path(directory, LoadError)
-    manifest = read_manifest(path)
+    manifest = read_trusted(path)
     if model is not None and manifest.float_grid:
         raise LoadError(f"model: {str(path)!r} holds floats (float_grid=True), which fill no model: leave model out")
-    faults = check_files(path, manifest, hashes=verify_hashes)
-    if faults:
-        raise load_error(f"{str(path)!r} is not what was exported", faults)
-    faults = check_headers(path, manifest)
-    if faults:
-        raise load_error(f"the weight files in {str(path)!r} do not hold what the manifest declares", faults)
+    for name, faults, _ in before_loading(path, manifest, model, hashes=verify_hashes):
+        if faults:
+            raise load_error(f"{str(path)!r} is not what was exported ({name})", faults)
     by_library = model is None and get_target(manifest.target).host.keeps_packed
     reloaded = load_pretrained(path, manifest) if by_library else None
     if reloaded is not None:
-        unfilled = _unfilled(reloaded.model, manifest)
-        if unfilled:
-            raise load_error(f"{str(path)!r} does not fill the model that its config.json builds", unfilled)
         own = get_target(manifest.target).format.own_modules and not manifest.float_grid
+        if faults := _unfilled(reloaded.model, manifest) + ([] if own else _other_layers(reloaded.model, manifest)):
+            raise load_error(f"{str(path)!r} does not fill the model that its config.json builds", faults)
         if own:
             _take_places(reloaded.model, path, manifest)
         loaded = reloaded.model if torch.device(device).type == "cpu" else reloaded.model.to(device)
@@ -100,7 +99,9 @@ def _unfilled(model: nn.Module, manifest: Manifest) -> list[str]:
     """Tensors that no file holds, so that a lenient loader has left them random."""
     every, tied = dict(stored_tensors(model)), manifest.tied
     layers = tuple(f"{name}." for name in manifest.frozen.layers)
-    own = [(name, tensor) for name, tensor in every.items() if not name.startswith(layers)]
+    places = [(cls, module) for name, module, cls in float_layers(model) if name in manifest.frozen.layers]
+    masters = {id(parameter) for cls, module in places for parameter in cls.masters(module).values()}
+    own = [(n, tensor) for n, tensor in every.items() if not n.startswith(layers) and id(tensor) not in masters]
 
     def is_filled(name: str, tensor: Tensor) -> bool:
         source = every.get(tied.get(name, name))  # an edited config.json may have broken a tie
@@ -112,20 +113,49 @@ def _unfilled(model: nn.Module, manifest: Manifest) -> list[str]:
     return [f"the model has {name}, which the files have not" for name, tensor in own if id(tensor) not in filled]
 
 
-def check_files(directory: Path, manifest: Manifest, *, hashes: bool) -> list[str]:
-    """Compare the files with the manifest: present, of the right size and, if asked, of the right hash."""
+def before_loading(
+    directory: Path, manifest: Manifest, model: nn.Module | None, *, hashes: bool
+) -> Iterator[tuple[str, list[str], str]]:
+    """What is asked of a directory before a loader runs: name, faults, and what is true where there are none.
 
-    def fault(name: str, kept: FileRecord) -> str | None:
-        path = directory / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != kept.bytes:
-            return f"{name} has {path.stat().st_size} bytes instead of {kept.bytes}"
-        if hashes and file_record(path).sha256 != kept.sha256:
-            return f"{name} has another content (sha256) than was exported"
-        return None
+    It ends with the first question that has faults: nothing is opened after it. ``model`` is one to be filled; None:
+    the model is built by its configuration.
 
-    return [found for found in in_threads(functools.partial(fault, *file) for file in manifest.files.items()) if found]
+    Raises:
+        LoadError: there is nothing to build the model from.
+    """
+
+    def keys() -> list[str]:
+        found = check_configuration(directory, manifest)
+        if model is None:
+            refuse_strange_code(directory, manifest)
+        return check_headers(directory, manifest) + found
+
+    def fits() -> list[str]:
+        built = build_described(directory, manifest) if model is None else model
+        return _fit(built, manifest)[0] or check_settings(built, directory, manifest)
+
+    counts = f"{len(manifest.frozen.layers)} layers and {len(manifest.tensors)} tensors"
+    faults = check_files(directory, manifest, hashes=hashes)
+    yield "files", faults, _FILES.format(len(manifest.files))
+    if not faults and model is None:
+        library_and_class(directory, manifest)
+    for name, ask, good in (("keys", keys, _KEYS.format(len(manifest.tensors))), ("model", fits, f"{counts} fit it")):
+        if not faults:
+            try:
+                faults = ask()
+            except QatError as error:
+                faults = [str(error)]
+            yield name, faults, good
+
+
+def _other_layers(model: nn.Module, manifest: Manifest) -> list[str]:
+    """Layers that a stock loader quantized and freezing did not, or the reverse."""
+    format, layers = get_target(manifest.target).format, manifest.frozen.layers
+    held = {name for name, module in model.named_modules() if format.is_frozen(module)}
+    aliases = {name for name, module in model.named_modules(remove_duplicate=False) if format.is_frozen(module)}
+    faults = [f"layer {name} is not quantized after loading" for name in layers if name not in aliases]
+    return faults + [f"layer {name} is quantized after loading, not by freezing" for name in held - layers.keys()]
 
 
 def check_headers(directory: Path, manifest: Manifest) -> list[str]:
@@ -205,24 +235,7 @@ def fill(model: nn.Module, directory: Path, manifest: Manifest, device: torch.de
     Raises:
         LoadError: the files do not fit the model. Nothing is changed then.
     """
-    record = manifest.frozen
-    places = {name: (module, cls) for name, module, cls in float_layers(model) if name in record.layers}
-    faults = _place_faults(places, model, manifest)
-    masters = {id(p) for module, cls in places.values() for p in cls.masters(module).values()}
-    own = {
-        name: tensor
-        for name, tensor in stored_tensors(model)
-        if name.rpartition(".")[0] not in record.layers and id(tensor) not in masters
-    }
-    below = _keys_of_layers(manifest, manifest.tensors)
-    packed = {key for keys in below.values() for key in keys.values()}
-    plain = {name: tensor for name, tensor in manifest.tensors.items() if name not in packed}
-    faults += [f"the files have {name}, which the model has not" for name in plain if name not in own]
-    held = plain.keys() | manifest.tied.keys()
-    faults += [f"the model has {name}, which the files have not" for name in own if name not in held]
-    for name, kept in plain.items():
-        if name in own and tuple(own[name].shape) != kept.shape:
-            faults.append(f"{name} has shape {list(kept.shape)} in the files and {list(own[name].shape)} in the model")
+    faults, places, own = _fit(model, manifest)
     if faults:
         raise load_error(f"the files in {str(directory)!r} do not fit the model", faults)
     read = _reader(directory, manifest, device)
@@ -243,6 +256,29 @@ def fill(model: nn.Module, directory: Path, manifest: Manifest, device: torch.de
         model.to(device)
     if without_data := meta_names(model):
         raise load_error("the load is incomplete", [f"{name} is still on the meta device" for name in without_data])
+
+
+def _fit(model: nn.Module, manifest: Manifest) -> tuple[list[str], _Places, dict[str, Tensor]]:
+    """Where a float model differs from the files; the places of its layers; its other tensors."""
+    record = manifest.frozen
+    places = {name: (module, cls) for name, module, cls in float_layers(model) if name in record.layers}
+    faults = _place_faults(places, model, manifest)
+    masters = {id(p) for module, cls in places.values() for p in cls.masters(module).values()}
+    own = {
+        name: tensor
+        for name, tensor in stored_tensors(model)
+        if name.rpartition(".")[0] not in record.layers and id(tensor) not in masters
+    }
+    below = _keys_of_layers(manifest, manifest.tensors)
+    packed = {key for keys in below.values() for key in keys.values()}
+    plain = {name: tensor for name, tensor in manifest.tensors.items() if name not in packed}
+    faults += [f"the files have {name}, which the model has not" for name in plain if name not in own]
+    held = plain.keys() | manifest.tied.keys()
+    faults += [f"the model has {name}, which the files have not" for name in own if name not in held]
+    for name, kept in plain.items():
+        if name in own and tuple(own[name].shape) != kept.shape:
+            faults.append(f"{name} has shape {list(kept.shape)} in the files and {list(own[name].shape)} in the model")
+    return faults, places, own
 
 
 def _reader(directory: Path, manifest: Manifest, device: torch.device) -> Callable[[str], Tensor]:

@@ -23,9 +23,11 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 from qat.adapters import adapters
+from qat.distributed import refuse_cast_ranges
 from qat.errors import StateError, TrainingError, listed
 from qat.layers import quantized_layers
 from qat.probing import compiled_parts
+from qat.tensors import is_sharded
 
 __all__ = [
     "begin_training",
@@ -121,6 +123,7 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
                     listed(waited, 4),
                 )
             if model not in _first:
+                refuse_cast_ranges(model)
                 _first[model] = {name: _fingerprint(p) for name, p in _trained(model).items()}
     _checked[optimizer] = groups
 
@@ -200,7 +203,8 @@ def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
     """Masters and learned ranges that are to be trained, by full name."""
     masters = {id(p) for _, layer in quantized_layers(model) for p in layer.masters(layer).values()}
     own = masters | learned_ranges(model).keys()
-    return {n: p for n, p in model.named_parameters() if id(p) in own and p.requires_grad and not p.is_meta}
+    found = {n: p for n, p in model.named_parameters() if id(p) in own and p.requires_grad and not p.is_meta}
+    return {n: p for n, p in found.items() if not is_sharded(p) or p.to_local().numel()}  # type: ignore[attr-defined]
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from qat.adapters import without_peft
+from qat.distributed import refuse_sharded
 from qat.errors import StateError, listed
 from qat.hosts import get_target
 from qat.layers import quantized_layers
@@ -71,6 +72,7 @@ def pack_base(model: nn.Module, weights: str = "int4") -> PackReport:
     """
     model = without_peft(model)
     prepared = prepared_as(model)
+    refuse_sharded(model, "qat.pack_base")
     layers: dict[str, Any] = dict(quantized_layers(model))
     held = {name: layer._modules.get("base_layer") for name, layer in layers.items()}
     bases: dict[str, Any] = {name: base for name, base in held.items() if isinstance(base, nn.Linear)}

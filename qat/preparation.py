@@ -14,6 +14,7 @@ from torch import nn
 
 from qat.adapters import active_adapters, refuse_tied, without_peft
 from qat.checkpoints import PREPARED, complete_float_checkpoint
+from qat.distributed import reshard
 from qat.errors import SpecError, StateError, TrainingError, listed, shown
 from qat.files.evidence import is_frozen
 from qat.hosts import get_target, inner_models
@@ -290,6 +291,7 @@ def parameter_groups(
     if any(is_frozen(part) for part in module.modules()):
         raise StateError(f"module: is frozen, and frozen layers cannot be trained: {_FLOAT_AGAIN}")
     refuse_adapters(module)
+    reshard(module)
     for name, value in (("lr", lr), ("scale_lr", scale_lr), ("weight_decay", weight_decay)):
         if value is not None and not value >= 0:
             raise TrainingError(f"{name}: must be 0 or more, got {value}: a rate below 0 trains away from the loss")

@@ -58,8 +58,11 @@ def several_processes() -> bool:
 
 
 @contextmanager
-def together() -> Iterator[None]:
-    """Where one of several processes fails within, all raise and name it: else the others would wait for it."""
+def together(kind: type[QatError] = CalibrationError) -> Iterator[None]:
+    """Where one of several processes fails within, all raise and name it: else the others would wait for it.
+
+    They raise an error of the same class, where that is one of ours, else of ``kind``.
+    """
     if not several_processes():
         yield
         return
@@ -68,11 +71,12 @@ def together() -> Iterator[None]:
         yield
     except Exception as error:
         failed = error
-    told: list[str | None] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(told, None if failed is None else str(failed) or type(failed).__name__)
+    told: list[tuple[type[QatError], str] | None] = [None] * torch.distributed.get_world_size()
+    own = type(failed) if isinstance(failed, QatError) else kind
+    torch.distributed.all_gather_object(told, failed and (own, str(failed) or type(failed).__name__))
     for rank, fault in enumerate(told):
         if fault is not None:
-            raise CalibrationError(f"rank {rank}: {fault}") from failed
+            raise fault[0](f"rank {rank}: {fault[1]}") from failed
 
 
 @contextmanager
@@ -190,8 +194,17 @@ class Weights:
     """The weights of layers, by identity, and which of them a torch function reads."""
 
     def __init__(self, layers: Mapping[str, Iterable[nn.Parameter]]) -> None:
-        self._names = {id(p): name for name, parameters in layers.items() for p in parameters}
+        self._names: dict[int, str] = {}
         self._aliases: list[torch.Tensor] = []  # kept, so that no other tensor gets their identity
+        self.add(layers)
+
+    def add(self, layers: Mapping[str, Iterable[nn.Parameter]]) -> None:
+        """Know the parameters that layers have by now, too."""
+        self._names |= {id(p): name for name, parameters in layers.items() for p in parameters}
+
+    def lack(self, args: Any, kwargs: Any) -> bool:
+        """Whether a parameter among the arguments of a call is not known."""
+        return any(isinstance(x, nn.Parameter) and id(x) not in self._names for x in tree_leaves((args, kwargs)))
 
     def read_by(self, func: Any, args: Any, kwargs: Any, result: Any) -> Iterator[str]:
         """The layers whose numbers a call reads; views, and asking for a dtype or a shape, read none."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
+from qat.distributed import sharded
 from qat.errors import listed
 from qat.layers import inside_layer, quantized_layers
 from qat.optimizers import watch
@@ -35,12 +36,17 @@ class _Watch(TorchFunctionMode):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
-        self.weights = Weights({name: layer.masters(layer).values() for name, layer in quantized_layers(model)})
+        self.weights, self.shards = Weights(self._masters()), sharded(model)
         self.read: set[str] = set()
+
+    def _masters(self) -> dict[str, Iterable[nn.Parameter]]:
+        return {name: layer.masters(layer).values() for name, layer in quantized_layers(self.model)}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if not torch.compiler.is_compiling() and not inside_layer():
+            if self.shards and self.weights.lack(args, kwargs):  # a unit has whole parameters in their place now
+                self.weights.add(self._masters())
             self.read.update(self.weights.read_by(func, args, kwargs, result))
         return result
 

@@ -20,12 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qat.distributed import gathered, reshard, together_between_runs
 from qat.errors import CalibrationError, listed
 from qat.layers import QuantizedLayer, quantized_layers
 from qat.moments import Moments, rounds
-from qat.probing import Readers, several_processes, together
+from qat.probing import Readers, several_processes
 from qat.runs import note_runs, runs
 from qat.starts import DATA_STARTS, RANGE_STARTS, Ends, Start, output_error
+from qat.tensors import is_sharded
 
 __all__ = ["StartReport", "Started", "awaiting", "find_starts", "in_float"]
 
@@ -51,7 +53,7 @@ def awaiting(model: nn.Module) -> dict[str, QuantizedLayer]:
     """
     layers = quantized_layers(model)
     waiting = {name: layer for name, layer in layers if layer.awaited_start() is not None}
-    moves = (p for layer in waiting.values() for p in layer.weight_quantizer.parameters() if not p.is_meta)
+    moves = (p.detach() for layer in waiting.values() for p in layer.weight_quantizer.parameters() if not p.is_meta)
     return {} if any(bool(p.any()) for p in moves) else waiting
 
 
@@ -68,6 +70,10 @@ class Started:
     @torch.no_grad()
     def find(self, name: str, moments: Tensor | None) -> None:
         """Find the start of one layer."""
+        with gathered(self._layers[name]):
+            self._find(name, moments)
+
+    def _find(self, name: str, moments: Tensor | None) -> None:
         layer = self._layers[name]
         quantizer, weight = layer.weight_quantizer, layer.effective_weight(layer).detach()
         if moments is None:
@@ -93,10 +99,11 @@ class Started:
         """Give all layers their starts; what they had before waits on the CPU."""
         for name, (ends, new) in self._found.items():
             quantizer = self._layers[name].weight_quantizer
-            before = {key: value.clone().cpu() for key, value in quantizer.state_dict().items()}
-            quantizer.restart(*ends)
-            quantizer.compensated |= new is not None  # or by an earlier start, of another type
-            self._swap(name, new)
+            with gathered(self._layers[name]):
+                before = {key: value.clone().cpu() for key, value in quantizer.state_dict().items()}
+                quantizer.restart(*ends)
+                quantizer.compensated |= new is not None  # or by an earlier start, of another type
+                self._swap(name, new)
             self._before[name] = before
         fixed = [name for name, (_, new) in self._found.items() if new is not None and not self._trains(name)]
         if fixed:
@@ -117,8 +124,9 @@ class Started:
     def undo(self) -> None:
         """Give all layers back what they had before."""
         for name, state in self._before.items():
-            self._layers[name].weight_quantizer.load_state_dict(state)
-            self._swap(name, self._found[name][1])
+            with gathered(self._layers[name]):
+                self._layers[name].weight_quantizer.load_state_dict(state)
+                self._swap(name, self._found[name][1])
         self._before.clear()
 
     def _trains(self, name: str) -> bool:
@@ -137,12 +145,15 @@ class Started:
 
 
 def find_starts(
+    model: nn.Module,
     layers: Mapping[str, QuantizedLayer],
     run: Callable[[int | None], int],
     budget: int,
 ) -> Started:
-    """The starts of ``layers``. ``run(n)`` runs the first n batches, or all, `in_float`; it says how many it ran.
-    ``budget`` is the bytes of second moments that may be held at a time; one matrix always may.
+    """The starts of ``layers`` of ``model``.
+
+    ``run(n)`` runs the first n batches, or all, `in_float`; it says how many it ran. ``budget`` is the bytes of second
+    moments that may be held at a time; one matrix always may.
 
     Raises:
         CalibrationError: there are no batches, one gives inf or NaN, or weights are sharded or tied; nothing was
@@ -159,15 +170,15 @@ def find_starts(
                 f"model: layers {first!r} and {name!r} have one weight, tied after qat.prepare: a start for one would "
                 "change the other; give each its own, or keep one float (exclude it)"
             )
-        if type(weight.detach()) is not Tensor or weight.ndim != 2 or weight.is_meta:
+        if weight.ndim != 2 or weight.is_meta or not (is_sharded(weight) or type(weight.detach()) is Tensor):
             raise CalibrationError(
                 f"model: the weight of layer {name!r} is not whole on one device, so no start can be found for it: "
-                "call qat.calibrate before the model is sharded, or use a start that needs no data, such as 'clip'"
+                "call qat.calibrate before the model is converted, or use a start that needs no data, such as 'clip'"
             )
     started = Started(layers)
     readers = Readers(layers)
     try:
-        with together():
+        with together_between_runs(model):
             if not run(1):
                 raise CalibrationError(
                     "batches: calibration needs at least one batch, got none: pass some training batches"
@@ -180,8 +191,9 @@ def find_starts(
     pending = list(rounds(sizes, groups, budget))
     while pending:
         units = pending.pop(0)
-        with Moments(layers, units) as moments, together():
+        with Moments(layers, units) as moments, together_between_runs(model):
             run(None)
+        reshard(model)
         for unit in units:
             found = moments.take(unit)
             for name in unit:
@@ -197,6 +209,7 @@ def in_float(model: nn.Module) -> Iterator[None]:
     """Nothing is quantized, observed or noted in this block."""
     with ExitStack() as stack:
         stack.callback(note_runs, model, runs(model))  # these are no runs as it will be served
+        stack.callback(reshard, model)
         for _, layer in quantized_layers(model):
             stack.callback(setattr, layer, "mode", layer.mode)
             layer.mode = layer.mode._replace(weights=False, activations=False, observe=False)

@@ -18,6 +18,7 @@ __all__ = [
     "difference",
     "digest",
     "inner_tensors",
+    "is_sharded",
     "map_tensors",
     "matrices",
     "meta_names",
@@ -26,6 +27,7 @@ __all__ = [
     "raw_bytes",
     "same_bits",
     "stored_tensors",
+    "whole",
 ]
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2, "float16": 4e-3}
@@ -72,14 +74,26 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 def inner_tensors(tensor: Tensor) -> list[Tensor]:
-    """The plain tensors that hold a tensor's data: itself, or the parts of a quantized one.
+    """The plain tensors that hold a tensor's data here: itself, or the parts of a quantized one, or a shard.
 
     Stock diffusers leaves the wrapper of a loaded weight on the meta device; only the parts say where the data is.
     """
+    if is_sharded(tensor):
+        return [tensor.to_local()]  # type: ignore[attr-defined]
     flatten = getattr(tensor, "__tensor_flatten__", None)
     if flatten is None:
         return [tensor]
     return [part for name in flatten()[0] for part in inner_tensors(getattr(tensor, name))]
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether a tensor is a DTensor, of which this process may hold a part; told without importing its module."""
+    return hasattr(tensor, "placements")
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a sharded tensor, for which all ranks must ask; another one as it is."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def meta_names(model: nn.Module) -> list[str]:

@@ -85,11 +85,11 @@ def table(rows: Mapping[str, Row]) -> str:
     lines += [*(line for name, row in run.items() if row.task == "by hand" for line in _left_float(name, row)), ""]
     lines += ["Over all classes, by reason:", "", *_reasons(run), ""]
     left_out = [f"- {name}: {row.reason[:200]}" for name, row in rows.items() if row.reason]
-    lines += ["## Faults", "", *(_faults(run) or ["None."]), "", "## Not run", "", *(left_out or ["None."])]
-    return "".join(f"{line if line.startswith('|') else _wrapped(line)}\n" for line in lines)
+    lines += ["## Faults", "", *(faults(run) or ["None."]), "", "## Not run", "", *(left_out or ["None."])]
+    return "".join(f"{line if line.startswith('|') else wrapped(line)}\n" for line in lines)
 
 
-def _wrapped(line: str) -> str:
+def wrapped(line: str) -> str:
     indent = "  " if line.startswith("- ") else ""
     return textwrap.fill(line, 120, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
@@ -166,13 +166,13 @@ _KEPT = {ord(digit): chr(0xE000 + int(digit)) for digit in "0123456789"}
 _BACK = {0xE000 + int(digit): digit for digit in "0123456789"}
 
 
-def _faults(rows: Mapping[str, Row]) -> list[str]:
-    """Every result that is not equal, equal details of one class as one line."""
+def faults(rows: Mapping[str, Row], fine: Sequence[str] = ("equal",)) -> list[str]:
+    """Every result that is not fine, equal details of one class as one line."""
     lines = []
     for name, row in rows.items():
         details: dict[str, list[str]] = {}
         for outcome in row.outcomes:
-            if outcome["result"] != "equal":
+            if outcome["result"] not in fine:
                 detail = f"{outcome['result']}: {' '.join(outcome['detail'].split())[:300]}"
                 details.setdefault(detail, []).append(outcome["case"])
         lines += [f"- {name}, {', '.join(cases)}: {detail}" for detail, cases in details.items()]

@@ -12,14 +12,11 @@ Writes ``architectures.md`` and ``architectures.json``; a run of some classes re
 
 from __future__ import annotations
 
-import argparse
-import json
 import re
 import signal
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +26,9 @@ from torch import nn
 import qat
 from qat.errors import SpecError, TargetError
 from qat.hosts.transformers import TRANSFORMERS
+from scripts._architecture_course import Course, Outcome, chosen, outcomes_of, parser
 from scripts._architecture_table import Row, table
-from scripts.json_workers import Ask, Worker, serve
+from scripts.json_workers import Ask, serve
 from tests.architectures import ARCHITECTURES, Architecture
 from tests.tiny_transformers import LEFT_OUT, TinyTransformer, tiny_transformers
 
@@ -50,27 +48,6 @@ class Case:
 
     def __str__(self) -> str:
         return f"{self.weights}{f'+{self.activations}' if self.activations else ''} {self.dtype}"
-
-
-@dataclass
-class Outcome:
-    """How one case went."""
-
-    case: str
-    result: str
-    """``equal``, ``float`` (nothing can be quantized), ``unfit`` (nor does the float model), ``difference``, ``error``
-    or ``crash``."""
-    detail: str = ""
-    share: float = 0.0
-    """Share of all parameters quantized, 0 to 1."""
-    matrix_share: float = 0.0
-    """The same of all weights with two and more dimensions."""
-    left_float: dict[str, str] = field(default_factory=dict)
-    """Weights with two and more dimensions that stay float, by layer or name, with the reason."""
-    fake_gap: float | None = None
-    """Largest difference of fake-quantized and frozen outputs, relative to the largest output; float32 only."""
-    kernel_gap: float | None = None
-    """The same between frozen outputs and those of plain layers with the dequantized weights; without activations."""
 
 
 CASES = tuple(Case(weights, dtype) for dtype in DTYPES for weights in WEIGHTS)
@@ -332,61 +309,26 @@ def run_architecture(name: str, ask: Ask) -> Row:
     reason = LEFT_OUT.get(name) or asked.get("reason") or asked.get("error")
     if reason:
         return Row(task, reason=" ".join(reason.split()))
-    outcomes = []
-    for number, case in enumerate(cases_of(name)):
-        made = ask({"name": name, "case": number})
-        if "error" in made:
-            kind = "crash" if made["error"].startswith("the process ended") else "error"
-            made = asdict(Outcome(str(case), kind, made["error"]))
-        outcomes.append(made)
-    return Row.of(task, outcomes)
+    return Row.of(task, outcomes_of(name, cases_of(name), ask))
+
+
+COURSE = Course("scripts.architecture_matrix", "architectures", table)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="*", default=[""], help="parts of class names; default all")
-    parser.add_argument("--tasks", nargs="*", help="tasks as the table names them; default all")
-    parser.add_argument("--jobs", type=int, default=1, help="processes, each on one thread")
-    parser.add_argument("--part", default="1/1", help="i/n: the i-th of n parts of the classes")
-    parser.add_argument("--output", type=Path, default=Path("docs/results"))
-    parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("--tasks", nargs="*", help="tasks as the table names them; default all")
+    options.add_argument("--part", default="1/1", help="i/n: the i-th of n parts of the classes")
+    arguments = options.parse_args()
     if arguments.work:
         serve(answer)
         return
     part, parts = map(int, arguments.part.split("/"))
     every = [*ARCHITECTURES, *(name for name in tiny_transformers() if name not in ARCHITECTURES)]
-    names = [name for name in every if any(word.lower() in name.lower() for word in arguments.only)]
+    names = chosen(every, arguments)
     names = [name for name in names if not arguments.tasks or task_of(name) in arguments.tasks][part - 1 :: parts]
-    found: dict[str, Row] = {}
-
-    def some(share: Sequence[str]) -> None:
-        with Worker("scripts.architecture_matrix", "--work") as worker:
-            for name in share:
-                found[name] = run_architecture(name, worker.ask)
-                results = [outcome["result"] for outcome in found[name].outcomes] or ["not run:", found[name].reason]
-                faults = [o["detail"] for o in found[name].outcomes if o["result"] not in ("equal", "float", "unfit")]
-                print(" ".join([f"{name:40}", *results, *faults[:1]])[:300], flush=True)
-
-    jobs = max(1, min(arguments.jobs, len(names)))
-    with ThreadPoolExecutor(jobs) as pool:
-        list(pool.map(some, [names[job::jobs] for job in range(jobs)]))
-    write({name: found[name] for name in names}, every if len(names) < len(every) else names, arguments.output)
-
-
-def write(found: Mapping[str, Row], order: Sequence[str], output: Path) -> None:
-    """Write both files; rows of classes in ``order`` that were not run are those already there."""
-    output.mkdir(parents=True, exist_ok=True)
-    path = output / "architectures.json"
-    kept = {}
-    if len(found) < len(order) and path.exists():
-        kept = {name: Row(**row) for name, row in json.loads(path.read_text(encoding="utf-8"))["results"].items()}
-    rows = {**kept, **found}
-    rows = {name: rows[name] for name in order if name in rows}
-    lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(asdict(row))}" for name, row in rows.items())
-    head = '{"command": "python -m scripts.architecture_matrix", "results": {'
-    path.write_text(f"{head}\n{lines}\n}}}}\n", encoding="utf-8")
-    (output / "architectures.md").write_text(table(rows), encoding="utf-8")
+    found = COURSE.run(names, arguments.jobs, run_architecture)
+    COURSE.write(found, every if len(names) < len(every) else names, arguments.output)
 
 
 if __name__ == "__main__":

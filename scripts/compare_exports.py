@@ -271,6 +271,7 @@ def read(directory: Path) -> dict[str, Any]:
     """What `compare` looks at in an export."""
     found = {path.relative_to(directory).as_posix(): path for path in sorted(directory.rglob("*")) if path.is_file()}
     manifest = json.loads(found.pop(MANIFEST).read_text(encoding="utf-8"))
+    manifest.pop("digest", None)
     for name in MACHINE:
         manifest["environment"].pop(name, None)
     return {

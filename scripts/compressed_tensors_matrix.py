@@ -2,28 +2,33 @@
 
 The tiny random models of `tests.architectures` meet each case below: prepare, two optimizer steps, freeze, export,
 verify with the live model (the stock loader's codes, values and outputs bit for bit), a stock ``from_pretrained`` that
-may invent or drop no tensor, and `qat.load`. Writes ``compressed_tensors.md``::
+may invent or drop no tensor, and `qat.load`. Writes ``compressed_tensors.md`` and ``compressed_tensors.json``; a run of
+some classes replaces their rows and keeps the rest::
 
-    python -m scripts.compressed_tensors_matrix [--only Llama Bert] [--output docs/results]
+    python -m scripts.compressed_tensors_matrix [--only Llama Bert] [--jobs 2] [--output docs/results]
+
+With ``--by-rules`` the classes are all others that `tests.tiny_transformers` makes models of; name some: ``--only``.
 """
 
 from __future__ import annotations
 
-import argparse
+import contextlib
 import tempfile
-import warnings
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from textwrap import wrap
 from typing import Any
-
-import torch
 
 import qat
 from qat.errors import SpecError, TargetError
+from scripts._architecture_course import Course, Outcome, chosen, outcomes_of, parser
+from scripts._architecture_table import Row, faults, wrapped
 from scripts.architecture_matrix import output_faults, outputs_of, train
+from scripts.json_workers import Ask, serve
 from tests.architectures import ARCHITECTURES, Architecture
+from tests.tiny_transformers import LEFT_OUT, TinyTransformer, tiny_transformers
 
 CASES: dict[str, dict[str, Any]] = {
     "int8 bfloat16": {"weights": "int8"},
@@ -37,10 +42,19 @@ CASES: dict[str, dict[str, Any]] = {
 TARGET = "compressed-tensors"
 
 
-def run_case(architecture: Architecture, spec: qat.QuantSpec, directory: Path) -> tuple[str, float]:
-    """How one case went, and the share of all parameters that is quantized."""
+def run_case(architecture: Architecture | TinyTransformer, case: str, directory: Path) -> Outcome:
+    """Take one tiny model through the whole line; raises whatever the library or the model raises after prepare."""
+    spec = qat.QuantSpec(**CASES[case])
+    outcome = Outcome(case, "equal", torch=version("torch").partition("+")[0])
     example = architecture.example(spec.torch_dtype)
-    model, report = train(architecture, spec, TARGET)
+    try:
+        model, report = train(architecture, spec, TARGET)
+    except (SpecError, TargetError) as error:
+        if isinstance(error, SpecError) and "no layer of the model would be quantized" not in str(error):
+            raise
+        outcome.result, outcome.detail = "float" if isinstance(error, SpecError) else "refused", str(error)
+        return outcome
+    outcome.share, outcome.left_float = report.quantized_share, report.left_float
     qat.freeze(model, allow_unreached=True)
     frozen = outputs_of(model, example)
     qat.export(model, directory, example_inputs=example)
@@ -49,86 +63,79 @@ def run_case(architecture: Architecture, spec: qat.QuantSpec, directory: Path) -
     stock, info = kind.from_pretrained(
         directory, dtype=spec.torch_dtype, output_loading_info=True, trust_remote_code=False
     )
-    strays = {key: sorted(names) for key, names in info.items() if names}
-    if strays:
-        return f"strays: {strays}", report.quantized_share
-    faults = output_faults(frozen, outputs_of(stock, example))
+    found = [f"from_pretrained reports {key}: {sorted(names)}" for key, names in info.items() if names]
+    found += output_faults(frozen, outputs_of(stock, example))
     loaded = qat.load(directory)
     for parameter in loaded.parameters():  # torch.matmul folds batches, or not, by whether a weight has a gradient
         parameter.requires_grad_(parameter.is_floating_point())
-    faults += [f"qat.load: {fault}" for fault in output_faults(frozen, outputs_of(loaded, example))]
-    return faults[0] if faults else "equal", report.quantized_share
+    found += [f"qat.load: {fault}" for fault in output_faults(frozen, outputs_of(loaded, example))]
+    if found:
+        outcome.result, outcome.detail = "difference", found[0]
+    return outcome
 
 
-def run(architecture: Architecture, cases: Sequence[str]) -> dict[str, tuple[str, float]]:
-    """Some cases of one architecture."""
-    found = {}
-    for case in cases:
-        with tempfile.TemporaryDirectory() as folder:
-            try:
-                found[case] = run_case(architecture, qat.QuantSpec(**CASES[case]), Path(folder) / "out")
-            except SpecError as error:
-                none = "no layer of the model would be quantized" in str(error)
-                found[case] = ("float" if none else f"SpecError: {error}", 0.0)
-            except TargetError as error:
-                found[case] = (f"refused: {error}", 0.0)
-            except Exception as error:  # whatever a model, or a loader, raises is a result
-                found[case] = (f"{type(error).__name__}: {error}", 0.0)
-    return found
+def answer(request: Mapping[str, Any]) -> dict[str, Any]:
+    """One case of one class."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        case = list(CASES)[request["case"]]
+        name = request["name"]
+        model = ARCHITECTURES.get(name) or tiny_transformers()[name]
+        return asdict(run_case(model, case, Path("out")))
 
 
-def table(results: Mapping[str, Mapping[str, tuple[str, float]]]) -> str:
-    """The results as Markdown."""
-    every = [result for row in results.values() for result, _ in row.values()]
-    whole = sum(all(result == "equal" for result, _ in row.values()) for row in results.values())
+def run_architecture(name: str, ask: Ask) -> Row:
+    """All cases of one class."""
+    return Row.of("by hand" if name in ARCHITECTURES else "by rules", outcomes_of(name, list(CASES), ask))
+
+
+def table(rows: Mapping[str, Row]) -> str:
+    """The results as Markdown; columns are the cases that ran."""
+    counts = Counter(outcome["result"] for row in rows.values() for outcome in row.outcomes)
+    cases = list(dict.fromkeys(outcome["case"] for row in rows.values() for outcome in row.outcomes))
+    whole = sum(all(outcome["result"] == "equal" for outcome in row.outcomes) for row in rows.values())
+    torches = Counter(next((o["torch"] for o in row.outcomes if o["torch"]), "unknown") for row in rows.values())
     lines = [
         "# Architectures with target `compressed-tensors`",
         "",
-        "`python -m scripts.compressed_tensors_matrix`",
+        f"`{COMMAND}`",
         "",
-        f"Tiny random models of {len(results)} classes: transformers {version('transformers')}, compressed-tensors "
-        f"{version('compressed-tensors')}, torch {version('torch')} on a CPU.",
-        "**equal**: `qat.verify` holds, stock `from_pretrained` and `qat.load` give the frozen model's outputs, bit",
-        "for bit, and no tensor was invented or dropped. **float**: no layer can be quantized, as where the group",
-        "divides no row. **refused**: `qat.prepare` says why. The share is that of all parameters, with int8.",
-        f"Of {len(every)} cases {every.count('equal')} are equal and {every.count('float')} float. {whole} classes are",
-        "equal in all.",
+        f"Tiny random models of {len(rows)} classes: transformers {version('transformers')}, compressed-tensors "
+        f"{version('compressed-tensors')}, on a CPU, with torch "
+        + ", ".join(f"{torch} ({count} classes)" for torch, count in torches.items())
+        + ". *equal*: `qat.verify` holds, stock `from_pretrained` and `qat.load` give the frozen model's outputs, bit "
+        "for bit, and no tensor was invented or dropped. *float*: no layer can be quantized, as where the group "
+        "divides no row. *refused*: `qat.prepare` says why. The share is that of all parameters, the largest over the "
+        "cases.",
         "",
-        f"| class | share | {' | '.join(CASES)} |",
-        f"|---|---|{'---|' * len(CASES)}",
+        ", ".join(f"{count} {result}" for result, count in counts.most_common()) + f", of {counts.total()} cases. "
+        f"{whole} classes are equal in all.",
+        "",
+        f"| class | share | {' | '.join(cases)} |",
+        f"|---|---|{'---|' * len(cases)}",
     ]
-    notes: dict[str, list[str]] = {}
-    known = ("equal", "float", "refused")
-    for name, row in results.items():
-        cells = [r.split(":")[0] if r.split(":")[0] in known else "**fails**" for r, _ in row.values()]
-        lines.append(f"| {name} | {row['int8 bfloat16'][1]:.0%} | {' | '.join(cells)} |")
-        for case, (result, _) in row.items():
-            if result not in ("equal", "float"):
-                notes.setdefault(f"{name}: {' '.join(result.split())[:300]}", []).append(case)
-    told = [
-        line
-        for note, cases in notes.items()
-        for line in wrap(f"- {note} ({len(cases)} cases)", 118, subsequent_indent="  ")
-    ]
-    return "\n".join([*lines, "", *(["## What is not equal", "", *told, ""] if told else [])]).rstrip() + "\n"
+    for name, row in rows.items():
+        found = {outcome["case"]: outcome["result"] for outcome in row.outcomes}
+        cells = " | ".join(found.get(case, "–") for case in cases)
+        lines.append(f"| {name} | {row.largest('share'):.0%} | {cells} |")
+    lines += ["", "## What is not equal", "", *(faults(rows, ("equal", "float")) or ["None."])]
+    return "".join(f"{line if line.startswith('|') else wrapped(line)}\n" for line in lines)
+
+
+COMMAND = "python -m scripts.compressed_tensors_matrix"
+COURSE = Course("scripts.compressed_tensors_matrix", "compressed_tensors", table)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="*", default=[""], help="parts of class names; default all")
-    parser.add_argument("--cases", nargs="*", default=[""], help="parts of cases' names; default all")
-    parser.add_argument("--output", type=Path, default=None, help="a folder; default: print only")
-    arguments = parser.parse_args()
-    warnings.simplefilter("ignore")
-    results = {}
-    for name, architecture in ARCHITECTURES.items():
-        if any(word.lower() in name.lower() for word in arguments.only):
-            results[name] = run(architecture, [case for case in CASES if any(word in case for word in arguments.cases)])
-            print(f"{name:40}", *(result[:200] for result, _ in results[name].values()), flush=True)
-    if arguments.output is not None:
-        (arguments.output / "compressed_tensors.md").write_text(table(results), encoding="utf-8")
+    options = parser(__doc__)
+    options.add_argument("--by-rules", action="store_true", help="all other classes, by models that rules make")
+    arguments = options.parse_args()
+    if arguments.work:
+        serve(answer)
+        return
+    others = [name for name in tiny_transformers() if name not in (*ARCHITECTURES, *LEFT_OUT)]
+    names = chosen(others if arguments.by_rules else list(ARCHITECTURES), arguments)
+    COURSE.write(COURSE.run(names, arguments.jobs, run_architecture), [*ARCHITECTURES, *others], arguments.output)
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
     main()

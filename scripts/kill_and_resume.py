@@ -107,6 +107,11 @@ def start(recipe: Any, arguments: list[str], folder: Path) -> int:
     os._exit(code)
 
 
+def runs(child: int) -> bool:
+    """Whether a process has not ended."""
+    return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+
+
 def end(child: int) -> int:
     """Wait for a process; its exit code, negative for a signal."""
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -151,7 +156,7 @@ def main() -> int:
     for number in range(given.kills):
         folder, moment = root / f"kill{number}", draw.uniform(0, took / (1 + 2 * (number % 2)))
         child = start(recipe, arguments, folder)
-        while number % 2 and not any((folder / "out-checkpoints").glob("step-*.json")):
+        while number % 2 and runs(child) and not any((folder / "out-checkpoints").glob("step-*.json")):
             time.sleep(0.01)
         time.sleep(moment)
         os.killpg(child, signal.SIGKILL)

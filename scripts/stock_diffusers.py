@@ -3,9 +3,10 @@
 A request is a line (``{"name", "directory", "weights", "dtype"}``), and each is answered with a portrait of the loaded
 model: a digest of every tensor and of every output for the example inputs of `tests.diffusion_architectures`. Portraits
 of equal models are equal, bit for bit. A second load, by the class's own loader, with a ``QuantoConfig`` and in another
-dtype, must give the same codes. Nothing here imports `qat`, and every answer checks that nothing else did::
+dtype, must give the same codes. Nothing here imports `qat`, and every answer checks that nothing else did; with
+``--plug-in`` it loads by `qat.integrations.diffusers` instead::
 
-    python -m scripts.stock_diffusers < requests.jsonl
+    python -m scripts.stock_diffusers [--plug-in] < requests.jsonl
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from scripts.json_workers import serve
 from tests.diffusion_architectures import ARCHITECTURES
 
 Portrait = dict[str, str]
+PLUG_IN = "--plug-in" in sys.argv
+"""Whether `qat.integrations.diffusers` loads."""
 
 
 def digest(tensor: torch.Tensor) -> str:
@@ -37,14 +40,16 @@ def state_portrait(model: nn.Module) -> Portrait:
     found: Portrait = {}
     for name, holder in (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)):
         tensor: Any = holder.data
+        if hasattr(tensor, "quant_type"):  # GGUF's blocks
+            tensor = tensor.as_subclass(torch.Tensor)
         if type(tensor) is torch.Tensor:
             found[name] = digest(tensor)
             continue
         found[f"{name}, class"] = f"{type(tensor).__name__} {tensor.qtype.name} {tuple(tensor.shape)}"
         found[f"{name}, codes"] = digest(_codes(tensor))
-        found[f"{name}, scale"] = digest(tensor._scale)
-        if hasattr(tensor, "_shift"):
-            found[f"{name}, shift"] = digest(tensor._shift)
+        for part in ("scale", "shift", "scale_shift"):  # a kernel of bfloat16 has both in one
+            if hasattr(tensor, f"_{part}"):
+                found[f"{name}, {part}"] = digest(getattr(tensor, f"_{part}"))
         found[f"{name}, values"] = digest(tensor.dequantize())
     return found
 
@@ -100,27 +105,52 @@ def cast_faults(model: nn.Module, other: nn.Module) -> list[str]:
     return faults
 
 
-def load(request: Mapping[str, str]) -> dict[str, Any]:
-    """Load one export as its model card says, and describe it; then once more in another dtype."""
+def read(request: Mapping[str, str], way: str, dtype: torch.dtype) -> Any:
+    """One load. ``packed directory`` is as the model card says; files, and float weights, are quanto's or GGUF's."""
     import diffusers
 
+    library: Any = diffusers
+    directory, kind = request["directory"], getattr(library, request["name"])
+    if way == "packed directory":
+        return library.AutoModel.from_pretrained(directory, dtype=dtype, trust_remote_code=False)
+    gguf = way == "gguf file"
+    config = (
+        library.GGUFQuantizationConfig(compute_dtype=dtype)
+        if gguf
+        else library.QuantoConfig(weights_dtype=request["weights"])
+    )
+    if way.startswith("float"):
+        directory += "-float"
+    if way.endswith("directory"):
+        return kind.from_pretrained(directory, dtype=dtype, quantization_config=config)
+    if way == "packed file":
+        file = f"{directory}-packed.safetensors"
+    else:
+        file = f"{directory}/diffusion_pytorch_model.{'gguf' if gguf else 'safetensors'}"
+    return kind.from_single_file(file, config=directory, dtype=dtype, quantization_config=config)
+
+
+def load(request: Mapping[str, str]) -> dict[str, Any]:
+    """Load one export, and describe it; a directory once more in another dtype."""
     dtype, other = torch.float32, torch.bfloat16
     if request["dtype"] == "bfloat16":
         dtype, other = other, dtype
-    loader: Any = diffusers.AutoModel
-    model = loader.from_pretrained(request["directory"], dtype=dtype, trust_remote_code=False)
+    way = request.get("way", "packed directory")
+    model = read(request, way, dtype)
     state = state_portrait(model)  # before a forward, which may rewrite buffers
     outputs = portrait_of_outputs(outputs_of(model, ARCHITECTURES[request["name"]].example(dtype)))
-    own: Any = type(model)
-    config: Any = diffusers.QuantoConfig
-    again = own.from_pretrained(
-        request["directory"], dtype=other, quantization_config=config(weights_dtype=request["weights"])
-    )
+    cast = []
+    if way == "packed directory":
+        own: Any = type(model)
+        config = sys.modules["diffusers"].QuantoConfig(weights_dtype=request["weights"])
+        cast = cast_faults(model, own.from_pretrained(request["directory"], dtype=other, quantization_config=config))
     ours = sorted(name for name in sys.modules if name.partition(".")[0] == "qat")
-    if ours:
+    if ours and not PLUG_IN:
         raise RuntimeError(f"this process imported {ours[:3]}, so it proves nothing")
-    return {"kind": own.__name__, "state": state, "outputs": outputs, "cast": cast_faults(model, again)}
+    return {"kind": type(model).__name__, "state": state, "outputs": outputs, "cast": cast}
 
 
 if __name__ == "__main__":
+    if PLUG_IN:
+        import qat.integrations.diffusers  # noqa: F401 (registers the plug-in)
     serve(load)

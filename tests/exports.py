@@ -86,7 +86,7 @@ def code_offsets(directory: Path) -> dict[str, int]:
 
 
 def stored_tensors(directory: Path) -> dict[str, torch.Tensor]:
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for path in directory.glob("*model*.safetensors"):
         with safe_open(path, framework="pt") as file:
             tensors |= {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
@@ -102,12 +102,25 @@ def rewrite(path: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, to
     write_shard(path, Shard(entries), tensors.__getitem__)
 
 
-def forge_hashes(directory: Path, *, tensors: bool = True) -> None:
-    """Recompute the manifest's hashes of files (and of tensors), so that only deeper checks can notice."""
-    path = directory / MANIFEST_NAME
-    manifest = json.loads(path.read_text())
+def unsealed(directory: Path) -> dict[str, Any]:
+    """The fields of a manifest, without the digest that tells of changes, so that only deeper checks can notice."""
+    fields: dict[str, Any] = json.loads((directory / MANIFEST_NAME).read_text())
+    fields.pop("digest", None)
+    return fields
+
+
+def forge_files(directory: Path) -> None:
+    """Recompute the manifest's sizes and hashes of files."""
+    manifest = unsealed(directory)
     for name in manifest["files"]:
         manifest["files"][name] = file_record(directory / name).model_dump()
+    (directory / MANIFEST_NAME).write_text(json.dumps(manifest))
+
+
+def forge_hashes(directory: Path, *, tensors: bool = True) -> None:
+    """Recompute the manifest's hashes of files (and of tensors), so that only deeper checks can notice."""
+    forge_files(directory)
+    path, manifest = directory / MANIFEST_NAME, unsealed(directory)
     if tensors:
         manifest["tensors"] = {}
         for file in sorted(directory.glob("*model*.safetensors")):
@@ -136,9 +149,10 @@ def altered(name: str, step: float) -> Callable[[dict[str, torch.Tensor]], dict[
 
 def small_flux(**changes: Any) -> Any:
     """One double and one single block; rows of 256, so that groups of 128 exist, and rows of 160 and 16."""
-    from diffusers import FluxTransformer2DModel
+    import diffusers
 
     torch.manual_seed(0)
+    kind: Any = diffusers.FluxTransformer2DModel
     config = {
         "patch_size": 1,
         "in_channels": 16,
@@ -150,7 +164,7 @@ def small_flux(**changes: Any) -> Any:
         "pooled_projection_dim": 32,
         "axes_dims_rope": (16, 24, 24),
     }
-    return FluxTransformer2DModel(**{**config, **changes})
+    return kind(**{**config, **changes})
 
 
 def flux_inputs(dtype: str, width: int = 160) -> dict[str, torch.Tensor]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import gguf
 
-from qat.files.manifest import MANIFEST_NAME, file_record
+from tests.exports import forge_files
 
 
 def gguf_file(directory: Path) -> Path:
@@ -24,11 +23,8 @@ def stored(directory: Path) -> dict[str, Any]:
 
 def forge(directory: Path, content: bytes) -> None:
     """Another content of the file, with its size and hash in the manifest."""
-    path, manifest_path = gguf_file(directory), directory / MANIFEST_NAME
-    path.write_bytes(content)
-    manifest = json.loads(manifest_path.read_text())
-    manifest["files"][path.name] = file_record(path).model_dump()
-    manifest_path.write_text(json.dumps(manifest))
+    gguf_file(directory).write_bytes(content)
+    forge_files(directory)
 
 
 def flipped(directory: Path, tensor: str, byte: int) -> bytes:

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from torch import nn
+
+import qat
+from tests.helpers import tiny_model, tokens
 
 PreTrainedTokenizerFast: Any = transformers.PreTrainedTokenizerFast
 
+IDS = {"input_ids": tokens()}
 _SIZES = {
     "vocab_size": 64,
     "hidden_size": 64,
@@ -99,3 +105,15 @@ def changed(tokenizer: Any, **parts: Any) -> Any:
 
 def metaspace(scheme: str) -> dict[str, Any]:
     return {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": False}
+
+
+def prepared(model: nn.Module, algorithm: qat.Algorithm | None = None, **spec: Any) -> nn.Module:
+    qat.prepare(model, qat.QuantSpec(**spec), target="gguf", algorithm=algorithm or qat.StraightThrough())
+    return model
+
+
+def exported(directory: Path, model: nn.Module | None = None, **spec: Any) -> nn.Module:
+    model = prepared(model or tiny_model("llama"), **({"weights": "q4_1"} | spec))
+    qat.freeze(model, allow_unreached=True)
+    qat.export(model, directory, example_inputs=IDS)
+    return model

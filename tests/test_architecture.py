@@ -45,9 +45,9 @@ ORDER: tuple[frozenset[str], ...] = tuple(
         "files",
         "formats",
         "hosts",
-        "agreement allocation blocks calibration checkpoints checks codes_only folding freezing inspection moments "
-        "optimizers output_errors packing preparation probing reconstruction runs serving starting",
-        "conversion exporting loading verification",
+        "agreement allocation blocks calibration checkpoints checks codes_only distributed folding freezing inspection "
+        "moments optimizers output_errors packing preparation probing reconstruction runs serving starting",
+        "conversion exporting loading untrusted verification",
         "training",
         "integrations",
         "cli __main__",
@@ -84,7 +84,7 @@ TYPE_FILES = (
     "qat/formats/compressed_types.py",
 )  # where a type's name is turned into an object
 
-MOST_LIBRARY_LINES = 23_322
+MOST_LIBRARY_LINES = 24_663
 MOST_LINES = 400
 MOST_RECIPE_LINES = 150  # of a recipe itself
 

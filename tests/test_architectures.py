@@ -13,11 +13,11 @@ import pytest
 import torch
 
 import qat
+from scripts._architecture_course import Outcome
 from scripts.architecture_matrix import (
     ACTIVATION_CASES,
     CASES,
     WEIGHTS,
-    Outcome,
     load,
     output_faults,
     outputs_of,

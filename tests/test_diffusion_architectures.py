@@ -7,6 +7,7 @@ docs/results/diffusers.md.
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from collections.abc import Iterator, Mapping
@@ -17,7 +18,8 @@ import diffusers
 import pytest
 import torch
 
-from scripts.diffusers_matrix import DTYPES, WEIGHTS, Outcome, make, run_case
+from scripts._diffusers_table import DTYPES, WEIGHTS, Outcome, Table, document
+from scripts.diffusers_matrix import CASES, WAYS, make, names_of, run_case, run_plug_in
 from scripts.json_workers import Worker
 from tests.diffusion_architectures import ARCHITECTURES, LEFT_OUT, exported_transformers
 from tests.exports import rewrite
@@ -77,6 +79,30 @@ def test_layers_that_start_with_zeros_load_too(weights: str, dtype: str, stock: 
     model = ARCHITECTURES["ErnieImageTransformer2DModel"].build(zeros=True)
     assert not model.get_parameter("final_linear.weight").any()
     assert_equal(run_case("ErnieImageTransformer2DModel", weights, dtype, tmp_path, zeros, stock.ask))
+
+
+def test_a_gguf_file_loads_by_stock_code(stock: Worker, tmp_path: Path) -> None:
+    assert_equal(
+        run_case("SD3Transformer2DModel", "q4_1", "bfloat16", tmp_path, make, stock.ask, target="gguf-diffusers")
+    )
+
+
+def test_the_plug_in_gives_the_outputs_of_stock_code(stock: Worker, tmp_path: Path) -> None:
+    """Also where torch.matmul sums in another order when a weight has no gradient."""
+    with Worker("scripts.stock_diffusers", "--plug-in") as plug_in:
+        at = "BriaFibo2Transformer2DModel", "int4", "float32", tmp_path, make, stock.ask, plug_in.ask
+        outcomes = list(run_plug_in(*at))
+    assert [outcome.case.partition(",")[0] for outcome in outcomes] == [way for way in WAYS if "directory" in way]
+    for outcome in outcomes:
+        assert_equal(outcome)
+
+
+def test_the_page_is_made_from_the_rows() -> None:
+    results = Path(__file__).parents[1] / "docs" / "results"
+    found = json.loads((results / "diffusers.json").read_text(encoding="utf-8"))["cases"]
+    tables = {case: Table.read(part) for case, part in found.items()}
+    assert {case: list(table.rows) for case, table in tables.items()} == {case: names_of(case) for case in CASES}
+    assert document(tables) == (results / "diffusers.md").read_text(encoding="utf-8")
 
 
 def test_every_exported_transformer_is_tried_or_left_out_with_a_reason() -> None:

@@ -318,7 +318,10 @@ def test_types_may_differ_between_experts(tmp_path: Path) -> None:
 def test_target_quanto_refuses_experts_by_name(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     report = qat.inspect(build("MixtralForCausalLM"), qat.QuantSpec(weights="int8"))
     row = next(row for row in report.layers if "experts" in row.name)
-    assert row.reason == "the loader of target 'quanto' replaces no experts in one parameter: use target 'transformers'"
+    remedy = "use target 'transformers' or 'compressed-tensors'"
+    assert row.reason == f"the loader of target 'quanto' replaces no experts in one parameter: {remedy}"
+    llama4 = qat.inspect(build("Llama4ForCausalLM"), qat.QuantSpec(weights="int8")).layers
+    assert {row.reason.rpartition(": ")[2] for row in llama4 if "experts" in row.name} == {"use target 'transformers'"}
     with pytest.raises(TargetError, match=r"overrides: '\*experts\*' names .*gate_up_proj and 5 more, but the loader"):
         qat.inspect(build("MixtralForCausalLM"), qat.QuantSpec(overrides={"*experts*": "int8"}))
     model = build("MixtralForCausalLM")

@@ -303,7 +303,7 @@ class TestRefusals:
             ("scale", "layers"),
             ("key", "keys"),
             ("bias", "tensors"),
-            ("config", "layers"),
+            ("config", "keys"),
         ],
     )
     def test_a_tampered_directory_does_not_verify(self, tmp_path: Path, tampering: str, check: str) -> None:

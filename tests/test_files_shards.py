@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import struct
 from pathlib import Path
 
 import pytest
@@ -10,10 +12,10 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from qat.errors import ExportError
+from qat.errors import ExportError, LoadError
 from qat.exporting import export
 from qat.files.manifest import read_manifest
-from qat.files.shards import Shard, TensorEntry, parse_size, plan_shards, shard_names, write_shard
+from qat.files.shards import Shard, TensorEntry, parse_size, plan_shards, read_headers, shard_names, write_shard
 from tests.exports import (
     DTYPES,
     TYPES,
@@ -147,3 +149,24 @@ class TestWriting:
         monkeypatch.setattr("qat.files.shards.hashlib.sha256", lambda data=b"": Broken())
         with pytest.raises(MemoryError, match="no hash"):
             write_shard(tmp_path / "file", shard, tensors.__getitem__)
+
+
+class TestHeaders:
+    """What a file says of itself is not believed."""
+
+    @pytest.mark.parametrize("length", [0, 7, 33, 100_000_001, 1 << 40, (1 << 64) - 1])
+    def test_a_length_that_the_file_has_not(self, tmp_path: Path, length: int) -> None:
+        (tmp_path / "file").write_bytes(struct.pack("<Q", length) + b"{}" + b" " * 30)
+        with pytest.raises(LoadError, match=r"file in .* is not a whole safetensors file"):
+            read_headers([tmp_path / "file"])
+
+    def test_a_header_beyond_the_bound_is_not_read(self, tmp_path: Path) -> None:
+        (tmp_path / "file").write_bytes(struct.pack("<Q", 100_000_001))
+        os.truncate(tmp_path / "file", 200_000_000)
+        with pytest.raises(LoadError, match="its header would have 100000001 bytes"):
+            read_headers([tmp_path / "file"])
+
+    def test_a_pipe_is_not_waited_for(self, tmp_path: Path) -> None:
+        os.mkfifo(tmp_path / "file")
+        with pytest.raises(LoadError, match="file is no file"):
+            read_headers([tmp_path / "file"])

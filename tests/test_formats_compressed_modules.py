@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 
 from qat.formats import COMPRESSED_TENSORS, FrozenLayer
-from qat.formats.compressed_modules import FrozenLinear
+from qat.formats.compressed_modules import FrozenExpert, FrozenLinear, joined_rows, split_rows
 from qat.formats.compressed_types import QTYPES
+from qat.layers import ExpertMatrix
+from qat.layers.expert_forms import Form
 from qat.quantizers import StraightThrough
 from tests.helpers import awkward_weight, same_bits
 
@@ -65,3 +68,26 @@ def test_a_row_and_a_column_that_fill_no_word() -> None:
     stored = COMPRESSED_TENSORS.pack(layer("int4_g32_zp", bias=False))
     assert stored["weight_zero_point"].shape == (2, 4)
     assert stored["weight_shape"].tolist() == [10, 128]
+
+
+@pytest.mark.parametrize("name", ["int8", "float8", "int4_g32", "int2_g64"])
+def test_equal_runs_of_rows_are_layers_of_the_same_bytes(name: str) -> None:
+    """As gate and up of an expert, which a module holds in one matrix."""
+    frozen = layer(name, bias=False)
+    stored = COMPRESSED_TENSORS.pack(frozen)
+    parts = {key: split_rows(key, tensor, 2) for key, tensor in stored.items()}
+    assert all(same_bits(joined_rows(key, parts[key]), tensor) for key, tensor in stored.items())
+    for number, rows in enumerate((slice(0, 5), slice(5, 10))):
+        scale = frozen.weight.scale.view(10, -1)[rows].reshape(-1, 1)
+        half = replace(frozen, weight=replace(frozen.weight, codes=frozen.weight.codes[rows], scale=scale))
+        alone = COMPRESSED_TENSORS.pack(half)
+        assert all(same_bits(alone[key], parts[key][number]) for key in stored)
+
+
+def test_an_expert_gives_its_values_and_leaves_its_input() -> None:
+    frozen = layer("int4_g32", bias=False)
+    matrix = ExpertMatrix(torch.nn.Module(), "down_proj", 0, Form(("down_proj",)))
+    module = COMPRESSED_TENSORS.build(frozen.types, (10, 128), COMPRESSED_TENSORS.pack(frozen), like=matrix)
+    assert isinstance(module, FrozenExpert)
+    assert same_bits(module.value(), frozen.weight.dequantize())
+    assert not module.quantizes_input

@@ -17,7 +17,7 @@ import qat
 from qat.errors import LoadError
 from qat.files.manifest import MANIFEST_NAME
 from qat.hosts.remote_code import refuse_remote_code
-from tests.exports import forge_hashes, frozen_llama
+from tests.exports import forge_hashes, frozen_llama, unsealed
 
 ROOT = Path(__file__).parent.parent
 LOADERS = {"from_pretrained", "from_config", "_from_config"}
@@ -124,7 +124,7 @@ def strange_directory(folder: Path, marker: Path, config: dict[str, Any], **chan
     if changes:
         qat.export(frozen_llama(changes["target"]), folder, target=changes["target"])
         path = folder / MANIFEST_NAME
-        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+        path.write_text(json.dumps(unsealed(folder) | changes))
     folder.mkdir(exist_ok=True)
     write_strange_code(folder / "strange.py", marker)
     (folder / "config.json").write_text(json.dumps(config))

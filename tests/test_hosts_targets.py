@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,11 @@ from torch import nn
 
 import qat
 from qat.errors import TargetError
-from qat.hosts import Host, get_target, host_of
+from qat.hosts import TARGETS, Host, get_target, host_of
 from qat.inspection import inspect
 from qat.spec import QuantSpec
 from tests.diffusion_architectures import ARCHITECTURES
+from tests.exports import small_flux
 from tests.helpers import LearnedStep, of_diffusers, tiny_model, tokens
 
 F32 = QuantSpec(dtype="float32")
@@ -294,3 +296,18 @@ def test_a_class_of_ones_own_around_diffusers_is_noted_too() -> None:
     model.__class__ = Mine
     (note,) = host.export_notes(model)
     assert note.startswith(f"the class Mine is defined in {__name__}, not in diffusers, and its code is not copied")
+
+
+@pytest.mark.parametrize("missing", ["gguf", "compressed_tensors"])
+def test_a_missing_package_is_a_fault_of_its_own_targets_alone(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others look at it only to say which target could hold a layer that stays float."""
+    monkeypatch.setitem(sys.modules, missing, None)
+    for name, target in TARGETS.items():
+        model: nn.Module = small_flux() if "diffusers" in name else tiny_model("llama")
+        spec = qat.QuantSpec(weights="q8_0" if "gguf" in name else "int8")
+        own = missing.replace("_", "-") in (name, target.format.library, target.format.name.partition("-")[0])
+        if own:
+            with pytest.raises(qat.TargetError, match="package"):
+                qat.inspect(model, spec, target=name)
+        else:
+            assert qat.inspect(model, spec, target=name).quantized_share > 0

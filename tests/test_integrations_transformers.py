@@ -321,3 +321,17 @@ def test_a_packed_configuration_for_a_float_directory_is_refused(tmp_path: Path)
     transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA.sizes)).save_pretrained(tmp_path / "float")
     with pytest.raises(LoadError, match="that of a packed directory, but this one is not"):
         load(LLAMA, tmp_path / "float", quantization_config=packed)
+
+
+@pytest.mark.parametrize("key", ["model.norm.weight", "model.layers.0.input_layernorm.weight", "lm_head.weight"])
+def test_a_float_tensor_that_no_file_holds_does_not_begin_afresh(key: str, tmp_path: Path) -> None:
+    directory = write(frozen(), tmp_path)
+    edit_tensors(directory, lambda state: state.pop(key))
+    with pytest.raises(LoadError, match=f"{key} is in no file, and would begin afresh"):
+        load(LLAMA, directory)
+
+
+def test_another_class_may_have_a_part_that_no_file_holds(tmp_path: Path) -> None:
+    directory = write(frozen(), tmp_path)
+    model = transformers.LlamaForSequenceClassification.from_pretrained(directory)
+    assert model.score.weight.shape[0] == 2

@@ -21,7 +21,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import qat
-from qat.errors import LoadError, StateError
+from qat.errors import LoadError, StateError, TrainingError
 from qat.starting import awaiting
 from recipes import text_to_image
 from recipes.common import callbacks, checkpoints, comparison, diffusion, diffusion_config, fine_tuned, models, training
@@ -87,6 +87,18 @@ class Stop(Callback):
     def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
         if trainer.global_step == self.step:
             raise ZeroDivisionError
+
+
+class StopEarly(Callback):
+    """Stands for data that ends too early."""
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        trainer.should_stop = True
+
+
+def test_a_fit_that_ends_too_early_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match=r"optimization\.steps: training ended after \d of 3 steps"):
+        fitted(3, tmp_path, StopEarly())
 
 
 @pytest.mark.parametrize(("stop", "step"), [(3, 2), (4, 4), (5, 4)])

@@ -69,6 +69,11 @@ def test_a_start_that_needs_data_has_batches_and_whole_weights() -> None:
     sharded = ("--trainer.strategy", "fsdp")
     refuse(*sharded, message=r"trainer.strategy: 'fsdp' shards weights, and algorithm.start='best' needs whole ones")
     load_config(causal_lm.Config, [*sharded, "algorithm:learned-affine", "--algorithm.start", "clip"], "A test.")
+    shards = ("--trainer.strategy", "fsdp2", "--trainer.num-nodes", "2")
+    assert load_config(causal_lm.Config, shards, "A test.").trainer.num_nodes == 2  # starts come from shards
+    average = ("--optimization.average", "0.9")
+    refuse(*shards, *average, message=r"'fsdp2' shards weights, and optimization.average needs whole ones: use 'ddp'")
+    refuse(*shards, "--trainer.compile", message=r"'fsdp2' shards weights, and trainer.compile needs whole ones")
     average = ("--optimization.average", "0.9", "--optimization.steps", "9", "--schedule.start-step", "9")
     refuse(*average, message=r"optimization.average: begins at step 9, .* \(9\), so that nothing would be averaged")
 

@@ -247,12 +247,15 @@ def test_rows_without_a_caption_are_one_error(folder: Path, local: Make, tmp_pat
     ("content", "message"),
     [
         ('{"file_name": "gone.png", "caption": "x"}', "the file_name 'gone.png', which is no file there"),
+        ('{"file_name": "../beside.png", "caption": "x"}', "the file_name '../beside.png', which is no file there"),
+        ('{"file_name": 1, "caption": "x"}', "the file_name 1, which is no file there"),
         ("not JSON", "cannot be read"),
     ],
-    ids=["missing file", "not JSON"],
+    ids=["missing file", "outside", "number", "not JSON"],
 )
 def test_a_metadata_file_that_is_wrong(content: str, message: str, folder: Path, local: Make) -> None:
     (folder / "metadata.jsonl").write_text(content)
+    (folder.parent / "beside.png").write_bytes((folder / "1.png").read_bytes())
     with pytest.raises(DataError, match=message):
         load_images(local(folder))
 

@@ -103,6 +103,12 @@ def test_evaluation_restores_the_mode(training: bool) -> None:
     assert model.training is training
 
 
+def test_an_evaluation_waits_for_no_other_process(labels: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At its end a run has one process, where there were several."""
+    monkeypatch.setattr("torchmetrics.metric.jit_distributed_available", lambda: True)
+    assert evaluate(CausalLanguageModelling(), Lookup(), [{"input_ids": labels.clamp(min=0)}])["loss"] > 0
+
+
 def test_evaluation_without_batches_is_an_error() -> None:
     with pytest.raises(ValueError, match="at least one batch"):
         evaluate(CausalLanguageModelling(), Lookup(), [])

@@ -14,7 +14,7 @@ import transformers
 from torch import nn
 
 from scripts._architecture_table import Row, table
-from scripts.architecture_matrix import RULE_CASES, reason_against, run_case, write
+from scripts.architecture_matrix import COURSE, RULE_CASES, reason_against, run_case
 from tests.tiny_configurations import shrunk
 from tests.tiny_transformers import EXCEPTIONS, LEFT_OUT, TASKS, tiny_transformers
 
@@ -89,8 +89,8 @@ def test_a_class_that_is_not_run_has_a_reason() -> None:
 def test_a_run_of_some_classes_keeps_the_other_rows(tmp_path: Path) -> None:
     outcome: dict[str, Any] = {"case": "int8 float32", "detail": "", "share": 0.5, "matrix_share": 0.75}
     outcome |= {"fake_gap": None, "kernel_gap": 1e-6, "left_float": {"head": "tied"}}
-    write({"A": Row.of("causal", [outcome | {"result": "equal"}])}, ["A"], tmp_path)
-    write({"B": Row("causal", reason="needs a package")}, ["A", "B", "C"], tmp_path)
+    COURSE.write({"A": Row.of("causal", [outcome | {"result": "equal"}])}, ["A"], tmp_path)
+    COURSE.write({"B": Row("causal", reason="needs a package")}, ["A", "B", "C"], tmp_path)
     text = (tmp_path / "architectures.md").read_text(encoding="utf-8")
     assert "| A | 50.0% | 75.0% | equal |" in text
     assert "- B: needs a package" in text

@@ -29,6 +29,7 @@ from tests.exports import (
     frozen,
     rewrite,
     small_llama,
+    unsealed,
 )
 from tests.helpers import same_bits
 
@@ -157,7 +158,7 @@ class TestTampering:
     def test_one_altered_number_of_a_weight(self, exported: Path, key: str) -> None:
         rewrite(exported / "model.safetensors", altered(f"{LAYER}.{key}", 1 if key.endswith("_data") else 1e-4))
         part = {"weight._data._data": "codes", "weight._scale": "scale", "weight._shift": "shift"}[key]
-        assert {"files", "layers", "outputs"} <= failed(exported).keys()
+        assert failed(exported).keys() == {"files"}
         forge_hashes(exported)
         faults = failed(exported)
         assert faults["layers"] == f"{LAYER}: {part}, weight differ from what freezing left"
@@ -183,14 +184,14 @@ class TestTampering:
             return {name.replace(key, f"{key}_"): tensor for name, tensor in tensors.items()}
 
         rewrite(exported / "model.safetensors", rename)
-        assert {"files", "keys"} <= failed(exported).keys()
+        assert failed(exported).keys() == {"files"}
         forge_hashes(exported, tensors=False)
         detail = failed(exported)["keys"]
         assert f"{key} is missing" in detail
         assert f"{key}_ is unexpected" in detail
         forge_hashes(exported)
         faults = failed(exported)
-        assert (f"{key} is missing" in faults["keys"]) if "keys" in faults else ("model.norm" in faults["tensors"])
+        assert (f"{key} is missing" in faults["keys"]) if "keys" in faults else ("model.norm" in faults["model"])
 
     def test_two_shards_with_exchanged_contents(self, tmp_path: Path) -> None:
         export(frozen(small_llama(), weights="int8"), tmp_path / "out", max_shard_size="40KB")
@@ -198,7 +199,7 @@ class TestTampering:
         one, two = first.read_bytes(), second.read_bytes()
         first.write_bytes(two)
         second.write_bytes(one)
-        assert {"files", "keys"} <= failed(tmp_path / "out").keys()
+        assert failed(tmp_path / "out").keys() == {"files"}
         forge_hashes(tmp_path / "out", tensors=False)
         assert "lies in model-0000" in failed(tmp_path / "out")["keys"]
 
@@ -219,8 +220,8 @@ class TestTampering:
     def test_a_truncated_file(self, exported: Path) -> None:
         path = exported / "model.safetensors"
         path.write_bytes(path.read_bytes()[:-100])
-        assert {"files", "keys"} <= failed(exported).keys()
-        forge = json.loads((exported / MANIFEST_NAME).read_text())
+        assert failed(exported).keys() == {"files"}
+        forge = unsealed(exported)
         forge["files"]["model.safetensors"] = file_record(path).model_dump()
         (exported / MANIFEST_NAME).write_text(json.dumps(forge))
         assert "truncated" in failed(exported)["keys"]
@@ -297,7 +298,7 @@ class TestEnvironment:
     def test_elsewhere_a_stated_tolerance_holds(self, exported: Path, error: float, passes: bool) -> None:
         rewrite(exported / "qat_evidence.safetensors", altered("output.logits", error))
         forge_hashes(exported)
-        manifest = json.loads((exported / MANIFEST_NAME).read_text())
+        manifest = unsealed(exported)
         manifest["environment"]["cpu_capability"] = "other"
         (exported / MANIFEST_NAME).write_text(json.dumps(manifest))
         if passes:
@@ -310,7 +311,7 @@ class TestEnvironment:
     def test_outputs_are_computed_with_the_threads_of_the_export(
         self, exported: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        manifest = json.loads((exported / MANIFEST_NAME).read_text())
+        manifest = unsealed(exported)
         manifest["environment"]["threads"] = 2
         (exported / MANIFEST_NAME).write_text(json.dumps(manifest))
         seen = []

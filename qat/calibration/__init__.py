@@ -16,6 +16,7 @@ from qat.adapters import without_peft
 from qat.calibration.activations import calibrate_activations
 from qat.calibration.report import ActivationReport, CalibrationReport
 from qat.data import require_several
+from qat.distributed import equal_batches, reshard, sharded, together_between_runs
 from qat.errors import StateError
 from qat.inspection import check_module
 from qat.moments import BUDGET
@@ -109,6 +110,9 @@ def calibrate_parts(
     activations: bool = True,
 ) -> CalibrationReport:
     """`calibrate` for a prepared model, or only a part of it; without both parts it shows that batches can be run."""
+    if sharded(model):
+        batches = equal_batches(batches)
+        reshard(model)
     waiting = awaiting(model) if starts else {}
     if not waiting and activations:
         return calibrate_activations(model, batches, forward, progress)
@@ -124,9 +128,9 @@ def calibrate_parts(
     try:
         with kept_modes(model), torch.no_grad(), in_float(model.eval()):
             if not waiting:
-                with together():
+                with together_between_runs(model):
                     return CalibrationReport(go(None), {}, ())
-            started = find_starts(waiting, go, BUDGET)
+            started = find_starts(model, waiting, go, BUDGET)
     finally:
         stop_watch()  # which a failure or an interrupt may have left
     try:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from torch import nn
 
 from qat.calibration.report import ActivationReport, CalibrationReport
 from qat.checks import loses_scales
+from qat.distributed import refuse_sharded, reshard, sharded, together_between_runs
 from qat.errors import CalibrationError, listed
 from qat.hosts import get_target
 from qat.layers import QuantizedLayer, quantized_layers
@@ -48,7 +49,8 @@ def calibrate_activations(
     before = [(q, copy.deepcopy(q.state_dict())) for layer in layers.values() for q in layer.activation_quantizers()]
     with kept_modes(model), torch.no_grad():
         model.eval()
-        outputs = any(layer.output_quantizer is not None for layer in layers.values())
+        if outputs := any(layer.output_quantizer is not None for layer in layers.values()):
+            refuse_sharded(model, "qat.calibrate of a model that quantizes outputs (target 'transformers' does not)")
         try:
             seen = counted(batches, "calibrating", progress)
             count, kept, groups, hazards = _observe(model, layers, seen, forward)
@@ -92,6 +94,7 @@ def _float_activations(model: nn.Module, layers: Mapping[str, QuantizedLayer], o
     """Run layers with quantized weights and float activations; what runs so is no run as it will be served."""
     with ExitStack() as stack:
         stack.callback(note_runs, model, runs(model))
+        stack.callback(reshard, model)
         for _, layer in quantized_layers(model):  # those with float activations alone are not reached either
             stack.callback(setattr, layer, "reached", layer.reached)
         for layer in layers.values():
@@ -110,12 +113,14 @@ def _observe(
     for quantizer in sum(quantizers.values(), ()):
         quantizer.observer.reset()
         quantizer.arrives_quantized = False
+    shards = sharded(model)
     count, kept, readers = 0, [], Readers(layers, get_target(prepared_as(model).target).format.call_hazard)
-    with ExitStack() as stack, together(), _float_activations(model, layers, observe=True):
+    with ExitStack() as stack, together_between_runs(model), _float_activations(model, layers, observe=True):
         stack.callback(readers.groups)
         for batch in batches:
             run_batch(model, batch, count, forward)
-            _require_finite(quantizers, count)
+            with together() if shards else nullcontext():
+                _require_finite(quantizers, count)
             count += 1
             kept.append(batch if forward else map_tensors(torch.Tensor.cpu, batch))
         if count == 0:

@@ -17,6 +17,7 @@ import yaml
 from torch import nn
 
 from qat.adapters import without_peft
+from qat.distributed import on_first_rank
 from qat.errors import ExportError, TargetError, listed
 from qat.exporting.card import write_card
 from qat.files.directory import as_path, atomic_directory, check_destination
@@ -89,7 +90,8 @@ def export(
 ) -> ExportReport:
     """Write a frozen model into a directory, all or nothing.
 
-    A model that was moved between devices since it was frozen gets the tensor classes of its loader again, in place.
+    A model that was moved between devices since it was frozen gets the tensor classes of its loader again, in place. Of
+    a model that was frozen from shards, rank 0 writes the files, and other ranks that call this wait for them.
 
     Args:
         model: a model that `qat.freeze` froze.
@@ -124,8 +126,25 @@ def export(
     record = frozen_record(model)
     to = get_target(target or record.target)
     destination = as_path(directory, ExportError).absolute()
-    check_destination(destination, overwrite)
     limit = parse_size(max_shard_size)
+    written = (destination, overwrite, limit, processor, example_inputs, config, float_grid, progress)
+    return on_first_rank(model, lambda: _export(model, record, to, *written))
+
+
+def _export(
+    model: nn.Module,
+    record: FrozenRecord,
+    to: Target,
+    destination: Path,
+    overwrite: bool,
+    limit: int,
+    processor: Any,
+    example_inputs: Any,
+    config: Mapping[str, Any] | None,
+    float_grid: bool,
+    progress: bool,
+) -> ExportReport:
+    check_destination(destination, overwrite)
     _check_target(model, record, to)
     _check_there(model, record)
     with torch.no_grad(), atomic_directory(destination, overwrite) as temporary:
@@ -187,7 +206,7 @@ def _configured(
     state, floats = ModelState(model, target.format, ties, untie=untie), host.float_layers(model, record)
     settings = None
     if floats is not None:
-        settings = target.format.quantization_config(host.name, record, floats)
+        settings = target.format.quantization_config(host.name, host.as_stored(model, record), floats)
         settings |= host.load_settings(model, record, target.format)
     notes: tuple[str, ...] = ()
     if not library.write_config(model, directory, record.spec.torch_dtype, settings):

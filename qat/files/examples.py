@@ -16,6 +16,7 @@ from torch import nn
 
 from qat.errors import ExportError, LoadError
 from qat.files.manifest import EVIDENCE_NAME, ExampleRecord
+from qat.files.trusted import regular_file
 
 __all__ = ["flatten_inputs", "flatten_outputs", "read_example", "unflatten_inputs"]
 
@@ -67,7 +68,7 @@ def unflatten_inputs(structure: Mapping[str, Any], tensors: Mapping[str, torch.T
             return content
         container = {"list": list, "tuple": tuple}[kind]
         return container(unflatten_inputs(item, tensors) for item in content)
-    except (KeyError, ValueError, AttributeError) as error:
+    except (KeyError, ValueError, AttributeError, TypeError, RecursionError) as error:
         raise LoadError(f"the stored example is malformed ({error}); export the model again") from error
 
 
@@ -100,7 +101,7 @@ def read_example(directory: Path, record: ExampleRecord) -> tuple[Any, dict[str,
     from safetensors.torch import load_file
 
     try:
-        tensors = load_file(directory / EVIDENCE_NAME)
+        tensors = load_file(regular_file(directory, EVIDENCE_NAME))
         outputs = {name: tensors[f"output.{name}"] for name in record.outputs}
     except (OSError, KeyError, SafetensorError) as error:
         raise LoadError(f"the stored example cannot be read ({error}); copy or export the directory again") from error

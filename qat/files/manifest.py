@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
 import sys
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from qat.errors import LoadError
 from qat.files.evidence import FrozenRecord
+from qat.files.trusted import regular_file
 from qat.spec import ServingDtype
 
 __all__ = [
@@ -38,6 +40,8 @@ __all__ = [
 MANIFEST_NAME = "qat_manifest.json"
 EVIDENCE_NAME = "qat_evidence.safetensors"
 CARD_NAME = "README.md"
+_MOST = 1_000_000_000  # bytes: models of experts have some 100 MB
+_Count = Annotated[int, Field(ge=0, lt=2**63)]
 _DECIDES_ROUNDING = ("torch", "quanto", "transformers", "diffusers", "cpu_capability", "threads", "device")
 
 
@@ -48,7 +52,7 @@ class _Frozen(BaseModel):
 class FileRecord(_Frozen):
     """Size of a file of the export, and the hash of all of it."""
 
-    bytes: int
+    bytes: _Count
     sha256: str
 
 
@@ -59,10 +63,12 @@ class TensorRecord(_Frozen):
     """The shard that holds it."""
     dtype: str
     """safetensors' name of its dtype."""
-    shape: tuple[int, ...]
+    shape: tuple[_Count, ...]
     """Its shape as stored (packed codes: the packed shape)."""
     sha256: str
     """Digest of its bytes."""
+    stored_as: tuple[str, ...] = ()
+    """Its name in the file where that is another one; or several, each of which holds as many of its rows."""
 
 
 class ExampleRecord(_Frozen):
@@ -87,7 +93,7 @@ class Environment(_Frozen):
     """Operating system and processor architecture."""
     cpu_capability: str
     """The vector instructions that torch's CPU kernels chose, which decide how sums round."""
-    threads: int
+    threads: int = Field(ge=1, le=1024)
     """torch's number of threads, which decides how sums are split."""
     device: str
     """Where the frozen outputs were computed."""
@@ -142,7 +148,7 @@ class Manifest(_Frozen):
     """Spec, target it was frozen for, algorithm, per-layer evidence, notes."""
     environment: Environment
     """Where it was made."""
-    weights_stem: str = "model"
+    weights_stem: str = Field("model", pattern=r"^\w+$")
     """How the names of the weight files begin, as the loader expects it."""
     tensors: dict[str, TensorRecord]
     """Every tensor of the weight files."""
@@ -156,11 +162,15 @@ class Manifest(_Frozen):
     """The resolved recipe configuration, when one was given."""
     notes: tuple[str, ...] = ()
     """What a reader should know."""
+    digest: str | None = None
+    """sha256 of the manifest's bytes before this field, the last one; None: of an export from before it was written."""
 
     def write(self, directory: Path) -> Path:
         """Write the manifest and return its path."""
         path = directory / MANIFEST_NAME
-        path.write_text(json.dumps(self.model_dump(mode="json"), indent=1) + "\n", encoding="utf-8")
+        text = json.dumps(self.model_dump(mode="json", exclude={"digest"}), indent=1)
+        data = f"{text.removesuffix('}').rstrip()},\n ".encode()
+        path.write_bytes(data + f'"digest": "{hashlib.sha256(data).hexdigest()}"\n}}\n'.encode())
         return path
 
 
@@ -168,24 +178,27 @@ def read_manifest(directory: Path) -> Manifest:
     """Read the manifest of an exported directory.
 
     Raises:
-        LoadError: when the directory or the manifest is missing or unreadable.
+        LoadError: when the directory or the manifest is missing or unreadable, or the manifest was changed since.
     """
     if not directory.is_dir():
         raise LoadError(f"directory must be an exported model; {str(directory)!r} is not a directory")
-    path = directory / MANIFEST_NAME
-    if not path.is_file():
+    if not os.path.lexists(directory / MANIFEST_NAME):
         raise LoadError(
             f"{str(directory)!r} has no {MANIFEST_NAME}: it is no export, or not a whole one: write one with "
             "qat.export from a frozen model; a float model is for its own library to load, as by from_pretrained"
         )
+    data = regular_file(directory, MANIFEST_NAME, _MOST).read_bytes()
     try:
-        return Manifest.model_validate_json(path.read_bytes())
+        manifest = Manifest.model_validate_json(data)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "file"
         raise LoadError(
-            f"{MANIFEST_NAME} in {str(directory)!r} is corrupt: {where}: {first['msg']}: export the model again"
+            f"{MANIFEST_NAME} in {str(directory)!r} is corrupt: {where[:200]}: {first['msg']}: export the model again"
         ) from error
+    if manifest.digest not in (None, hashlib.sha256(data.rpartition(b'"digest"')[0]).hexdigest()):
+        raise LoadError(f"{MANIFEST_NAME} in {str(directory)!r} was changed after the export: export the model again")
+    return manifest
 
 
 def file_record(path: Path) -> FileRecord:

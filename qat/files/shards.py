@@ -30,6 +30,7 @@ from pydantic import ByteSize, Field, TypeAdapter, ValidationError
 
 from qat.errors import ExportError, LoadError
 from qat.files.manifest import FileRecord, TensorRecord
+from qat.files.trusted import MOST_TEXT
 from qat.progress import counted
 from qat.tensors import raw_bytes
 
@@ -267,15 +268,20 @@ def read_headers(files: Iterable[Path]) -> dict[str, Header]:
     found: dict[str, Header] = {}
     for path in files:
         try:
+            if not path.is_file():  # a pipe would be waited for
+                raise FileNotFoundError(f"{path.name} is no file")
             with path.open("rb") as file:
-                position = 8 + struct.unpack("<Q", file.read(8))[0]
+                length = struct.unpack("<Q", file.read(8))[0]
+            if length > min(MOST_TEXT, path.stat().st_size - 8):
+                raise ValueError(f"its header would have {length} bytes")
+            position = 8 + length
             with safe_open(path, framework="pt") as opened:
                 for name in opened.offset_keys():  # the format has no holes, so that the order gives the offsets
                     view = opened.get_slice(name)
                     entry = TensorEntry(name, DTYPES_BY_NAME[view.get_dtype()], tuple(view.get_shape()))
                     found[name] = Header(path.name, entry, position)
                     position += entry.nbytes
-        except (OSError, SafetensorError, struct.error, KeyError) as error:
+        except (OSError, SafetensorError, struct.error, KeyError, ValueError) as error:
             raise LoadError(
                 f"{path.name} in {str(path.parent)!r} is not a whole safetensors file that qat can read: {error}; "
                 "copy or export it again"

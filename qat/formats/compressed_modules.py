@@ -1,17 +1,26 @@
-"""`FrozenLinear`: the module that runs a frozen layer of compressed-tensors' format, from its stored tensors."""
+"""The modules that run frozen layers of compressed-tensors' format, from their stored tensors."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from qat.formats.base import LayerTypes
-from qat.formats.compressed_types import pack_words, unpack_words
+from qat.formats.compressed_types import pack_words, unpack_words, zero_points
 from qat.numerics import FrozenWeight
 
-__all__ = ["FrozenLinear", "packed_weight", "packs", "unpacked_weight"]
+__all__ = [
+    "FrozenExpert",
+    "FrozenLinear",
+    "joined_rows",
+    "packed_weight",
+    "packs",
+    "split_rows",
+    "split_shape",
+    "unpacked_weight",
+]
 
 
 def packs(types: LayerTypes) -> bool:
@@ -28,7 +37,7 @@ def packed_weight(weight: FrozenWeight, types: LayerTypes) -> dict[str, Tensor]:
     codes = weight.codes.short() - int(qtype.code_min)
     tensors = {"weight_packed": pack_words(codes, qtype.bits), "weight_scale": scale}
     if weight.shift is not None:
-        zeros = (weight.shift.float() / weight.scale.float()).round().view(out_features, -1)
+        zeros = zero_points(weight.scale, weight.shift).view(out_features, -1)
         tensors["weight_zero_point"] = pack_words(zeros.t(), qtype.bits).t().contiguous()
     return tensors | {"weight_shape": torch.tensor([out_features, in_features])}
 
@@ -44,6 +53,34 @@ def unpacked_weight(tensors: Mapping[str, Tensor], types: LayerTypes, shape: tup
     words = tensors["weight_zero_point"].detach().t()
     zeros = unpack_words(words, qtype.bits, shape[0]).t().reshape(-1, 1)
     return FrozenWeight(codes, scale, (zeros.float() * scale.float()).to(scale.dtype), qtype)
+
+
+def split_shape(name: str, shape: tuple[int, ...], count: int) -> tuple[int, ...]:
+    """The shape of what `split_rows` gives."""
+    return shape if name.endswith("weight_shape") else (shape[0] // count, *shape[1:])
+
+
+def split_rows(name: str, tensor: Tensor, count: int) -> Sequence[Tensor]:
+    """A stored tensor, called ``name``, of each of ``count`` equal runs of a layer's rows; not of zero points."""
+    if not name.endswith("weight_shape"):
+        return tensor.chunk(count)
+    rows, width = tensor.unbind()
+    return [torch.stack((rows // count, width))] * count
+
+
+def joined_rows(name: str, tensors: Sequence[Tensor]) -> Tensor:
+    """The tensor that `split_rows` split.
+
+    >>> parts = split_rows("weight_shape", torch.tensor([8, 3]), 2)
+    >>> parts[1], joined_rows("weight_shape", parts)
+    (tensor([4, 3]), tensor([8, 3]))
+    """
+    if len(tensors) == 1:
+        return tensors[0]
+    if not name.endswith("weight_shape"):
+        return torch.cat(list(tensors))
+    rows, width = torch.stack(list(tensors)).unbind(1)
+    return torch.stack((rows.sum(), width[0]))
 
 
 class FrozenLinear(nn.Module):
@@ -93,3 +130,13 @@ class FrozenLinear(nn.Module):
         shape = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
         active = self.types.activations
         return f"{shape}, weights={self.types.weights.name}, activations={None if active is None else active.name}"
+
+
+class FrozenExpert(FrozenLinear):
+    """An expert's matrix, which the module of all experts reads; its input stays float."""
+
+    quantizes_input = False
+
+    def value(self) -> Tensor:
+        """What the codes stand for, ``(out, in)``, in the serving dtype."""
+        return self.weight

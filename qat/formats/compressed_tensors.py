@@ -29,8 +29,9 @@ from torch import Tensor, nn
 from qat.errors import SpecError
 from qat.files.evidence import FrozenRecord
 from qat.formats.base import Format, FrozenLayer, InLibrary, LayerTypes, Slot
-from qat.formats.compressed_modules import FrozenLinear, packed_weight, packs, unpacked_weight
+from qat.formats.compressed_modules import FrozenExpert, FrozenLinear, packed_weight, packs, unpacked_weight
 from qat.formats.compressed_types import QTYPES
+from qat.layers import ExpertMatrix
 from qat.numerics import QType
 from qat.spec import LayerSpec, QuantSpec
 
@@ -118,7 +119,7 @@ class _CompressedTensors(Format):
         like: nn.Module,
         plain_on_cpu: bool = False,
     ) -> nn.Module:
-        return FrozenLinear(types, shape, tensors)
+        return (FrozenExpert if isinstance(like, ExpertMatrix) else FrozenLinear)(types, shape, tensors)
 
     def owns(self, module: nn.Module) -> bool:
         return isinstance(module, FrozenLinear) or getattr(module, "quantization_scheme", None) is not None
@@ -180,14 +181,19 @@ class _CompressedTensors(Format):
             hook.remove()
 
     def quantization_config(self, library: str, record: FrozenRecord, floats: list[str]) -> dict[str, Any]:
-        """Groups of layers with equal types. The largest one is called ``Linear``; the others name their layers."""
-        groups: dict[tuple[str, str | None], list[str]] = {}
+        """Groups of layers with equal types, those of patterns first, since the first match counts.
+
+        A single group beside patterns is called ``Linear``. Several name their layers: vLLM takes ``Linear`` for its
+        fused layers too (q, k and v; gate and up), before it looks for their parts (``find_matched_target`` in
+        quantization/compressed_tensors/utils.py, at 008014e).
+        """
+        groups: dict[tuple[bool, str, str | None], list[str]] = {}
         for name, layer in record.layers.items():
-            groups.setdefault((layer.weights, layer.activations), []).append(name)
-        ordered = sorted(groups.items(), key=lambda item: len(item[1]))  # names first: the first match counts
+            groups.setdefault((not name.startswith("re:"), layer.weights, layer.activations), []).append(name)
+        named = sum(plain for plain, *_ in groups) > 1
         schemes = [
-            self._scheme(*types, names if place + 1 < len(ordered) else ["Linear"])
-            for place, (types, names) in enumerate(ordered)
+            self._scheme(weights, active, ["Linear"] if plain and not named else names)
+            for (plain, weights, active), names in sorted(groups.items(), key=lambda item: item[0][0])
         ]
         formats = {scheme["format"] for scheme in schemes}
         return {
@@ -243,7 +249,10 @@ def _said(arguments: Any) -> QType | None:
     return _BY_SCHEME.get((arguments.num_bits, kind, arguments.symmetric, arguments.group_size))
 
 
-_BY_SCHEME = {(*list(_arguments(qtype).values())[:3], qtype.group_size(0)): qtype for qtype in QTYPES.values()}
+_BY_SCHEME = {
+    (qtype.bits, "float" if qtype.floating else "int", not qtype.has_shift, qtype.group_size(0)): qtype
+    for qtype in QTYPES.values()
+}
 
 
 def _stored(module: nn.Module) -> dict[str, Tensor]:

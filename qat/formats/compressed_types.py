@@ -18,7 +18,7 @@ from torch import Tensor
 
 from qat.numerics import Affine, QType, Symmetric, round_to, smallest_scale
 
-__all__ = ["QTYPES", "pack_words", "unpack_words"]
+__all__ = ["QTYPES", "pack_words", "unpack_words", "zero_points"]
 
 _SIZES = (32, 64, 128)
 _DEFAULT_SIZE = 128
@@ -81,15 +81,16 @@ class _ZeroPoint(Affine):
             fixed = zero * scale
         return scale, fixed + (shift - shift.detach())
 
-    def zero_points(self, scale: Tensor, shift: Tensor) -> Tensor:
-        """The zero points, float32: what `serve` rounded to, also where the shift was rounded to a serving dtype."""
-        return (shift.float() / scale.float()).round()
-
     def decode(self, codes: Tensor, scale: Tensor, shift: Tensor | None, dtype: torch.dtype) -> Tensor:
         """``(code - zero_point) * scale``, rounded once."""
         assert shift is not None
-        steps = self.grouped(codes).to(dtype) - self.zero_points(scale, shift).to(dtype)
+        steps = self.grouped(codes).to(dtype) - zero_points(scale, shift).to(dtype)
         return (steps * scale.to(dtype)).reshape(codes.shape)
+
+
+def zero_points(scale: Tensor, shift: Tensor) -> Tensor:
+    """Integer zero points, float32, of served scales and shifts, also where the shift was rounded to their dtype."""
+    return (shift.float() / scale.float()).round()
 
 
 def _types() -> dict[str, QType]:

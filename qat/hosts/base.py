@@ -60,6 +60,8 @@ class Host:
     """How tensors lie in the weight files that the loader reads."""
     families: str = "names float layers by the last part of their name"
     """Why there are layers that the loader cannot tell apart, if there are."""
+    quantizes_inputs_of_experts: bool = True
+    """Whether the loader can quantize what experts read."""
     keeps_packed: bool = True
     """Whether the loader's layers hold codes. If not, it makes a float model of them, and `qat.load` fills its own."""
 
@@ -233,6 +235,10 @@ class Host:
             ExportError: when it cannot tell them from the others.
         """
         return None
+
+    def as_stored(self, model: nn.Module, record: FrozenRecord) -> FrozenRecord:
+        """The record by the names, or patterns of names, that ``config.json`` has for the layers."""
+        return record
 
     def stock_faults(self, model: nn.Module, packed: bool) -> list[str]:
         """Why the library's own loader of quantized models cannot load one; ``packed``: it must hold packed codes."""

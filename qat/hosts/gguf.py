@@ -10,10 +10,12 @@ holds every number of a narrower dtype, so they come back as they were.
 from __future__ import annotations
 
 import os
+import struct
 import tempfile
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,12 +26,15 @@ from qat.errors import ExportError, LoadError, listed
 from qat.files.evidence import FrozenRecord, frozen_record
 from qat.files.manifest import Manifest, TensorRecord, file_record
 from qat.files.shards import DTYPE_NAMES, DTYPES_BY_NAME, Header, TensorEntry, header_faults
+from qat.files.trusted import MOST_TEXT
 from qat.files.weights import Container, Written
 from qat.formats.gguf import BLOCKS
 from qat.progress import counted
 from qat.tensors import digest
 
-__all__ = ["GgufContainer", "Place", "require_package"]
+__all__ = ["GgufContainer", "Place", "package_faults", "require_package"]
+
+_MISSING = "target: GGUF files need the package gguf: pip install 'qat[gguf]'"
 
 _IN_FLOAT32 = ("_norm.weight", "position_embd.weight")
 
@@ -51,6 +56,9 @@ _FLOATS = {
 }
 _BYTES = _Kind(torch.uint8, torch.uint8)  # of blocks
 _FLOAT_NAMES = {kind.dtype: name for name, kind in _FLOATS.items()}
+# The metadata's types by number: the bytes of those of one size.
+_STRING, _ARRAY = 8, 9
+_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 
 
 class Place(NamedTuple):
@@ -285,12 +293,17 @@ class GgufContainer(Container):
         return plan
 
 
+def package_faults() -> list[str]:
+    """The fault of a missing package gguf."""
+    return [] if find_spec("gguf") is not None else [_MISSING]
+
+
 def require_package(error: type[Exception]) -> Any:
     """The package gguf; ``error`` where it is not installed."""
     try:
         import gguf
     except ImportError:
-        raise error("GGUF files need the package gguf: pip install 'qat[gguf]'") from None
+        raise error(_MISSING) from None
     return gguf
 
 
@@ -298,6 +311,7 @@ def _opened(path: Path) -> tuple[Any, dict[str, Any]]:
     """A ``gguf.GGUFReader``, and the metadata without its arrays; `LoadError` when the file is not whole."""
     gguf = require_package(LoadError)
     try:
+        _check_header(path)
         reader = gguf.GGUFReader(path)
         end = reader.data_offset
         for tensor in reader.tensors:  # llama.cpp asks for this, too
@@ -305,9 +319,8 @@ def _opened(path: Path) -> tuple[Any, dict[str, Any]]:
                 raise ValueError(f"tensor {tensor.name} begins at byte {tensor.data_offset} instead of {end}")
             end += -(-tensor.n_bytes // reader.alignment) * reader.alignment
         fields: Iterable[Any] = reader.fields.values()
-        scalars = (field for field in fields if field.types[0] is not gguf.GGUFValueType.ARRAY)
-        return reader, {field.name: field.contents() for field in scalars}
-    except (OSError, ValueError, KeyError, IndexError, TypeError, OverflowError) as error:
+        return reader, {field.name: field.contents() for field in fields if len(field.types) == 1}
+    except (OSError, ValueError, KeyError, IndexError, TypeError, OverflowError, struct.error) as error:
         raise LoadError(
             f"{path.name} in {str(path.parent)!r} is not a whole GGUF file: {error}; copy or export it again"
         ) from error
@@ -331,6 +344,41 @@ def _metadata(path: Path) -> dict[str, _Field]:
         for name, field in reader.fields.items()
         if name not in ("GGUF.tensor_count", "GGUF.kv_count")
     }
+
+
+def _check_header(path: Path) -> None:
+    """Raise ValueError where a header tells of more than the file has: readers count on it, for hours."""
+    if not path.is_file():
+        raise ValueError("it is no regular file")
+    most = min(path.stat().st_size, MOST_TEXT)
+    with path.open("rb") as file:
+
+        def number(form: str) -> int:
+            (value,) = struct.unpack(form, file.read(struct.calcsize(form)))
+            return int(value)
+
+        def skip(size: int) -> None:
+            if size > most - file.tell():
+                raise ValueError(f"its header tells of {size} bytes at {file.tell()}, and may end at {most}")
+            file.seek(size, os.SEEK_CUR)
+
+        magic, version = file.read(4), number("<I")
+        if magic != b"GGUF" or version not in (2, 3):
+            raise ValueError(f"it begins with {magic!r}, version {version}")
+        tensors, fields = number("<Q"), number("<Q")
+        for _ in range(fields):  # each takes bytes, so that a wrong count ends with the file
+            skip(number("<Q"))
+            kind, count = number("<I"), 1
+            if kind == _ARRAY:
+                kind, count = number("<I"), number("<Q")
+            if kind != _STRING:
+                skip(count * _SIZES[kind])
+                continue
+            for _ in range(count):
+                skip(number("<Q"))
+        for _ in range(tensors):
+            skip(number("<Q"))
+            skip(8 * number("<I") + 12)
 
 
 def _ordered(tensor: Tensor, place: Place) -> Tensor:

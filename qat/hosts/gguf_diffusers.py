@@ -17,13 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qat.errors import TargetError
 from qat.files.evidence import FrozenRecord
 from qat.files.manifest import Manifest
 from qat.formats import GGUF_FLOAT16, Format
 from qat.hosts.base import FloatGrid, Host, Reloaded, python_block
 from qat.hosts.diffusers import _Diffusers, _kept
-from qat.hosts.gguf import GgufContainer, Place, require_package
+from qat.hosts.gguf import GgufContainer, Place, package_faults
 from qat.hosts.transformers import TRANSFORMERS
 from qat.numerics import QType
 from qat.spec import QuantSpec
@@ -135,7 +134,8 @@ class _GgufDiffusers(_Diffusers):
         return []
 
     def model_faults(self, model: nn.Module) -> list[str]:
-        require_package(TargetError)
+        if missing := package_faults():
+            return missing
         if not self.owns(model) or type(model).__name__ not in _loadable():
             other = "diffusers" if self.owns(model) else "gguf" if TRANSFORMERS.owns(model) else "quanto"
             return [

@@ -26,7 +26,7 @@ from qat.files.manifest import Manifest
 from qat.formats import Format
 from qat.hosts.base import FloatGrid, Host, Reloaded, python_block
 from qat.hosts.diffusers import DIFFUSERS
-from qat.hosts.gguf import GgufContainer, Place, require_package
+from qat.hosts.gguf import GgufContainer, Place, package_faults, require_package
 from qat.hosts.gguf_tokenizer import general_name, tokenizer_notes, write_tokenizer
 from qat.hosts.transformers import _Transformers
 
@@ -183,7 +183,6 @@ def _interleaved(heads: int, rows: int) -> Tensor:
 @dataclass(frozen=True)
 class _GgufTransformers(_Transformers):
     def model_faults(self, model: nn.Module) -> list[str]:
-        require_package(TargetError)
         cls, config = type(model), getattr(model, "config", None)
         known = ARCHITECTURES.get(cls.__name__) if self.owns(model) else None
         if known is None or config is None:
@@ -202,7 +201,7 @@ class _GgufTransformers(_Transformers):
             for key, value in asked.items()
             if fields.get(key) != value
         ]
-        return faults + self.added_faults(model)
+        return package_faults() + faults + self.added_faults(model)
 
     def float_layers(self, model: nn.Module, record: FrozenRecord) -> None:  # type: ignore[override]
         """None: the file itself says which tensors are blocks."""

@@ -36,7 +36,7 @@ def refuse_remote_code(directory: Path, argument: str = "directory", *, auto_cla
 
             fields = PreTrainedConfig.get_config_dict(directory)[0]
         own_code = dict(fields.get("auto_map") or {})
-    except (OSError, ValueError, AttributeError, TypeError):
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError):
         return
     if own_code and not _library_has_code(fields, auto_class if auto_class in own_code else None):
         raise LoadError(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import importlib
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from qat.hosts.remote_code import refuse_remote_code
 from qat.hosts.targets import HOSTS, MODULE, get_target, host_of
 from qat.tensors import stored_tensors
 
-__all__ = ["library_and_class", "load_pretrained", "stock_reload"]
+__all__ = ["library_and_class", "load_pretrained", "refuse_strange_code", "stock_reload"]
 
 
 def library_and_class(directory: Path, manifest: Manifest) -> tuple[Host, Any]:
@@ -30,14 +32,14 @@ def library_and_class(directory: Path, manifest: Manifest) -> tuple[Host, Any]:
     Raises:
         LoadError: when it is neither, or there is no ``config.json`` to build it from.
     """
-    if not (directory / "config.json").is_file():
+    if "config.json" not in manifest.files:
         raise LoadError(f"{str(directory)!r} has no config.json: pass the float model as model= to load or verify")
     module, _, name = manifest.model_class.rpartition(".")
     library = module.partition(".")[0]
     known = any(host.name == library for host in HOSTS)
     found = getattr(importlib.import_module(library), name, None) if known else None
     found = found or getattr(sys.modules.get(module), name, None)
-    if found is None:
+    if not isinstance(found, type):
         raise LoadError(
             f"the exported model is a {manifest.model_class}, which is neither a class of transformers or diffusers "
             f"nor imported here: import it first, or pass a float model of it as model= to qat.load or qat.verify"
@@ -45,16 +47,24 @@ def library_and_class(directory: Path, manifest: Manifest) -> tuple[Host, Any]:
     return host_of(found), found
 
 
+def refuse_strange_code(directory: Path, manifest: Manifest) -> Any:
+    """The class named in the manifest; `LoadError` when only code of the directory can build its model."""
+    library, cls = library_and_class(directory, manifest)
+    by_quanto = get_target(manifest.target).host is MODULE and library.is_language_model(cls)
+    if by_quanto or cls.__module__.partition(".")[0] == library.name:  # a class that the caller imported is trusted
+        refuse_remote_code(directory, auto_class="AutoModelForCausalLM" if by_quanto else cls.__name__)
+    return cls
+
+
 def load_pretrained(directory: Path, manifest: Manifest) -> Reloaded | None:
     """Load a directory by its host's own call; None for plain modules, which have none. Failures are `LoadError`."""
     target = get_target(manifest.target)
     if target.host is MODULE:
         return None
-    library, cls = library_and_class(directory, manifest)
-    if cls.__module__.partition(".")[0] == library.name:  # a class that the caller imported is code that is trusted
-        refuse_remote_code(directory, auto_class=cls.__name__)
+    cls = refuse_strange_code(directory, manifest)
     try:
-        loaded = target.host.load(cls, directory, manifest, target.format)
+        with _kept_default_dtype():
+            loaded = target.host.load(cls, directory, manifest, target.format)
     except LoadError:
         raise
     except Exception as error:  # nor is there an end to what a load can raise
@@ -62,6 +72,16 @@ def load_pretrained(directory: Path, manifest: Manifest) -> Reloaded | None:
     if loaded is not None:
         target.settle(loaded.model)
     return loaded
+
+
+@contextmanager
+def _kept_default_dtype() -> Iterator[None]:
+    """Undo what diffusers leaves when a load of it fails."""
+    default = torch.get_default_dtype()
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(default)
 
 
 def stock_reload(directory: Path, manifest: Manifest, model: nn.Module | None) -> Reloaded | None:
@@ -80,7 +100,7 @@ def stock_reload(directory: Path, manifest: Manifest, model: nn.Module | None) -
     else:
         library, cls = library_and_class(directory, manifest)
         if library.is_language_model(cls):
-            refuse_remote_code(directory, auto_class="AutoModelForCausalLM")
+            refuse_strange_code(directory, manifest)
             found = format.load_language_model(directory, **library.attention_arguments(manifest))
             if found is not None:
                 return Reloaded(*found)

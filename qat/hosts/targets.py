@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from qat.errors import SpecError, TargetError, meant, shown
 from qat.formats import COMPRESSED_TENSORS, GGUF, GGUF_FLOAT16, QUANTO, Format, LayerTypes
 from qat.hosts.base import Host
+from qat.hosts.compressed_transformers import COMPRESSED_TRANSFORMERS
 from qat.hosts.diffusers import DIFFUSERS
 from qat.hosts.gguf_diffusers import GGUF_DIFFUSERS
 from qat.hosts.gguf_transformers import GGUF_TRANSFORMERS
@@ -161,7 +162,7 @@ TARGETS: dict[str, Target] = {
         Target("quanto", QUANTO, MODULE),
         Target("transformers", QUANTO, TRANSFORMERS),
         Target("diffusers", QUANTO, DIFFUSERS, plain_on_cpu=True),
-        Target("compressed-tensors", COMPRESSED_TENSORS, TRANSFORMERS),
+        Target("compressed-tensors", COMPRESSED_TENSORS, COMPRESSED_TRANSFORMERS),
         Target("gguf", GGUF, GGUF_TRANSFORMERS),
         Target("gguf-diffusers", GGUF_FLOAT16, GGUF_DIFFUSERS),
     )

@@ -51,7 +51,7 @@ class _Transformers(Host):
         attention = self.attention_arguments(manifest)
         config = cls.config_class.from_pretrained(directory, trust_remote_code=False, **attention)
         model: Any = self.build(cls, config, getattr(torch, manifest.dtype), empty=empty)
-        if (directory / "generation_config.json").is_file():
+        if "generation_config.json" in manifest.files:
             model.generation_config = GenerationConfig.from_pretrained(directory)
         return model  # type: ignore[no-any-return]
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from qat.adapters import adapters, without_peft
+from qat.distributed import refuse_sharded
 from qat.errors import SpecError, StateError, TargetError, listed, shown
 from qat.formats import FORMATS, LayerTypes
 from qat.hosts import Rules, Target, get_target
@@ -46,6 +47,8 @@ class _Facts:
         """Modules that a module also holds in a list or a mapping of Python, and where."""
         self.routers = routers(model)
         """Ids of the routers of experts."""
+        self.able: dict[str, bool] = {}
+        """Which other targets load such a model, as far as that was asked."""
         self.adapters = [name for name, _ in adapters(model)]
         self.holders = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
 
@@ -149,7 +152,7 @@ def inspect(model: Any, spec: QuantSpec, *, target: str = "quanto", example_inpu
     notes = _resolve_collisions(facts, decisions)
     require_whole(decisions)
     if blind := [name for name, decision in decisions.items() if decision.float_activations]:
-        cause = "no layer gives their outputs" if spec.outputs else "their class does not show what its matrices read"
+        cause = _float_inputs(spec, chosen, decisions[blind[0]].module)
         notes.append(f"{len(blind)} matrices of experts keep float activations ({cause}): {listed(blind, 4)}")
     keep_ties(facts, decisions)
     unnamed = {name for name, d in decisions.items() if d.cls.float_by_default and d.layer is None and not d.named}
@@ -189,6 +192,7 @@ def check_module(model: Any) -> None:
     """Check that a model, which a verb will change or run, is one with weights."""
     if not isinstance(model, nn.Module):
         raise SpecError(f"model: must be an nn.Module, got {shown(model)}: load the model first")
+    refuse_sharded(model, "qat.prepare and what comes with it")
 
 
 def _layers(model: nn.Module, target: Target) -> Iterator[tuple[str, tuple[nn.Module, type[QuantizedLayer]]]]:
@@ -211,7 +215,7 @@ def _decide(facts: _Facts, name: str, module: Any, cls: type[QuantizedLayer]) ->
     if layer is None:
         return decision
     decision.named = decision.explicit
-    if layer.activations is not None and not cls.called and (facts.spec.outputs or not module.form.shows_inputs):
+    if layer.activations is not None and not cls.called and _float_inputs(facts.spec, facts.target, module):
         layer = decision.layer = layer.model_copy(update={"activations": None})
         decision.float_activations = True
     if not cls.linear and layer.activations is not None:
@@ -236,13 +240,22 @@ def _decide(facts: _Facts, name: str, module: Any, cls: type[QuantizedLayer]) ->
     return decision
 
 
+def _float_inputs(spec: QuantSpec, target: Target, expert: Any) -> str:
+    """Why what a matrix of experts reads stays float, or nothing."""
+    if not target.host.quantizes_inputs_of_experts:
+        return f"the loader of target {target.name!r} quantizes no inputs of experts"
+    if spec.outputs:
+        return "no layer gives their outputs"
+    return "" if expert.form.shows_inputs else "their class does not show what its matrices read"
+
+
 def _impossible(facts: _Facts, name: str, decision: _Decision, layer: LayerSpec) -> str | None:
     module, cls = decision.module, decision.cls
     fault = cls.adoption_fault(module)
     if fault is not None:
         decision.mendable = fault if name in facts.adapters else ""
         return fault
-    if (fault := target_fault(facts.model, module, cls, facts.target.name)) is not None:
+    if (fault := target_fault(facts.model, module, cls, facts.target.name, facts.able)) is not None:
         decision.mendable = fault if decision.explicit or not cls.float_by_default else ""
         return fault
     if module is facts.model:
@@ -266,7 +279,9 @@ def _impossible(facts: _Facts, name: str, decision: _Decision, layer: LayerSpec)
             decision.mendable = "under adapters other than LoRA over nn.Linear: leave these layers without one"
         return f"belongs to the adapter {adapter}: merge it into the model first (in peft: merge_and_unload)"
     types = facts.types(decision, layer)
-    hazards = [facts.rules.layer_fault(name, types.weights), facts.target.format.shape_fault(types, decision.shape)]
+    fault = facts.rules.layer_fault(name, types.weights)
+    decision.mendable = fault or "" if not cls.called else ""
+    hazards = [fault, facts.target.format.shape_fault(types, decision.shape)]
     if cls.linear:
         hazards += [facts.target.format.layer_hazard(types, decision.shape)]
         hazards += [facts.target.format.input_hazard(types, x) for x in facts.probe.inputs.get(name, ())]
@@ -287,7 +302,7 @@ def _resolve_collisions(facts: _Facts, decisions: Mapping[str, _Decision]) -> li
     for name, decision in decisions.items():
         if decision.cls.targets and facts.target.name not in decision.cls.targets:
             continue  # the loader replaces no layer of its class, whatever its name
-        for alias in facts.names[id(decision.module)]:
+        for alias in facts.names[id(decision.module)] or [name]:  # no module of the model is an expert's matrix
             families[facts.target.host.layer_key(facts.model, alias)][name] = decision
     total = sum(d.weight.numel() for d in decisions.values())
     target, notes = facts.target.name, []

@@ -21,13 +21,22 @@ EXPERTS_APART = (
 )
 
 
-def target_fault(model: nn.Module, module: nn.Module, cls: type[QuantizedLayer], target: str) -> str | None:
-    """Why the loader of a target can hold no layer of this class, or None."""
+def target_fault(
+    model: nn.Module, module: nn.Module, cls: type[QuantizedLayer], target: str, able: dict[str, bool]
+) -> str | None:
+    """Why the loader of a target can hold no layer of this class, or None.
+
+    ``able`` keeps which targets load such a model at all. To find out takes long, and there may be many experts.
+    """
     if not cls.targets or target in cls.targets:
         return None
     what = type(module).__name__ if cls.called else "experts in one parameter"
-    able = [repr(name) for name in cls.targets if not TARGETS[name].host.model_faults(model)]
-    remedy = f"use target {' or '.join(able)}" if able else "no target for such a model does"
+    for name in cls.targets:
+        if name not in able:
+            host, own = TARGETS[name].host, TARGETS[name].format.own_modules
+            able[name] = not host.model_faults(model) and not (own and host.stock_faults(model, packed=False))
+    others = [repr(name) for name in cls.targets if able[name]]
+    remedy = f"use target {' or '.join(others)}" if others else "no target for such a model does"
     return f"the loader of target {target!r} replaces no {what}: {remedy}"
 
 
@@ -40,9 +49,11 @@ def require_held(
     """Raise `TargetError` for a pattern that asks for nothing but layers that the target's loader cannot hold."""
     kinds = {pattern: v.weights if isinstance(v, LayerSpec) else v for pattern, v in spec.overrides.items()}
     overrides = [pattern for pattern, weights in kinds.items() if weights != "float"]
+    able: dict[str, bool] = {}
     for argument, patterns in (("include", spec.include), ("overrides", overrides)):
         for pattern in patterns:
-            named = {name: target_fault(model, *layers[name], target) for name in layers if fnmatchcase(name, pattern)}
+            found = [name for name in layers if fnmatchcase(name, pattern)]
+            named = {name: target_fault(model, *layers[name], target, able) for name in found}
             if named and all(named.values()):
                 fault = next(iter(named.values()))
                 names = listed(list(named), 3)

@@ -255,9 +255,9 @@ class PackedQuantizer(DiffusersQuantizer):
         for module in model.modules():
             if QUANTO.is_frozen(module) and module.weight.is_meta:
                 state = module.state_dict()
-                module.weight = QUANTO.weight(
-                    module, {k: state[k] for k in WEIGHT_KEYS if k in state}, plain_on_cpu=True
-                )
+                stored = {k: state[k] for k in WEIGHT_KEYS if k in state}
+                # With a gradient, as in stock code: the order of sums in torch.matmul depends on it.
+                module.weight = QUANTO.weight(module, stored, plain_on_cpu=True).requires_grad_()
         return model
 
     @property

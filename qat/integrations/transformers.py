@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import re
 from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,6 +38,7 @@ from qat.formats import LayerTypes
 from qat.formats.quanto import QUANTO, WEIGHT_KEYS
 from qat.integrations.transformers_config import PackedModule, PackedQuantoConfig
 from qat.layers import float_layers, layer_class
+from qat.tensors import stored_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -199,10 +201,10 @@ class PackedQuantizer(QuantoHfQuantizer):
         if self.headers is None:  # a later call, for an adapter
             return weight_conversions
         renamings: list[WeightRenaming] = []
-        found, strays = self._placed(renamings, model)
+        found, strays, others = self._placed(renamings, model)
         if not all(found.values()):
             renamings = [conversion for conversion in weight_conversions if isinstance(conversion, WeightRenaming)]
-            found, strays = self._placed(renamings, model)
+            found, strays, others = self._placed(renamings, model)
         faults = [f"{key} is packed, but not declared in the group 'qat' of config.json" for key in strays]
         for name, source in self.tied.items():
             here, there = (any(key.startswith("weight") for key in found[end]) for end in (name, source))
@@ -213,6 +215,8 @@ class PackedQuantizer(QuantoHfQuantizer):
             module: Any = model.get_submodule(name)
             shape, bias = QUANTO.shape(module), module.bias is not None
             faults += QUANTO.faults(name, self._types(declared), shape, bias, declared.group_size, found[name])
+        if type(model).__name__ in (model.config.architectures or ()):  # another class may have a part of its own
+            faults += [f"{key} is in no file, and would begin afresh" for key in self._unfilled(model, others)]
         if faults:
             raise load_error("the files do not hold what config.json declares", faults)
         self.headers = None
@@ -220,10 +224,13 @@ class PackedQuantizer(QuantoHfQuantizer):
 
     def _placed(
         self, renamings: list[WeightRenaming], model: PreTrainedModel
-    ) -> tuple[dict[str, dict[str, TensorEntry]], list[str]]:
-        """Headers by layer and name below it, as transformers will place them, and packed keys of other modules."""
+    ) -> tuple[dict[str, dict[str, TensorEntry]], list[str], set[str]]:
+        """Headers by layer and name below it, as transformers will place them; packed keys of other modules; the rest.
+
+        The rest are names in the model.
+        """
         found: dict[str, dict[str, TensorEntry]] = {name: {} for name in self.layers}
-        strays = []
+        strays, others = [], set()
         # Renamings remember what they saw, so the rehearsal uses copies.
         renamings = copy.deepcopy(renamings)
         converters: list[Any] = self.get_weight_conversions()  # type: ignore[no-untyped-call]
@@ -237,7 +244,21 @@ class PackedQuantizer(QuantoHfQuantizer):
                 found[owner[0]][slot or owner[1]] = header
             elif slot is not None and key.removesuffix(f".{slot}") not in self.group.modules:
                 strays.append(key)
-        return found, strays
+            else:
+                others.add(target)
+        return found, strays, others
+
+    def _unfilled(self, model: PreTrainedModel, held: Collection[str]) -> list[str]:
+        """The tensors of float modules that no file holds, and that are tied to none."""
+        tied = {id(tensor) for name, tensor in stored_tensors(model) if name in held}
+        tied |= {id(t) for name, t in stored_tensors(model) if model.all_tied_weights_keys.get(name) in held}
+        ignored = model._keys_to_ignore_on_load_missing or ()
+        return [
+            name
+            for name, tensor in stored_tensors(model)
+            if id(tensor) not in tied and self._owner(name) is None
+            if not any(re.search(pattern, name) for pattern in ignored)
+        ]
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         """Check that every layer is whole, and let ``save_pretrained`` write own names without converters."""

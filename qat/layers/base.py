@@ -21,7 +21,7 @@ from qat.layers.functional import autocast_dtype
 from qat.numerics import QType
 from qat.quantizers.activation import ActivationQuantizer, LearnedScale, fake_quantize_output, with_unused
 from qat.quantizers.base import Algorithm, Quantized, WeightQuantizer
-from qat.tensors import matrices
+from qat.tensors import is_sharded, matrices
 
 __all__ = ["Mode", "QuantizedLayer", "inside_layer", "within_layer"]
 
@@ -269,7 +269,7 @@ class QuantizedLayer(nn.Module):
     def _run(self, input: Tensor) -> Tensor:
         mode, weight = self.mode, self.effective_weight(self)
         if mode.weights or mode.observe:
-            self._require_quantizers_on(weight.device)
+            self._require_quantizers_beside(weight)
         if mode.observe and self.input_quantizer is not None:
             self.input_quantizer.observe(input, weight, training=mode.activations)
         dtype = autocast_dtype(input) or weight.dtype  # in which a matrix product runs
@@ -290,7 +290,13 @@ class QuantizedLayer(nn.Module):
                 y = fake_quantize_output(y, served)
         return with_unused(y, self.input_quantizer, self.output_quantizer) if self.learns_activations else y
 
-    def _require_quantizers_on(self, device: torch.device) -> None:
+    def _require_quantizers_beside(self, weight: Tensor) -> None:
+        if is_sharded(weight):
+            raise StateError(
+                f"{type(self).__name__}: its weight is sharded while it runs ({weight.placements}): run the model that "  # type: ignore[attr-defined]
+                "qat.shard (or fully_shard) was called on, whose forward gathers it; tensor parallel is not supported"
+            )
+        device = weight.device
         # Meta tensors compute without numbers and without an error. Dictionaries, since looking up an attribute of a
         # module costs more than all the rest.
         for child in self._modules.values():

@@ -10,7 +10,6 @@ keeps their forward, with the quantized look-up below it.
 
 from __future__ import annotations
 
-import copy
 import functools
 from typing import Any, ClassVar, Self
 
@@ -82,7 +81,7 @@ class QEmbedding(QuantizedLayer, nn.Embedding):
         master, quantizer = self.weight, self.weight_quantizer
         if not self.mode.weights:
             return self.compute(input, None)
-        self._require_quantizers_on(master.device)
+        self._require_quantizers_beside(master)
         if len(master) != self.rows and quantizer.state_dict():
             raise StateError(
                 f"model: its table has {len(master)} rows, but its ranges are for {self.rows}: resize it before "
@@ -99,10 +98,8 @@ class QEmbedding(QuantizedLayer, nn.Embedding):
 
 def _of_rows(quantizer: WeightQuantizer, ids: Tensor, rows: int, padding_idx: int | None) -> WeightQuantizer:
     """A quantizer with the state of these rows alone; gradients go on to the state of the whole table."""
-    part = copy.copy(quantizer)
     state = {**quantizer._parameters, **quantizer._buffers}
-    part._parameters, part._buffers = {}, {key: _rows_of(t, ids, rows, padding_idx) for key, t in state.items()}
-    return part
+    return quantizer.with_state({key: _rows_of(t, ids, rows, padding_idx) for key, t in state.items()})
 
 
 def _rows_of(state: Tensor | None, ids: Tensor, rows: int, padding_idx: int | None) -> Tensor | None:

@@ -24,7 +24,7 @@ class QExpert(LinearForm, ExpertMatrix):
     """One expert's matrix with fake quantization. Its owner reads what `qat.layers.experts_forward` makes of it."""
 
     replaces: ClassVar[type[nn.Module]] = ExpertMatrix
-    targets: ClassVar[tuple[str, ...]] = ("transformers",)
+    targets: ClassVar[tuple[str, ...]] = ("transformers", "compressed-tensors")
     called: ClassVar[bool] = False
     _shared: tuple[ActivationQuantizer | None] = (None,)
     bias: Any = None  # which stays float, with the owner

@@ -9,7 +9,6 @@ Neither the fake-quantized matrices nor copies of masters are kept for backward:
 
 from __future__ import annotations
 
-import copy
 import functools
 import inspect
 from collections.abc import Callable, Sequence
@@ -182,7 +181,7 @@ class QExperts(nn.Module):
         again = rows if kept is None else kept.add(made, rows, [master])
         if chosen:
             for layer in chosen:
-                layer._require_quantizers_on(master.device)
+                layer._require_quantizers_beside(master)
             dtype = dtype or master.dtype
             made = _quantized(chosen, made, dtype)
             if kept is not None:
@@ -277,8 +276,7 @@ def _joined(layers: list[Any], rows: Tensor) -> WeightQuantizer | None:
             state[name] = torch.cat([getattr(quantizer, name) for quantizer in quantizers])
         else:
             return None
-    joined: WeightQuantizer = copy.copy(first)
-    vars(joined).update(_parameters={}, _buffers=state)
+    joined: WeightQuantizer = first.with_state(state)
     return joined
 
 

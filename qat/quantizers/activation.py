@@ -20,6 +20,7 @@ from qat.errors import CalibrationError, StateError
 from qat.numerics import QType, moved_range, round_to, smallest_scale
 from qat.observers import Observer, ObserverChoice
 from qat.quantizers.base import QuantizerModule
+from qat.tensors import whole
 
 __all__ = [
     "ActivationQuantizer",
@@ -235,7 +236,8 @@ class LearnedScale(ActivationQuantizer):
 
     def learned_scale(self) -> Tensor:
         """The scale as it is served, differentiable."""
-        _, factor = moved_range(None, torch.ones_like(self.move), None, self.move)
+        move = whole(self.move)  # outside the forward of a unit of fully_shard it is a shard
+        _, factor = moved_range(None, torch.ones_like(move), None, move)
         start = self.scale.clone()  # which observers may change before backward
         return round_to(start * factor.squeeze(), self.dtype).clamp(min=smallest_scale(self.dtype))
 
@@ -249,7 +251,7 @@ class LearnedScale(ActivationQuantizer):
         before, fresh = self.scale.clone(), not self.initialized
         super().refresh()
         if not fresh:
-            self.scale.copy_(torch.where(self.move.squeeze() == 0, self.scale, before))
+            self.scale.copy_(torch.where(whole(self.move).squeeze() == 0, self.scale, before))
 
 
 @torch.no_grad()

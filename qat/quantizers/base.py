@@ -93,6 +93,12 @@ class WeightQuantizer(QuantizerModule, ABC):
         depends on nothing but the quantizer's state and ``weight``.
         """
 
+    def with_state(self, state: dict[str, Tensor | None]) -> Self:
+        """A copy that holds ``state`` as its buffers, and no parameter; `copy` meets a refusal of ``fully_shard``."""
+        other = object.__new__(type(self))
+        vars(other).update(vars(self), _parameters={}, _buffers=state)
+        return other
+
     def quantize_to_codes(self, weight: Tensor) -> Quantized:
         """`quantize` with the codes, ``(out, in)`` in the type's `storage` dtype, in place of the values."""
         _, scale, shift = self.quantize(weight, self.dtype)

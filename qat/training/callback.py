@@ -15,10 +15,12 @@ from functools import partial
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
+from qat.distributed import prepared_first
 from qat.errors import CalibrationError, StateError, TrainingError
 from qat.files.evidence import is_frozen
 from qat.layers import layer_class
@@ -125,10 +127,18 @@ class QuantizationAwareTraining(Callback):
         def configure_and_prepare() -> None:
             # Gone before its first call ends, so that copies and pickles of the module never hold it.
             vars(pl_module).pop("configure_model", None)
-            original()
+            with prepared_first(lambda model: self._prepare_first(pl_module, model)):
+                original()
             self._prepare(trainer, pl_module)
 
         pl_module.configure_model = configure_and_prepare  # type: ignore[method-assign]
+
+    def _prepare_first(self, pl_module: LightningModule, model: nn.Module) -> None:
+        """Prepare the model that `qat.shard` is about to shard, or the part of it that the attribute names."""
+        named = pl_module if self.attribute is None else getattr(pl_module, self.attribute, None)
+        model = next((unwrapped(part) for part in model.modules() if part is named), model)
+        if not is_frozen(model):
+            prepare_once(model, self.spec, self.algorithm, self.target, self.observer, self.example_inputs)
 
     def _is_built(self, pl_module: LightningModule) -> bool:
         model = None if self.attribute is None else getattr(pl_module, self.attribute, None)
@@ -139,12 +149,13 @@ class QuantizationAwareTraining(Callback):
         """What the schedule asks of this module's model."""
         model, strategy = self.model_of(pl_module), trainer.strategy
         if self._steps is None or self._steps.model is not model:
+            shards = strategy.restore_checkpoint_after_setup and not isinstance(strategy, ModelParallelStrategy)
             self._steps = QuantizationSteps(
                 model,
                 self.schedule,
                 step=lambda: trainer.global_step,
                 calibrate=partial(calibrate_on_training_data, trainer, pl_module, model, self.model_inputs),
-                sharded=type(strategy).__name__ if strategy.restore_checkpoint_after_setup else None,
+                sharded=type(strategy).__name__ if shards else None,
             )
         return self._steps
 
@@ -229,7 +240,7 @@ class QuantizationAwareTraining(Callback):
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Stop before a non-finite loss can reach the weights or a checkpoint."""
-        require_finite(loss, trainer.global_step)
+        require_finite(loss, trainer.global_step, self._of(trainer, pl_module).shards)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Never let weights that a non-finite gradient has spoilt replace a good checkpoint; tell their preparation."""

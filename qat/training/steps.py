@@ -22,6 +22,7 @@ from torch.optim.optimizer import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from qat.calibration import CalibrationReport, calibrate_parts
+from qat.distributed import reshard, sharded
 from qat.errors import CalibrationError, TrainingError, listed, shown
 from qat.layers import Mode, QuantizedLayer, quantized_layers
 from qat.optimizers import REMEDY, begin_training, learned_ranges, refuse_decay
@@ -59,10 +60,10 @@ class QuantizationSteps:
             iterable that begins anew each time. None: nothing is calibrated.
         step: for the integration of a trainer that counts the optimizer steps itself: it returns those done.
         calibrate: for such an integration too, in place of ``batches``.
-        sharded: the name of what shards weights, such as FSDP; what needs whole ones is refused then.
+        sharded: the name of what shards weights in its own way, such as DeepSpeed; what needs whole ones is refused
+            then. Of `qat.shard` and torch's ``fully_shard`` the model tells itself.
 
-    `state_dict` and `load_state_dict` hold the count of steps, and which layers ran, which freezing tells. accelerate's
-    ``register_for_checkpointing`` asks for them.
+    `state_dict` and `load_state_dict`, for ``register_for_checkpointing`` of accelerate, hold the step and all runs.
 
     >>> import qat
     >>> model = nn.Sequential(nn.Linear(64, 64))
@@ -99,6 +100,8 @@ class QuantizationSteps:
             self.schedule = self.schedule.model_copy(update={"calibration_batches": 0})
         self._batches, self._calibrate_with = batches, calibrate or self._on_batches
         self._sharded = sharded
+        self.shards = False
+        """Whether ``fully_shard`` shards the model; known from `begin` on."""
         self._count = 0  # optimizer steps done, where no trainer counts them
         self._step = step or (lambda: self._count)
         self._last = 0  # what `after_step` has seen
@@ -132,10 +135,11 @@ class QuantizationSteps:
 
     def require_whole_weights(self) -> None:
         """Raise `TrainingError` where the schedule needs whole weights, but they, or copies of them, are sharded."""
+        by = self._sharded or ("fully_shard" if sharded(self.model) else None)
+        if by is not None and self.schedule.first_weights is not None:
+            raise TrainingError(f"schedule: first_weights needs whole weights, which {by} shards: use ddp")
         if self._sharded is None:
             return
-        if self.schedule.first_weights is not None:
-            raise TrainingError(f"schedule: first_weights needs whole weights, which {self._sharded} shards: use ddp")
         waiting = {} if self._unasked else awaiting(self.model)
         if self.schedule.calibration_batches and waiting:
             raise TrainingError(
@@ -213,7 +217,9 @@ class QuantizationSteps:
         self._last = self.step
         self.train()  # of a resumed run, the step is known only now
         self._calibrate(activations=unset)
-        self._pulls = pull_after_steps(model, schedule, self._optimizers, self._step, steps, self._sharded)
+        self.shards = sharded(model)
+        by = self._sharded or ("fully_shard" if self.shards else None)
+        self._pulls = pull_after_steps(model, schedule, self._optimizers, self._step, steps, by)
         self.train()
         self._calls = "begin"
 
@@ -226,6 +232,7 @@ class QuantizationSteps:
         if not self.schedule.holds(self.step):
             self._held.clear()
         elif not self._held:
+            reshard(self.model)
             own = learned_ranges(self.model)
             self._held = {p: p.detach().clone() for p in self.model.parameters() if id(p) in own}
 

@@ -20,7 +20,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -31,15 +31,18 @@ from torch import nn
 
 from qat.adapters import without_peft
 from qat.errors import LoadError, StateError, VerifyError
-from qat.files.evidence import frozen_record
+from qat.files.directory import as_path
+from qat.files.evidence import FrozenRecord, frozen_record
 from qat.files.examples import read_example
-from qat.files.manifest import Environment, ExampleRecord, Manifest, read_manifest
+from qat.files.manifest import Environment, ExampleRecord, Manifest
 from qat.hosts import get_target
 from qat.hosts.base import Reloaded
-from qat.hosts.stock import library_and_class, stock_reload
-from qat.loading import check_files, check_headers, fill, skeleton
+from qat.hosts.stock import stock_reload
+from qat.hosts.targets import MODULE
+from qat.loading import before_loading, fill, skeleton
 from qat.tensors import TOLERANCE, meta_names, model_device
-from qat.verification.comparison import floats_alone, layer_faults, reference_faults, tensor_faults, value_faults
+from qat.untrusted import read_trusted
+from qat.verification.comparison import layer_faults, made_float, reference_faults, tensor_faults, value_faults
 from qat.verification.outputs import compute_outputs, output_faults
 
 __all__ = ["Check", "VerifyReport", "verify"]
@@ -121,8 +124,8 @@ def verify(
     if reference is not None:
         reference = without_peft(reference)
         frozen_record(reference)
-    path = Path(directory)
-    manifest = read_manifest(path)
+    path = as_path(directory, LoadError)
+    manifest = read_trusted(path)
     checks: list[Check] = []
     if fresh_process:
         checks += _in_fresh_process(path)
@@ -160,19 +163,11 @@ def _checks(
     directory: Path, manifest: Manifest, reference: nn.Module | None, inputs: Any, model: nn.Module | None
 ) -> Iterator[Check]:
     record, format = manifest.frozen, get_target(manifest.target).format
-    faults = check_files(directory, manifest, hashes=True)
-    yield _check("files", faults, f"{len(manifest.files)} files, sizes and hashes as written")
-    whole = not faults
-    try:
-        faults = check_headers(directory, manifest)
-        faults += format.map_faults(record, directory) if format.map_name in manifest.files else []
-    except LoadError as error:
-        faults = [str(error)]
-    yield _check("keys", faults, f"{len(manifest.tensors)} tensors, dtypes, packed shapes and alignment as declared")
-    if faults:
-        return  # a loader could answer with garbage, or end the process
-    if model is None and whole:
-        library_and_class(directory, manifest)
+    filled = model if get_target(manifest.target).host is MODULE else None  # which other loaders build themselves
+    for name, faults, good in before_loading(directory, manifest, filled, hashes=True):
+        yield _check(name, faults, good)
+        if faults:
+            return  # a loader could answer with garbage, or end the process
     try:
         loaded, loader = _reload(directory, manifest, model)
     except Exception as error:  # a stock loader can fail in any way
@@ -182,10 +177,10 @@ def _checks(
     yield _check("load", faults, loader)
     if faults:
         return
-    packed = get_target(manifest.target).host.keeps_packed and not floats_alone(loaded, record, format)
-    held = loaded if packed else _filled(directory, manifest, model)
+    floats = made_float(loaded, record, format) if get_target(manifest.target).host.keeps_packed else record
+    held = _filled(directory, manifest, model) if floats.layers else loaded
     try:
-        contents = tuple(_contents(loaded, held, directory, manifest))
+        contents = tuple(_contents(loaded, held, floats, directory, manifest))
     except Exception as error:  # a configuration may have made layers that the loader's own arithmetic cannot compute
         yield Check("layers", False, f"what was loaded cannot be compared: {type(error).__name__}: {error}")
         return
@@ -199,16 +194,21 @@ def _checks(
         yield from _reference_outputs(loaded, reference, directory, manifest, inputs)
 
 
-def _contents(loaded: nn.Module, held: nn.Module, directory: Path, manifest: Manifest) -> Iterator[Check]:
-    """What a reloaded model holds; ``held`` has its codes."""
+def _contents(
+    loaded: nn.Module, held: nn.Module, floats: FrozenRecord, directory: Path, manifest: Manifest
+) -> Iterator[Check]:
+    """What a reloaded model holds; of ``floats``, layers that the loader made float, ``held`` has the codes."""
     record, target = manifest.frozen, get_target(manifest.target)
-    faults = layer_faults(held, record, target.format, codes_only=manifest.float_grid)
+    packed = {name: layer for name, layer in record.layers.items() if name not in floats.layers}
+    faults = layer_faults(loaded, replace(record, layers=packed), target.format, codes_only=manifest.float_grid)
+    if floats.layers:
+        faults += layer_faults(held, record, target.format, codes_only=manifest.float_grid)
     faults += [] if record.layers else ["no layer is quantized: freeze and export the model that qat.prepare was given"]
     what = "codes" if manifest.float_grid else "codes, scale, shift and dequantized weight"
     yield _check("layers", faults, f"{len(record.layers)} layers: {what} equal those of freezing")
-    if held is not loaded:
-        faults = value_faults(loaded, record)
-        yield _check("values", faults, f"{len(record.layers)} float layers of that loader hold the trained values")
+    if floats.layers:
+        faults = value_faults(loaded, floats)
+        yield _check("values", faults, f"{len(floats.layers)} float layers of that loader hold the trained values")
     faults, count = tensor_faults(loaded, manifest, record, target.format)
     yield _check("tensors", faults, f"{count} other tensors equal those exported")
     if (wrong := target.host.container.metadata_faults(held, directory, manifest)) is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -17,9 +18,9 @@ from qat.hosts import host_of
 from qat.hosts.construction import unstored_tensors
 from qat.jobs import in_threads
 from qat.layers import float_layers
-from qat.tensors import difference, digest
+from qat.tensors import difference, digest, stored_tensors
 
-__all__ = ["floats_alone", "layer_faults", "reference_faults", "tensor_faults", "value_faults"]
+__all__ = ["layer_faults", "made_float", "reference_faults", "tensor_faults", "value_faults"]
 
 
 def layer_faults(model: nn.Module, record: FrozenRecord, format: Format, codes_only: bool) -> list[str]:
@@ -38,20 +39,20 @@ def layer_faults(model: nn.Module, record: FrozenRecord, format: Format, codes_o
     return faults
 
 
-def floats_alone(model: nn.Module, record: FrozenRecord, format: Format) -> bool:
-    """Whether a stock loader made floats of all codes, in a model without activation types, which it would lose."""
-    active = any(layer.activations is not None for layer in record.layers.values())
-    return format.own_modules and not active and not any(format.is_frozen(module) for module in model.modules())
+def made_float(model: nn.Module, record: FrozenRecord, format: Format) -> FrozenRecord:
+    """The layers of whose codes a stock loader made floats; none with an activation type, which it would lose."""
+    packed = {name for name, module in model.named_modules() if format.is_frozen(module)}
+    layers = {name: layer for name, layer in record.layers.items() if layer.activations is None and name not in packed}
+    return replace(record, layers=layers if format.own_modules else {})
 
 
 def value_faults(model: nn.Module, record: FrozenRecord) -> list[str]:
     """Where a loader that makes floats of codes gave a layer another value than freezing left."""
-    modules, kinds = dict(model.named_modules()), {name: cls for name, _, cls in float_layers(model)}
-    weights: dict[str, Any] = {
-        name: kinds[name].effective_weight(module) if name in kinds else getattr(module, "weight", None)
-        for name in record.layers
-        for module in (modules.get(name),)
-    }
+    modules, places = dict(model.named_modules()), {name: (module, cls) for name, module, cls in float_layers(model)}
+    weights: dict[str, Any] = {}
+    for name in record.layers:
+        module, cls = places.get(name, (modules.get(name), None))
+        weights[name] = getattr(module, "weight", None) if cls is None else cls.effective_weight(module)
     names = [name for name, weight in weights.items() if isinstance(weight, Tensor)]
     faults = [f"{name} has no weight after loading" for name in record.layers if name not in names]
     digests = in_threads(partial(digest, weights[name].detach()) for name in names)
@@ -71,7 +72,10 @@ def _evidence(module: nn.Module, format: Format) -> Callable[[], LayerEvidence]:
 def tensor_faults(model: nn.Module, manifest: Manifest, record: FrozenRecord, format: Format) -> tuple[list[str], int]:
     """Compare everything but quantized weights with the digests of the export."""
     state, faults, count = ModelState(model, format, host_of(model).ties(model)), [], 0
-    entries = {entry.name: entry for entry in state.entries}
+    experts = [(cls, module) for name, module, cls in float_layers(model) if name in record.layers and not cls.called]
+    masters = {id(parameter) for cls, module in experts for parameter in cls.masters(module).values()}
+    quantized = {name for name, tensor in stored_tensors(model) if id(tensor) in masters}
+    entries = {entry.name: entry for entry in state.entries if entry.name not in quantized}
     for name, kept in manifest.tensors.items():
         if _belongs_to_weight(name, record):
             continue

@@ -34,6 +34,7 @@ from qat.training.distillation import Distillation
 from qat.training.schedule import Decay, QuantizationSchedule
 
 __all__ = [
+    "FSDP2",
     "ComparisonConfig",
     "ModelSource",
     "OptimizationSettings",
@@ -41,6 +42,9 @@ __all__ = [
     "TrainerSettings",
     "data_start",
 ]
+
+
+FSDP2 = "fsdp2"
 
 
 def _directory_or_hub_name(source: str) -> str:
@@ -86,16 +90,18 @@ class OptimizationSettings(BaseModel):
 
 
 class TrainerSettings(BaseModel):
-    """On what and how a recipe trains; all but the last four are Lightning's own."""
+    """On what and how a recipe trains; all but fsdp2 and the last four are Lightning's own."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     accelerator: str = "auto"
     """Lightning's accelerator: auto, cpu, gpu."""
     devices: int | str = 1
-    """How many devices, or which."""
+    """How many devices of each node, or which."""
+    num_nodes: int = Field(default=1, ge=1)
+    """How many nodes train together, each started by torchrun, SLURM or the like."""
     strategy: str = "auto"
-    """Lightning's strategy: auto, ddp and others."""
+    """Lightning's strategy: auto, ddp and others; or fsdp2, which shards the model by `qat.shard`."""
     precision: Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true"] = "32-true"
     """Lightning's precision; master weights should be float32, so the mixed ones rather than the true ones."""
     accumulate_grad_batches: int = Field(default=1, ge=1)
@@ -201,12 +207,20 @@ class RecipeConfig(BaseModel):
     @model_validator(mode="after")
     def _sharding_leaves_whole_weights(self) -> Self:
         """What the library says in the setup of quantization-aware training, before anything slow."""
-        start = data_start(getattr(self, "algorithm", None), self.spec)
-        needs = f"algorithm.start={start!r}" if start else "first_weights" if self.schedule.first_weights else None
-        if needs and self.trainer.strategy.startswith(("fsdp", "deepspeed")):
+        strategy, start = self.trainer.strategy, data_start(getattr(self, "algorithm", None), self.spec)
+        average = getattr(self, "optimization", OptimizationSettings()).average
+        wanted = {
+            f"algorithm.start={start!r}": start and strategy != FSDP2,
+            "first_weights": self.schedule.first_weights,
+            "cage": self.schedule.cage,
+            "optimization.average": strategy == FSDP2 and average is not None,
+            "trainer.compile": strategy == FSDP2 and self.trainer.compile,
+        }
+        needs = next((name for name, asked in wanted.items() if asked), None)
+        if needs and strategy.startswith(("fsdp", "deepspeed")):
             raise ValueError(
-                f"trainer.strategy: {self.trainer.strategy!r} shards weights, and {needs} needs whole ones: use "
-                "'ddp', or leave it out (algorithm.start: 'clip')"
+                f"trainer.strategy: {strategy!r} shards weights, and {needs} needs whole ones: use 'ddp', or leave it "
+                "out (algorithm.start: 'clip')"
             )
         return self
 

@@ -14,10 +14,12 @@ from typing import Any
 import lightning
 import torch
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 
 import qat
 from qat.calibration import calibrate_parts
+from qat.distributed import sharded, unshard
 from qat.layers import quantized_layers
 from qat.preparation import prepared_as
 from qat.starting import awaiting
@@ -26,7 +28,7 @@ from recipes.common.batches import FitBatches, TrainingBatches
 from recipes.common.callbacks import StepProgress, averages
 from recipes.common.config import ConfigError
 from recipes.common.progress import stage
-from recipes.common.settings import OptimizationSettings, TrainerSettings
+from recipes.common.settings import FSDP2, OptimizationSettings, TrainerSettings
 from recipes.data.tensors import move
 from recipes.tasks import Batch
 
@@ -140,7 +142,8 @@ def fit(
     if settings.trainer.gradient_checkpointing:
         _checkpoint_activations(model)
     trained: Any = torch.compile(model) if settings.trainer.compile else model
-    module = QuantizedTask(
+    shards = settings.trainer.strategy == FSDP2
+    module = (_ShardedTask if shards else QuantizedTask)(
         trained,
         task,
         learning_rate=learning_rate,
@@ -166,6 +169,8 @@ def fit(
     with _attention_maps(model, teacher) if maps else nullcontext():
         shared = FitBatches(batches, trainer, count)
         trainer.fit(module, shared, ckpt_path=None if resume is None else str(resume), weights_only=True)
+    if shards:
+        unshard(model)
     if shared.resumed_at_end:
         for callback in average:  # the average takes the place of the weights in a hook that a fit without steps skips
             callback.on_train_end(trainer, module)
@@ -175,6 +180,25 @@ def fit(
             "process at least one whole batch (more data, or a smaller batch_size)"
         )
     return trainer
+
+
+class _ShardedTask(QuantizedTask):
+    """One whose model is sharded where training begins, after the callback has prepared it."""
+
+    def configure_model(self) -> None:
+        if self.device_mesh is not None and not sharded(self.model):
+            qat.shard(self.model, self.device_mesh)
+
+
+class _Sharding(ModelParallelStrategy):
+    """Lightning's strategy for FSDP2, over all ranks; checkpoints are single files, as those of other strategies."""
+
+    def __init__(self) -> None:
+        super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=False)
+
+    def setup_environment(self) -> None:
+        self._data_parallel_size = self.num_nodes * self.num_processes
+        super().setup_environment()
 
 
 def calibrate(model: nn.Module, batches: Iterable[Batch], device: torch.device, *, starts: bool = True) -> None:
@@ -266,6 +290,8 @@ def _trainer(settings: TrainerSettings, **options: Any) -> lightning.Trainer:
     """Make a trainer that says nothing, or say in one line why the settings do not allow one."""
     ours = {"gradient_checkpointing", "compile", "checkpoint_every", "keep_checkpoints"}
     lightnings = settings.model_dump(exclude=ours)
+    if settings.strategy == FSDP2:
+        lightnings["strategy"] = _Sharding()
     try:
         return lightning.Trainer(
             logger=False, enable_progress_bar=False, enable_model_summary=False, **options, **lightnings

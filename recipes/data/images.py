@@ -186,8 +186,9 @@ def _folder_captions(folder: Path, files: list[Path], data: ImageData) -> dict[P
     twice: list[str] = []
     if (metadata := next((folder / name for name in _METADATA if (folder / name).exists()), None)) is not None:
         for row in _read_metadata(metadata):
-            name, caption = row.get("file_name"), row.get(data.caption_field)
-            if not name or not (folder / name).is_file():
+            name, caption = row.get("file_name", ""), row.get(data.caption_field)
+            inside = isinstance(name, str) and {"..", "/"}.isdisjoint(Path(name).parts)
+            if not inside or not name or not (folder / name).is_file():
                 raise DataError(f"data.source: {metadata} has the file_name {name!r}, which is no file there")
             twice += [str(name)] if folder / name in found else []
             found[folder / name] = caption

@@ -52,6 +52,8 @@ def evaluate(
     devices = (tensor.device for tensor in model.parameters() if not tensor.is_meta)
     device = next(devices, torch.device("cpu"))
     metrics = task.metrics().to(device)
+    for metric in metrics.values():
+        metric.distributed_available_fn = bool  # false: each process sees all batches, and at the end one judges alone
     modes, seen = [(module, module.training) for module in model.modules()], False
     model.eval()
     try:
