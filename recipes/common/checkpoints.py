@@ -156,7 +156,8 @@ def begin_run(folder: Path, config: RecipeConfig) -> Path | None:
         _start(folder, settings, found)
     if found is None:
         return None
-    print(f"going on from step {found.step} of {config.optimization.steps} ({found.path})")  # type: ignore[attr-defined]
+    steps: int = config.optimization.steps  # type: ignore[attr-defined]  # which each recipe adds
+    rank_zero_only(print)(f"going on from step {found.step} of {steps} ({found.path})")
     return found.path
 
 
