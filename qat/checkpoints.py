@@ -37,12 +37,14 @@ def complete_float_checkpoint(
     fresh: dict[str, Tensor] = {}
     lacking, stateful = [], 0
     given, kept = 0, []
+    _require_final_types(module, prefix, state)
     for name, layer in quantized_layers(module):
         name = f"{prefix}{name}." if name else prefix
         weight = layer.weight_in(state, name)
         if weight is not None:
             layer.reached, layer.trained = False, 0  # what ran before says nothing of these weights
-        _require_types(layer, name, state, adapter=weight is None)
+        if weight is None:
+            _require_base(layer, name, state)
         state_of = layer.state_dict(prefix=name)
         own = [key for key in state_of if "_quantizer." in key[len(name) :] and not key.endswith(_TEXTS)]
         if not own:
@@ -88,17 +90,30 @@ def complete_float_checkpoint(
         )
 
 
-def _require_types(layer: QuantizedLayer, prefix: str, state: dict[str, Any], *, adapter: bool) -> None:
-    """Raise `StateError` where a state is of another type, or that of an ``adapter`` over another base than this."""
-    own, name = layer.weight_quantizer, prefix.rstrip(".")
-    keys = (f"{prefix}weight_quantizer.{key}" for key in (FINAL_KEY, BASE_KEY))
-    final, base = (bytes(state[key].tolist()).decode() if key in state else "" for key in keys)
-    if final and final != own.final_qtype.key:
+def _text(state: dict[str, Any], key: str) -> str:
+    return bytes(state[key].tolist()).decode() if key in state else ""
+
+
+def _require_final_types(module: nn.Module, prefix: str, state: dict[str, Any]) -> None:
+    """Raise `StateError` with all layers that a state has in another type."""
+    others = []
+    for name, layer in quantized_layers(module):
+        name = f"{prefix}{name}." if name else prefix
+        theirs, ours = _text(state, f"{name}weight_quantizer.{FINAL_KEY}"), layer.weight_quantizer.final_qtype
+        if theirs and theirs != ours.key:
+            others.append(f"{name.rstrip('.')}: {qtype_of(theirs).name} there, {ours.name} here")
+    if others:
         raise StateError(
-            f"state_dict: layer {name!r} was trained as {qtype_of(final).name}, but this model quantizes it to "
-            f"{own.final_qtype.name}: prepare the model by the spec of the run that saved it"
+            f"state_dict: {len(others)} layers were trained as other types than this model's ({listed(others, 20)}): "
+            "prepare the model by the spec of the run that saved it"
         )
-    if adapter and (final or base) and base != own.base_qtype:
+
+
+def _require_base(layer: QuantizedLayer, prefix: str, state: dict[str, Any]) -> None:
+    """Raise `StateError` where the state of an adapter is one over another base than this."""
+    own, name = layer.weight_quantizer, prefix.rstrip(".")
+    final, base = (_text(state, f"{prefix}weight_quantizer.{key}") for key in (FINAL_KEY, BASE_KEY))
+    if (final or base) and base != own.base_qtype:
         base, packed = (text and qtype_of(text).name for text in (base, own.base_qtype))
         theirs, ours = (f"packed as {kind}" if kind else "in float" for kind in (base, packed))
         remedy = f"call qat.pack_base(model, {base!r})" if base else "leave qat.pack_base out"

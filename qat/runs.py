@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from qat.layers import inside_layer, quantized_layers
 from qat.optimizers import watch
 from qat.probing import Weights, compiled_parts
 
-__all__ = ["note_runs", "observe_runs", "read_without_call", "runs", "stop_watch"]
+__all__ = ["note_runs", "observe_runs", "read_without_call", "run_state", "runs", "set_run_state", "stop_watch"]
 
 _RUNS, _READ = "_qat_runs", "_qat_read_without_call"
 logger = logging.getLogger("qat")
@@ -74,6 +74,19 @@ def runs(model: nn.Module) -> frozenset[bool]:
 def note_runs(model: nn.Module, modes: frozenset[bool]) -> None:
     """Set what `runs` says."""
     setattr(model, _RUNS, modes)
+
+
+def run_state(model: nn.Module) -> dict[str, Any]:
+    """What is known of a prepared model's runs, as plain data; a state dict of the model lacks it."""
+    layers = {name: [layer.reached, layer.trained] for name, layer in quantized_layers(model)}
+    return {"modes": sorted(runs(model)), "layers": layers}
+
+
+def set_run_state(model: nn.Module, state: Mapping[str, Any]) -> None:
+    """Take over what `run_state` gave, after the load of the weights that ran so."""
+    note_runs(model, frozenset(state["modes"]))
+    for name, layer in quantized_layers(model):
+        layer.reached, layer.trained = state["layers"].get(name, (layer.reached, layer.trained))
 
 
 def read_without_call(model: nn.Module) -> str | None:

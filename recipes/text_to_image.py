@@ -57,7 +57,8 @@ class Config(DiffusionConfig):
 
 def main(argv: Sequence[str]) -> None:
     config = load_config(Config, argv, str(Config.__doc__), prog=f"{command('text_to_image')} [config.yaml]")
-    from recipes.common.callbacks import checkpoints_in  # these take seconds: a wrong option is told before
+    from recipes.common.callbacks import LastCheckpoints  # these take seconds: a wrong option is told before
+    from recipes.common.checkpoints import end_run, settings_of
     from recipes.common.comparison import DiffusionComparison
     from recipes.common.diffusion import diffusion_data, inspected
     from recipes.common.fine_tuned import FineTunedWeights
@@ -89,9 +90,9 @@ def main(argv: Sequence[str]) -> None:
     prepared_for |= {"spec": spec, "algorithm": config.algorithm}
     checkpoints = run.beside("checkpoints")
 
-    how: dict[str, Any] = {"settings": FitSettings(settings, config.trainer, config.seed), "noise": data.noise}
+    how: dict[str, Any] = {"settings": FitSettings(settings, config.trainer, config.seed)}
     tuned, rate = copy.deepcopy(model), settings.float_learning_rate
-    kept = FineTunedWeights(checkpoints, config, config.resume)
+    kept = FineTunedWeights(checkpoints, config)
     if not kept.restore(tuned):
         kept.save(tuned, fit("fine-tuning", tuned, Diffusion(), data.batches, learning_rate=rate, **how))
     comparison = DiffusionComparison(config, data, spec.torch_dtype, tuned, run.device)
@@ -109,10 +110,12 @@ def main(argv: Sequence[str]) -> None:
 
     callbacks = [
         qat.QuantizationAwareTraining(schedule=schedule, **prepared_for),
-        *checkpoints_in(checkpoints, config.trainer),
+        LastCheckpoints(
+            checkpoints, config.trainer.checkpoint_every, config.trainer.keep_checkpoints, settings_of(config)
+        ),
     ]
     rate = settings.learning_rate
-    how |= {"learning_rate": rate, "callbacks": callbacks, "teacher": teacher or tuned, "resume": config.resume}
+    how |= {"learning_rate": rate, "callbacks": callbacks, "teacher": teacher or tuned, "resume": run.resume}
     trainer = fit("training", model, Diffusion(), data.batches, **how)
     calibrate_and_freeze(model, data.sampled, sampled, run.device)
     if not trainer.is_global_zero:
@@ -128,6 +131,7 @@ def main(argv: Sequence[str]) -> None:
     comparison.judge_export(TRAINED, run.output, run.served_on, settings.steps, rate)
     gate.after_training()
     comparison.report(TUNED, run, gate.found)
+    end_run(checkpoints)
     show_end(run, verified)
 
 

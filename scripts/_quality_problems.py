@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -144,10 +145,8 @@ class Diffusion(Problem):
         self.held_out = [move(batch, torch.device(device)) for batch in self._data.evaluation]
 
     def batches(self, seed: int) -> Iterator[Any]:
-        self._data.noise.manual_seed(seed)
-        torch.manual_seed(seed)
-        for batch in itertools.chain.from_iterable(itertools.repeat(self._data.batches)):
-            yield self._move(batch, torch.device(self.device))
+        for number in itertools.count():
+            yield self._move(replace(self._data.batches, seed=seed).batch(number), torch.device(self.device))
 
     def inputs(self, batch: Any, dtype: torch.dtype | None = None) -> dict[str, Any]:
         moved: dict[str, Any] = self._move(batch["inputs"], torch.device(self.device), dtype)

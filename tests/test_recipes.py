@@ -11,7 +11,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
-import lightning
 import pytest
 import torch
 import yaml
@@ -21,26 +20,17 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import qat
-from qat.errors import ExportError, LoadError, QatError, TrainingError
+from qat.errors import ExportError, LoadError, QatError
 from qat.formats import QUANTO
 from recipes import causal_lm, tasks
 from recipes.common import callbacks, models, training
 from recipes.common.config import ConfigError, load_config, read_yaml
-from recipes.common.progress import quiet_libraries
-from recipes.common.settings import OptimizationSettings, TrainerSettings
+from recipes.common.settings import TrainerSettings
 from recipes.data import DataError
-from recipes.tasks import CausalLanguageModelling
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.py") if path.stem != "__init__")
 FILES = sorted((ROOT / "recipes" / "configs").rglob("*.y*ml"))
-
-
-class StopEarly(lightning.Callback):
-    """Stands for data that ends too early."""
-
-    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
-        trainer.should_stop = True
 
 
 class StepCounter(callbacks.StepProgress):
@@ -180,7 +170,10 @@ def test_the_whole_line(spec: list[str], small: list[str], tmp_path: Path, capsy
     assert "parameters are quantized; linear weights" in shown.splitlines()[0]
     assert (tmp_path / "out" / "tokenizer.json").is_file()
     kept = sorted(path.name for path in (tmp_path / "out-checkpoints").iterdir())
-    assert kept == ["fine_tuned.safetensors", "last.ckpt"]
+    assert kept == [
+        *("fine_tuned.json", "fine_tuned.safetensors", "judged.json", "run.json"),
+        *("step-2.ckpt", "step-2.json", "step-3.ckpt", "step-3.json"),
+    ]
     assert isinstance(qat.load(tmp_path / "out"), LlamaForCausalLM)
     results = json.loads((tmp_path / "out-results.json").read_text())
     compared = [row["comparison"] and row["comparison"]["reference"] for row in results]
@@ -244,7 +237,7 @@ def test_all_arms_see_the_same_batches_in_the_same_order(small: list[str], monke
         (["--optimization.learning-rate", "-1"], ConfigError, r"optimization\.learning_rate"),
         (["--optimization.batch-size", "5000"], DataError, "there is no whole batch"),
         (["--resume", "nowhere.ckpt"], ConfigError, "resume: Path does not point to a file"),
-        (["--resume", __file__], ConfigError, r"resume: '.*test_recipes\.py' is no checkpoint of a recipe"),
+        (["--resume", __file__], ConfigError, r"resume: '.*test_recipes\.py' is no whole checkpoint of a recipe"),
         (["--trainer.strategy", "nothing"], ConfigError, "trainer: Lightning cannot train with .*strategy='nothing'"),
         (
             ["--spec.activations", "int8", "--schedule.calibration-batches", "0"],
@@ -307,23 +300,12 @@ def test_calibration_happens_on_the_given_device(monkeypatch: pytest.MonkeyPatch
     assert seen == ["meta", "meta", "meta", "back"]
 
 
-def test_a_fit_that_ends_too_early_is_an_error(tiny: Path) -> None:
-    model = LlamaForCausalLM.from_pretrained(tiny)
-    quiet_libraries()
-    optimization = OptimizationSettings(steps=3, warmup_steps=1)
-    settings = training.FitSettings(optimization, TrainerSettings(accelerator="cpu"), 0)
-    options: dict[str, Any] = {"learning_rate": 1e-4, "settings": settings, "callbacks": [StopEarly()]}
-    batches = training.training_batches([{"input_ids": torch.zeros(8, dtype=torch.long)}] * 6, 2)
-    with pytest.raises(TrainingError, match=r"optimization\.steps: training ended after 1 of 3 steps"):
-        training.fit("training", model, CausalLanguageModelling(), batches, **options)
-
-
 def test_the_last_weights_are_saved_and_a_run_goes_on_from_them(
     small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     small = [*small, "--no-float-baseline"]
-    causal_lm.main([*small, "--trainer.checkpoint-every", "50"])
-    last = tmp_path / "out-checkpoints" / "last.ckpt"
+    causal_lm.main(small)
+    last = tmp_path / "out-checkpoints" / "step-3.ckpt"
     assert torch.load(last, weights_only=True)["global_step"] == 3
     first = torch.load(last, weights_only=True)["state_dict"]
     starts: list[bool] = []
@@ -338,7 +320,7 @@ def test_the_last_weights_are_saved_and_a_run_goes_on_from_them(
     causal_lm.main([*small, "--overwrite", "--resume", str(last), "--optimization.steps", "5"])
     assert starts == [True]
     assert Witness.steps == [4, 5]
-    assert torch.load(last, weights_only=True)["global_step"] == 5
+    assert torch.load(last.with_name("step-5.ckpt"), weights_only=True)["global_step"] == 5
 
 
 @pytest.mark.parametrize("damage", ["missing tensor", "truncated file"])

@@ -1,4 +1,4 @@
-"""The one checkpoint of a recipe's fit: the newest weights, whole or not at all, from which a run goes on."""
+"""The checkpoints of a recipe's fit: the newest are kept, each is whole or skipped, and a run goes on from them."""
 
 from __future__ import annotations
 
@@ -9,9 +9,24 @@ import lightning
 import pytest
 import torch
 
-from recipes.common.callbacks import LastCheckpoint, checkpoints_in
-from recipes.common.settings import TrainerSettings
-from tests.training_modules import ResumableLoader, UserModule, assert_equal_state, loader, quantization, quiet_trainer
+import qat
+from qat.runs import run_state
+from recipes import causal_lm
+from recipes.common import checkpoints
+from recipes.common.callbacks import LastCheckpoints
+from recipes.common.checkpoints import begin_run, differences, end_run, newest, settings_of, was_interrupted
+from recipes.common.config import ConfigError
+from tests.training_modules import (
+    INT4,
+    INT8_INT8,
+    ResumableLoader,
+    Tiny,
+    UserModule,
+    assert_equal_state,
+    loader,
+    quantization,
+    quiet_trainer,
+)
 
 
 class Stop(lightning.Callback):
@@ -25,47 +40,72 @@ class Stop(lightning.Callback):
             raise ZeroDivisionError
 
 
-class NotedCheckpoint(LastCheckpoint):
-    """Notes when it saves."""
-
-    def __init__(self, folder: Path, every: int) -> None:
-        super().__init__(folder, every)
-        self.saved: list[int] = []
-
-    def _save(self, trainer: lightning.Trainer) -> None:
-        super()._save(trainer)
-        self.saved.append(trainer.global_step)
+def kept(folder: Path, every: int, keep: int = 2) -> LastCheckpoints:
+    return LastCheckpoints(folder, every, keep, settings_of(causal_lm.Config()))
 
 
-def saved_step(path: Path) -> int:
-    return int(torch.load(path, weights_only=True)["global_step"])
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
 
 
-def test_it_is_written_at_the_interval_and_at_the_end_and_is_one_file(tmp_path: Path) -> None:
-    kept = NotedCheckpoint(tmp_path / "kept", 2)
-    quiet_trainer(tmp_path, kept, accumulate_grad_batches=2, max_steps=5, max_epochs=-1).fit(UserModule(), loader())
-    assert kept.saved == [2, 4, 5]
-    assert [path.name for path in (tmp_path / "kept").iterdir()] == ["last.ckpt"]
-    assert saved_step(tmp_path / "kept" / "last.ckpt") == 5
+def test_they_are_written_at_the_interval_and_at_the_end_and_two_are_left(tmp_path: Path) -> None:
+    folder = tmp_path / "kept"
+    options: dict[str, Any] = {"accumulate_grad_batches": 2, "max_steps": 5, "max_epochs": -1}
+    quiet_trainer(tmp_path, kept(folder, 2), **options).fit(UserModule(), loader())
+    assert names(folder) == ["step-4.ckpt", "step-4.json", "step-5.ckpt", "step-5.json"]
+    assert [int(torch.load(path, weights_only=True)["global_step"]) for path in checkpoints.of(folder)] == [4, 5]
+    assert newest(folder) == checkpoints.Kept(folder / "step-5.ckpt", 5, settings_of(causal_lm.Config()))
 
 
-def test_an_interrupted_run_goes_on_to_the_same_numbers(tmp_path: Path) -> None:
+@pytest.mark.parametrize("spec", [INT4, INT8_INT8], ids=["int4", "int8 with int8 activations"])
+def test_an_interrupted_run_goes_on_to_the_same_numbers(spec: qat.QuantSpec, tmp_path: Path) -> None:
     whole, torn, resumed = UserModule(), UserModule(), UserModule()
-    quiet_trainer(tmp_path, quantization()).fit(whole, ResumableLoader())
-    kept = checkpoints_in(tmp_path / "kept", TrainerSettings(checkpoint_every=3))
+    callback: dict[str, Any] = {} if spec is INT4 else {"start_step": 2, "observe_from": 2, "observe_until": 7}
+    quiet_trainer(tmp_path, quantization(spec, **callback)).fit(whole, ResumableLoader())
     with pytest.raises(ZeroDivisionError):
-        quiet_trainer(tmp_path, quantization(), *kept, Stop(5)).fit(torn, ResumableLoader())
-    path = tmp_path / "kept" / "last.ckpt"
-    assert saved_step(path) == 3
-    kept = checkpoints_in(tmp_path / "kept", TrainerSettings(checkpoint_every=3))
-    trainer = quiet_trainer(tmp_path, quantization(), *kept)
-    trainer.fit(resumed, ResumableLoader(), ckpt_path=str(path), weights_only=True)
+        quiet_trainer(tmp_path, quantization(spec, **callback), kept(tmp_path / "kept", 3), Stop(5)).fit(
+            torn, ResumableLoader()
+        )
+    found = newest(tmp_path / "kept")
+    assert found is not None
+    assert found.step == 3
+    trainer = quiet_trainer(tmp_path, quantization(spec, **callback), kept(tmp_path / "kept", 3))
+    trainer.fit(resumed, ResumableLoader(), ckpt_path=str(found.path), weights_only=True)
     assert_equal_state(resumed, whole)
-    assert saved_step(path) == 8
+    assert run_state(resumed.model) == run_state(whole.model)
+
+
+def test_one_loads_as_a_float_model(tmp_path: Path) -> None:
+    trained = UserModule()
+    quiet_trainer(tmp_path, quantization(INT4), kept(tmp_path, 3)).fit(trained, loader())
+    state = torch.load(tmp_path / "step-8.ckpt", weights_only=True)["state_dict"]
+    model = Tiny()
+    model.load_state_dict({key.removeprefix("model."): state[key] for key in state if "_quantizer." not in key})
+    assert torch.equal(model.first.weight, trained.model.first.weight)
+
+
+@pytest.mark.parametrize("damage", ["cut", "changed", "note missing", "note cut", "file missing"])
+def test_a_damaged_one_is_skipped_with_a_warning_that_names_it(
+    damage: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    quiet_trainer(tmp_path, kept(tmp_path, 3)).fit(UserModule(), loader())
+    path, note = tmp_path / "step-8.ckpt", tmp_path / "step-8.json"
+    data = bytearray(path.read_bytes())
+    if damage == "changed":
+        data[len(data) // 2] ^= 1
+    if damage in ("cut", "changed"):
+        path.write_bytes(data if damage == "changed" else data[:-9])
+    elif damage == "note cut":
+        note.write_text(note.read_text()[:-9])
+    else:
+        (note if damage == "note missing" else path).unlink()
+    found = newest(tmp_path)
+    assert found is not None
+    assert found.step == 6
+    assert ("step-8.ckpt is skipped" in caplog.text) == (damage != "file missing")
 
 
 def test_a_failure_while_writing_leaves_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    kept = LastCheckpoint(tmp_path, 1)
     write = lightning.Trainer.save_checkpoint
 
     def fail_at_the_third(trainer: lightning.Trainer, path: Path) -> None:
@@ -74,13 +114,20 @@ def test_a_failure_while_writing_leaves_the_one_before(tmp_path: Path, monkeypat
             raise OSError("disk full")
         write(trainer, path)
 
-    monkeypatch.setattr(lightning.Trainer, "save_checkpoint", fail_at_the_third)
-    with pytest.raises(OSError, match="disk full"):
-        quiet_trainer(tmp_path, kept).fit(UserModule(), loader())
-    assert saved_step(tmp_path / "last.ckpt") == 2
+    with monkeypatch.context() as patch:
+        patch.setattr(lightning.Trainer, "save_checkpoint", fail_at_the_third)
+        with pytest.raises(OSError, match="disk full"):
+            quiet_trainer(tmp_path, kept(tmp_path, 1)).fit(UserModule(), loader())
+    found = newest(tmp_path)
+    assert found is not None
+    assert found.step == 2
+    assert not list(tmp_path.glob("*.partial"))  # which would fill the disk
+    (tmp_path / "step-3.partial").write_bytes(b"half")  # as of a process that was ended there
+    quiet_trainer(tmp_path, kept(tmp_path, 9)).fit(UserModule(), loader())
+    assert "step-3.partial" not in names(tmp_path)
 
 
-def test_a_directory_that_a_sharding_strategy_writes_is_replaced(
+def test_directories_that_a_sharding_strategy_writes_are_kept_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def write(trainer: lightning.Trainer, path: Path) -> None:
@@ -88,5 +135,59 @@ def test_a_directory_that_a_sharding_strategy_writes_is_replaced(
         (path / "step").write_text(str(trainer.global_step))
 
     monkeypatch.setattr(lightning.Trainer, "save_checkpoint", write)
-    quiet_trainer(tmp_path, LastCheckpoint(tmp_path, 3)).fit(UserModule(), loader())
-    assert (tmp_path / "last.ckpt" / "step").read_text() == "8"
+    for _ in range(2):
+        quiet_trainer(tmp_path, kept(tmp_path, 3)).fit(UserModule(), loader())
+    assert names(tmp_path) == ["step-6.ckpt", "step-6.json", "step-8.ckpt", "step-8.json"]
+    found = newest(tmp_path)
+    assert found is not None
+    assert (found.path / "step").read_text() == "8"
+    (found.path / "step").write_text("9")
+    assert newest(tmp_path) != found
+
+
+def saved(folder: Path, config: causal_lm.Config, step: int = 8) -> Path:
+    partial, path = folder / "a.partial", folder / f"step-{step}.ckpt"
+    partial.write_bytes(b"state")
+    checkpoints.publish(partial, path, step=step, settings=settings_of(config))
+    return path
+
+
+def test_the_same_command_finds_its_own_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = causal_lm.Config()
+    assert begin_run(tmp_path, config) is None
+    assert was_interrupted(tmp_path, config)
+    path = saved(tmp_path, config)
+    longer = config.model_copy(update={"optimization": config.optimization.model_copy(update={"steps": 9})})
+    for same in (config, config.model_copy(update={"output": tmp_path, "overwrite": True}), longer):
+        assert begin_run(tmp_path, same) == path
+    assert capsys.readouterr().out.splitlines()[0] == f"going on from step 8 of 80 ({path})"
+    end_run(tmp_path)
+    assert not was_interrupted(tmp_path, config)
+    assert begin_run(tmp_path, config) is None  # after its end, the command begins anew
+    assert names(tmp_path) == ["run.json"]
+
+
+def test_a_checkpoint_of_other_settings_is_an_error_with_a_list(tmp_path: Path) -> None:
+    config, other = causal_lm.Config(), causal_lm.Config(seed=1, spec=qat.QuantSpec(weights="int2"))
+    begin_run(tmp_path, config)
+    path = saved(tmp_path, config)
+    listed = r"spec\.weights: 'int4' there, 'int2' here; seed: 0 there, 1 here: give"
+    with pytest.raises(ConfigError, match=rf"^output: '.*step-8\.ckpt' was made with other settings: {listed}"):
+        begin_run(tmp_path, other)
+    (tmp_path / "b").mkdir()
+    with pytest.raises(ConfigError, match=rf"^resume: .*{listed}"):
+        begin_run(tmp_path / "b", other.model_copy(update={"resume": path}))
+    assert begin_run(tmp_path / "b", config.model_copy(update={"resume": path})) == path
+    own = saved(tmp_path / "b", config, 9)
+    assert begin_run(tmp_path / "b", config.model_copy(update={"resume": path})) == own  # it is further
+    assert differences(settings_of(config), settings_of(config)) == []
+
+
+def test_what_an_earlier_run_left_never_becomes_the_result_of_another(tmp_path: Path) -> None:
+    first, second = causal_lm.Config(), causal_lm.Config(seed=1)
+    begin_run(tmp_path, first)
+    saved(tmp_path, first)
+    end_run(tmp_path)
+    for _ in range(2):  # killed before its first checkpoint, and started again
+        assert begin_run(tmp_path, second) is None
+        assert names(tmp_path) == ["run.json"]

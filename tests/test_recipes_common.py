@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -13,17 +14,18 @@ import datasets
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
+from lightning import Callback
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import qat
-from qat.errors import LoadError, StateError
+from qat.errors import LoadError, StateError, TrainingError
 from qat.starting import awaiting
 from recipes import text_to_image
-from recipes.common import callbacks, comparison, diffusion, diffusion_config, fine_tuned, models, training
-from recipes.common.config import ConfigError
+from recipes.common import callbacks, checkpoints, comparison, diffusion, diffusion_config, fine_tuned, models, training
+from recipes.common.batches import TrainingBatches
 from recipes.common.progress import quiet_libraries
 from recipes.common.settings import OptimizationSettings, TrainerSettings
 from recipes.data import DataError
@@ -52,37 +54,81 @@ class Echo:
         raise StateError("never evaluated")
 
 
-def fitted(steps: int, tmp_path: Path, resume: Path | None = None) -> tuple[list[list[float]], list[list[float]]]:
-    """The examples and the noise of every step, by what is before and after the point in what a task saw."""
-    noise, task = torch.Generator(), Echo()
+def fitted(steps: int, folder: Path, *others: Any, resume: Path | None = None) -> tuple[Echo, dict[str, Any]]:
+    """What a task saw of examples and noise at every step, and the weights, moved by dropout too, of the fit's end."""
 
     def collate(examples: list[int]) -> torch.Tensor:
-        return torch.tensor(examples).float().unsqueeze(1) + torch.rand(len(examples), 1, generator=noise) * 0.999
+        return torch.tensor(examples).float().unsqueeze(1) + torch.rand(len(examples), 1) * 0.999
 
-    batches = training.training_batches(list(range(100)), 4, collate)  # type: ignore[arg-type]
-    optimization = OptimizationSettings(steps=steps, warmup_steps=0)
-    settings = training.FitSettings(optimization, TrainerSettings(accelerator="cpu"), 3)
-    model = nn.Linear(1, 1)
+    task, model = Echo(), nn.Sequential(nn.Linear(1, 8), nn.Dropout(0.5), nn.Linear(8, 1))
+    nn.init.ones_(model[0].weight)
+    nn.init.ones_(model[2].weight)
+    nn.init.zeros_(model[0].bias)
+    nn.init.zeros_(model[2].bias)
+    optimization = OptimizationSettings(steps=steps, warmup_steps=0, decay="constant", average=0.5)
+    settings = training.FitSettings(optimization, TrainerSettings(accelerator="cpu", accumulate_grad_batches=2), 3)
     quiet_libraries()
     options: dict[str, Any] = {
-        "callbacks": callbacks.checkpoints_in(tmp_path, TrainerSettings()),
+        "callbacks": [callbacks.LastCheckpoints(folder, 2, 2, {}), *others],
         "resume": resume,
-        "noise": noise,
+        "settings": settings,
     }
-    training.fit("training", model, task, batches, learning_rate=1e-3, settings=settings, **options)
-    return [[x // 1 for x in batch] for batch in task.seen], [[x % 1 for x in batch] for batch in task.seen]
+    # A pass of 5 batches, so that steps of 2 go over its end.
+    training.fit("training", model, task, TrainingBatches(list(range(20)), 4, collate, 3), learning_rate=0.1, **options)  # type: ignore[arg-type]
+    return task, model.state_dict()
 
 
-def test_fits_of_one_seed_are_alike_and_a_resumed_one_goes_on_with_fresh_data_and_noise(tmp_path: Path) -> None:
-    torch.manual_seed(1)
-    examples, noise = fitted(3, tmp_path / "a")
-    torch.rand(7)  # what is drawn elsewhere, such as by a preparation, changes nothing
-    assert fitted(3, tmp_path / "b") == (examples, noise)
-    later, later_noise = fitted(5, tmp_path / "b", tmp_path / "b" / "last.ckpt")
-    assert len(later) == 2
-    assert later[0] not in examples
-    assert later_noise[0] not in noise
-    assert fitted(5, tmp_path / "c", tmp_path / "b" / "last.ckpt") == ([], [])  # it is at its end
+class Stop(Callback):
+    """Ends a fit as a kill would, at the start of a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+        if trainer.global_step == self.step:
+            raise ZeroDivisionError
+
+
+class StopEarly(Callback):
+    """Stands for data that ends too early."""
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        trainer.should_stop = True
+
+
+def test_a_fit_that_ends_too_early_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match=r"optimization\.steps: training ended after \d of 3 steps"):
+        fitted(3, tmp_path, StopEarly())
+
+
+@pytest.mark.parametrize(("stop", "step"), [(3, 2), (4, 4), (5, 4)])
+def test_an_interrupted_fit_goes_on_with_the_same_data_and_noise(stop: int, step: int, tmp_path: Path) -> None:
+    whole, weights = fitted(7, tmp_path / "a")
+    torch.rand(stop)  # what is drawn elsewhere, such as by a preparation, changes nothing
+    with pytest.raises(ZeroDivisionError):
+        fitted(7, tmp_path / "b", Stop(stop))
+    found = checkpoints.newest(tmp_path / "b")
+    assert found is not None
+    assert found.step == step
+    later, resumed = fitted(7, tmp_path / "b", resume=found.path)
+    assert later.seen == whole.seen[2 * step :]
+    assert all(torch.equal(resumed[name], weights[name]) for name in weights)
+    assert len({tuple(batch) for batch in whole.seen}) == 14  # other ones in the second pass
+
+
+def test_a_fit_that_goes_on_from_its_last_step_ends_with_the_average(tmp_path: Path) -> None:
+    _, weights = fitted(4, tmp_path)
+    task, again = fitted(4, tmp_path, resume=tmp_path / "step-4.ckpt")
+    assert task.seen == []
+    assert all(torch.equal(again[name], weights[name]) for name in weights)
+
+
+def test_each_process_has_batches_and_noise_of_its_own() -> None:
+    batches = TrainingBatches(list(range(8)), 2, lambda rows: (rows, float(torch.rand(()))), 5)  # type: ignore[arg-type]
+    own = [list(dataclasses.replace(batches, rank=rank, processes=2)) for rank in (0, 1)]
+    assert sorted(row for rows, _ in own[0] + own[1] for row in rows) == list(range(8))
+    assert len({noise for _, noise in own[0] + own[1]}) == 4
+    assert list(dataclasses.replace(batches, seed=6)) != list(batches)
 
 
 class Watched(nn.Linear):
@@ -103,7 +149,7 @@ class Watched(nn.Linear):
 
 def test_a_teacher_leaves_the_device_after_the_fit() -> None:
     quiet_libraries()
-    teacher, batches = Watched(), training.training_batches(torch.ones(8, 1), 4)  # type: ignore[arg-type]
+    teacher, batches = Watched(), TrainingBatches(torch.ones(8, 1), 4)  # type: ignore[arg-type]
     optimization = OptimizationSettings(steps=2, warmup_steps=0)
     settings = training.FitSettings(optimization, TrainerSettings(accelerator="cpu"), 0)
     training.fit("training", nn.Linear(1, 1), Echo(), batches, learning_rate=1e-3, settings=settings, teacher=teacher)
@@ -126,48 +172,32 @@ def test_a_judged_model_leaves_the_device_before_a_copy_of_it_draws(monkeypatch:
     assert model.weight.dtype == torch.float32
 
 
-def test_each_process_draws_noise_of_its_own() -> None:
-    drawn = []
-    for rank, step in ((0, 0), (1, 0), (0, 7), (0, 0)):
-        generator = torch.Generator()
-        trainer: Any = SimpleNamespace(global_rank=rank, global_step=step)
-        callbacks.SeedNoise(generator, 5).on_train_start(trainer, None)  # type: ignore[arg-type]
-        drawn.append(torch.rand(4, generator=generator).tolist())
-    assert drawn[3] == drawn[0]
-    assert len({tuple(numbers) for numbers in drawn}) == 3
-
-
-def test_a_file_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
-    assert callbacks.step_of(None) == 0
-    (tmp_path / "last.ckpt").write_bytes(b"nothing")
-    with pytest.raises(ConfigError, match=r"resume: '.*last\.ckpt' is no checkpoint of a recipe .*: give the"):
-        callbacks.step_of(tmp_path / "last.ckpt")
-    torch.save({"step": 3}, tmp_path / "last.ckpt")
-    with pytest.raises(ConfigError, match=r"\(KeyError\)"):
-        callbacks.step_of(tmp_path / "last.ckpt")
-
-
-def test_a_resumed_run_takes_over_the_fine_tuned_weights_of_equal_settings(tmp_path: Path) -> None:
-    first, resume = text_to_image.Config(), tmp_path / "a" / "last.ckpt"
-    weights = fine_tuned.FineTunedWeights(tmp_path / "a", first, None)
+def test_a_run_takes_over_the_fine_tuned_weights_of_equal_settings(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = text_to_image.Config()
+    weights = fine_tuned.FineTunedWeights(tmp_path / "a", first)
     trained, trainer = nn.Linear(3, 2), SimpleNamespace(is_global_zero=True)
-    assert not weights.restore(nn.Linear(3, 2))  # no run is gone on from
+    assert not weights.restore(nn.Linear(3, 2))  # no run has ended there
     weights.save(trained, trainer)  # type: ignore[arg-type]
-    assert [path.name for path in (tmp_path / "a").iterdir()] == ["fine_tuned.safetensors"]
+    path = tmp_path / "a" / "fine_tuned.safetensors"
+    assert sorted(file.name for file in path.parent.iterdir()) == ["fine_tuned.json", path.name]
 
-    def resumed(**changed: Any) -> fine_tuned.FineTunedWeights:
-        config = first.model_copy(update={"resume": resume, "overwrite": True, **changed})
-        return fine_tuned.FineTunedWeights(tmp_path / "b", config, resume)
+    def resumed(folder: str = "b", **changed: Any) -> fine_tuned.FineTunedWeights:
+        named = {} if folder == "a" else {"resume": path.parent / "step-3.ckpt"}
+        return fine_tuned.FineTunedWeights(tmp_path / folder, first.model_copy(update={**named, **changed}))
 
-    model = nn.Linear(3, 2)
-    assert resumed(output=tmp_path).restore(model)
-    assert torch.equal(model.weight, trained.weight)
+    for folder in ("a", "b"):
+        model = nn.Linear(3, 2)
+        assert resumed(folder, output=tmp_path, overwrite=True).restore(model)
+        assert torch.equal(model.weight, trained.weight)
     before = nn.Linear(3, 2)
     kept = before.weight.clone()
     assert not resumed(seed=1).restore(before)
+    path.write_bytes(path.read_bytes()[:-1] + b"!")
+    assert not resumed().restore(before)
+    assert "fine_tuned.safetensors is skipped, for it is damaged" in caplog.text
     assert torch.equal(before.weight, kept)
-    with pytest.raises(LoadError, match=r"resume: '.*fine_tuned\.safetensors' cannot be read .*: delete it"):
-        resumed().restore(nn.Linear(4, 2))
 
 
 def test_an_average_begins_where_quantization_leaves_weights_of_one_kind() -> None:
@@ -198,7 +228,7 @@ def test_first_weights_that_do_not_fit_are_told_before_any_work(schedule: Any, s
 
 
 def test_of_several_processes_one_keeps_the_weights(tmp_path: Path) -> None:
-    weights = fine_tuned.FineTunedWeights(tmp_path / "a", text_to_image.Config(), None)
+    weights = fine_tuned.FineTunedWeights(tmp_path / "a", text_to_image.Config())
     weights.save(nn.Linear(3, 2), SimpleNamespace(is_global_zero=False))  # type: ignore[arg-type]
     assert not (tmp_path / "a").exists()
 

@@ -66,5 +66,5 @@ def test_the_end_names_the_export_its_loader_and_the_other_files(capsys: pytest.
     assert capsys.readouterr().out.splitlines() == [
         "exported model: out/int4 (reloaded in a fresh process, compared and found equal: 2 checks)",
         "load it: qat.load('out/int4'); its README.md shows other loaders",
-        "results: out/int4-results.json; checkpoint: out/int4-checkpoints/last.ckpt",
+        "results: out/int4-results.json; checkpoints: out/int4-checkpoints",
     ]

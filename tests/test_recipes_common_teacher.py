@@ -12,8 +12,9 @@ from torch.utils.data import default_collate
 
 import qat
 from recipes import causal_lm, text_to_image
+from recipes.common.batches import TrainingBatches
 from recipes.common.config import ConfigError
-from recipes.common.training import require_teacher, training_batches
+from recipes.common.training import require_teacher
 from recipes.tasks import CausalLanguageModelling
 from tests.test_training_teacher import Tokens
 
@@ -31,7 +32,7 @@ def cache(tmp_path: Path) -> qat.CachedLogits:
 
 
 def check(teacher: Any, how: qat.Distillation, seed: int = 0, student: Any = None) -> None:
-    batches = training_batches(rows(seed), 4)  # type: ignore[arg-type]
+    batches = TrainingBatches(rows(seed), 4)  # type: ignore[arg-type]
     require_teacher(student or Tokens(), teacher, how, CausalLanguageModelling(), batches)
 
 

@@ -115,7 +115,10 @@ def test_the_whole_line(
     assert isinstance(qat.load(output), FluxTransformer2DModel)
     assert qat.verify(output).target == target
     kept = sorted(path.name for path in (tmp_path / "out-checkpoints").iterdir())
-    assert kept == ["fine_tuned.safetensors", "last.ckpt"]
+    assert kept == [
+        *("fine_tuned.json", "fine_tuned.safetensors", "run.json"),
+        *("step-2.ckpt", "step-2.json", "step-3.ckpt", "step-3.json"),
+    ]
 
     results = json.loads((tmp_path / "out-results.json").read_text())
     assert [row["name"] for row in results] == names
@@ -229,7 +232,7 @@ def test_the_last_weights_are_saved_and_a_run_goes_on_from_them(
 ) -> None:
     small = [*small, "--spec.weights", "int8", "--spec.activations", "int8"]
     text_to_image.main(small)
-    last = tmp_path / "out-checkpoints" / "last.ckpt"
+    last = tmp_path / "out-checkpoints" / "step-3.ckpt"
     first = torch.load(last, weights_only=True)["state_dict"]
     starts: list[bool] = []
 
@@ -242,7 +245,7 @@ def test_the_last_weights_are_saved_and_a_run_goes_on_from_them(
     monkeypatch.setattr(training, "StepProgress", Witness)
     text_to_image.main([*small, "--overwrite", "--resume", str(last), "--optimization.steps", "4"])
     assert starts == [True]
-    assert torch.load(last, weights_only=True)["global_step"] == 4
+    assert torch.load(last.with_name("step-4.ckpt"), weights_only=True)["global_step"] == 4
     fit, names = training.fit, []
 
     def note(name: str, *arguments: Any, **options: Any) -> Any:

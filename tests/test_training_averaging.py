@@ -85,6 +85,34 @@ def test_a_fit_with_an_average_is_resumed(tmp_path: Path) -> None:
         qat.freeze(resumed.model)
 
 
+class Fan(Tiny):
+    """Two layers read one tensor, so that a calibration gives them one scale."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.other = torch.nn.Linear(32, 32)
+
+    def block(self, x: torch.Tensor) -> torch.Tensor:
+        outputs: torch.Tensor = self.second(torch.relu(self.first(x) + self.other(x)))
+        return outputs
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`:UserWarning")
+def test_a_fit_with_an_average_of_a_calibrated_model_is_resumed(tmp_path: Path) -> None:
+    def fitted(folder: str, path: Path | None, *others: Any) -> UserModule:
+        module = UserModule(Fan())
+        qat.prepare(module.model, INT8_INT8)
+        qat.calibrate(module.model, inputs_of(loader()))
+        callbacks = [quantization(INT8_INT8), EMAWeightAveraging(decay=0.5, use_buffers=False), *others]
+        trainer = quiet_trainer(tmp_path / folder, *callbacks, max_steps=8)
+        trainer.fit(module, ResumableLoader(), ckpt_path=path, weights_only=True)
+        return module
+
+    whole = fitted("a", None, ModelCheckpoint(tmp_path / "kept", every_n_train_steps=5))
+    (path,) = (tmp_path / "kept").iterdir()
+    assert_equal_state(fitted("b", path), whole)
+
+
 def test_averages_that_would_mix_are_refused(tmp_path: Path) -> None:
     callback = quantization(INT4, qat.LearnedAffine())
     with pytest.raises(qat.TrainingError, match=r"EMAWeightAveraging would average buffers, .* use_buffers=False"):

@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import qat
+from qat.runs import run_state
 from tests.training_modules import (
     INT4,
     INT8_INT8,
@@ -70,7 +71,11 @@ def test_the_masters_alone_can_be_loaded_into_a_float_module(tmp_path: Path) -> 
     ("spec", "algorithm", "message"),
     [
         (INT4, qat.StraightThrough(), r"other quantizers than the module: .*that run's QuantizationAwareTraining"),
-        (INT8_INT8, LEARNED, r"was trained as int4, but this model quantizes it to int8: prepare the model"),
+        (
+            INT8_INT8,
+            LEARNED,
+            r"3 layers .*: int4 there, int8 here, .*head: .*\): prepare the model",
+        ),
     ],
     ids=["another algorithm", "another type"],
 )
@@ -82,6 +87,27 @@ def test_a_checkpoint_of_another_preparation_says_so(
         quiet_trainer(tmp_path, quantization(spec, algorithm)).fit(
             UserModule(), loader(), ckpt_path=path, weights_only=True
         )
+
+
+def test_a_checkpoint_tells_its_preparation_and_another_is_refused_with_a_list(tmp_path: Path) -> None:
+    _, path = saved(tmp_path, quantization(INT4, qat.StraightThrough()))
+    told = torch.load(path, weights_only=True)["quantization"]["prepared"]
+    assert (told["spec"]["weights"], told["algorithm"]["kind"]) == ("int4", "straight_through")
+    other = quantization(INT4.model_copy(update={"weights": "int8", "exclude": ("head",)}), qat.StraightThrough())
+    listed = r"weights: 'int4' there, 'int8' here; exclude: \[\] there, \['head'\] here: use one"
+    with pytest.raises(qat.StateError, match=rf"ckpt_path: .* was prepared in another way: {listed}"):
+        quiet_trainer(tmp_path, other).fit(UserModule(), loader(), ckpt_path=path, weights_only=True)
+
+
+@pytest.mark.parametrize("steps", [2, 4], ids=["no step is left", "two steps are left"])
+def test_what_is_known_of_runs_outlives_a_checkpoint(steps: int, tmp_path: Path) -> None:
+    _, path = saved(tmp_path, quantization(INT4, LEARNED))
+    whole, resumed = UserModule(), UserModule()
+    quiet_trainer(tmp_path, quantization(INT4, LEARNED), max_steps=steps).fit(whole, loader())
+    trainer = quiet_trainer(tmp_path, quantization(INT4, LEARNED), max_steps=steps)
+    trainer.fit(resumed, loader(), ckpt_path=path, weights_only=True)
+    assert run_state(resumed.model) == run_state(whole.model)
+    assert {tuple(found) for found in run_state(whole.model)["layers"].values()} == {(True, 2)}
 
 
 @pytest.mark.parametrize("before", [[], [quantization(INT4, qat.StraightThrough())]], ids=["float", "straight through"])

@@ -178,9 +178,10 @@ class ActivationQuantizer(QuantizerModule):
             self.scale, self._shared = self.scale.clone(), False
 
     def _load_from_state_dict(self, *args: Any) -> None:
+        shared = self._shared  # what was parted, as for an average, stays so: its copies must have as many buffers
         self.part()
         super()._load_from_state_dict(*args)
-        if self._group is not None:
+        if shared and self._group is not None:
             self.scale, self._shared = self._group.loaded(self.scale), True
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:

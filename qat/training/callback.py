@@ -30,7 +30,13 @@ from qat.runs import read_without_call
 from qat.spec import QuantSpec
 from qat.training.averaging import come_first, part_scales, require_same_kind
 from qat.training.batches import calibrate_on_training_data
-from qat.training.checkpoints import refuse_float_optimizer, refuse_masters
+from qat.training.checkpoints import (
+    KEY,
+    preparation,
+    refuse_float_optimizer,
+    refuse_masters,
+    refuse_other_preparation,
+)
 from qat.training.observing import uncalibrated
 from qat.training.schedule import QuantizationSchedule, planned_steps
 from qat.training.steps import QuantizationSteps, unwrapped
@@ -181,12 +187,17 @@ class QuantizationAwareTraining(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse what cannot work, before any work is lost."""
-        self._of(trainer, pl_module).require_groups(trainer.optimizers)
+        steps = self._of(trainer, pl_module)
+        steps.require_groups(trainer.optimizers)
+        steps.take_over_runs()  # also where a checkpoint left no step to do
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Refuse to go on with an optimizer that never held the learned ranges."""
+        """Refuse another preparation, and to go on with an optimizer that never held the learned ranges."""
         if trainer.state.fn == TrainerFn.FITTING:
             refuse_float_optimizer(pl_module, checkpoint)
+            if (noted := checkpoint.get(KEY)) is not None:
+                refuse_other_preparation(self.model_of(pl_module), noted["prepared"])
+                self._of(trainer, pl_module).load_state_dict(noted)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give activations their scales and quantized weights their start, where a resumed run has them not."""
@@ -232,8 +243,10 @@ class QuantizationAwareTraining(Callback):
         require_finite(loss, trainer.global_step, self._of(trainer, pl_module).shards)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Never let weights that a non-finite gradient has spoilt replace a good checkpoint."""
+        """Never let weights that a non-finite gradient has spoilt replace a good checkpoint; tell their preparation."""
         require_finite_weights(pl_module, trainer.global_step)
+        if not is_frozen(model := self.model_of(pl_module)):
+            checkpoint[KEY] = {"prepared": preparation(model), **self._of(trainer, pl_module).state_dict()}
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: Any = None) -> None:
         """Leave the model as it will be used: fake quantization on, observers off. Tuners call only this hook."""

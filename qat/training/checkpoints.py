@@ -16,13 +16,33 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from qat.errors import StateError, TrainingError
 from qat.files.evidence import frozen_record, is_frozen
 from qat.optimizers import learned_ranges
+from qat.preparation import prepared_as
 
-__all__ = ["refuse_float_optimizer", "refuse_masters"]
+__all__ = ["KEY", "preparation", "refuse_float_optimizer", "refuse_masters", "refuse_other_preparation"]
+
+KEY = "quantization"
+"""Where a checkpoint of Lightning tells how its model was prepared, and what is known of its runs."""
 
 _REASON = (
     "the checkpoint holds other quantizers than the module: call qat.prepare(self.model, spec, algorithm=...) in its "
     "__init__, as the run that saved it, or pass ckpt_path to a Trainer with that run's QuantizationAwareTraining"
 )
+
+
+def preparation(model: nn.Module) -> dict[str, Any]:
+    """The arguments that a model was prepared with, as plain data."""
+    prepared = prepared_as(model)
+    parts = {name: getattr(prepared, name).model_dump(mode="json") for name in ("spec", "algorithm", "observer")}
+    return {**parts, "target": prepared.target}
+
+
+def refuse_other_preparation(model: nn.Module, theirs: Mapping[str, Any]) -> None:
+    """Raise `StateError` with all that differs, where a checkpoint is of a model that was prepared in another way."""
+    flat = [{**one, **one["spec"], "spec": None} for one in (theirs, preparation(model))]
+    names = [name for name in {**flat[0], **flat[1]} if flat[0].get(name) != flat[1].get(name)]
+    if names:
+        told = "; ".join(f"{name}: {flat[0].get(name)!r} there, {flat[1].get(name)!r} here" for name in names)
+        raise StateError(f"ckpt_path: the checkpoint is of a model that was prepared in another way: {told}: use one")
 
 
 def refuse_float_optimizer(module: LightningModule, checkpoint: Mapping[str, Any]) -> None:

@@ -28,6 +28,7 @@ from qat.layers import Mode, QuantizedLayer, quantized_layers
 from qat.optimizers import REMEDY, begin_training, learned_ranges, refuse_decay
 from qat.preparation import prepared_as
 from qat.quantizers import Automatic
+from qat.runs import run_state, set_run_state
 from qat.starting import awaiting
 from qat.training.annealing import begin_with, end_first_type
 from qat.training.cage import pull_after_steps
@@ -62,7 +63,7 @@ class QuantizationSteps:
         sharded: the name of what shards weights in its own way, such as DeepSpeed; what needs whole ones is refused
             then. Of `qat.shard` and torch's ``fully_shard`` the model tells itself.
 
-    `state_dict` and `load_state_dict` hold the count of steps, as accelerate's ``register_for_checkpointing`` asks.
+    `state_dict` and `load_state_dict`, for ``register_for_checkpointing`` of accelerate, hold the step and all runs.
 
     >>> import qat
     >>> model = nn.Sequential(nn.Linear(64, 64))
@@ -110,6 +111,7 @@ class QuantizationSteps:
         self._pulls: list[RemovableHandle] = []  # of hooks that follow the optimizers' steps
         self._changes: list[int] = []  # steps to come at which layers begin to quantize to another type
         self._optimizers: Sequence[Optimizer] = ()
+        self._runs: Mapping[str, Any] | None = None  # of a checkpoint, until `begin`
         self._calls = ""  # what came last of `begin`, `before_step` and `after_step`; empty: begin must come
 
     @property
@@ -118,12 +120,18 @@ class QuantizationSteps:
         return self._step()
 
     def state_dict(self) -> dict[str, Any]:
-        """The count of steps; all else is in the model's state."""
-        return {"step": self.step}
+        """The count of steps, and what is known of runs; all else is in the model's state."""
+        return {"step": self.step, "runs": run_state(self.model)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from ``state``; call it before `begin`, as the loads of model and optimizer."""
-        self._count, self._calls = int(state["step"]), ""
+        self._count, self._calls, self._runs = int(state["step"]), "", state.get("runs")
+
+    def take_over_runs(self) -> None:
+        """After the model's load, which forgets them: know again which layers ran before the checkpoint; once."""
+        if self._runs is not None:
+            set_run_state(self.model, self._runs)
+        self._runs = None
 
     def require_whole_weights(self) -> None:
         """Raise `TrainingError` where the schedule needs whole weights, but they, or copies of them, are sharded."""
@@ -178,6 +186,7 @@ class QuantizationSteps:
                 the steps; ``optimizers`` holds something else.
         """
         prepared_as(self.model)
+        self.take_over_runs()
         self.close()
         given: list[Any] = [optimizers] if hasattr(optimizers, "param_groups") else list(optimizers)
         if strange := [one for one in given if not hasattr(one, "param_groups")]:

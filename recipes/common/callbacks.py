@@ -1,23 +1,20 @@
-"""What a recipe's fit shows, draws and keeps: a progress bar, noise, and a checkpoint of the last weights."""
+"""What a recipe's fit shows and keeps: a progress bar, its newest checkpoints, and an average of its weights."""
 
 from __future__ import annotations
 
-import hashlib
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import lightning
-import torch
 from lightning.pytorch.callbacks import Checkpoint, EMAWeightAveraging
 
 from qat.training.callback import QuantizationAwareTraining
-from recipes.common.config import ConfigError
+from recipes.common import checkpoints
 from recipes.common.progress import progress_bar
-from recipes.common.settings import OptimizationSettings, TrainerSettings
+from recipes.common.settings import OptimizationSettings
 
-__all__ = ["LastCheckpoint", "SeedNoise", "StepProgress", "averages", "checkpoints_in", "mixed_seed", "step_of"]
+__all__ = ["LastCheckpoints", "StepProgress", "averages"]
 
 
 class StepProgress(lightning.Callback):
@@ -48,59 +45,51 @@ class StepProgress(lightning.Callback):
             self.bar.stop()
 
 
-def mixed_seed(*numbers: int) -> int:
-    """Return a seed of 32 bits, another one for each combination of numbers."""
-    return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:4], "big")
+class LastCheckpoints(Checkpoint):
+    """Keeps the newest states of a fit as ``step-N.ckpt``: every so many optimizer steps, and at the end.
 
+    A process that dies while it writes leaves those before. Of several processes, each takes part in the writing.
 
-class SeedNoise(lightning.Callback):
-    """Seeds what batches draw noise from by a seed, by the process and by the step that the fit begins at.
-
-    So fits with the same seed draw the same noise, several processes do not, and a resumed run draws fresh noise.
+    Args:
+        folder: where they are kept.
+        every: steps between them.
+        keep: how many are left; older ones are removed once a newer one is whole.
+        settings: of the run, kept with each (`recipes.common.checkpoints.settings_of`).
     """
 
-    def __init__(self, generator: torch.Generator, seed: int) -> None:
-        self.generator, self.seed = generator, seed
+    def __init__(self, folder: Path, every: int, keep: int, settings: dict[str, Any]) -> None:
+        self.folder, self.every, self.keep, self.settings = folder, every, keep, settings
+        self._step = 0
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        self.generator.manual_seed(mixed_seed(self.seed, trainer.global_rank, trainer.global_step))
-
-
-class LastCheckpoint(Checkpoint):
-    """Keeps the newest weights as ``last.ckpt``: every so many optimizer steps and at the end, one file in all.
-
-    It is written beside the one before and then renamed, so a process that dies while it writes leaves that one.
-    """
-
-    def __init__(self, folder: Path, every: int) -> None:
-        self.path = folder / "last.ckpt"
-        self.every = every
-        self._step = 0
+        self._step = trainer.global_step
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        # Under gradient accumulation several batches end at one step.
-        if trainer.global_step % self.every == 0 and trainer.global_step != self._step:
+        # Under gradient accumulation several batches end at one step. The last step's comes when the scales are taken.
+        if trainer.global_step % self.every == 0 and trainer.global_step not in (self._step, trainer.max_steps):
             self._save(trainer)
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self._save(trainer)
 
     def _save(self, trainer: lightning.Trainer) -> None:
-        partial = self.path.with_suffix(".partial")
-        trainer.save_checkpoint(partial)  # by every process: sharded strategies need them all
+        path = self.folder / f"step-{trainer.global_step}.ckpt"
+        partial = path.with_suffix(".partial")
+        try:
+            trainer.save_checkpoint(partial)  # by every process: sharded strategies need them all
+        except Exception:  # such as a full disk, which the half of a file would fill
+            checkpoints.remove(partial)
+            raise
         if trainer.is_global_zero:
-            if self.path.is_dir():  # as strategies write it that shard the model; no rename replaces a directory
-                shutil.rmtree(self.path)
-            partial.replace(self.path)
+            checkpoints.publish(partial, path, step=trainer.global_step, settings=self.settings)
+            for old in checkpoints.of(self.folder)[: -self.keep]:
+                checkpoints.remove(old)
+            for partial in self.folder.glob("*.partial"):  # of a process that was ended while it wrote
+                checkpoints.remove(partial)
         trainer.strategy.barrier()
         self._step = trainer.global_step
-
-
-def checkpoints_in(folder: Path, settings: TrainerSettings) -> list[lightning.Callback]:
-    """Make the callback that keeps the newest checkpoint of the configured interval, and the last of all."""
-    return [LastCheckpoint(folder, settings.checkpoint_every)]
 
 
 def averages(settings: OptimizationSettings, callbacks: Iterable[lightning.Callback]) -> list[lightning.Callback]:
@@ -111,20 +100,3 @@ def averages(settings: OptimizationSettings, callbacks: Iterable[lightning.Callb
     begin = max((schedule.settled_from for schedule in schedules), default=0)
     # Buffers are starts of ranges and statistics, which are copied instead.
     return [EMAWeightAveraging(decay=settings.average, use_buffers=False, update_starting_at_step=begin)]
-
-
-def step_of(checkpoint: Path | None) -> int:
-    """Return the step that a run goes on from, 0 without a checkpoint.
-
-    Raises:
-        ConfigError: the file is no checkpoint; called first, this comes before any work.
-    """
-    if checkpoint is None:
-        return 0
-    try:
-        return int(torch.load(checkpoint, weights_only=True, mmap=True, map_location="cpu")["global_step"])
-    except Exception as error:  # what can be wrong with a file has no common base
-        raise ConfigError(
-            f"resume: {str(checkpoint)!r} is no checkpoint of a recipe ({type(error).__name__}): give the last.ckpt "
-            "that one wrote"
-        ) from error

@@ -10,13 +10,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
 
 import qat
+from recipes.common.batches import TrainingBatches, require_whole_batch
 from recipes.common.diffusion_config import DiffusionConfig, sequence
 from recipes.common.progress import track
 from recipes.common.results import inspect_totals
-from recipes.common.training import require_whole_batch, training_batches
 from recipes.data import DataError
 from recipes.data.conditioning import call_arguments
 from recipes.data.diffusion import DiffusionCollate, EvaluationBatches, sampler_batches
@@ -33,10 +32,8 @@ SHOWN = 8  # images a row of the grid, unless prompts are given
 class DiffusionData:
     """What a diffusion run trains on and is judged by."""
 
-    batches: DataLoader[Any]
+    batches: TrainingBatches
     """To train on."""
-    noise: torch.Generator
-    """What these batches draw their noise from; whoever trains seeds it."""
     evaluation: EvaluationBatches
     """To judge by."""
     example: dict[str, Any]
@@ -91,9 +88,8 @@ def diffusion_data(
     key = fingerprint(folder)
     move_encoders(pipeline, device)
     encoded = encode(pipeline, images, config.data, key=key, track=track, **sequence(config))
-    noise = torch.Generator()
-    collate = DiffusionCollate(encoded, schedule, config.caption_dropout, noise)
-    batches = training_batches(encoded.train, batch_size, collate)
+    collate = DiffusionCollate(encoded, schedule, config.caption_dropout)
+    batches = TrainingBatches(encoded.train, batch_size, collate, config.seed)
     evaluation, few = (
         EvaluationBatches(encoded.evaluation, encoded, schedule, size, config.seed) for size in (batch_size, 2)
     )
@@ -106,7 +102,7 @@ def diffusion_data(
     release_encoders(pipeline)
     pipeline.transformer.cpu()
     example = next(iter(few))["inputs"]
-    return DiffusionData(batches, noise, evaluation, example, recorded, list(config.prompts) or captions[:SHOWN])
+    return DiffusionData(batches, evaluation, example, recorded, list(config.prompts) or captions[:SHOWN])
 
 
 def _check_prompts(pipeline: Any, config: DiffusionConfig) -> None:

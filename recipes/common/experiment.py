@@ -20,9 +20,12 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 import qat
 from recipes import tasks
 from recipes.common import training
-from recipes.common.callbacks import checkpoints_in
+from recipes.common.batches import TrainingBatches
+from recipes.common.callbacks import LastCheckpoints
+from recipes.common.checkpoints import end_run, settings_of
 from recipes.common.fine_tuned import FineTunedWeights
 from recipes.common.gate import Gate
+from recipes.common.judged import Judged
 from recipes.common.progress import stage, track
 from recipes.common.results import ResultRow, inspect_totals, show_end, show_results
 from recipes.common.run import Run
@@ -83,16 +86,19 @@ def compare(
     print(inspect_totals(qat.inspect(model, spec, target=config.target, example_inputs=example)))
     prepared_for: dict[str, Any] = {"target": config.target, "observer": config.observer, "example_inputs": example}
     prepared_for |= {"spec": spec, "algorithm": config.algorithm}
-    batches = training.training_batches(examples.train, settings.batch_size, examples.collate)
+    batches = TrainingBatches(examples.train, settings.batch_size, examples.collate, config.seed)
     checkpoints = run.beside("checkpoints")
     how = training.FitSettings(settings, config.trainer, config.seed)
     scores: dict[str, dict[str, float]] = {}
     losses: dict[str, list[float]] = {}
+    kept_scores = Judged(checkpoints, config)
 
     def judge(name: str, judged: nn.Module, device: torch.device, dtype: torch.dtype | None = None) -> None:
-        held_out = DataLoader(examples.evaluation, settings.batch_size, collate_fn=examples.collate)
-        shown = track(held_out, f"evaluating: {name}", len(held_out))
-        scores[name] = tasks.evaluate(task, judged.to(device), shown, dtype, losses.setdefault(name, []))
+        if name not in kept_scores:
+            held_out = DataLoader(examples.evaluation, settings.batch_size, collate_fn=examples.collate)
+            shown, found = track(held_out, f"evaluating: {name}", len(held_out)), list[float]()
+            kept_scores[name] = tasks.evaluate(task, judged.to(device), shown, dtype, found), found
+        scores[name], losses[name] = kept_scores[name]
 
     def calibration() -> tuple[Iterable[Any], int, torch.device]:
         return map(task.inputs, batches), schedule.calibration_batches, run.device
@@ -102,24 +108,29 @@ def compare(
     float_size = sum(parameter.numel() for parameter in model.parameters()) * spec.torch_dtype.itemsize
     tuned = copy.deepcopy(model)
     if config.float_baseline:
-        kept, rate = FineTunedWeights(checkpoints, config, config.resume), settings.float_learning_rate
+        kept, rate = FineTunedWeights(checkpoints, config), settings.float_learning_rate
         if not kept.restore(tuned):
             kept.save(tuned, training.fit("fine-tuning", tuned, task, batches, learning_rate=rate, settings=how))
         judge(TUNED, tuned, run.device)
         model.load_state_dict(tuned.state_dict())  # training with quantization goes on from there
-        later = schedule.settled_from > 0
-        quantized = training.quantized_copy(model, *calibration(), later=later, **prepared_for)
-        with TemporaryDirectory() as folder:
-            qat.export(quantized, folder)
-            judge(QUANTIZED, qat.load(folder), run.served_on, spec.torch_dtype)
+        if run.resume is not None and QUANTIZED in kept_scores:  # the checkpoint has what calibration found
+            judge(QUANTIZED, model, run.device)
+        else:
+            later = schedule.settled_from > 0
+            quantized = training.quantized_copy(model, *calibration(), later=later, **prepared_for)
+            with TemporaryDirectory() as folder:
+                qat.export(quantized, folder)
+                judge(QUANTIZED, qat.load(folder), run.served_on, spec.torch_dtype)
     gate = Gate(losses, TUNED, QUANTIZED, TRAINED, settings, spec, config.algorithm)
     gate.before_training()
 
     callbacks = [
         qat.QuantizationAwareTraining(schedule=schedule, **prepared_for),
-        *checkpoints_in(checkpoints, config.trainer),
+        LastCheckpoints(
+            checkpoints, config.trainer.checkpoint_every, config.trainer.keep_checkpoints, settings_of(config)
+        ),
     ]
-    options: dict[str, Any] = {"callbacks": callbacks, "teacher": teacher or tuned, "resume": config.resume}
+    options: dict[str, Any] = {"callbacks": callbacks, "teacher": teacher or tuned, "resume": run.resume}
     rate = settings.learning_rate
     trainer = training.fit("training", model, task, batches, learning_rate=rate, settings=how, **options)
     training.calibrate_and_freeze(model, *calibration())
@@ -145,4 +156,5 @@ def compare(
     }
     rows = [ResultRow(name, scores[name], *facts[name], gate.found.get(name)) for name in scores]
     show_results(rows, run.beside("results.json"), list(scores[FLOAT]))
+    end_run(checkpoints)
     show_end(run, verified)

@@ -1,19 +1,18 @@
-"""The fine-tuned float weights of a run, kept beside its checkpoint, so that a resumed run need not repeat them."""
+"""The fine-tuned float weights of a run, kept beside its checkpoints, so that it need not repeat them."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import lightning
-from pydantic import BaseModel
 from torch import nn
 
-import qat
+from recipes.common.checkpoints import publish, settings_of, whole
+from recipes.common.settings import RecipeConfig
 
 __all__ = ["FineTunedWeights"]
 
 NAME = "fine_tuned.safetensors"
-_ANY = {"resume", "output", "overwrite"}  # settings that make no difference to the weights
 
 
 class FineTunedWeights:
@@ -21,37 +20,23 @@ class FineTunedWeights:
 
     Args:
         folder: where they are kept.
-        config: the recipe's configuration.
-        resume: the checkpoint that the run goes on from; weights of its run lie beside it.
+        config: the recipe's configuration. Those beside the checkpoint that it resumes from are used too.
     """
 
-    def __init__(self, folder: Path, config: BaseModel, resume: Path | None) -> None:
-        self._path, self._resumed = folder / NAME, None if resume is None else resume.parent / NAME
-        self._settings = config.model_copy(update=dict.fromkeys(_ANY)).model_dump_json()
+    def __init__(self, folder: Path, config: RecipeConfig) -> None:
+        self._path, self._settings = folder / NAME, settings_of(config)
+        self._places = [self._path] if config.resume is None else [self._path, config.resume.parent / NAME]
 
     def restore(self, model: nn.Module) -> bool:
-        """Fill a model with the weights of the run that this one goes on from, if there are any of equal settings.
-
-        Raises:
-            LoadError: the file cannot be read.
-        """
-        from safetensors import safe_open
+        """Fill a model with the weights, if whole ones of equal settings are there."""
         from safetensors.torch import load_model
 
-        path = self._resumed
-        if path is None or not path.is_file():
-            return False
-        try:
-            with safe_open(path, "pt") as file:
-                same = (file.metadata() or {}).get("settings") == self._settings
-            if same:
+        for path in self._places:
+            about = whole(path) if path.is_file() else None
+            if about is not None and about.get("settings") == self._settings:
                 load_model(model, path)
-        except Exception as error:  # a damaged file and one of another model have no common base
-            raise qat.LoadError(
-                f"resume: {str(path)!r} cannot be read ({' '.join(str(error).split())}): delete it, and the float "
-                "model is trained again"
-            ) from error
-        return same
+                return True
+        return False
 
     def save(self, model: nn.Module, trainer: lightning.Trainer) -> None:
         """Keep the weights of a model that was just trained; of several processes, one writes."""
@@ -60,5 +45,5 @@ class FineTunedWeights:
         if trainer.is_global_zero:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             partial = self._path.with_suffix(".partial")
-            save_model(model, str(partial), {"settings": self._settings})
-            partial.replace(self._path)
+            save_model(model, str(partial))
+            publish(partial, self._path, settings=self._settings)

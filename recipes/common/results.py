@@ -86,7 +86,7 @@ def show_end(run: Run, verified: qat.VerifyReport) -> None:
     checks = len(verified.checks)
     print(f"exported model: {run.output} (reloaded in a fresh process, compared and found equal: {checks} checks)")
     print(f"load it: qat.load({str(run.output)!r}); its {CARD_NAME} shows other loaders")
-    print(f"results: {run.beside('results.json')}; checkpoint: {run.beside('checkpoints') / 'last.ckpt'}")
+    print(f"results: {run.beside('results.json')}; checkpoints: {run.beside('checkpoints')}")
 
 
 def inspect_totals(report: qat.InspectReport) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from qat.files.directory import check_destination
-from recipes.common.callbacks import step_of
+from recipes.common.checkpoints import begin_run, was_interrupted
 from recipes.common.config import load_config
 from recipes.common.settings import RecipeConfig
 from recipes.common.training import device_of
@@ -30,6 +30,8 @@ class Run:
     """Where this process trains, calibrates and judges."""
     served_on: torch.device
     """Where an export is judged."""
+    resume: Path | None = None
+    """The checkpoint that the training goes on from."""
 
     def beside(self, suffix: str) -> Path:
         """Return a path next to the export, named after it."""
@@ -45,16 +47,19 @@ def begin(recipe: str, config: RecipeConfig) -> Run:
 
     Raises:
         ExportError: the output directory must not be replaced.
-        ConfigError: nothing here can train with these settings, or there is no checkpoint to resume from.
+        ConfigError: nothing here can train with these settings, or see `recipes.common.checkpoints.begin_run`.
     """
     types = "_".join(filter(None, (config.spec.weights, config.spec.activations)))
     output, overwrite = config.output or Path("outputs", recipe, types), config.overwrite or config.output is None
-    check_destination(output.absolute(), overwrite)
+    beside = output.with_name(f"{output.name}-checkpoints")
+    interrupted = was_interrupted(beside, config)  # whose own export may lie there
+    check_destination(output.absolute(), overwrite or interrupted)
     device = device_of(config.trainer)
-    step_of(config.resume)
+    resume = begin_run(beside, config)
     _name_file(recipe, types, config)
     # On CUDA optimum-quanto compiles its float8 kernel when it is first used, for minutes: not for an evaluation.
-    return Run(output, overwrite, device, torch.device("cpu") if config.spec.weights == "float8" else device)
+    served_on = torch.device("cpu") if config.spec.weights == "float8" else device
+    return Run(output, overwrite or interrupted, device, served_on, resume)
 
 
 def _name_file(recipe: str, types: str, config: RecipeConfig) -> None:

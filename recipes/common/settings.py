@@ -90,7 +90,7 @@ class OptimizationSettings(BaseModel):
 
 
 class TrainerSettings(BaseModel):
-    """On what and how a recipe trains; all but fsdp2 and the last three are Lightning's own."""
+    """On what and how a recipe trains; all but fsdp2 and the last four are Lightning's own."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -112,6 +112,8 @@ class TrainerSettings(BaseModel):
     """Compile the model for training."""
     checkpoint_every: int = Field(default=50, ge=1)
     """Steps between the checkpoints of quantization-aware training, kept beside the output."""
+    keep_checkpoints: int = Field(default=2, ge=1)
+    """How many of the newest checkpoints are left."""
 
 
 class RecipeConfig(BaseModel):
@@ -134,7 +136,7 @@ class RecipeConfig(BaseModel):
     trainer: TrainerSettings = TrainerSettings()
     """Devices, precision and the like."""
     resume: FilePath | None = None
-    """A checkpoint of quantization-aware training to go on from: last.ckpt beside an earlier output."""
+    """A checkpoint of another run to go on from: step-N.ckpt beside its output; a run finds its own without this."""
     output: Path | None = None
     """Where the export goes; none: a folder named by the types under outputs/<recipe>, replaced if it exists."""
     overwrite: bool = False

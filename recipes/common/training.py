@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,6 @@ import torch
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
 
 import qat
 from qat.calibration import calibrate_parts
@@ -25,11 +24,11 @@ from qat.layers import quantized_layers
 from qat.preparation import prepared_as
 from qat.starting import awaiting
 from qat.training.task import QuantizedTask, Task
-from recipes.common.callbacks import SeedNoise, StepProgress, averages, mixed_seed, step_of
+from recipes.common.batches import FitBatches, TrainingBatches
+from recipes.common.callbacks import StepProgress, averages
 from recipes.common.config import ConfigError
 from recipes.common.progress import stage
 from recipes.common.settings import FSDP2, OptimizationSettings, TrainerSettings
-from recipes.data import DataError
 from recipes.data.tensors import move
 from recipes.tasks import Batch
 
@@ -41,8 +40,6 @@ __all__ = [
     "fit",
     "quantized_copy",
     "require_teacher",
-    "require_whole_batch",
-    "training_batches",
 ]
 
 logger = logging.getLogger("qat")
@@ -57,37 +54,7 @@ class FitSettings:
     trainer: TrainerSettings
     """What Lightning is told."""
     seed: int
-    """Two fits with the same seed see the same batches in the same order, with the same noise."""
-
-
-def require_whole_batch(count: int, batch_size: int) -> None:
-    """Check that there is a batch to train on, before anything is made of the examples.
-
-    Raises:
-        DataError: there are fewer examples than one batch holds, so there would be no step at all.
-    """
-    if count < batch_size:
-        raise DataError(
-            f"optimization.batch_size: {batch_size} is more than the {count} examples to train on, so there is no "
-            "whole batch: give more data, or a smaller batch_size (or data.block_size)"
-        )
-
-
-def training_batches(
-    examples: Dataset[Any], batch_size: int, collate: Callable[[list[Any]], Any] | None = None
-) -> DataLoader[Any]:
-    """Shuffle examples into whole batches, by torch's global random numbers.
-
-    Args:
-        examples: what to train on.
-        batch_size: examples a batch.
-        collate: puts a batch together; none: torch's own way.
-
-    Raises:
-        DataError: as `require_whole_batch`.
-    """
-    require_whole_batch(len(examples), batch_size)  # type: ignore[arg-type]
-    return DataLoader(examples, batch_size, shuffle=True, drop_last=True, collate_fn=collate)
+    """What is drawn before the first batch; the order of the batches and their noise have a seed of their own."""
 
 
 def require_teacher(
@@ -95,7 +62,7 @@ def require_teacher(
     teacher: nn.Module | qat.CachedLogits | None,
     distillation: qat.Distillation,
     task: Any = None,
-    batches: DataLoader[Any] | None = None,
+    batches: TrainingBatches | None = None,
 ) -> None:
     """Check that a teacher can teach what is compared, before anything is trained.
 
@@ -104,8 +71,8 @@ def require_teacher(
         teacher: none: nothing is checked, as where the distillation has no weight.
         distillation: what is compared.
         task: says what the model is called with, and which outputs are compared.
-        batches: what `training_batches` made. A cache must hold all rows of a first batch. Two examples are compared,
-            but for attention maps, which the fit alone lets models return. None: what needs no batch is checked.
+        batches: to train on. A cache must hold all rows of a first batch. Two examples are compared, but for attention
+            maps, which the fit alone lets models return. None: what needs no batch is checked.
 
     Raises:
         ConfigError: the teacher is a cache, and an option asks for more than it holds.
@@ -127,7 +94,7 @@ def require_teacher(
         return
     distiller.distillation = distillation.model_copy(update={"attention_maps": 0.0})
     collate: Any = batches.collate_fn
-    examples = [batches.dataset[index] for index in range(batches.batch_size or 1)]  # draws no random numbers
+    examples = [batches.dataset[index] for index in range(batches.batch_size)]
     if isinstance(teacher, qat.CachedLogits):
         teacher(task.inputs(collate(examples)))
     few = collate(examples[:2])
@@ -139,42 +106,38 @@ def fit(
     name: str,
     model: nn.Module,
     task: Task,
-    batches: Iterable[Any],
+    batches: TrainingBatches,
     *,
     learning_rate: float,
     settings: FitSettings,
     callbacks: Sequence[lightning.Callback] = (),
     teacher: nn.Module | qat.CachedLogits | None = None,
     resume: Path | None = None,
-    noise: torch.Generator | None = None,
 ) -> lightning.Trainer:
     """Train a model in place.
 
-    A resumed run goes through the data in another order than the run that it goes on from, and with other noise: its
-    later steps are no repetition of the first ones.
+    A fit that goes on from a checkpoint ends with the weights of one without a break, bit for bit on a CPU.
 
     Args:
         name: what the progress bar says.
         model: float; a `qat.QuantizationAwareTraining` among the callbacks prepares it.
         task: loss and metrics.
-        batches: what `training_batches` made.
+        batches: to train on; each process takes its own of them.
         learning_rate: the peak rate of the weights.
         settings: what all fits of a run have in common.
         callbacks: Lightning's; checkpoints are written only when one of them does.
         teacher: what to distil from, where the settings give distillation a weight.
         resume: a checkpoint to go on from; only tensors and plain data are read from it.
-        noise: what the batches draw their noise from, if they do; seeded here, otherwise in each process.
 
     Returns:
         The trainer, which knows whether this process is the one that goes on alone.
 
     Raises:
-        ConfigError: ``resume`` is no checkpoint.
         TrainingError: the loss became non-finite, or the data ended before all steps were done.
     """
-    optimization, seed, first_step = settings.optimization, settings.seed, step_of(resume)
+    optimization, count = settings.optimization, settings.optimization.steps * settings.trainer.accumulate_grad_batches
     teacher = teacher if optimization.distillation.weight > 0 else None
-    lightning.seed_everything(mixed_seed(seed, first_step) if first_step else seed, verbose=False)
+    lightning.seed_everything(settings.seed, verbose=False)
     model.train()
     if settings.trainer.gradient_checkpointing:
         _checkpoint_activations(model)
@@ -191,27 +154,26 @@ def fit(
         teacher=teacher,
         distillation=None if teacher is None else optimization.distillation,
     )
+    average = averages(optimization, callbacks)
     trainer = _trainer(
         settings.trainer,
         max_steps=optimization.steps,
         max_epochs=-1,
         # No epoch is longer than the fit, so that the last step also ends one.
-        limit_train_batches=optimization.steps * settings.trainer.accumulate_grad_batches,
+        limit_train_batches=count,
         gradient_clip_val=optimization.gradient_clip,
-        # Noise is seeded last, after callbacks that calibrate with batches.
-        callbacks=[
-            StepProgress(name),
-            *callbacks,
-            *averages(optimization, callbacks),
-            *([] if noise is None else [SeedNoise(noise, seed)]),
-        ],
+        callbacks=[StepProgress(name), *callbacks, *average],
         enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
     )
     maps = teacher is not None and optimization.distillation.attention_maps > 0
     with _attention_maps(model, teacher) if maps else nullcontext():
-        trainer.fit(module, batches, ckpt_path=None if resume is None else str(resume), weights_only=True)
+        shared = FitBatches(batches, trainer, count)
+        trainer.fit(module, shared, ckpt_path=None if resume is None else str(resume), weights_only=True)
     if shards:
         unshard(model)
+    if shared.resumed_at_end:
+        for callback in average:  # the average takes the place of the weights in a hook that a fit without steps skips
+            callback.on_train_end(trainer, module)
     if trainer.global_step < optimization.steps:
         raise qat.TrainingError(
             f"optimization.steps: {name} ended after {trainer.global_step} of {optimization.steps} steps: give every "
@@ -326,7 +288,8 @@ def _checkpoint_activations(model: nn.Module) -> None:
 
 def _trainer(settings: TrainerSettings, **options: Any) -> lightning.Trainer:
     """Make a trainer that says nothing, or say in one line why the settings do not allow one."""
-    lightnings = settings.model_dump(exclude={"gradient_checkpointing", "compile", "checkpoint_every"})
+    ours = {"gradient_checkpointing", "compile", "checkpoint_every", "keep_checkpoints"}
+    lightnings = settings.model_dump(exclude=ours)
     if settings.strategy == FSDP2:
         lightnings["strategy"] = _Sharding()
     try:
