@@ -78,20 +78,18 @@ def load(
     for name, faults, _ in before_loading(path, manifest, model, hashes=verify_hashes):
         if faults:
             raise load_error(f"{str(path)!r} is not what was exported ({name})", faults)
-    by_library = model is None and get_target(manifest.target).host.keeps_packed
-    reloaded = load_pretrained(path, manifest) if by_library else None
+    target = get_target(manifest.target)
+    own = not target.host.keeps_packed or (target.format.own_modules and not manifest.float_grid)
+    reloaded = None if own or model is not None else load_pretrained(path, manifest)
     if reloaded is not None:
-        own = get_target(manifest.target).format.own_modules and not manifest.float_grid
-        if faults := _unfilled(reloaded.model, manifest) + ([] if own else _other_layers(reloaded.model, manifest)):
+        if faults := _unfilled(reloaded.model, manifest) + _other_layers(reloaded.model, manifest):
             raise load_error(f"{str(path)!r} does not fill the model that its config.json builds", faults)
-        if own:
-            _take_places(reloaded.model, path, manifest)
         loaded = reloaded.model if torch.device(device).type == "cpu" else reloaded.model.to(device)
     else:
         loaded = model if model is not None else skeleton(path, manifest)
         fill(loaded, path, manifest, torch.device(device))
     loaded.requires_grad_(False)
-    record_frozen(loaded, manifest.frozen, may_save=reloaded is not None and not own)
+    record_frozen(loaded, manifest.frozen, may_save=reloaded is not None)
     return loaded.eval()
 
 
@@ -299,13 +297,6 @@ def _place(model: nn.Module, manifest: Manifest, places: _Places, read: Callable
         module, cls = places[name]
         new = target.build(target.format.recorded(record, name), layer.shape, tensors, like=module)
         cls.install(model, aliases.get(id(module), [name]), new)
-
-
-def _take_places(model: nn.Module, directory: Path, manifest: Manifest) -> None:
-    """Put frozen layers of ours in the place of those that a stock loader made."""
-    places = {name: (module, cls) for name, module, cls in float_layers(model) if name in manifest.frozen.layers}
-    _place(model, manifest, places, _reader(directory, manifest, torch.device("cpu")))
-    get_target(manifest.target).format.release(model)
 
 
 def _place_faults(places: _Places, model: nn.Module, manifest: Manifest) -> list[str]:

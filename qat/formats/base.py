@@ -132,7 +132,7 @@ class Format(ABC):
     package: ClassVar[str] = ""
     """The module that its loaders need beside a model library; an extra of qat of the same name installs it."""
     own_modules: ClassVar[bool] = False
-    """Whether stock loaders make other modules than `build`, which then takes their place in `qat.load`."""
+    """Whether stock loaders make other modules than `build`, so that `qat.load` fills a float model instead."""
 
     def types(self, weights: str, activations: str | None, dtype: torch.dtype, outputs: bool = True) -> LayerTypes:
         """Resolve the names that a spec uses into objects; `SpecError` if the format has no such type."""
@@ -322,10 +322,6 @@ class Format(ABC):
     def hides_weights(self, record: FrozenRecord) -> tuple[bool, bool]:
         """Whether stock modules of a model have no ``weight`` while they hold codes, and whether they can hold them."""
         return False, True
-
-    def release(self, model: nn.Module) -> None:
-        """Take off what the stock loader hung on a model, where `qat.load` puts modules of its own into it."""
-        return
 
     def keeper(self, layers: Sequence[Any]) -> Any:
         """Of frozen layers that are to share one weight, the one whose weight serves them all."""

@@ -172,12 +172,6 @@ class _CompressedTensors(Format):
         types = [self.recorded(record, name) for name in record.layers]
         return any(map(packs, types)), not any(one.weights.whole_shift for one in types)
 
-    def release(self, model: nn.Module) -> None:
-        """Take off the hook that would turn all layers into floats on the first forward."""
-        hook = vars(model).pop("ct_decompress_hook", None)
-        if hook is not None:
-            hook.remove()
-
     def quantization_config(self, library: str, record: FrozenRecord, floats: list[str]) -> dict[str, Any]:
         """Groups of layers with equal types, those of patterns first, since the first match counts.
 
