@@ -83,7 +83,7 @@ def make_model(source: str, kind: str, sizes: dict[str, Any], folder: Path) -> N
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
         config.update(sizes)
         torch.manual_seed(0)
-        getattr(transformers, kind).from_config(config).float().save_pretrained(folder)
+        getattr(transformers, kind).from_config(config, trust_remote_code=False).float().save_pretrained(folder)
 
 
 def start(recipe: Any, arguments: list[str], folder: Path) -> int:

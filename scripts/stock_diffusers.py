@@ -122,7 +122,7 @@ def read(request: Mapping[str, str], way: str, dtype: torch.dtype) -> Any:
     if way.startswith("float"):
         directory += "-float"
     if way.endswith("directory"):
-        return kind.from_pretrained(directory, dtype=dtype, quantization_config=config)
+        return kind.from_pretrained(directory, dtype=dtype, quantization_config=config, trust_remote_code=False)
     if way == "packed file":
         file = f"{directory}-packed.safetensors"
     else:

@@ -216,7 +216,7 @@ class TestErrors:
         model._keep_in_fp32_modules_strict = {"norm"}
         prepare(model, QuantSpec(weights="int8", dtype="bfloat16"))
         freeze(model, allow_unreached=True)
-        with pytest.raises(TargetError, match=r"qat\.freeze\(model, target='transformers'\)"):
+        with pytest.raises(TargetError, match=r"qat\.convert\(directory, output, target='transformers'\)"):
             export(model, tmp_path / "out", target="transformers")
 
 

@@ -196,7 +196,7 @@ class TestOtherTargets:
             assert export(model, tmp_path / "out", target="diffusers").target == "diffusers"
             return
         assert kind == "TinyGemmWeightQBitsTensor"
-        with pytest.raises(TargetError, match=r"in another dtype or class, .*qat.freeze\(model, target='diffusers'\)"):
+        with pytest.raises(TargetError, match=r"in another dtype or class, .*qat.convert\(.*target='diffusers'\)"):
             export(model, tmp_path / "out", target="diffusers")
 
     def test_freezing_holds_what_stock_diffusers_holds(self) -> None:
@@ -303,7 +303,7 @@ class TestRefusals:
             ("scale", "layers"),
             ("key", "keys"),
             ("bias", "tensors"),
-            ("config", "keys"),
+            ("config", "model"),
         ],
     )
     def test_a_tampered_directory_does_not_verify(self, tmp_path: Path, tampering: str, check: str) -> None:

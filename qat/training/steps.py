@@ -100,10 +100,9 @@ class QuantizationSteps:
             self.schedule = self.schedule.model_copy(update={"calibration_batches": 0})
         self._batches, self._calibrate_with = batches, calibrate or self._on_batches
         self._sharded = sharded
-        self.shards = False
-        """Whether ``fully_shard`` shards the model; known from `begin` on."""
+        self.shards = False  # whether ``fully_shard`` shards the model; known from `begin` on
         self._count = 0  # optimizer steps done, where no trainer counts them
-        self._step = step or (lambda: self._count)
+        self._step, self._counted = step or (lambda: self._count), step is not None
         self._last = 0  # what `after_step` has seen
         self._phase: tuple[bool, bool] | None = None  # what the layers were last switched to
         self._observing = False  # whether training does, also while it is interrupted by an evaluation
@@ -125,7 +124,8 @@ class QuantizationSteps:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from ``state``; call it before `begin`, as the loads of model and optimizer."""
-        self._count, self._calls, self._runs = int(state["step"]), "", state.get("runs")
+        self._count, self._runs = int(state["step"]), state.get("runs")
+        self._calls = self._calls if self._counted else ""  # a trainer may load within a fit, after a tuner's
 
     def take_over_runs(self) -> None:
         """After the model's load, which forgets them: know again which layers ran before the checkpoint; once."""
