@@ -102,8 +102,8 @@ def inspect(model: Any, spec: QuantSpec, *, target: str = "quanto", example_inpu
             weights: a directory, a name on the hub, a configuration of transformers, or the fields of a config.json
             (`qat.hosts.configurations.build_on_meta`).
         spec: what to quantize.
-        target: who will load the export: ``"quanto"``, ``"transformers"``, ``"diffusers"``, ``"gguf"`` or
-            ``"gguf-diffusers"``.
+        target: who will load the export: ``"quanto"``, ``"transformers"``, ``"diffusers"``, ``"compressed-tensors"``,
+            ``"gguf"`` or ``"gguf-diffusers"``.
         example_inputs: one batch (tensor, tuple or mapping), run through the float model to find the layers whose
             input the stock kernels cannot read, or whose weight is used without calling them; these stay float.
 
