@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qat.errors import ExportError, LoadError, TargetError, listed, load_error
+from qat.errors import ExportError, LoadError, TargetError, listed
 from qat.exporting import CONFIG_NAME, ExportReport, export, moved_tensors
 from qat.files.directory import as_path, check_destination
 from qat.files.evidence import FrozenRecord, LayerEvidence, record_frozen
@@ -29,7 +29,7 @@ from qat.formats import FORMATS
 from qat.hosts import Target, get_target
 from qat.inspection import InspectReport, inspect
 from qat.layers import float_layers
-from qat.loading import before_loading, fill, skeleton, tied_layers
+from qat.loading import fill, module_names, require_exported, skeleton, tied_layers
 from qat.numerics import FrozenWeight, QType
 from qat.spec import LayerSpec, QuantSpec
 from qat.tensors import digest
@@ -86,9 +86,7 @@ def convert(
     manifest = read_trusted(path)
     if manifest.float_grid:
         raise LoadError(f"directory: {str(path)!r} holds floats (float_grid=True), no codes: convert a packed export")
-    for name, faults, _ in before_loading(path, manifest, model, hashes=True):
-        if faults:
-            raise load_error(f"{str(path)!r} is not what was exported ({name})", faults)
+    require_exported(path, manifest, model, hashes=True)
     origin = get_target(manifest.target)
     architecture = skeleton(path, manifest) if model is None else copy.deepcopy(model)
     if faults := to.format.package_faults() or to.host.model_faults(architecture):
@@ -232,9 +230,7 @@ def _replaced(
     to: Target,
 ) -> Iterator[tuple[str, LayerEvidence]]:
     """Put the layers of the new format in their places, and give their evidence."""
-    aliases: dict[int, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        aliases.setdefault(id(module), []).append(name)
+    aliases = module_names(model)
     places = {name: (module, cls) for name, module, cls in float_layers(architecture)}
     for name, kept in manifest.frozen.layers.items():
         module, (like, cls) = model.get_submodule(name), places[name]

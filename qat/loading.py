@@ -28,7 +28,16 @@ from qat.layers import QuantizedLayer, float_layers
 from qat.tensors import difference, meta_names, stored_tensors
 from qat.untrusted import build_described, check_configuration, check_files, check_settings, read_trusted
 
-__all__ = ["before_loading", "check_headers", "fill", "load", "skeleton", "tied_layers"]
+__all__ = [
+    "before_loading",
+    "check_headers",
+    "fill",
+    "load",
+    "module_names",
+    "require_exported",
+    "skeleton",
+    "tied_layers",
+]
 
 _FILES = "{} files, sizes and hashes as written"
 _KEYS = "{} tensors, dtypes, packed shapes and alignment as declared"
@@ -75,9 +84,7 @@ def load(
     manifest = read_trusted(path)
     if model is not None and manifest.float_grid:
         raise LoadError(f"model: {str(path)!r} holds floats (float_grid=True), which fill no model: leave model out")
-    for name, faults, _ in before_loading(path, manifest, model, hashes=verify_hashes):
-        if faults:
-            raise load_error(f"{str(path)!r} is not what was exported ({name})", faults)
+    require_exported(path, manifest, model, hashes=verify_hashes)
     target = get_target(manifest.target)
     own = not target.host.keeps_packed or (target.format.own_modules and not manifest.float_grid)
     reloaded = None if own or model is not None else load_pretrained(path, manifest)
@@ -145,6 +152,13 @@ def before_loading(
             except QatError as error:
                 faults = [str(error)]
             yield name, faults, good
+
+
+def require_exported(directory: Path, manifest: Manifest, model: nn.Module | None, *, hashes: bool) -> None:
+    """Raise `LoadError` with the faults of the first question of `before_loading` that has some."""
+    for name, faults, _ in before_loading(directory, manifest, model, hashes=hashes):
+        if faults:
+            raise load_error(f"{str(directory)!r} is not what was exported ({name})", faults)
 
 
 def _other_layers(model: nn.Module, manifest: Manifest) -> list[str]:
@@ -288,15 +302,20 @@ def _reader(directory: Path, manifest: Manifest, device: torch.device) -> Callab
 def _place(model: nn.Module, manifest: Manifest, places: _Places, read: Callable[[str], Tensor]) -> None:
     """Put all frozen layers into a model."""
     target, record = get_target(manifest.target), manifest.frozen
-    below = _keys_of_layers(manifest, manifest.tensors)
-    aliases: dict[int, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        aliases.setdefault(id(module), []).append(name)
+    below, aliases = _keys_of_layers(manifest, manifest.tensors), module_names(model)
     for name, layer in record.layers.items():
         tensors = {rest: read(key) for rest, key in below[name].items()}
         module, cls = places[name]
         new = target.build(target.format.recorded(record, name), layer.shape, tensors, like=module)
         cls.install(model, aliases.get(id(module), [name]), new)
+
+
+def module_names(model: nn.Module) -> dict[int, list[str]]:
+    """All names of each module, by its ``id``."""
+    names: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(id(module), []).append(name)
+    return names
 
 
 def _place_faults(places: _Places, model: nn.Module, manifest: Manifest) -> list[str]:

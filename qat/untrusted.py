@@ -151,12 +151,8 @@ def check_settings(model: nn.Module, directory: Path, manifest: Manifest) -> lis
     """Whether ``config.json`` tells loaders what freezing left; ``model`` is a float one that it builds."""
     if "config.json" not in manifest.files:
         return []
-    target, record = get_target(manifest.target), manifest.frozen
-    host, format, wanted = target.host, target.format, None
-    if host.name in format.libraries and not manifest.float_grid:
-        floats = host.float_layers(model, record) or []
-        wanted = format.quantization_config(host.name, host.as_stored(model, record), floats)
-        wanted = json.loads(json.dumps(wanted | host.load_settings(model, record, format)))
+    settings = None if manifest.float_grid else get_target(manifest.target).settings(model, manifest.frozen)
+    wanted = json.loads(json.dumps(settings))
     if read_json(directory, "config.json").get("quantization_config") == wanted:
         return []
     return ["config.json: quantization_config is not what freezing left"]

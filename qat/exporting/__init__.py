@@ -203,11 +203,7 @@ def _configured(
         config = shown_call(target.format.libraries[host.name].config_class, grid.arguments)
         given = f"directory, {grid.dtype}quantization_config={config}"
         return state, (f"on-grid float32 weights: load with from_pretrained({given})",)
-    state, floats = ModelState(model, target.format, ties, untie=untie), host.float_layers(model, record)
-    settings = None
-    if floats is not None:
-        settings = target.format.quantization_config(host.name, host.as_stored(model, record), floats)
-        settings |= host.load_settings(model, record, target.format)
+    state, settings = ModelState(model, target.format, ties, untie=untie), target.settings(model, record)
     notes: tuple[str, ...] = ()
     if not library.write_config(model, directory, record.spec.torch_dtype, settings):
         notes = ("no config.json: load with qat.load(directory, model=<the float model>) or quanto's requantize",)

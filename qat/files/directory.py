@@ -18,7 +18,7 @@ from pathlib import Path
 from qat.errors import ExportError, LoadError, QatError, listed, shown
 from qat.files.manifest import CARD_NAME, MANIFEST_NAME, read_manifest
 
-__all__ = ["as_path", "atomic_directory", "check_destination"]
+__all__ = ["as_path", "atomic_directory", "check_destination", "sync"]
 
 
 def as_path(directory: object, error: type[QatError]) -> Path:
@@ -79,9 +79,9 @@ def atomic_directory(destination: Path, overwrite: bool) -> Iterator[Path]:
         destination.parent.mkdir(parents=True, exist_ok=True)
         temporary = _beside(destination, "tmp")
         yield temporary
-        _sync(temporary)
+        sync(temporary)
         _replace(temporary, destination)
-        _sync(destination.parent)
+        sync(destination.parent)
     except QatError:
         raise
     except Exception as error:
@@ -110,8 +110,9 @@ def _replace(temporary: Path, destination: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _sync(directory: Path) -> None:
-    handle = os.open(directory, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a directory, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from qat.errors import SpecError, TargetError, meant, shown
+from qat.files.evidence import FrozenRecord
 from qat.formats import COMPRESSED_TENSORS, GGUF, GGUF_FLOAT16, QUANTO, Format, LayerTypes
 from qat.hosts.base import Host
 from qat.hosts.compressed_transformers import COMPRESSED_TRANSFORMERS
@@ -102,6 +103,14 @@ class Target:
             for module in modules:
                 self.format.settle(module, plain_on_cpu=self.plain_on_cpu)
             self.format.tie(modules)
+
+    def settings(self, model: nn.Module, record: FrozenRecord) -> dict[str, Any] | None:
+        """What ``config.json`` tells the loader of packed weights; None: it says nothing of them."""
+        floats = self.host.float_layers(model, record)
+        if floats is None:
+            return None
+        fields = self.format.quantization_config(self.host.name, self.host.as_stored(model, record), floats)
+        return fields | self.host.load_settings(model, record, self.format)
 
     def rules(self, model: nn.Module, dtype: torch.dtype) -> Rules:
         """What the target's loader, and the classes inside the model, say of its layers and tensors."""

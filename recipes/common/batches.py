@@ -7,6 +7,7 @@ step then draws, such as dropout. The price is a seeding of each generator a bat
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -37,6 +38,11 @@ def require_whole_batch(count: int, batch_size: int) -> None:
             f"optimization.batch_size: {batch_size} is more than the {count} examples to train on, so there is no "
             "whole batch: give more data, or a smaller batch_size (or data.block_size)"
         )
+
+
+@functools.lru_cache(maxsize=2)  # all batches of a pass share it
+def _order(count: int, seed: int) -> torch.Tensor:
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
 
 
 @dataclass(frozen=True)
@@ -84,8 +90,7 @@ class TrainingBatches:
         """Make the batch of a number, which may be beyond the first pass; all random numbers begin anew."""
         number = number * self.processes + self.rank
         passed, place = divmod(number, self._in_a_pass)
-        generator = torch.Generator().manual_seed(mixed_seed(self.seed, passed))
-        order = torch.randperm(len(self.dataset), generator=generator)  # type: ignore[arg-type]
+        order = _order(len(self.dataset), mixed_seed(self.seed, passed))  # type: ignore[arg-type]
         chosen = order[place * self.batch_size : (place + 1) * self.batch_size].tolist()
         lightning.seed_everything(mixed_seed(self.seed, passed, place), verbose=False)
         return self.collate_fn([self.dataset[index] for index in chosen])

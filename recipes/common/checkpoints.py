@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_only
 from pydantic import BaseModel
 
+from qat.files.directory import sync
 from recipes.common.config import ConfigError
 from recipes.common.settings import RecipeConfig
 
@@ -79,7 +79,7 @@ def publish(partial: Path, path: Path, **about: Any) -> None:
     """Give a file, or a directory as sharding strategies write it, its name, once it is on the disk."""
     files = [partial] if partial.is_file() else [file for file in partial.rglob("*") if file.is_file()]
     for file in files:
-        _sync(file)
+        sync(file)
     about["sha256"] = _digest(partial)
     remove(path)
     partial.replace(path)
@@ -193,17 +193,9 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a file that appears whole or not at all."""
     partial = path.with_suffix(".json.partial")
     partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    _sync(partial)
+    sync(partial)
     partial.replace(path)
-    _sync(path.parent)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    sync(path.parent)
 
 
 def _digest(path: Path) -> str:
