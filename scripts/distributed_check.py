@@ -33,6 +33,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.nn.parallel import DistributedDataParallel
 
 import qat
+from qat.blocks import find_blocks
 from qat.tensors import whole
 from scripts.benchmark_speed import SHAPES, build
 
@@ -153,8 +154,11 @@ class Clock:
         return told[0]
 
 
-def speed(shape: dict[str, int], names: list[str], device: str, mesh: Any, clock: Clock, steps: int) -> list[Any]:
+def speed(
+    shape: dict[str, int], names: list[str], device: str, mesh: Any, clock: Clock, steps: int, compiled: bool
+) -> list[Any]:
     """Arms in turns, each built afresh, in another order every turn: milliseconds of a step, and peak GiB."""
+    warm = 4 if compiled else 2
     rank, ranks, cuda = torch.distributed.get_rank(), torch.distributed.get_world_size(), device == "cuda"
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     seconds: dict[str, list[float]] = {name: [] for name in names}
@@ -164,18 +168,22 @@ def speed(shape: dict[str, int], names: list[str], device: str, mesh: Any, clock
             if not clock.left():
                 break
             model = prepared(shape, name, device, "bfloat16")
+            if compiled:
+                torch.compiler.reset()
+                for block in find_blocks(model).values():
+                    block.compile()
             qat.shard(model, mesh, mp_policy=policy)
-            rows = batches(shape, steps + 2, ranks, device)[:, rank]
+            rows = batches(shape, steps + warm, ranks, device)[:, rank]
             calibrated(model, name, rows[:1])
             step = Stepping(model)
             for number, x in enumerate(rows):
-                if number == 2 and cuda:
+                if number == warm and cuda:
                     torch.cuda.reset_peak_memory_stats()
                 _wait(cuda)
                 start = time.perf_counter()
                 step(x)
                 _wait(cuda)
-                if number >= 2:
+                if number >= warm:
                     seconds[name].append(time.perf_counter() - start)
             peaks[name] = torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0
             del model, step
@@ -190,6 +198,8 @@ def speed(shape: dict[str, int], names: list[str], device: str, mesh: Any, clock
             continue
         row: dict[str, Any] = {
             "arm": name,
+            "compiled": compiled,
+            "batch": shape["batch"],
             "ms": round(statistics.median(seconds[name]) * 1e3, 2),
             "steps": len(seconds[name]),
         }
@@ -256,8 +266,10 @@ def rank_main(arguments: argparse.Namespace) -> None:
             add("check", check(case, wanted.get(case, []), arguments.device, mesh, _shared(folder)))
     for shape in arguments.shapes:
         sizes = SHAPES[shape] if cuda else TRIAL
-        for row in speed(sizes, names, arguments.device, mesh, clock, arguments.steps):
-            add(shape, row)
+        sizes = sizes | {"batch": arguments.batch or sizes["batch"]}
+        for compiled in (False, True) if arguments.compile else (False,):
+            for row in speed(sizes, names, arguments.device, mesh, clock, arguments.steps, compiled):
+                add(shape, row)
     if clock.left():
         with TemporaryDirectory() as folder:
             add("freeze", frozen(sizes, arguments.device, mesh, _shared(folder)))
@@ -278,14 +290,17 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="where the rows go, as JSON")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if cuda else "cpu")
     parser.add_argument("--shapes", nargs="+", choices=sorted(SHAPES), default=["cpu", "1b"])
+    parser.add_argument("--batch", type=int, default=0, help="rows of a rank; 0: those of the shape")
+    parser.add_argument("--compile", action="store_true", help="each arm also with its blocks compiled")
     parser.add_argument("--steps", type=int, default=8, help="measured steps of an arm a turn")
     parser.add_argument("--seconds", type=float, default=330.0, help="after which no arm begins")
     arguments = parser.parse_args()
     if "RANK" in os.environ:
         return rank_main(arguments)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(arguments.nproc)]
-    given = {"out": arguments.out, "device": arguments.device, "steps": arguments.steps, "seconds": arguments.seconds}
+    given = {key: vars(arguments)[key] for key in ("out", "device", "batch", "steps", "seconds")}
     options = [text for key, value in given.items() for text in (f"--{key}", str(value))]  # torchrun would take --nproc
+    options += ["--compile"] if arguments.compile else []
     command = [*torchrun, "-m", "scripts.distributed_check", *options, "--shapes", *arguments.shapes]
     raise SystemExit(subprocess.run(command, timeout=arguments.seconds + 140, check=False).returncode)
 
