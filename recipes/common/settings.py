@@ -108,8 +108,10 @@ class TrainerSettings(BaseModel):
     """Batches whose gradients are averaged for one optimizer step."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
+    deterministic: bool = False
+    """Use deterministic algorithms alone: a run on a GPU then repeats, and goes on after a break, to the bit."""
     compile: bool = False
-    """Compile the model for training."""
+    """Compile the model for training; with fsdp2, each of its blocks."""
     checkpoint_every: int = Field(default=50, ge=1)
     """Steps between the checkpoints of quantization-aware training, kept beside the output."""
     keep_checkpoints: int = Field(default=2, ge=1)
@@ -214,7 +216,6 @@ class RecipeConfig(BaseModel):
             "first_weights": self.schedule.first_weights,
             "cage": self.schedule.cage,
             "optimization.average": strategy == FSDP2 and average is not None,
-            "trainer.compile": strategy == FSDP2 and self.trainer.compile,
         }
         needs = next((name for name, asked in wanted.items() if asked), None)
         if needs and strategy.startswith(("fsdp", "deepspeed")):

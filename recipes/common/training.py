@@ -18,6 +18,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 
 import qat
+from qat.blocks import find_blocks
 from qat.calibration import calibrate_parts
 from qat.distributed import sharded, unshard
 from qat.layers import quantized_layers
@@ -141,8 +142,8 @@ def fit(
     model.train()
     if settings.trainer.gradient_checkpointing:
         _checkpoint_activations(model)
-    trained: Any = torch.compile(model) if settings.trainer.compile else model
-    shards = settings.trainer.strategy == FSDP2
+    shards, compiled = settings.trainer.strategy == FSDP2, settings.trainer.compile
+    trained: Any = torch.compile(model) if compiled and not shards else model
     module = (_ShardedTask if shards else QuantizedTask)(
         trained,
         task,
@@ -154,6 +155,8 @@ def fit(
         teacher=teacher,
         distillation=None if teacher is None else optimization.distillation,
     )
+    if isinstance(module, _ShardedTask):
+        module.compiles_blocks = compiled
     average = averages(optimization, callbacks)
     trainer = _trainer(
         settings.trainer,
@@ -166,11 +169,13 @@ def fit(
         enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
     )
     maps = teacher is not None and optimization.distillation.attention_maps > 0
-    with _attention_maps(model, teacher) if maps else nullcontext():
+    with _attention_maps(model, teacher) if maps else nullcontext(), _without_cache(model):
         shared = FitBatches(batches, trainer, count)
         trainer.fit(module, shared, ckpt_path=None if resume is None else str(resume), weights_only=True)
     if shards:
         unshard(model)
+        if not [*quantized_layers(model)]:
+            _uncompile(model)  # a prepared one stays compiled until it is frozen, since nobody saw its layers run
     if shared.resumed_at_end:
         for callback in average:  # the average takes the place of the weights in a hook that a fit without steps skips
             callback.on_train_end(trainer, module)
@@ -185,9 +190,14 @@ def fit(
 class _ShardedTask(QuantizedTask):
     """One whose model is sharded where training begins, after the callback has prepared it."""
 
+    compiles_blocks = False
+    """Compile block by block, as what gathers shards stays outside compiled code."""
+
     def configure_model(self) -> None:
         if self.device_mesh is not None and not sharded(self.model):
             qat.shard(self.model, self.device_mesh)
+            for block in find_blocks(self.model).values() if self.compiles_blocks else ():
+                block.compile()
 
 
 class _Sharding(ModelParallelStrategy):
@@ -220,6 +230,12 @@ def calibrate_and_freeze(model: nn.Module, batches: Iterable[Batch], count: int,
         if count:
             calibrate(model, itertools.islice(batches, count), device)
         qat.freeze(model.cpu())
+        _uncompile(model)
+
+
+def _uncompile(model: nn.Module) -> None:
+    for module in model.modules():
+        module._compiled_call_impl = None
 
 
 def quantized_copy(
@@ -273,6 +289,21 @@ def _attention_maps(*models: Any) -> Iterator[None]:
     finally:
         for model, name in zip(models, before, strict=True):
             model.set_attn_implementation(name)
+
+
+@contextmanager
+def _without_cache(model: Any) -> Iterator[None]:
+    """Let a model of transformers keep no keys and values, which training never reads and compiling stumbles over."""
+    config = getattr(model, "config", None)
+    before = getattr(config, "use_cache", None)
+    if before is None or not hasattr(model, "set_attn_implementation"):
+        yield
+        return
+    try:
+        config.use_cache = False  # type: ignore[union-attr]
+        yield
+    finally:
+        config.use_cache = before  # type: ignore[union-attr]
 
 
 def _checkpoint_activations(model: nn.Module) -> None:
