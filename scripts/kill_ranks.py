@@ -5,8 +5,8 @@
 
 Lightning starts the other ranks. All are killed at once, imports included, at a moment of the whole run, or each
 second time after its first checkpoint. Then the same command is started again, until it ends. All files of the export
-and the table of results must be those of the run without a break, byte for byte. Models and data are those of
-`scripts.kill_and_resume`. On a GPU, torch is told to use deterministic algorithms alone.
+and the table of results must be those of the run without a break, byte for byte. The model is that of
+`scripts.kill_and_resume`, and tokens are drawn. On a GPU, torch is told to use deterministic algorithms alone.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import sys
 import time
 from pathlib import Path
 
-from scripts.kill_and_resume import OPTIONS, files_of, make_data, make_model
+from scripts.kill_and_resume import OPTIONS, files_of, make_model
 
 ROOT = Path(__file__).parents[1]
 FIT = ["--optimization.steps", "60", "--optimization.batch-size", "4", "--trainer.checkpoint-every", "4"]
@@ -34,7 +34,7 @@ def start(arguments: list[str], folder: Path) -> subprocess.Popen[bytes]:
     environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
     with (folder / "log.txt").open("ab") as log:
         return subprocess.Popen(
-            [sys.executable, "-m", "recipes.causal_lm", *arguments],
+            [sys.executable, "-m", "scripts.kill_ranks", *arguments],
             cwd=folder,
             env=environment | {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"},
             stdout=log,
@@ -43,8 +43,24 @@ def start(arguments: list[str], folder: Path) -> subprocess.Popen[bytes]:
         )
 
 
+def train() -> None:
+    """Run the recipe on drawn tokens."""
+    import torch
+
+    from recipes import causal_lm
+    from recipes.data import text
+
+    draw = torch.Generator().manual_seed(0)
+    rows = [{"input_ids": torch.randint(4096, (64,), generator=draw)} for _ in range(264)]
+    vars(text)["load_blocks"] = lambda *_: (rows[:256], rows[256:])
+    causal_lm.main(sys.argv[1:])
+
+
 def main() -> int:
     """Run, and print a line for each kill and one of JSON for all; the number of runs that ended otherwise."""
+    if sys.argv[1:2] == ["--model"]:
+        train()
+        return 0
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--strategy", default="fsdp2")
     parser.add_argument("--devices", default="2")
@@ -55,10 +71,9 @@ def main() -> int:
     given, more = parser.parse_known_args()
     root = given.folder.absolute() / f"{given.strategy}_{given.accelerator}"
     shutil.rmtree(root, ignore_errors=True)
-    (source, kind), sizes, own = OPTIONS["causal_lm"]
-    make_data(root / "data")
+    (source, kind), sizes, _ = OPTIONS["causal_lm"]
     make_model(source, kind, sizes, root / "model")
-    arguments = ["--model", "../model", "--output", "out", *own, *FIT, "--algorithm.start", "clip"]
+    arguments = ["--model", "../model", "--output", "out", *FIT, "--algorithm.start", "clip"]
     for name in ("strategy", "devices", "accelerator"):
         arguments += [f"--trainer.{name}", vars(given)[name]]
     if given.accelerator == "gpu":
