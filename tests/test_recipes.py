@@ -231,7 +231,7 @@ def test_all_arms_see_the_same_batches_in_the_same_order(small: list[str], monke
         (["--model", "./nowhere"], ConfigError, r"model: must be a directory that exists, .* got '\./nowhere'"),
         (["--model", "nowhere"], LoadError, "model: 'nowhere' is no directory here, and as a hub's name cannot be"),
         (["--data.source", "./nowhere.txt"], QatError, "does not exist"),
-        (["--data.block-size", "5000"], QatError, "shorter than one block"),
+        (["--data.block-size", "5000"], QatError, "the model takes at most 64 tokens"),
         (["--spec.exclude", "*.nothing"], QatError, "matches no layer that can be quantized"),
         (["--schedule.finish", "last"], SystemExit, "2"),  # it freezes by itself
         (["--optimization.learning-rate", "-1"], ConfigError, r"optimization\.learning_rate"),

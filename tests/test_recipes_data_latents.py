@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import shutil
 import weakref
 from collections.abc import Callable
@@ -229,6 +230,22 @@ def test_a_label_that_the_model_does_not_know_is_an_error(label: int, message: s
     train = images.train.remove_columns("caption").add_column("caption", labels)
     with pytest.raises(DataError, match=rf"^data\.caption_field: .*{message}"):
         encode(make("dit"), replace(images, train=train), data, key="dit")
+
+
+@pytest.mark.parametrize("damage", ["cut", "missing", "one more", "pipe"])
+def test_a_damaged_cache_is_an_error_that_says_what_to_remove(damage: str, load: Load, tmp_path: Path) -> None:
+    encoded_by("flux", load)
+    file = next((tmp_path / "cache" / "qat-latents").glob("*/train-*.safetensors"))
+    if damage == "cut":
+        file.write_bytes(file.read_bytes()[:-8])
+    elif damage == "one more":
+        shutil.copy(file, file.with_name("train-00000001.safetensors"))
+    else:
+        file.unlink()
+    if damage == "pipe":
+        os.mkfifo(file)
+    with pytest.raises(DataError, match=r"data\.cache_dir: .*train-.* is damaged .*: remove the folder it is in"):
+        encoded_by("flux", load)
 
 
 def test_released_encoders_are_gone_from_memory(load: Load) -> None:

@@ -24,6 +24,7 @@ from torch.utils.data import Dataset
 
 from recipes.data import DataError
 from recipes.data.conditioning import Conditioner
+from recipes.data.files import require_file
 from recipes.data.images import ImageData, Images
 from recipes.data.templates import Rows, Template
 
@@ -109,8 +110,8 @@ def encode(
         track: shows progress.
 
     Raises:
-        DataError: the pipeline cannot be run at this size, its autoencoder does not fit its transformer, or a label is
-            none that the transformer knows.
+        DataError: the pipeline cannot be run at this size, its autoencoder does not fit its transformer, a label is
+            none that the transformer knows, or the cache is damaged.
         torch.OutOfMemoryError: the device is too small.
     """
     parts = {"train": images.train, "evaluation": images.evaluation}
@@ -137,15 +138,15 @@ def encode(
             _write_captions(making, conditioner, distinct, track)
             for name, part in parts.items():
                 _write_latents(making, name, part, to_latents, data.size, track)
-    rows = [_unnamed(shard) for shard in _read(folder, "captions")]
+    rows = _read(folder, "captions", len(distinct), _unnamed)
     numbers = {caption: number for number, caption in enumerate(distinct)}
     encoded = {
         name: Latents(
-            [latent for shard in _read(folder, name) for latent in shard["latents"]],
-            [row for shard in rows for row in shard],
+            _read(folder, name, len(part), lambda shard: list(shard["latents"])),
+            rows,
             [numbers[caption] for caption in captions[name]],
         )
-        for name in parts
+        for name, part in parts.items()
     }
     return Encoded(encoded["train"], encoded["evaluation"], conditioner.template, conditioner.empty, conditioner.guided)
 
@@ -308,12 +309,24 @@ def _write(folder: Path, name: str, number: int, tensors: Mapping[str, Tensor]) 
     save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / f"{name}-{number:08}.safetensors")
 
 
-def _read(folder: Path, name: str) -> Iterator[dict[str, Tensor]]:
-    """The shards in order, their tensors mapped from the files."""
+def _read(folder: Path, name: str, count: int, unpack: Callable[[dict[str, Tensor]], list[Any]]) -> list[Any]:
+    """What the shards hold, in order, its tensors mapped from the files; a shard's name says how much there is then."""
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    for file in sorted(folder.glob(f"{name}-*.safetensors")):
-        yield load_file(file)
+    found: list[Any] = []
+    last = file = folder / f"{name}-{count:08}.safetensors"
+    try:
+        for file in sorted({last, *folder.glob(f"{name}-*.safetensors")}):
+            require_file(file)
+            found += unpack(load_file(file))
+            if file.name != f"{name}-{len(found):08}.safetensors":
+                raise ValueError(f"a file is missing, or there is one too many: {len(found)} of {count} were found")
+    except (DataError, OSError, LookupError, ValueError, SafetensorError) as error:
+        raise DataError(
+            f"data.cache_dir: {str(file)!r} is damaged ({error}): remove the folder it is in, which is then made again"
+        ) from error
+    return found
 
 
 def _unnamed(shard: Mapping[str, Tensor]) -> list[Rows]:
