@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from recipes.data import DataError
+from recipes.data.settings import Count, Whole
 from recipes.data.sources import (
     Source,
     hold_out,
@@ -66,11 +67,11 @@ class ImageData(Source):
     """The column that holds the captions (or integer labels, for a pipeline that takes these)."""
     evaluation_split: str | None = None
     """The hub data set's split to evaluate on; none: every fifth image is held out."""
-    size: int = Field(default=DIGIT_SIZE, ge=8)
+    size: Count = Field(default=DIGIT_SIZE, ge=8)
     """Pixels a side: images are resized so that their shorter side has it, and cropped around the centre."""
-    evaluation_images: int = Field(default=256, ge=1)
+    evaluation_images: Count = 256
     """Evaluate on so many images, spread evenly over the held-out ones; fewer where there are fewer."""
-    unreadable_limit: int = Field(default=10, ge=0)
+    unreadable_limit: Whole = 10
     """Images that cannot be read are left out and named; more of them than this are an error."""
 
 

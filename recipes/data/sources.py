@@ -5,14 +5,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from recipes.data import DataError
+from recipes.data.settings import Settings
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -30,10 +32,8 @@ __all__ = [
 ]
 
 
-class Source(BaseModel):
+class Source(Settings):
     """Where data comes from."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     source: str | None = Field(default=None, min_length=1)
     """A local path, or a data set's hub name; none: what every machine has."""
@@ -58,8 +58,8 @@ def local_path(data: Source, suffixes: tuple[str, ...] = ()) -> Path | None:
         DataError: it is a path that does not exist.
     """
     source = str(data.source)
-    path = Path(source).expanduser()
-    if path.exists():
+    path = Path(os.path.expanduser(source))  # of os, to whom neither an unknown user nor a long name is an exception
+    if os.path.exists(path):
         return path
     if source.startswith((".", "/", "~")) or source.count("/") > 1 or path.suffix in suffixes:
         raise DataError(f"data.source: {source!r} does not exist; give a path that does, or a hub data set's name")

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from recipes.data import DataError
+from recipes.data.settings import Count
 from recipes.data.sources import (
     Source,
     hold_out,
@@ -60,9 +61,9 @@ class TextData(Source):
     """The column that holds the text; plain text files have none."""
     evaluation_split: str | None = None
     """The hub data set's split to evaluate on; none: a tenth of the documents is held out."""
-    block_size: int = Field(default=256, ge=2)
+    block_size: Count = Field(default=256, ge=2)
     """Tokens a block."""
-    evaluation_blocks: int = Field(default=256, ge=1)
+    evaluation_blocks: Count = 256
     """Evaluate on so many blocks, spread evenly over the evaluation text; fewer where it has fewer."""
 
 
