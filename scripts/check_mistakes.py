@@ -4,7 +4,7 @@ The answer is right when it comes in time, has the documented exit code and the 
 traceback, and leaves no file behind. One process imports the libraries; each mistake is made in a fork of it, in an
 empty folder, with a limit of time and of memory. Prints a line for each answer that is not right, and the count::
 
-    python -m scripts.check_mistakes [--only resume] [--verbose]
+    python -m scripts.check_mistakes [--only resume] [--patience 4] [--verbose]
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def _names(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in (*folder.glob("*"), *folder.glob("[!t]*/*"))}
 
 
-def make(mistake: Mistake, folder: Path) -> Answer:
+def make(mistake: Mistake, folder: Path, patience: float = 1.0) -> Answer:
     """Make a mistake in a fork, with the files that `scripts._mistaken_files` put into a folder."""
     known = _names(folder)
     with tempfile.TemporaryDirectory(dir=folder) as place:
@@ -106,7 +106,7 @@ def make(mistake: Mistake, folder: Path) -> Answer:
             _be(argv, empty, output)
         while not (ended := os.waitpid(process, os.WNOHANG))[0]:
             time.sleep(0.005)
-            if time.monotonic() - began > mistake.seconds + 1:
+            if time.monotonic() - began > patience * mistake.seconds + 1:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process, signal.SIGKILL)
                 ended = os.waitpid(process, 0)
@@ -118,10 +118,10 @@ def make(mistake: Mistake, folder: Path) -> Answer:
         return Answer(os.waitstatus_to_exitcode(ended[1]), told, seconds, tuple(left))
 
 
-def faults(mistake: Mistake, answer: Answer) -> list[str]:
+def faults(mistake: Mistake, answer: Answer, patience: float = 1.0) -> list[str]:
     """What is not right about an answer, by kind."""
     found = {
-        f"no answer in {mistake.seconds:g} s": answer.seconds > mistake.seconds,
+        f"no answer in {mistake.seconds:g} s": answer.seconds > patience * mistake.seconds,
         "a traceback": "Traceback (most recent" in answer.told,
         f"exit code {answer.code}, not {mistake.code}": answer.code != mistake.code,
         "other words": re.search(mistake.expected, answer.told) is None,
@@ -135,6 +135,7 @@ def main() -> None:
     """Make the mistakes, and print what is not right."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="a part of the names of the mistakes to make")
+    parser.add_argument("--patience", type=float, default=1.0, help="how much longer answers may take")
     parser.add_argument("--verbose", action="store_true", help="print all answers")
     options = parser.parse_args()
     chosen = [mistake for mistake in CASES if options.only in mistake.name]
@@ -146,8 +147,8 @@ def main() -> None:
         prepare(Path(directory))
         prepare_models(Path(directory))
         for mistake in chosen:
-            answer = make(mistake, Path(directory))
-            found = faults(mistake, answer)
+            answer = make(mistake, Path(directory), options.patience)
+            found = faults(mistake, answer, options.patience)
             wrong += bool(found)
             kinds.update(re.sub(r"\d+|left.*", "N", fault) for fault in found)
             if found or options.verbose:

@@ -65,6 +65,8 @@ def check_folder(source: str, argument: str) -> Path | None:
 def cannot_load(source: str, argument: str, error: Exception) -> LoadError:
     """What a library's exception means for who named a model."""
     directory, text = local_directory(source), told(error)
+    if "trust_remote_code" in str(error):
+        text = "it brings code of its own, which does not run: trust_remote_code (--trust-remote-code) lets it"
     if directory is None:
         return LoadError(
             f"{argument}: {shown(source)} is no directory here, and as a hub's name cannot be loaded: {text}"
@@ -102,8 +104,9 @@ def load_processor(source: str, argument: str, processor_class: Any, kind: str, 
             raise FileNotFoundError("none of its files, such as tokenizer.json, is there")
         processor = processor_class.from_pretrained(source, trust_remote_code=trust_remote_code)
         # Without the vocabulary, transformers makes tokenizers of some classes with an empty one.
-        if kind == "tokenizer" and len(processor) <= len(processor.all_special_tokens):
-            raise FileNotFoundError("its vocabulary is empty")
+        files = {*getattr(processor, "vocab_files_names", {}).values()}
+        if directory is not None and files and not {*names} & {*files, "tokenizer.json"}:
+            raise FileNotFoundError(f"none of {', '.join(sorted({*files, 'tokenizer.json'}))} is there")
     except Exception as error:  # what can be wrong with a directory, a file or a download has no common base
         if directory is None:
             raise cannot_load(source, argument, error) from error

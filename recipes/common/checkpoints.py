@@ -119,7 +119,7 @@ def remove(path: Path) -> None:
     """Remove a file or directory and what is noted of it, which goes first."""
     path.with_suffix(".json").unlink(missing_ok=True)
     if path.is_dir():
-        shutil.rmtree(path)
+        shutil.rmtree(path, ignore_errors=True)  # which another process may be removing too
     path.unlink(missing_ok=True)
 
 
@@ -161,7 +161,6 @@ def begin_run(folder: Path, config: RecipeConfig) -> Path | None:
     return found.path
 
 
-@rank_zero_only
 def start_run(folder: Path, config: RecipeConfig, resume: Path | None) -> None:
     """Note that a run has begun, once all that it needs was found, and forget what one left that has ended.
 
@@ -173,10 +172,11 @@ def start_run(folder: Path, config: RecipeConfig, resume: Path | None) -> None:
     if was_interrupted(folder, config):
         return
     if resume is None or not _same(resume.parent, folder):
+        # By each process, for each looks there next: a removal by one might come after another's look.
         for path in [*of(folder), folder / "fine_tuned.safetensors", folder / "judged.json"]:
             remove(path)
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / RUN, {"settings": settings_of(config), "ended": False})
+    rank_zero_only(write_json)(folder / RUN, {"settings": settings_of(config), "ended": False})
 
 
 @rank_zero_only
