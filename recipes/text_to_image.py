@@ -58,7 +58,7 @@ class Config(DiffusionConfig):
 def main(argv: Sequence[str]) -> None:
     config = load_config(Config, argv, str(Config.__doc__), prog=f"{command('text_to_image')} [config.yaml]")
     from recipes.common.callbacks import LastCheckpoints  # these take seconds: a wrong option is told before
-    from recipes.common.checkpoints import end_run, settings_of
+    from recipes.common.checkpoints import end_run, settings_of, start_run
     from recipes.common.comparison import DiffusionComparison
     from recipes.common.diffusion import diffusion_data, inspected
     from recipes.common.fine_tuned import FineTunedWeights
@@ -89,6 +89,7 @@ def main(argv: Sequence[str]) -> None:
     prepared_for: dict[str, Any] = {"target": target, "observer": config.observer, "example_inputs": data.example}
     prepared_for |= {"spec": spec, "algorithm": config.algorithm}
     checkpoints = run.beside("checkpoints")
+    start_run(checkpoints, config, run.resume)
 
     how: dict[str, Any] = {"settings": FitSettings(settings, config.trainer, config.seed)}
     tuned, rate = copy.deepcopy(model), settings.float_learning_rate

@@ -56,6 +56,7 @@ ORDER: tuple[frozenset[str], ...] = tuple(
 # Each with the parts of qat that it may import, at run time.
 SIDE_PARTS: dict[str, frozenset[str]] = {
     "report": frozenset({"errors"}),
+    "strict_yaml": frozenset({"errors"}),
 }
 # Side parts serve the command and the recipes.
 USERS_OF_SIDE_PARTS = frozenset({"cli", "__main__", *SIDE_PARTS})
@@ -84,7 +85,7 @@ TYPE_FILES = (
     "qat/formats/compressed_types.py",
 )  # where a type's name is turned into an object
 
-MOST_LIBRARY_LINES = 24_702
+MOST_LIBRARY_LINES = 25_059
 MOST_LINES = 400
 MOST_RECIPE_LINES = 150  # of a recipe itself
 

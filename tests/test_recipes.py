@@ -236,7 +236,7 @@ def test_all_arms_see_the_same_batches_in_the_same_order(small: list[str], monke
         (["--schedule.finish", "last"], SystemExit, "2"),  # it freezes by itself
         (["--optimization.learning-rate", "-1"], ConfigError, r"optimization\.learning_rate"),
         (["--optimization.batch-size", "5000"], DataError, "there is no whole batch"),
-        (["--resume", "nowhere.ckpt"], ConfigError, "resume: Path does not point to a file"),
+        (["--resume", "nowhere.ckpt"], ConfigError, "resume: must be a file that exists"),
         (["--resume", __file__], ConfigError, r"resume: '.*test_recipes\.py' is no whole checkpoint of a recipe"),
         (["--trainer.strategy", "nothing"], ConfigError, "trainer: Lightning cannot train with .*strategy='nothing'"),
         (

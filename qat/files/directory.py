@@ -17,6 +17,7 @@ from pathlib import Path
 
 from qat.errors import ExportError, LoadError, QatError, listed, shown
 from qat.files.manifest import CARD_NAME, MANIFEST_NAME, read_manifest
+from qat.files.places import check_place
 
 __all__ = ["as_path", "atomic_directory", "check_destination", "sync"]
 
@@ -28,36 +29,36 @@ def as_path(directory: object, error: type[QatError]) -> Path:
     return Path(directory)
 
 
-def check_destination(destination: Path, overwrite: bool) -> None:
+def check_destination(destination: Path, overwrite: bool, argument: str = "directory") -> None:
     """Raise when a destination cannot be written, before any work is done.
 
     Raises:
-        ExportError: when it is a file, a non-empty directory and ``overwrite`` is off, or one with anything but an
-            export: nothing else is ever removed.
+        ExportError: as `qat.files.places.check_place`, or when it is a non-empty directory and ``overwrite`` is off, or
+            one with anything but an export: nothing else is ever removed.
     """
-    if destination.is_symlink() or (destination.exists() and not destination.is_dir()):
-        raise ExportError(f"directory: {str(destination)!r} is a file or a link: choose another name")
+    check_place(destination, argument)
     if not destination.is_dir() or not any(destination.iterdir()):
         return
-    strange = _strange_files(destination)
+    strange = _strange_files(destination, argument)
     if strange:
         raise ExportError(
-            f"directory {str(destination)!r} holds files that its export did not write ({listed(strange, 5)}), and "
+            f"{argument}: {str(destination)!r} holds files that its export did not write ({listed(strange, 5)}), and "
             "overwrite=True would remove them: move them elsewhere, or choose another directory"
         )
     if not overwrite:
         raise ExportError(
-            f"directory {str(destination)!r} holds an export: choose another one, or pass overwrite=True (--overwrite)"
+            f"{argument}: {str(destination)!r} holds an export: choose another one, or pass overwrite=True "
+            "(--overwrite)"
         )
 
 
-def _strange_files(destination: Path) -> list[str]:
+def _strange_files(destination: Path, argument: str) -> list[str]:
     """The files that neither the manifest of an export lists nor its model card shows, as pictures."""
     try:
         known = {*read_manifest(destination).files, MANIFEST_NAME, CARD_NAME}
     except LoadError as error:
         raise ExportError(
-            f"directory {str(destination)!r} is not empty, and no manifest says of what: choose another one ({error})"
+            f"{argument}: {str(destination)!r} is not empty, and no manifest says of what: choose another one ({error})"
         ) from error
     card = destination / CARD_NAME
     shown = card.read_text(encoding="utf-8") if card.is_file() else ""

@@ -19,6 +19,7 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_only
 from pydantic import BaseModel
 
+from qat.errors import listed
 from qat.files.directory import sync
 from recipes.common.config import ConfigError
 from recipes.common.settings import RecipeConfig
@@ -34,6 +35,7 @@ __all__ = [
     "read_json",
     "remove",
     "settings_of",
+    "start_run",
     "was_interrupted",
     "whole",
     "write_json",
@@ -117,7 +119,7 @@ def remove(path: Path) -> None:
     """Remove a file or directory and what is noted of it, which goes first."""
     path.with_suffix(".json").unlink(missing_ok=True)
     if path.is_dir():
-        shutil.rmtree(path)
+        shutil.rmtree(path, ignore_errors=True)  # which another process may be removing too
     path.unlink(missing_ok=True)
 
 
@@ -128,7 +130,7 @@ def was_interrupted(folder: Path, config: BaseModel) -> bool:
 
 
 def begin_run(folder: Path, config: RecipeConfig) -> Path | None:
-    """Find the checkpoint that a run goes on from, and forget what an earlier run left that has ended.
+    """Find the checkpoint that a run goes on from. Nothing is written: that is for `start_run`.
 
     Args:
         folder: of the run's checkpoints.
@@ -141,7 +143,7 @@ def begin_run(folder: Path, config: RecipeConfig) -> Path | None:
     found = newest(folder) if state is not None and not state["ended"] else None
     if named is not None and (found is None or _same(named.parent, folder)):
         about = whole(named)
-        if about is None or "step" not in about:
+        if about is None or not (isinstance(about.get("step"), int) and isinstance(about.get("settings"), Mapping)):
             raise ConfigError(
                 f"resume: {str(named)!r} is no whole checkpoint of a recipe: give a step-N.ckpt that one wrote, with "
                 "the step-N.json beside it"
@@ -150,10 +152,8 @@ def begin_run(folder: Path, config: RecipeConfig) -> Path | None:
     if found is not None and (other := differences(found.settings, settings)):
         raise ConfigError(
             f"{'resume' if found.path == named else 'output'}: {str(found.path)!r} was made with other settings: "
-            f"{'; '.join(other)}: give those of that run, another output, or remove its checkpoints"
+            f"{listed(other, 6, '; ')}: give those of that run, another output, or remove its checkpoints"
         )
-    if not was_interrupted(folder, config):
-        _start(folder, settings, found)
     if found is None:
         return None
     steps: int = config.optimization.steps  # type: ignore[attr-defined]  # which each recipe adds
@@ -161,13 +161,22 @@ def begin_run(folder: Path, config: RecipeConfig) -> Path | None:
     return found.path
 
 
-@rank_zero_only
-def _start(folder: Path, settings: dict[str, Any], found: Kept | None) -> None:
-    if found is None or not _same(found.path.parent, folder):
+def start_run(folder: Path, config: RecipeConfig, resume: Path | None) -> None:
+    """Note that a run has begun, once all that it needs was found, and forget what one left that has ended.
+
+    Args:
+        folder: of the run's checkpoints.
+        config: of the run.
+        resume: what `begin_run` found.
+    """
+    if was_interrupted(folder, config):
+        return
+    if resume is None or not _same(resume.parent, folder):
+        # By each process, for each looks there next: a removal by one might come after another's look.
         for path in [*of(folder), folder / "fine_tuned.safetensors", folder / "judged.json"]:
             remove(path)
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / RUN, {"settings": settings, "ended": False})
+    rank_zero_only(write_json)(folder / RUN, {"settings": settings_of(config), "ended": False})
 
 
 @rank_zero_only

@@ -22,7 +22,7 @@ from recipes import tasks
 from recipes.common import training
 from recipes.common.batches import TrainingBatches
 from recipes.common.callbacks import LastCheckpoints
-from recipes.common.checkpoints import end_run, settings_of
+from recipes.common.checkpoints import end_run, settings_of, start_run
 from recipes.common.fine_tuned import FineTunedWeights
 from recipes.common.gate import Gate
 from recipes.common.judged import Judged
@@ -87,7 +87,9 @@ def compare(
     prepared_for: dict[str, Any] = {"target": config.target, "observer": config.observer, "example_inputs": example}
     prepared_for |= {"spec": spec, "algorithm": config.algorithm}
     batches = TrainingBatches(examples.train, settings.batch_size, examples.collate, config.seed)
+    training.require_teacher(model, teacher, settings.distillation, task, batches)
     checkpoints = run.beside("checkpoints")
+    start_run(checkpoints, config, run.resume)
     how = training.FitSettings(settings, config.trainer, config.seed)
     scores: dict[str, dict[str, float]] = {}
     losses: dict[str, list[float]] = {}
@@ -103,7 +105,6 @@ def compare(
     def calibration() -> tuple[Iterable[Any], int, torch.device]:
         return map(task.inputs, batches), schedule.calibration_batches, run.device
 
-    training.require_teacher(model, teacher, settings.distillation, task, batches)
     judge(FLOAT, model, run.device)
     float_size = sum(parameter.numel() for parameter in model.parameters()) * spec.torch_dtype.itemsize
     tuned = copy.deepcopy(model)

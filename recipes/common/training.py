@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import logging
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from typing import Any
 
 import lightning
 import torch
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
@@ -258,6 +260,12 @@ def quantized_copy(
         logger.warning("%s", note)
     needed = _needs_batches(model)
     kept = list(itertools.islice(batches, count)) if needed else []
+    if needed and len(kept) < count:
+        logger.warning(
+            "schedule.calibration_batches: asks for %s, and a pass over the data has %s, which calibrate",
+            count,
+            len(kept),
+        )
     with stage("calibrating and freezing" if needed else "freezing"):
         quantized = copy.deepcopy(model) if later else model
         if kept:
@@ -340,5 +348,14 @@ def device_of(settings: TrainerSettings) -> torch.device:
     Raises:
         ConfigError: nothing here can train with these settings; called first, this comes before any work.
     """
-    device: torch.device = _trainer(settings, enable_checkpointing=False).strategy.root_device
+    strategy: Any = _trainer(settings, enable_checkpointing=False).strategy
+    alone = isinstance(getattr(strategy, "cluster_environment", None), LightningEnvironment)
+    if settings.num_nodes > 1 and alone and "MASTER_ADDR" not in os.environ:  # it would wait for the other nodes
+        raise ConfigError(
+            f"trainer.num_nodes: {settings.num_nodes} nodes need a launcher that starts the run on each: use torchrun "
+            "or SLURM, or set MASTER_ADDR, MASTER_PORT and NODE_RANK"
+        )
+    device: torch.device = strategy.root_device
+    if device.type == "cpu" and settings.precision == "16-mixed":  # of which Lightning makes bf16-mixed
+        raise ConfigError("trainer.precision: '16-mixed' needs a GPU, and this process has a CPU: use 'bf16-mixed'")
     return device if device.type == "cuda" else torch.device("cpu")

@@ -31,6 +31,7 @@ from pydantic import Field
 
 from recipes.data import DataError
 from recipes.data.files import file_fault, files_below, read_text
+from recipes.data.settings import Count, Whole
 from recipes.data.sources import (
     Source,
     generated,
@@ -73,11 +74,11 @@ class ImageData(Source):
     """The column that holds the captions (or integer labels, for a pipeline that takes these)."""
     evaluation_split: str | None = None
     """The hub data set's split to evaluate on; none: every fifth image is held out."""
-    size: int = Field(default=DIGIT_SIZE, ge=8, le=MOST_PIXELS)
+    size: Count = Field(default=DIGIT_SIZE, ge=8, le=MOST_PIXELS)
     """Pixels a side: images are resized so that their shorter side has it, and cropped around the centre."""
-    evaluation_images: int = Field(default=256, ge=1)
+    evaluation_images: Count = 256
     """Evaluate on so many images, spread evenly over the held-out ones; fewer where there are fewer."""
-    unreadable_limit: int = Field(default=10, ge=0)
+    unreadable_limit: Whole = 10
     """Images that cannot be read are left out and named; more of them than this are an error."""
 
 

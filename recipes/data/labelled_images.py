@@ -26,6 +26,7 @@ from pydantic import Field
 from recipes.data import DataError
 from recipes.data.images import as_rgb, digits, image_files, opened
 from recipes.data.labels import LABEL, Labelled, numbered, require_labels
+from recipes.data.settings import Count
 from recipes.data.sources import (
     Source,
     generated,
@@ -60,7 +61,7 @@ class LabelledImageData(Source):
     """The column that holds the classes, in a data set: names, or integers from 0."""
     evaluation_split: str | None = None
     """The hub data set's split to evaluate on; none: every fifth image is held out."""
-    evaluation_images: int = Field(default=1000, ge=1)
+    evaluation_images: Count = 1000
     """Evaluate on so many images, spread evenly over the held-out ones; fewer where there are fewer."""
 
 

@@ -26,6 +26,7 @@ from pydantic import Field
 from recipes.data import DataError
 from recipes.data.files import files_below
 from recipes.data.labels import LABEL, Labelled, numbered, require_labels
+from recipes.data.settings import Count
 from recipes.data.sources import (
     Source,
     generated,
@@ -78,9 +79,9 @@ class LabelledTextData(Source):
     """The column that holds the classes: names, or integers from 0."""
     evaluation_split: str | None = None
     """The hub data set's split to evaluate on; none: every fifth text is held out."""
-    evaluation_texts: int = Field(default=512, ge=1)
+    evaluation_texts: Count = 512
     """Evaluate on so many texts, spread evenly over the held-out ones; fewer where there are fewer."""
-    max_length: int = Field(default=64, ge=2)
+    max_length: Count = Field(default=64, ge=2)
     """Tokens of a text, special ones included; what is longer is cut."""
 
 

@@ -10,15 +10,17 @@ from __future__ import annotations
 
 import glob
 import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from recipes.data import DataError
 from recipes.data.files import check_text, files_below, require_file
+from recipes.data.settings import Settings
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -39,10 +41,8 @@ __all__ = [
 ]
 
 
-class Source(BaseModel):
+class Source(Settings):
     """Where data comes from."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     source: str | None = Field(default=None, min_length=1)
     """A local path, or a data set's hub name; none: what every machine has."""
@@ -67,18 +67,12 @@ def local_path(data: Source, suffixes: tuple[str, ...] = ()) -> Path | None:
         DataError: it is a path that does not exist, or that is neither a folder nor a regular file.
     """
     source = str(data.source)
-    try:
-        path = Path(source).expanduser()
-        if path.is_dir():
-            return path
-        if path.exists():
-            require_file(path)
-            return path
-    except (OSError, RuntimeError) as error:  # a name that is too long, a user without a home
-        reason = getattr(error, "strerror", None) or "there is no such user's home"
-        raise DataError(
-            f"data.source: {source[:300]!r} cannot be opened ({reason}): give a path that exists"
-        ) from error
+    path = Path(os.path.expanduser(source))  # of os, to whom neither an unknown user nor a long name is an exception
+    if os.path.isdir(path):
+        return path
+    if os.path.exists(path):
+        require_file(path)
+        return path
     if source.startswith((".", "/", "~")) or source.count("/") > 1 or path.suffix in suffixes:
         raise DataError(f"data.source: {source!r} does not exist; give a path that does, or a hub data set's name")
     return None

@@ -32,6 +32,7 @@ from pydantic import Field
 
 from recipes.data import DataError
 from recipes.data.files import PIECE, files_below, pieces, pieces_of
+from recipes.data.settings import Count
 from recipes.data.sources import (
     Source,
     generated,
@@ -69,9 +70,9 @@ class TextData(Source):
     """The column that holds the text; plain text files have none."""
     evaluation_split: str | None = None
     """The hub data set's split to evaluate on; none: a tenth of the documents is held out."""
-    block_size: int = Field(default=256, ge=2, le=MOST_TOKENS)
+    block_size: Count = Field(default=256, ge=2, le=MOST_TOKENS)
     """Tokens a block; at most so many as the model takes."""
-    evaluation_blocks: int = Field(default=256, ge=1)
+    evaluation_blocks: Count = 256
     """Evaluate on so many blocks, spread evenly over the evaluation text; fewer where it has fewer."""
 
 
