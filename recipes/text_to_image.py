@@ -90,7 +90,7 @@ def main(argv: Sequence[str]) -> None:
     prepared_for |= {"spec": spec, "algorithm": config.algorithm}
     checkpoints = run.beside("checkpoints")
 
-    how: dict[str, Any] = {"settings": FitSettings(settings, config.trainer, config.seed)}
+    how: dict[str, Any] = {"settings": FitSettings(settings, config.trainer, config.seed, run.beside("logs"))}
     tuned, rate = copy.deepcopy(model), settings.float_learning_rate
     kept = FineTunedWeights(checkpoints, config)
     if not kept.restore(tuned):

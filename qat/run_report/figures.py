@@ -29,9 +29,9 @@ _LONGEST = 22  # letters of a layer's name
 def _style() -> AbstractContextManager[None]:
     text = ("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.titlecolor")
     lines = ("axes.edgecolor", "grid.color", "xtick.color", "ytick.color", "legend.edgecolor")
-    options: dict[str, Any] = dict.fromkeys(lines, _LINE) | dict.fromkeys(text, _TEXT)
-    return rc_context({
-        **options, "svg.fonttype": "none", "svg.hashsalt": "qat", "font.size": 10, "font.family": "sans-serif",
+    options: Any = dict.fromkeys(lines, _LINE) | dict.fromkeys(text, _TEXT)
+    return rc_context(options | {
+        "svg.fonttype": "none", "svg.hashsalt": "qat", "font.size": 10, "font.family": "sans-serif",
         "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.linewidth": 0.5,
         "axes.axisbelow": True, "legend.frameon": False, "figure.constrained_layout.use": True,
     })  # fmt: skip

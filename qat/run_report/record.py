@@ -106,8 +106,8 @@ def read_run(run: str | PathLike[str], *, codes: bool = True) -> RunRecord:
         steps = 0.0
         if evidence.activations is not None:
             steps = get_target(manifest.target).format.activation_qtypes[evidence.activations].steps
-        ends = [None if scale is None else scale * steps for scale in (evidence.input_scale, evidence.output_scale)]
-        record.layers[name] = Layer(evidence.weights, evidence.activations, evidence.shape, *ends)
+        first, last = (None if s is None else s * steps for s in (evidence.input_scale, evidence.output_scale))
+        record.layers[name] = Layer(evidence.weights, evidence.activations, evidence.shape, first, last)
     _read_logs(directory.with_name(f"{directory.name}-logs"), record)
     if codes:
         _count_codes(record)
@@ -175,7 +175,7 @@ def _count_codes(record: RunRecord) -> None:
 
 def _counts(weight: FrozenWeight) -> dict[float, int]:
     """Of integer codes all that the type has; of float8 those that there are."""
-    values, counts = weight.codes.flatten().float().unique(return_counts=True)
+    values, counts = torch.unique(weight.codes.float(), return_counts=True)
     found: dict[float, int] = dict(zip(values.tolist(), counts.tolist(), strict=True))
     qtype = weight.qtype
     if qtype.floating:

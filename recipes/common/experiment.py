@@ -88,7 +88,7 @@ def compare(
     prepared_for |= {"spec": spec, "algorithm": config.algorithm}
     batches = TrainingBatches(examples.train, settings.batch_size, examples.collate, config.seed)
     checkpoints = run.beside("checkpoints")
-    how = training.FitSettings(settings, config.trainer, config.seed)
+    how = training.FitSettings(settings, config.trainer, config.seed, run.beside("logs"))
     scores: dict[str, dict[str, float]] = {}
     losses: dict[str, list[float]] = {}
     kept_scores = Judged(checkpoints, config)

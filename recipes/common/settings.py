@@ -36,6 +36,7 @@ from qat.training.schedule import Decay, QuantizationSchedule
 __all__ = [
     "FSDP2",
     "ComparisonConfig",
+    "LoggerName",
     "ModelSource",
     "OptimizationSettings",
     "RecipeConfig",
@@ -58,6 +59,10 @@ def _directory_or_hub_name(source: str) -> str:
 
 ModelSource: TypeAlias = Annotated[str, AfterValidator(_directory_or_hub_name)]
 """A local directory, or what can be a hub name: a misspelt path is an error before any library is asked for it."""
+
+
+LoggerName: TypeAlias = Literal["csv", "tensorboard", "wandb", "mlflow", "none"]
+"""A logger of Lightning."""
 
 
 class OptimizationSettings(BaseModel):
@@ -90,7 +95,7 @@ class OptimizationSettings(BaseModel):
 
 
 class TrainerSettings(BaseModel):
-    """On what and how a recipe trains; all but fsdp2 and the last four are Lightning's own."""
+    """On what and how a recipe trains; all but fsdp2 and the last five are Lightning's own."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -112,6 +117,8 @@ class TrainerSettings(BaseModel):
     """Use deterministic algorithms alone: a run on a GPU then repeats, and goes on after a break, to the bit."""
     compile: bool = False
     """Compile the model for training; with fsdp2, each of its blocks."""
+    logger: LoggerName = "csv"
+    """Lightning's logger, whose package must be installed; CSV files go to <output>-logs, for `qat report`."""
     checkpoint_every: int = Field(default=50, ge=1)
     """Steps between the checkpoints of quantization-aware training, kept beside the output."""
     keep_checkpoints: int = Field(default=2, ge=1)
