@@ -91,7 +91,7 @@ def main(argv: Sequence[str]) -> None:
     checkpoints = run.beside("checkpoints")
     start_run(checkpoints, config, run.resume)
 
-    how: dict[str, Any] = {"settings": FitSettings(settings, config.trainer, config.seed)}
+    how: dict[str, Any] = {"settings": FitSettings(settings, config.trainer, config.seed, run.beside("logs"))}
     tuned, rate = copy.deepcopy(model), settings.float_learning_rate
     kept = FineTunedWeights(checkpoints, config)
     if not kept.restore(tuned):

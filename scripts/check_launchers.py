@@ -80,8 +80,8 @@ def launch(launcher: str, module: str, arguments: list[str], folder: Path) -> tu
                 process.kill()
     time.sleep(1)
     left = _processes_in(folder)
-    for process in left:
-        os.kill(process, signal.SIGKILL)
+    for number in left:
+        os.kill(number, signal.SIGKILL)
     return all(process.wait() == 0 for process in started), len(left)
 
 
@@ -111,9 +111,9 @@ def fail() -> None:
         calls[0] += torch.is_grad_enabled()
         if calls[0] == 3 and torch.distributed.is_initialized() and torch.distributed.get_rank() == 1:
             raise RuntimeError("a failure of rank 1")
-        return inner(module, x)  # type: ignore[no-any-return]
+        return inner(module, x)  # type: ignore[no-any-return,no-untyped-call]
 
-    LlamaMLP.forward = forward
+    LlamaMLP.forward = forward  # type: ignore[method-assign]
     causal_lm.main(sys.argv[1:])
 
 

@@ -85,7 +85,7 @@ TYPE_FILES = (
     "qat/formats/compressed_types.py",
 )  # where a type's name is turned into an object
 
-MOST_LIBRARY_LINES = 25_059
+MOST_LIBRARY_LINES = 25_898
 MOST_LINES = 400
 MOST_RECIPE_LINES = 150  # of a recipe itself
 

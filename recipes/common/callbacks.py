@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import resource
+import time
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import lightning
+import torch
 from lightning.pytorch.callbacks import Checkpoint, EMAWeightAveraging
+from torch import Tensor
 
 from qat.training.callback import QuantizationAwareTraining
 from recipes.common import checkpoints
@@ -18,7 +22,7 @@ __all__ = ["LastCheckpoints", "StepProgress", "averages"]
 
 
 class StepProgress(lightning.Callback):
-    """A progress bar that counts optimizer steps and shows the loss."""
+    """A progress bar that counts optimizer steps, with the loss, the learning rate, the speed and the memory."""
 
     def __init__(self, description: str) -> None:
         self.description = description
@@ -28,12 +32,19 @@ class StepProgress(lightning.Callback):
         self.bar.disable = not trainer.is_global_zero
         self.bar.start()
         self.task = self.bar.add_task(self.description, total=trainer.max_steps, note="")
+        self.done, self.begun = 0, time.monotonic()
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        note = f"loss {float(trainer.callback_metrics['train_loss']):.3f}"
-        self.bar.update(self.task, completed=trainer.global_step, note=note)
+        count, unit = _size(batch)
+        self.done += count * trainer.world_size
+        rate = max((group["lr"] for optimizer in trainer.optimizers for group in optimizer.param_groups), default=0.0)
+        notes = [f"loss {float(trainer.callback_metrics['train_loss']):.3f}", f"rate {rate:.2g}"]
+        if count:
+            notes.append(f"{self.done / max(time.monotonic() - self.begun, 1e-9):,.0f} {unit}/s")
+        notes.append(f"{_peak(pl_module.device) / 2**30:.1f} GiB")
+        self.bar.update(self.task, completed=trainer.global_step, note=", ".join(notes))
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self.bar.stop()
@@ -43,6 +54,22 @@ class StepProgress(lightning.Callback):
     ) -> None:
         if hasattr(self, "bar"):
             self.bar.stop()
+
+
+def _size(batch: Any) -> tuple[int, str]:
+    """How much a batch holds: tokens of texts, images, or else examples."""
+    tensors = dict(batch) if isinstance(batch, Mapping) else {}
+    if isinstance(ids := tensors.get("input_ids"), Tensor):
+        return ids.numel(), "tokens"
+    unit = "images" if "pixel_values" in tensors or "fraction" in tensors else "examples"
+    return next((len(value) for value in tensors.values() if isinstance(value, Tensor) and value.ndim), 0), unit
+
+
+def _peak(device: torch.device) -> int:
+    """Bytes of the most memory that was taken so far: of a GPU, or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 class LastCheckpoints(Checkpoint):

@@ -90,7 +90,7 @@ def compare(
     training.require_teacher(model, teacher, settings.distillation, task, batches)
     checkpoints = run.beside("checkpoints")
     start_run(checkpoints, config, run.resume)
-    how = training.FitSettings(settings, config.trainer, config.seed)
+    how = training.FitSettings(settings, config.trainer, config.seed, run.beside("logs"))
     scores: dict[str, dict[str, float]] = {}
     losses: dict[str, list[float]] = {}
     kept_scores = Judged(checkpoints, config)

@@ -34,6 +34,7 @@ from recipes.data.settings import Count, Settings, Whole
 __all__ = [
     "FSDP2",
     "ComparisonConfig",
+    "LoggerName",
     "ModelSource",
     "OptimizationSettings",
     "RecipeConfig",
@@ -56,6 +57,10 @@ def _directory_or_hub_name(source: str) -> str:
 
 ModelSource: TypeAlias = Annotated[str, AfterValidator(_directory_or_hub_name)]
 """A local directory, or what can be a hub name: a misspelt path is an error before any library is asked for it."""
+
+
+LoggerName: TypeAlias = Literal["csv", "tensorboard", "wandb", "mlflow", "none"]
+"""A logger of Lightning."""
 
 
 def _is_file(path: Path) -> Path:
@@ -102,7 +107,7 @@ class OptimizationSettings(Settings):
 
 
 class TrainerSettings(Settings):
-    """On what and how a recipe trains; all but fsdp2 and the last four are Lightning's own."""
+    """On what and how a recipe trains; all but fsdp2 and the last five are Lightning's own."""
 
     accelerator: str = "auto"
     """Lightning's accelerator: auto, cpu, gpu."""
@@ -122,6 +127,8 @@ class TrainerSettings(Settings):
     """Use deterministic algorithms alone: a run on a GPU then repeats, and goes on after a break, to the bit."""
     compile: bool = False
     """Compile the model for training; with fsdp2, each of its blocks."""
+    logger: LoggerName = "csv"
+    """Lightning's logger, whose package must be installed; CSV files go to <output>-logs, for `qat report`."""
     checkpoint_every: Count = 50
     """Steps between the checkpoints of quantization-aware training, kept beside the output."""
     keep_checkpoints: Count = 2

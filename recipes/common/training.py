@@ -6,7 +6,7 @@ import copy
 import itertools
 import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +30,7 @@ from qat.training.task import QuantizedTask, Task
 from recipes.common.batches import FitBatches, TrainingBatches
 from recipes.common.callbacks import StepProgress, averages
 from recipes.common.config import ConfigError
+from recipes.common.logs import logger_of
 from recipes.common.progress import stage
 from recipes.common.settings import FSDP2, OptimizationSettings, TrainerSettings
 from recipes.data.tensors import move
@@ -46,6 +47,7 @@ __all__ = [
 ]
 
 logger = logging.getLogger("qat")
+_LOGGED = 500  # rows of a log, about
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,8 @@ class FitSettings:
     """What Lightning is told."""
     seed: int
     """What is drawn before the first batch; the order of the batches and their noise have a seed of their own."""
+    logs: Path | None = None
+    """The folder of the run's logs; none: nothing is logged."""
 
 
 def require_teacher(
@@ -162,6 +166,8 @@ def fit(
     average = averages(optimization, callbacks)
     trainer = _trainer(
         settings.trainer,
+        lambda: logger_of(settings.trainer.logger, settings.logs, name, resume),
+        log_every_n_steps=max(1, optimization.steps // _LOGGED),
         max_steps=optimization.steps,
         max_epochs=-1,
         # No epoch is longer than the fit, so that the last step also ends one.
@@ -325,17 +331,19 @@ def _checkpoint_activations(model: nn.Module) -> None:
     enable({"use_reentrant": False})
 
 
-def _trainer(settings: TrainerSettings, **options: Any) -> lightning.Trainer:
+def _trainer(
+    settings: TrainerSettings, logger_made: Callable[[], Any] = lambda: None, **options: Any
+) -> lightning.Trainer:
     """Make a trainer that says nothing, or say in one line why the settings do not allow one."""
-    ours = {"gradient_checkpointing", "compile", "checkpoint_every", "keep_checkpoints"}
+    ours = {"gradient_checkpointing", "compile", "checkpoint_every", "keep_checkpoints", "logger"}
     lightnings = settings.model_dump(exclude=ours)
     if settings.strategy == FSDP2:
         lightnings["strategy"] = _Sharding()
     try:
-        return lightning.Trainer(
-            logger=False, enable_progress_bar=False, enable_model_summary=False, **options, **lightnings
-        )
+        quiet: dict[str, Any] = {"enable_progress_bar": False, "enable_model_summary": False}
+        return lightning.Trainer(logger=logger_made() or False, **quiet, **options, **lightnings)
     except Exception as error:  # what Lightning, its plug-ins and absent packages raise has no common base
+        lightnings["logger"] = settings.logger
         given = ", ".join(f"{name}={value!r}" for name, value in lightnings.items())
         raise ConfigError(
             f"trainer: Lightning cannot train with {given}: {' '.join(str(error).split())}; change these settings"
