@@ -35,7 +35,7 @@ ORDER: tuple[frozenset[str], ...] = tuple(
     frozenset(line.split())
     for line in (
         "errors",
-        "adapters data jobs operators progress spec tensors",
+        "adapters compatibility data jobs operators progress spec tensors",
         "numerics",
         "kernels",
         "observers",
@@ -84,7 +84,7 @@ TYPE_FILES = (
     "qat/formats/compressed_types.py",
 )  # where a type's name is turned into an object
 
-MOST_LIBRARY_LINES = 24_689
+MOST_LIBRARY_LINES = 25_262
 MOST_LINES = 400
 MOST_RECIPE_LINES = 150  # of a recipe itself
 

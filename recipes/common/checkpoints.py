@@ -42,6 +42,7 @@ __all__ = [
 logger = logging.getLogger("qat")
 RUN = "run.json"
 _ANY = {"output", "overwrite", "resume"}  # settings that make no difference to the weights
+_ANY |= {"guards"}  # so that a run which they stopped may go on with others
 
 
 @dataclass(frozen=True)

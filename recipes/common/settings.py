@@ -31,6 +31,7 @@ from qat.quantizers import Algorithm, AnyAlgorithm
 from qat.spec import QuantSpec
 from qat.starts import DATA_STARTS
 from qat.training.distillation import Distillation
+from qat.training.guards import NumericalGuards
 from qat.training.schedule import Decay, QuantizationSchedule
 
 __all__ = [
@@ -133,6 +134,8 @@ class RecipeConfig(BaseModel):
     """What activation scales are taken from."""
     schedule: QuantizationSchedule = QuantizationSchedule()
     """When quantization happens."""
+    guards: NumericalGuards = NumericalGuards()
+    """What happens when numbers go wrong: inf or NaN, collapsed scales, dead codes, saturation."""
     trainer: TrainerSettings = TrainerSettings()
     """Devices, precision and the like."""
     resume: FilePath | None = None
@@ -176,6 +179,13 @@ class RecipeConfig(BaseModel):
         if (spec := info.data.get("spec")) and spec.activation_type and not schedule.calibration_batches:
             raise ValueError("calibration_batches: must be above 0, for spec quantizes activations")
         return schedule
+
+    @field_validator("guards")
+    @classmethod
+    def _logs_nothing(cls, guards: NumericalGuards) -> NumericalGuards:
+        if guards.log:
+            raise ValueError("log: recipes have no loggers: leave it out, or train with Lightning's Trainer")
+        return guards
 
     @model_validator(mode="after")
     def _first_weights_fit(self) -> Self:
