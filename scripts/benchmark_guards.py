@@ -28,7 +28,7 @@ from qat.training.guards import Guard, NumericalGuards
 
 ROOT = Path(__file__).parents[1]
 REFERENCE = ROOT / "recipes" / "reference"
-SHAPES: dict[str, dict[str, int]] = {
+SHAPES: dict[str, dict[str, Any]] = {
     "100m": {"hidden_size": 768, "intermediate_size": 2304, "num_hidden_layers": 12, "vocab_size": 8192},
     "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "vocab_size": 32768},
 }
@@ -43,7 +43,8 @@ ALGORITHMS: dict[str, qat.Algorithm] = {
 
 def build(name: str, device: str) -> Any:
     if name == "reference":
-        return LlamaForCausalLM.from_pretrained(REFERENCE, dtype=torch.float32, trust_remote_code=False).to(device)
+        model: Any = LlamaForCausalLM.from_pretrained(REFERENCE, dtype=torch.float32, trust_remote_code=False)
+        return model.to(device)
     torch.manual_seed(0)
     with torch.device(device):
         return LlamaForCausalLM(LlamaConfig(num_attention_heads=12 if name == "100m" else 16, **SHAPES[name]))

@@ -272,7 +272,9 @@ def test_what_would_spoil_a_model_is_refused(tmp_path: Path) -> None:
     before = model.lm_head.weight.detach().clone()
     model.lm_head.register_forward_hook(lambda *arguments: arguments[-1] * float("inf"))
     trainer = made(tmp_path, QuantizationCallback(INT4), model=model, arguments={"weight_decay": 0.0})
-    with pytest.raises(qat.TrainingError, match="gradient: is not finite at step 0; the weights and the last checkp"):
+    with pytest.raises(
+        qat.TrainingError, match=r"gradient: is not finite at step 0; .*; the weights and the last checkp"
+    ):
         trainer.train()
     assert torch.equal(model.lm_head.weight, before)
 
@@ -292,8 +294,9 @@ def test_guards_skip_a_step_and_log_what_looks_find(tmp_path: Path, caplog: pyte
     trainer.train()
     assert "gradient: is not finite at step 1; inf or NaN is in the gradients of " in caplog.text
     assert "; the step is skipped, 1 in all" in caplog.text
-    assert not torch.equal(seen[0], seen[1])
-    assert torch.equal(seen[1], seen[2])
+    first, second, third = seen[-3:]  # calibration comes before
+    assert not torch.equal(first, second)
+    assert torch.equal(second, third)
     (logged,) = [line for line in trainer.state.log_history if any(key.startswith("quantization/") for key in line)]
     assert logged["step"] == 2
     assert logged["quantization/model.layers.0.self_attn.q_proj/int4/saturated"] < 0.1

@@ -193,7 +193,7 @@ class QuantizationCallback(TrainerCallback):
             if found := self._guard.after_step():  # reporters come before this callback, so they cannot be given it
                 state.log_history.append({**found, "step": state.global_step})
             if control.should_save:
-                state.stateful_callbacks[_GUARDS] = self._guard.state_dict()  # type: ignore[index]
+                state.stateful_callbacks[_GUARDS] = self._guard.state_dict()  # type: ignore[index,call-overload]
         self._of().judge()
         # SFTTrainer multiplies by the weight of the head without calling it, so that a quantized head trains in float.
         if (fault := read_without_call(model)) is not None:
