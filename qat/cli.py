@@ -2,10 +2,11 @@
 
 ``qat inspect MODEL`` says what a spec would do to a model, from its configuration alone. ``qat calibrate MODEL``
 makes a quantized export of a float model, without training. ``qat verify DIRECTORY`` checks an export against its
-evidence. ``qat convert DIRECTORY OUTPUT`` writes it for another target, where every value stays. They print a table;
-inspect and verify print JSON with ``--json``. Exit codes: 0; 1 when a verification failed; 2 for a user's mistake; 3
-for an export that nothing can judge without its module; 141 when whoever read the output has left. Torch is imported
-when a verb has work to do, so ``--help`` and a wrong option answer at once.
+evidence. ``qat convert DIRECTORY OUTPUT`` writes it for another target, where every value stays. `qat.cli_runs` has the
+verbs about runs: train, export, report, compare. They print a table; inspect, verify and compare print JSON with
+``--json``. Exit codes: 0; 1 when a verification failed; 2 for a user's mistake; 3 for an export that nothing can judge
+without its module; 141 when whoever read the output has left. Torch is imported when a verb has work to do, so
+``--help`` and a wrong option answer at once.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo, StructTypeInfo
 
+from qat import cli_runs
 from qat.errors import CalibrationError, SpecError, VerifyError, meant, shown, told
 from qat.report import quiet_libraries, require_text, run_command
 from qat.spec import QuantSpec
@@ -46,10 +48,22 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     def command() -> None:
         require_text(words)
+        if words[0] == "train" and len(words) > 1 and not words[1].startswith("-"):
+            cli_runs.run_recipe(words[1], words[2:])  # with a command line of its own
+            return
         tyro.extras.subcommand_cli_from_dict(
-            {"inspect": _inspect, "calibrate": _calibrate, "verify": _verify, "convert": _convert},
+            {
+                "inspect": _inspect,
+                "calibrate": _calibrate,
+                "train": cli_runs.train,
+                "export": cli_runs.export,
+                "verify": _verify,
+                "convert": _convert,
+                "report": cli_runs.report,
+                "compare": cli_runs.compare,
+            },
             prog="qat",
-            description="Quantization-aware training: inspect, calibrate, verify and convert.",
+            description="Quantization-aware training, from a float model to a verified export.",
             args=words,
             config=(tyro.conf.PositionalMetavarFromFieldName,),
             registry=registry,

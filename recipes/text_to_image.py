@@ -110,7 +110,7 @@ def main(argv: Sequence[str]) -> None:
     gate.before_training()
 
     callbacks = [
-        qat.QuantizationAwareTraining(schedule=schedule, **prepared_for),
+        qat.QuantizationAwareTraining(schedule=schedule, guards=config.guards, **prepared_for),
         LastCheckpoints(
             checkpoints, config.trainer.checkpoint_every, config.trainer.keep_checkpoints, settings_of(config)
         ),

@@ -17,6 +17,7 @@ import yaml
 from torch import nn
 
 from qat.adapters import without_peft
+from qat.compatibility import outside_tested
 from qat.distributed import on_first_rank
 from qat.errors import ExportError, TargetError, listed
 from qat.exporting.card import write_card
@@ -182,7 +183,10 @@ def _export(
             files=files,
             example=example,
             config=None if config is None else dict(config),
-            notes=(*record.notes, *notes, *host_of(model).export_notes(model), *to.host.container.notes(temporary)),
+            notes=(
+                *(*record.notes, *notes, *host_of(model).export_notes(model), *to.host.container.notes(temporary)),
+                *outside_tested(),
+            ),
         )
         for path in (manifest.write(temporary), write_card(temporary, manifest)):
             files = files | {path.name: file_record(path)}

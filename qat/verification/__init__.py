@@ -30,6 +30,7 @@ from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
 from qat.adapters import without_peft
+from qat.compatibility import outside_tested
 from qat.errors import LoadError, StateError, UnjudgedError, VerifyError
 from qat.files.directory import as_path
 from qat.files.evidence import FrozenRecord, frozen_record
@@ -216,6 +217,8 @@ def _contents(
         yield _check("values", faults, f"{len(floats.layers)} float layers of that loader hold the trained values")
     faults, count = tensor_faults(loaded, manifest, record, target.format)
     yield _check("tensors", faults, f"{count} other tensors equal those exported")
+    if untested := outside_tested():
+        yield Check("versions", True, "\n".join(untested), asked=False)
     if (wrong := target.host.container.metadata_faults(held, directory, manifest)) is not None:
         yield _check("metadata", wrong, "every field is that of config.json and the tokenizer")
 

@@ -43,7 +43,8 @@ __all__ = [
 
 logger = logging.getLogger("qat")
 RUN = "run.json"
-_ANY = {"output", "overwrite", "resume"}  # settings that make no difference to the weights
+_ANY: Any = dict.fromkeys(("output", "overwrite", "resume"), True)  # settings that make no difference to the weights
+_ANY |= {"guards": True, "trainer": {"logger": True}}  # a run which guards stopped may go on with others
 
 
 @dataclass(frozen=True)

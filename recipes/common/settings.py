@@ -28,6 +28,7 @@ from qat.quantizers import Algorithm, AnyAlgorithm
 from qat.spec import QuantSpec
 from qat.starts import DATA_STARTS
 from qat.training.distillation import Distillation
+from qat.training.guards import NumericalGuards
 from qat.training.schedule import FAULTS_BEYOND, Decay, QuantizationSchedule
 from recipes.data.settings import Count, Settings, Whole
 
@@ -150,6 +151,8 @@ class RecipeConfig(Settings):
     """What activation scales are taken from."""
     schedule: QuantizationSchedule = QuantizationSchedule()
     """When quantization happens."""
+    guards: NumericalGuards = NumericalGuards(log=True)
+    """What happens when numbers go wrong: inf or NaN, collapsed scales, dead codes, saturation."""
     trainer: TrainerSettings = TrainerSettings()
     """Devices, precision and the like."""
     resume: Annotated[UserPath, AfterValidator(_is_file)] | None = None
