@@ -164,7 +164,9 @@ def test_a_judged_model_leaves_the_device_before_a_copy_of_it_draws(
     monkeypatch.setattr(comparison.DiffusionComparison, "_scores", lambda *_: ({"loss": 0.5}, [0.25, 0.75]))
     drawn: list[Any] = []
     image = Image.effect_noise((4, 4), 50.0)
-    monkeypatch.setattr(comparison.DiffusionComparison, "_draw", lambda _, model, device: drawn.append(model) or [image])
+    monkeypatch.setattr(
+        comparison.DiffusionComparison, "_draw", lambda _, model, device: drawn.append(model) or [image]
+    )
     model, device = Watched(), torch.device("cpu", 0)
     data: Any = SimpleNamespace(evaluation=evaluation)
     judging = comparison.DiffusionComparison(text_to_image.Config(), data, torch.bfloat16, model, device, tmp_path)

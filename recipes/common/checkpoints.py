@@ -19,7 +19,7 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_only
 from pydantic import BaseModel
 
-from qat.files.directory import sync
+from qat.files.whole import explained, sync, whole_file
 from recipes.common.config import ConfigError
 from recipes.common.settings import RecipeConfig
 
@@ -29,6 +29,7 @@ __all__ = [
     "differences",
     "end_run",
     "newest",
+    "note",
     "of",
     "publish",
     "read_json",
@@ -80,14 +81,18 @@ def publish(partial: Path, path: Path, **about: Any) -> None:
     files = [partial] if partial.is_file() else [file for file in partial.rglob("*") if file.is_file()]
     for file in files:
         sync(file)
-    about["sha256"] = _digest(partial)
     remove(path)
     partial.replace(path)
-    write_json(path.with_suffix(".json"), about)
+    note(path, **about)
+
+
+def note(path: Path, **about: Any) -> None:
+    """Write what is known of a file or directory beside it, with its SHA-256: from now on it counts as whole."""
+    write_json(path.with_suffix(".json"), {**about, "sha256": _digest(path)})
 
 
 def whole(path: Path) -> dict[str, Any] | None:
-    """What `publish` noted beside a file; None, with a warning, where the file is damaged or was never finished."""
+    """What `note` wrote beside a file; None, with a warning, where the file is damaged or was never finished."""
     try:
         about: dict[str, Any] = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
         if about["sha256"] == _digest(path):
@@ -166,7 +171,8 @@ def _start(folder: Path, settings: dict[str, Any], found: Kept | None) -> None:
     if found is None or not _same(found.path.parent, folder):
         for path in [*of(folder), folder / "fine_tuned.safetensors", folder / "judged.json"]:
             remove(path)
-    folder.mkdir(parents=True, exist_ok=True)
+    with explained(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / RUN, {"settings": settings, "ended": False})
 
 
@@ -191,11 +197,8 @@ def _same(one: Path, other: Path) -> bool:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a file that appears whole or not at all."""
-    partial = path.with_suffix(".json.partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    sync(partial)
-    partial.replace(path)
-    sync(path.parent)
+    with whole_file(path) as made:
+        made.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def _digest(path: Path) -> str:
