@@ -145,11 +145,11 @@ def test_a_file_replaces_another_or_leaves_it(tmp_path: Path) -> None:
     path.write_text("old")
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
     try:
-        with pytest.raises(
-            ExportError, match=r"File too large: .* took 100 bytes, and more is wanted; raise the limit"
+        with (
+            pytest.raises(ExportError, match=r"File too large: .* took 100 bytes, and more is wanted; raise the limit"),
+            whole_file(path) as made,
         ):
-            with whole_file(path) as made:
-                made.write_text("x" * 1000)
+            made.write_text("x" * 1000)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert path.read_text() == "old"
@@ -163,13 +163,13 @@ def test_a_file_replaces_another_or_leaves_it(tmp_path: Path) -> None:
 def test_errors_of_other_kinds_pass(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), whole_file(tmp_path / "a"):
         raise ZeroDivisionError
-    with pytest.raises(ExportError, match=r"No space left on device: .*, and at least 1,000 are wanted; free space"):
-        with explained(tmp_path / "a", wanted=1000):
-            raise RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
+    full = pytest.raises(ExportError, match=r"No space left on device: .*, and at least 1,000 are wanted; free space")
+    with full, explained(tmp_path / "a", wanted=1000):
+        raise RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
     assert not names(tmp_path)
 
 
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match=r"No such file or directory; check the path and its rights.*missing"):
-        with whole_file(tmp_path / "missing" / "a"):
-            pass
+    missing = pytest.raises(ExportError, match=r"No such file or directory; check the path and its rights.*missing")
+    with missing, whole_file(tmp_path / "missing" / "a"):
+        pass

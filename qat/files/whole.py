@@ -217,9 +217,14 @@ def _give_back(old: Path, destination: Path) -> None:
 
 
 def _number(error: BaseException | None) -> int | None:
-    """The error number of the system that an exception stands for; libraries in Rust write it into their message."""
+    """The error number of the system that an exception stands for.
+
+    Libraries in Rust write it into their message. ``torch.save`` raises an error of its own while it handles one.
+    """
     if isinstance(error, OSError):
         return error.errno
+    if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
+        return error.__context__.errno
     found = re.search(r"\(os error (\d+)\)", str(error))
     return int(found[1]) if found else None
 

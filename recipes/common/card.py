@@ -29,7 +29,8 @@ def add_section(
         pictures: what each shows (the text that stands for it), and its PNG file.
 
     Raises:
-        ExportError: the directory cannot be written or has no model card, the title is not one line, or a picture is no PNG file.
+        ExportError: the directory cannot be written or has no model card, the title is not one line, or a picture is no
+            PNG file.
 
     >>> import tempfile, qat
     >>> from torch import nn

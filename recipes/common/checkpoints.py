@@ -83,7 +83,11 @@ def publish(partial: Path, path: Path, **about: Any) -> None:
         sync(file)
     remove(path)
     partial.replace(path)
-    note(path, **about)
+    try:
+        note(path, **about)
+    except Exception:  # without a note it would take space for nothing
+        remove(path)
+        raise
 
 
 def note(path: Path, **about: Any) -> None:

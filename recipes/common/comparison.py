@@ -94,7 +94,7 @@ class DiffusionComparison:
         self._add(name, size, steps, rate)
 
     def judge_export(self, name: str, directory: Path | None, device: torch.device, steps: int, rate: float) -> None:
-        """Add an export, as reloaded; arguments as for `judge`. No directory: an earlier start of this run judged it."""
+        """Add an export, as reloaded; arguments as for `judge`. Without a directory, an earlier start judged it."""
         size = 0
         if directory is not None:
             size = sum(file.stat().st_size for file in directory.glob("*model*.safetensors"))
