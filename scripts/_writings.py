@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -77,6 +78,7 @@ def _convert(folder: Path, number: int) -> None:
 
 def _teacher(folder: Path, number: int) -> None:
     if number:  # it replaces nothing
+        shutil.rmtree(folder / "out", ignore_errors=True)
         torch.manual_seed(0)
         batches = [{"input_ids": IDS + more} for more in range(24)]
         cache_logits(small_llama(intermediate_size=64), batches, folder / "out", top_k=8)

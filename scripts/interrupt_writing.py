@@ -22,6 +22,7 @@ import json
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -40,13 +41,13 @@ from scripts._writings import WRITINGS, Writing
 CALLS = ("mkdir", "openat", "write", "pwrite64", "ftruncate", "fsync", "flock", "rename", "renameat2")
 CALLS += ("unlink", "unlinkat", "rmdir", "close")
 ERRORS = {
-    "ENOSPC": ("write", "mkdir", "openat"),
+    "ENOSPC": ("write", "mkdir"),
     "EDQUOT": ("write", "mkdir"),
     "EIO": ("write", "fsync", "rename"),
-    "EMFILE": ("openat",),
     "EROFS": ("mkdir", "rename"),
 }
-GOOD = ("old", "new", "between", "old, put back", "error, old")
+GOOD = ("old", "new", "between", "old, put back")
+GOOD += ("error, old", "error, between", "written, new", "written, between")
 PAGE = 4096  # of tmpfs
 _LEFT = re.compile(r"(^|/)\.[^/]+\.[0-9a-f]{8}\.tmp(/|$)|\.partial$")
 
@@ -63,7 +64,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def start(writing: Writing, folder: Path) -> tuple[int, int, int]:
+def start(writing: Writing, folder: Path, files: int) -> tuple[int, int, int]:
     """Fork a process that writes when it is told to: its id, the handle to tell it by, and that of what it says."""
     told, tell = os.pipe()
     heard, hear = os.pipe()
@@ -75,6 +76,8 @@ def start(writing: Writing, folder: Path) -> tuple[int, int, int]:
     try:
         os.close(tell)
         os.read(told, 1)
+        if files:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
         with contextlib.redirect_stdout(io.StringIO()):
             writing.write(folder, 1)
         code = 0
@@ -84,9 +87,9 @@ def start(writing: Writing, folder: Path) -> tuple[int, int, int]:
     os._exit(code)
 
 
-def run(writing: Writing, folder: Path, inject: str = "", after: float | None = None) -> Ended:
-    """Write once more, with faults that strace injects or a kill after some seconds."""
-    child, tell, heard = start(writing, folder)
+def run(writing: Writing, folder: Path, inject: str = "", after: float | None = None, files: int = 0) -> Ended:
+    """Write once more, with faults that strace injects, a kill after some seconds, or few files that may be open."""
+    child, tell, heard = start(writing, folder, files)
     tracer = None
     if inject:
         traced = ["-e", f"trace={inject.partition(':')[0]}", "-e", f"inject={inject}"]
@@ -200,7 +203,7 @@ def told(trial: Trial, ended: Ended, disk: bool) -> str:
         return f"another error: {ended}"
     if str(trial.folder) not in ended.error or (disk and "wanted" not in ended.error):
         return f"an error without its place: {ended.error}"
-    return f"left: {names}" if names else f"error, {there}"
+    return f"left: {names}" if names else f"{'written' if 'is written' in ended.error else 'error'}, {there}"
 
 
 def errors(trial: Trial, points: int) -> Iterator[str]:
@@ -215,6 +218,9 @@ def errors(trial: Trial, points: int) -> Iterator[str]:
             for number in sorted({1 + point * (count - 1) // points for point in range(points)} - {count}):
                 ended = run(trial.writing, trial.restored(), f"{call}:error={name}:when={number}+")
                 yield told(trial, ended, name == "ENOSPC" and call == "write")
+    opened = max(int(name) for name in os.listdir("/proc/self/fd"))
+    for more in range(points):
+        yield told(trial, run(trial.writing, trial.restored(), files=opened + more), False)
 
 
 @contextlib.contextmanager

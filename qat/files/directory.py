@@ -9,7 +9,7 @@ from pathlib import Path
 
 from qat.errors import ExportError, LoadError, QatError, listed, shown
 from qat.files.manifest import CARD_NAME, MANIFEST_NAME, read_manifest
-from qat.files.whole import clear_leftovers, whole_directory
+from qat.files.whole import clear_leftovers, explained, whole_directory
 
 __all__ = ["as_path", "atomic_directory", "check_destination"]
 
@@ -31,6 +31,11 @@ def check_destination(destination: Path, overwrite: bool) -> None:
             export: nothing else is ever removed.
     """
     clear_leftovers(destination)
+    with explained(destination):
+        _check(destination, overwrite)
+
+
+def _check(destination: Path, overwrite: bool) -> None:
     if destination.is_symlink() or (destination.exists() and not destination.is_dir()):
         raise ExportError(f"directory: {str(destination)!r} is a file or a link: choose another name")
     if not destination.is_dir() or not any(destination.iterdir()):

@@ -63,7 +63,7 @@ def whole_file(path: Path, *, beside: Path | None = None) -> Iterator[Path]:
         yield (made := folder / path.name)
         sync(made)
         made.replace(path)
-        sync(path.parent)
+    _settle(path)
 
 
 @contextmanager
@@ -88,7 +88,7 @@ def whole_directory(destination: Path, *, wanted: int = 0, check: Callable[[], N
         sync(made)
         check()
         _put(made, destination)
-        sync(destination.parent)
+    _settle(destination)
 
 
 @contextmanager
@@ -125,7 +125,7 @@ def clear_leftovers(destination: Path) -> None:
                 try:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # which one of a live process refuses
                     _give_back(folder / _OLD, destination)
-                    shutil.rmtree(folder)
+                    _remove(folder)
                 finally:
                     os.close(lock)
 
@@ -149,8 +149,9 @@ def _folder_beside(neighbour: Path, destination: Path, wanted: int = 0) -> Itera
         with explained(destination, parts=folder, wanted=wanted):
             yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
         os.close(lock)
+        with suppress(OSError):
+            _remove(folder)
 
 
 def _locked_folder(neighbour: Path) -> tuple[Path, int]:
@@ -203,6 +204,27 @@ def _exchange(one: Path, other: Path) -> bool:
     if (number := ctypes.get_errno()) in _CANNOT_EXCHANGE:
         return False
     raise OSError(number, os.strerror(number), str(other))
+
+
+def _settle(destination: Path) -> None:
+    """Wait until the new name is on the disk."""
+    try:
+        sync(destination.parent)
+    except OSError as error:
+        raise ExportError(
+            f"{str(destination)!r} is written, but may be lost when the machine stops: {error.strerror}; check the disk"
+        ) from error
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder with all in it, with one open file at a time: `shutil.rmtree` needs several."""
+    for name in os.listdir(folder):
+        path = folder / name
+        if path.is_dir() and not path.is_symlink():
+            _remove(path)
+        else:
+            path.unlink()
+    folder.rmdir()
 
 
 def _give_back(old: Path, destination: Path) -> None:

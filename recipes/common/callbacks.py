@@ -92,16 +92,17 @@ class LastCheckpoints(Checkpoint):
                 trainer.save_checkpoint(partial)  # by every process: sharded strategies need them all
                 if trainer.is_global_zero:
                     checkpoints.publish(partial, path, step=trainer.global_step, settings=self.settings)
+                    self._forget()
         except Exception:  # such as a full disk, which the half of a file would fill
             checkpoints.remove(partial)
             raise
-        if trainer.is_global_zero:
-            for old in checkpoints.of(self.folder)[: -self.keep]:
-                checkpoints.remove(old)
-            for partial in self.folder.glob("*.partial"):  # of a process that was ended while it wrote
-                checkpoints.remove(partial)
         trainer.strategy.barrier()
         self._step = trainer.global_step
+
+    def _forget(self) -> None:
+        """Remove all but the newest, and what a process left that was ended while it wrote."""
+        for path in [*checkpoints.of(self.folder)[: -self.keep], *self.folder.glob("*.partial")]:
+            checkpoints.remove(path)
 
 
 class _DirectFiles(TorchCheckpointIO):

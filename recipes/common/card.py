@@ -9,7 +9,7 @@ from pathlib import Path
 
 from qat.errors import ExportError
 from qat.exporting.card import CARD_NAME
-from qat.files.whole import whole_file
+from qat.files.whole import explained, whole_file
 
 __all__ = ["add_section"]
 
@@ -58,7 +58,8 @@ def add_section(
             raise ExportError(f"pictures: {shown!r} must be a PNG file, got {str(path)!r}: save it as one first")
     lines = [f"## {title.strip()}", text.strip()]
     lines += [f"![{shown}]({path.name.replace(' ', '%20')})" for shown, path in files.items()]
-    written = card.read_text(encoding="utf-8").rstrip()
+    with explained(card):
+        written = card.read_text(encoding="utf-8").rstrip()
     with whole_file(card, beside=folder) as made:  # first: an export is replaced only if its card shows its pictures
         made.write_text("\n\n".join([written, *filter(None, lines)]) + "\n", encoding="utf-8")
     for path in files.values():

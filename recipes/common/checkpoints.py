@@ -92,7 +92,8 @@ def publish(partial: Path, path: Path, **about: Any) -> None:
 
 def note(path: Path, **about: Any) -> None:
     """Write what is known of a file or directory beside it, with its SHA-256: from now on it counts as whole."""
-    write_json(path.with_suffix(".json"), {**about, "sha256": _digest(path)})
+    with explained(path):
+        write_json(path.with_suffix(".json"), {**about, "sha256": _digest(path)})
 
 
 def whole(path: Path) -> dict[str, Any] | None:
