@@ -38,16 +38,20 @@ from qat.files import whole
 from qat.files.whole import clear_leftovers
 from scripts._writings import WRITINGS, Writing
 
-CALLS = ("mkdir", "openat", "write", "pwrite64", "ftruncate", "fsync", "flock", "rename", "renameat2")
-CALLS += ("unlink", "unlinkat", "rmdir", "close")
+CALLS = (
+    *("mkdir", "openat", "write", "pwrite64", "ftruncate", "fsync", "flock", "rename", "renameat2"),
+    *("unlink", "unlinkat", "rmdir", "close"),
+)
 ERRORS = {
     "ENOSPC": ("write", "mkdir"),
     "EDQUOT": ("write", "mkdir"),
     "EIO": ("write", "fsync", "rename"),
     "EROFS": ("mkdir", "rename"),
 }
-GOOD = ("old", "new", "between", "old, put back")
-GOOD += ("error, old", "error, between", "written, new", "written, between")
+GOOD = (
+    *("old", "new", "between", "old, put back"),
+    *("error, old", "error, between", "written, new", "written, between"),
+)
 PAGE = 4096  # of tmpfs
 _LEFT = re.compile(r"(^|/)\.[^/]+\.[0-9a-f]{8}\.tmp(/|$)|\.partial$")
 
