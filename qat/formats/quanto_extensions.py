@@ -77,8 +77,11 @@ def _age(lock: Path) -> float | None:
 
 def _is_open(path: Path) -> bool:
     """Whether a process has a file open, as far as this system shows."""
-    for handle in Path("/proc").glob("[0-9]*/fd/*"):
-        with suppress(OSError):
-            if os.path.samefile(handle, path):
-                return True
+    wanted = os.path.realpath(path)
+    for process in filter(str.isdigit, os.listdir("/proc") if os.path.isdir("/proc") else ()):
+        with suppress(OSError):  # it has ended, or is another user's
+            for name in os.listdir(handles := Path("/proc", process, "fd")):
+                with suppress(OSError):
+                    if os.readlink(handles / name) == wanted:
+                        return True
     return False
