@@ -50,7 +50,7 @@ ERRORS = {
 }
 GOOD = (
     *("old", "new", "between", "old, put back"),
-    *("error, old", "error, between", "written, new", "written, between"),
+    *("error, old", "error, between", "written, old", "written, new", "written, between"),
 )
 PAGE = 4096  # of tmpfs
 _LEFT = re.compile(r"(^|/)\.[^/]+\.[0-9a-f]{8}\.tmp(/|$)|\.partial$")

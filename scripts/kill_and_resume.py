@@ -96,10 +96,11 @@ def start(recipe: Any, arguments: list[str], folder: Path) -> int:
     """Fork a process that runs the recipe in a folder, and return its id."""
     folder.mkdir(exist_ok=True)
     if child := os.fork():
+        os.setpgid(child, child)  # here too, for a kill that comes before the child does it
         return child
     code = 1
     try:
-        os.setsid()
+        os.setpgid(0, 0)
         os.chdir(folder)
         log = os.open("log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, 1)

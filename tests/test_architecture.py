@@ -86,7 +86,7 @@ TYPE_FILES = (
     "qat/formats/compressed_types.py",
 )  # where a type's name is turned into an object
 
-MOST_LIBRARY_LINES = 24_982
+MOST_LIBRARY_LINES = 24_984
 MOST_LINES = 400
 MOST_RECIPE_LINES = 150  # of a recipe itself
 

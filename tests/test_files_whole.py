@@ -166,6 +166,10 @@ def test_errors_of_other_kinds_pass(tmp_path: Path) -> None:
     full = pytest.raises(ExportError, match=r"No space left on device: .*, and at least 1,000 are wanted; free space")
     with full, explained(tmp_path / "a", wanted=1000):
         raise RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
+    told = ExportError("told")
+    told.__context__ = OSError(errno.EIO, "Input/output error")
+    with pytest.raises(ExportError, match=r"^told$"), explained(tmp_path / "a"):
+        raise told
     assert not names(tmp_path)
 
 

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from qat.errors import ExportError
+from qat.errors import ExportError, QatError
 
 __all__ = ["clear_leftovers", "explained", "sync", "whole_directory", "whole_file"]
 
@@ -105,6 +105,8 @@ def explained(destination: Path, *, parts: Path | None = None, wanted: int = 0) 
     """
     try:
         yield
+    except QatError:
+        raise
     except Exception as error:
         if (number := _number(error)) is None:
             raise
