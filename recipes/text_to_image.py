@@ -96,16 +96,19 @@ def main(argv: Sequence[str]) -> None:
     kept = FineTunedWeights(checkpoints, config)
     if not kept.restore(tuned):
         kept.save(tuned, fit("fine-tuning", tuned, Diffusion(), data.batches, learning_rate=rate, **how))
-    comparison = DiffusionComparison(config, data, spec.torch_dtype, tuned, run.device)
+    comparison = DiffusionComparison(config, data, spec.torch_dtype, tuned, run.device, checkpoints)
     comparison.judge("float", model, run.device, 0, None, draws=False)
     comparison.judge(TUNED, tuned, run.device, settings.steps, rate)
     model.load_state_dict(tuned.state_dict())  # training with quantization goes on from there
-    # Weights that begin to quantize later get their start then, from the batches of the fit.
-    later = schedule.settled_from > 0
-    quantized = quantized_copy(model, data.sampled, sampled, run.device, later=later, **prepared_for)
-    with TemporaryDirectory() as directory:
-        qat.export(quantized, directory)
-        comparison.judge_export(QUANTIZED, Path(directory), run.served_on, settings.steps, rate)
+    if run.resume is not None and QUANTIZED in comparison:  # the checkpoint has what calibration found
+        comparison.judge_export(QUANTIZED, None, run.served_on, settings.steps, rate)
+    else:
+        # Weights that begin to quantize later get their start then, from the batches of the fit.
+        later = schedule.settled_from > 0
+        quantized = quantized_copy(model, data.sampled, sampled, run.device, later=later, **prepared_for)
+        with TemporaryDirectory() as directory:
+            qat.export(quantized, directory)
+            comparison.judge_export(QUANTIZED, Path(directory), run.served_on, settings.steps, rate)
     gate = Gate(comparison.losses, TUNED, QUANTIZED, TRAINED, settings, spec, config.algorithm)
     gate.before_training()
 

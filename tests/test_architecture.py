@@ -63,7 +63,9 @@ USERS_OF_SIDE_PARTS = frozenset({"cli", "cli_runs", "__main__", *SIDE_PARTS})
 # Folders of the recipes that know nothing of quantization, each with all that it may import at run time.
 PLAIN_RECIPE_PACKAGES: dict[str, frozenset[str]] = {
     "recipes.tasks": frozenset({"recipes.tasks", "recipes.data", "torch", "torchmetrics"}),
-    "recipes.data": frozenset({"recipes.data", "recipes.tasks", "qat.errors", "torch", "pydantic", "safetensors"})
+    "recipes.data": frozenset(
+        {"recipes.data", "recipes.tasks", "qat.errors", "qat.files.whole", "torch", "pydantic", "safetensors"}
+    )
     | {"datasets", "numpy", "PIL", "sklearn"},
 }
 
@@ -85,7 +87,7 @@ TYPE_FILES = (
     "qat/formats/compressed_types.py",
 )  # where a type's name is turned into an object
 
-MOST_LIBRARY_LINES = 26_617
+MOST_LIBRARY_LINES = 26_908
 MOST_LINES = 400
 MOST_RECIPE_LINES = 150  # of a recipe itself
 

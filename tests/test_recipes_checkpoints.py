@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 import qat
+from qat.errors import ExportError
 from qat.runs import run_state
 from recipes import causal_lm
 from recipes.common import checkpoints
@@ -55,6 +57,28 @@ def test_they_are_written_at_the_interval_and_at_the_end_and_two_are_left(tmp_pa
     assert names(folder) == ["step-4.ckpt", "step-4.json", "step-5.ckpt", "step-5.json"]
     assert [int(torch.load(path, weights_only=True)["global_step"]) for path in checkpoints.of(folder)] == [4, 5]
     assert newest(folder) == checkpoints.Kept(folder / "step-5.ckpt", 5, settings_of(causal_lm.Config()))
+
+
+class Limit(lightning.Callback):
+    """Lets no file grow beyond some bytes from a step on."""
+
+    def on_train_batch_start(self, trainer: lightning.Trainer, *_: Any) -> None:
+        if trainer.global_step == 2:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+def test_a_full_disk_is_one_error_and_leaves_the_checkpoints_before(tmp_path: Path) -> None:
+    limits, folder = resource.getrlimit(resource.RLIMIT_FSIZE), tmp_path / "kept"
+    told = (
+        rf"'{folder}/step-3.ckpt' could not be written, .*: File too large: '{folder}' took .*, and at least .* wanted"
+    )
+    try:
+        with pytest.raises(ExportError, match=told):
+            quiet_trainer(tmp_path, kept(folder, 1), Limit(), max_steps=5, max_epochs=-1).fit(UserModule(), loader())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert names(folder) == ["step-1.ckpt", "step-1.json", "step-2.ckpt", "step-2.json"]
+    assert newest(folder) == checkpoints.Kept(folder / "step-2.ckpt", 2, settings_of(causal_lm.Config()))
 
 
 @pytest.mark.parametrize("spec", [INT4, INT8_INT8], ids=["int4", "int8 with int8 activations"])

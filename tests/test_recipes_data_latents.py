@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import gc
 import os
 import shutil
@@ -16,6 +17,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from qat.errors import ExportError
 from recipes.data import DataError
 from recipes.data.images import ImageData, Images, load_images
 from recipes.data.latents import Encoded, encode, fingerprint, release_encoders
@@ -160,7 +162,8 @@ def test_a_process_that_was_slower_takes_what_the_other_made(load: Load, monkeyp
     rename = Path.rename
 
     def late(made: Path, folder: Path) -> Path:
-        shutil.copytree(made, folder)
+        if not folder.exists():
+            shutil.copytree(made, folder)
         return rename(made, folder)
 
     with monkeypatch.context() as patched:
@@ -172,10 +175,10 @@ def test_a_process_that_was_slower_takes_what_the_other_made(load: Load, monkeyp
 
 def test_a_folder_that_cannot_be_renamed_is_an_error(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(made: Path, folder: Path) -> Path:
-        raise PermissionError("not here")
+        raise PermissionError(errno.EACCES, "not here")
 
     monkeypatch.setattr(Path, "rename", refuse)
-    with pytest.raises(PermissionError, match="not here"):
+    with pytest.raises(ExportError, match="could not be written, and nothing is left of it: Permission denied"):
         encoded_by("flux", load)
 
 

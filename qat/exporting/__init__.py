@@ -40,7 +40,7 @@ from qat.hosts.base import FloatGrid, shown_call
 from qat.hosts.construction import constructed_tensors, differs, unstored_tensors
 from qat.jobs import in_threads
 from qat.progress import counted
-from qat.tensors import await_numbers, model_device, stored_tensors
+from qat.tensors import await_numbers, inner_tensors, model_device, stored_tensors
 from qat.verification.outputs import compute_outputs
 
 __all__ = ["CONFIG_NAME", "ExportReport", "export", "moved_tensors"]
@@ -148,7 +148,8 @@ def _export(
     check_destination(destination, overwrite)
     _check_target(model, record, to)
     _check_there(model, record)
-    with torch.no_grad(), atomic_directory(destination, overwrite) as temporary:
+    parts = {part.data_ptr(): part.nbytes for _, tensor in stored_tensors(model) for part in inner_tensors(tensor)}
+    with torch.no_grad(), atomic_directory(destination, overwrite, sum(parts.values())) as temporary:
         grid = to.host.float_grid(model, record, to.format) if float_grid else None
         state, notes = _configured(model, record, to, temporary, grid)
         if grid is not None and grid.one_file:

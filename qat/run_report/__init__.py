@@ -7,7 +7,6 @@ paper. Nothing is trained or measured here: what no file says is left out.
 
 from __future__ import annotations
 
-import os
 from importlib.util import find_spec
 from os import PathLike
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from qat.errors import ExportError
 from qat.files.directory import as_path
+from qat.files.whole import whole_file
 from qat.run_report.comparison import RunComparison, compare_runs
 from qat.run_report.record import RunRecord, read_run
 
@@ -55,11 +55,7 @@ def write_report(
     path = directory.with_name(f"{directory.name}-report.html") if output is None else as_path(output, ExportError)
     from qat.run_report.page import page
 
-    text, partial = page(record, verified), path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise ExportError(f"output: {str(path)!r} cannot be written: {error.strerror}: name another file") from error
+    text = page(record, verified)
+    with whole_file(path) as made:
+        made.write_text(text, encoding="utf-8")
     return path

@@ -20,7 +20,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from pydantic import BaseModel
 
 from qat.errors import listed
-from qat.files.directory import sync
+from qat.files.whole import explained, sync, whole_file
 from recipes.common.config import ConfigError
 from recipes.common.settings import RecipeConfig
 
@@ -30,6 +30,7 @@ __all__ = [
     "differences",
     "end_run",
     "newest",
+    "note",
     "of",
     "publish",
     "read_json",
@@ -83,14 +84,23 @@ def publish(partial: Path, path: Path, **about: Any) -> None:
     files = [partial] if partial.is_file() else [file for file in partial.rglob("*") if file.is_file()]
     for file in files:
         sync(file)
-    about["sha256"] = _digest(partial)
     remove(path)
     partial.replace(path)
-    write_json(path.with_suffix(".json"), about)
+    try:
+        note(path, **about)
+    except Exception:  # without a note it would take space for nothing
+        remove(path)
+        raise
+
+
+def note(path: Path, **about: Any) -> None:
+    """Write what is known of a file or directory beside it, with its SHA-256: from now on it counts as whole."""
+    with explained(path):
+        write_json(path.with_suffix(".json"), {**about, "sha256": _digest(path)})
 
 
 def whole(path: Path) -> dict[str, Any] | None:
-    """What `publish` noted beside a file; None, with a warning, where the file is damaged or was never finished."""
+    """What `note` wrote beside a file; None, with a warning, where the file is damaged or was never finished."""
     try:
         about: dict[str, Any] = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
         if about["sha256"] == _digest(path):
@@ -176,7 +186,8 @@ def start_run(folder: Path, config: RecipeConfig, resume: Path | None) -> None:
         # By each process, for each looks there next: a removal by one might come after another's look.
         for path in [*of(folder), folder / "fine_tuned.safetensors", folder / "judged.json"]:
             remove(path)
-    folder.mkdir(parents=True, exist_ok=True)
+    with explained(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     rank_zero_only(write_json)(folder / RUN, {"settings": settings_of(config), "ended": False})
 
 
@@ -201,11 +212,8 @@ def _same(one: Path, other: Path) -> bool:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a file that appears whole or not at all."""
-    partial = path.with_suffix(".json.partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    sync(partial)
-    partial.replace(path)
-    sync(path.parent)
+    with whole_file(path) as made:
+        made.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def _digest(path: Path) -> str:

@@ -99,7 +99,7 @@ def compare(
         if name not in kept_scores:
             held_out = DataLoader(examples.evaluation, settings.batch_size, collate_fn=examples.collate)
             shown, found = track(held_out, f"evaluating: {name}", len(held_out)), list[float]()
-            kept_scores[name] = tasks.evaluate(task, judged.to(device), shown, dtype, found), found
+            kept_scores.keep(name, tasks.evaluate(task, judged.to(device), shown, dtype, found), found)
         scores[name], losses[name] = kept_scores[name]
 
     def calibration() -> tuple[Iterable[Any], int, torch.device]:

@@ -9,10 +9,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
-import os
-import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -22,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from qat.files.whole import whole_directory
 from recipes.data import DataError
 from recipes.data.conditioning import Conditioner
 from recipes.data.files import require_file
@@ -110,6 +108,7 @@ def encode(
         track: shows progress.
 
     Raises:
+        ExportError: the cache cannot be written.
         DataError: the pipeline cannot be run at this size, its autoencoder does not fit its transformer, a label is
             none that the transformer knows, or the cache is damaged.
         torch.OutOfMemoryError: the device is too small.
@@ -134,7 +133,7 @@ def encode(
     content += [*map(_version, ("diffusers", "transformers")), repr(sorted(dtypes.items())), str(to_latents.dtype)]
     folder = _cache_folder(data) / hashlib.sha256("\n".join(content).encode()).hexdigest()[:32]
     if not folder.exists():
-        with _whole(folder) as making:
+        with whole_directory(folder) as making:  # in which a faster process has the same content
             _write_captions(making, conditioner, distinct, track)
             for name, part in parts.items():
                 _write_latents(making, name, part, to_latents, data.size, track)
@@ -260,23 +259,6 @@ def _pixels(part: datasets.Dataset) -> str:
     for row in part.cast_column("image", Image(decode=False)):
         digest.update(row["image"]["bytes"])
     return digest.hexdigest()
-
-
-@contextmanager
-def _whole(folder: Path) -> Iterator[Path]:
-    """A folder to write into, which appears under its name only when all is written."""
-    making = folder.with_name(f"{folder.name}.{os.getpid()}")
-    shutil.rmtree(making, ignore_errors=True)
-    making.mkdir(parents=True)
-    try:
-        yield making
-        try:
-            making.rename(folder)
-        except OSError:
-            if not folder.exists():  # else another process was faster, with the same content
-                raise
-    finally:
-        shutil.rmtree(making, ignore_errors=True)
 
 
 def _write_captions(folder: Path, conditioner: Conditioner, captions: Sequence[Any], track: Track) -> None:
