@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import qat
@@ -47,6 +48,7 @@ def main(argv: Sequence[str]) -> None:
     from recipes.common.models import load_language_model, load_teacher
     from recipes.common.progress import quiet_libraries, stage
     from recipes.common.run import begin
+    from recipes.common.samples import write_samples
     from recipes.data.text import load_blocks
     from recipes.tasks import CausalLanguageModelling
 
@@ -58,7 +60,8 @@ def main(argv: Sequence[str]) -> None:
     qat.inspect(model, config.spec, target=config.target)  # here a spec that does not fit is an error, before the data
     with stage("tokenizing"):
         train, evaluation = load_blocks(config.data, tokenizer, getattr(model.config, "max_position_embeddings", None))
-    compare(config, run, model, tokenizer, CausalLanguageModelling(), Examples(train, evaluation), teacher)
+    show = partial(write_samples, tokenizer, evaluation, run.beside("samples.json"))
+    compare(config, run, model, tokenizer, CausalLanguageModelling(), Examples(train, evaluation), teacher, show)
 
 
 if __name__ == "__main__":

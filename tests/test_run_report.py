@@ -27,6 +27,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     metrics = {"loss": 2.5, "loss_bin_0": 0.5, "loss_bin_1": None}
     rows = [{"name": "float & <small>", "metrics": metrics, **row}, {"name": "trained", "metrics": metrics, **row}]
     (folder / "run-results.json").write_text(json.dumps(rows))
+    (folder / "run-samples.json").write_text(json.dumps([{"prompt": "Once <b>", "trained": "upon"}]))
     layer = next(iter(read_run(folder / "run", codes=False).layers))
     column = f"quantization/{layer}/int8/error"
     for stage, steps in (("training", range(4)), ("training-from-2", range(2, 6))):
@@ -85,6 +86,7 @@ def test_a_page_shows_all_that_a_run_left(text: str) -> None:
     ):
         assert f"<h2>{title}</h2>" in text
     assert "float &amp; &lt;small&gt;" in text
+    assert "<dt>prompt</dt><dd>Once &lt;b&gt;</dd><dt>trained</dt><dd>upon</dd>" in text
     figures = {attrs["aria-label"] for tag, attrs in page.tags if tag == "svg"}
     expected = {"Loss of training", "Quantization error by layer", "Activation ranges", "Where the bytes are"}
     assert expected | {"Loss by timestep"} <= figures

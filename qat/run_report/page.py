@@ -38,7 +38,7 @@ def page(record: RunRecord, verified: VerifyReport | None = None) -> str:
         *_layers(record),
         *_bytes(record),
     ]
-    parts += [*_floats(record), *_pictures(record), *_settings(record)]
+    parts += [*_floats(record), *_samples(record), *_settings(record)]
     style = (files("qat.run_report") / "page.css").read_text(encoding="utf-8")
     title = escape(f"{name}, {types}")
     return (
@@ -194,8 +194,12 @@ def _floats(record: RunRecord) -> Iterable[str]:
     yield _section("What stays float, and why", _table(["reason", "weights"], rows), all_of_them)
 
 
-def _pictures(record: RunRecord) -> Iterable[str]:
+def _samples(record: RunRecord) -> Iterable[str]:
+    """Texts and pictures."""
     shown = []
+    for sample in record.samples:
+        texts = "".join(f"<dt>{escape(name)}</dt><dd>{escape(str(text))}</dd>" for name, text in sample.items())
+        shown.append(f"<dl class=texts>{texts}</dl>")
     for title, path in record.pictures.items():
         data = path.read_bytes()
         if len(data) <= _MOST_PICTURE:

@@ -67,6 +67,8 @@ class RunRecord:
     layers: dict[str, Layer]
     pictures: dict[str, Path]
     """What each shows, and its PNG file."""
+    samples: list[dict[str, str]] = field(default_factory=list)
+    """Of a language model: beginnings, under ``prompt``, and by a model's name what it goes on with."""
     notes: list[str] = field(default_factory=list)
     """What could not be read, and why."""
 
@@ -101,7 +103,8 @@ def read_run(run: str | PathLike[str], *, codes: bool = True) -> RunRecord:
     """
     directory = as_path(run, LoadError).absolute()
     manifest = read_manifest(directory)
-    record = RunRecord(directory, manifest, _results(directory), {}, {}, {})
+    results = [{**row, "metrics": dict(row["metrics"])} for row in _rows(directory, "results", "name", "metrics")]
+    record = RunRecord(directory, manifest, results, {}, {}, {}, _rows(directory, "samples", "prompt"))
     for name, evidence in manifest.frozen.layers.items():
         steps = 0.0
         if evidence.activations is not None:
@@ -118,15 +121,18 @@ def read_run(run: str | PathLike[str], *, codes: bool = True) -> RunRecord:
     return record
 
 
-def _results(directory: Path) -> list[dict[str, Any]]:
-    path = directory.with_name(f"{directory.name}-results.json")
+def _rows(directory: Path, what: str, *needed: str) -> list[dict[str, Any]]:
+    """The rows of a JSON file that a recipe left beside a directory; none without it."""
+    path = directory.with_name(f"{directory.name}-{what}.json")
     if not path.is_file():
         return []
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-        return [{**row, "metrics": dict(row["metrics"])} for row in rows]
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise LoadError(f"{str(path)!r} holds no results of a recipe: {error}: remove it, or run the recipe") from error
+        rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+        if not all(isinstance(row, dict) and all(key in row for key in needed) for row in rows):
+            raise ValueError(f"each row must have {' and '.join(needed)}")
+    except (OSError, ValueError, TypeError) as error:
+        raise LoadError(f"{str(path)!r} holds no {what} of a recipe: {error}: remove it, or run the recipe") from error
+    return rows
 
 
 def _read_logs(folder: Path, record: RunRecord) -> None:

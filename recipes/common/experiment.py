@@ -8,7 +8,7 @@ quantization-aware one, which is frozen, exported, verified in a fresh process a
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -66,6 +66,7 @@ def compare(
     task: LogitTask,
     examples: Examples,
     teacher: nn.Module | qat.CachedLogits | None = None,
+    show: Callable[[Mapping[str, nn.Module]], None] | None = None,
 ) -> None:
     """Train, export, verify, and print the table of the four models.
 
@@ -77,6 +78,8 @@ def compare(
         task: loss and metrics; distillation is taken from the configuration.
         examples: to train and to judge on.
         teacher: to distil from; none: the fine-tuned float model, or the float one where none is trained.
+
+        show: is given the fine-tuned and the exported model at the end, by name, as to let them write samples.
 
     Raises:
         QatError: as the library, for what does not fit together or went wrong.
@@ -145,7 +148,10 @@ def compare(
         qat.export(model, run.output, processor=processor, config=resolved, **served)
     with stage("verifying"):
         verified = qat.verify(run.output, fresh_process=True)
-    judge(TRAINED, qat.load(run.output), run.served_on, spec.torch_dtype)
+    served_model = qat.load(run.output)
+    judge(TRAINED, served_model, run.served_on, spec.torch_dtype)
+    if show is not None:
+        show({TUNED if config.float_baseline else FLOAT: tuned, TRAINED: served_model})
     gate.after_training()
 
     size = sum(file.stat().st_size for file in run.output.glob("model*.safetensors"))
