@@ -1,7 +1,7 @@
 """The README and the pages of docs/ do what they say: Python blocks run, commands name things that exist.
 
 Fences are balanced on every page, and no code stands outside of them. Every ```python block runs, in order and in one
-namespace a page, as one script in a fresh process; its folder is empty but for the checkout's recipes, so that the
+namespace a page, as one script in a process of its own; its folder is empty but for the checkout's recipes, so that the
 reference checkpoint is found and nothing is written into the checkout. What is not meant to run is fenced as ```text.
 """
 
@@ -11,13 +11,13 @@ import ast
 import os
 import re
 import shlex
-import subprocess
-import sys
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+from tests.pages import run
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -172,7 +172,7 @@ def test_both_commands_are_shown() -> None:
 
 
 def test_the_readme_and_the_pages_show_library_examples() -> None:
-    assert {"README.md", "docs/usage.md"} <= set(WITH_PYTHON)
+    assert {"README.md", "docs/start.md"} <= set(WITH_PYTHON)
 
 
 def test_lines_are_short() -> None:
@@ -193,9 +193,10 @@ def test_extras_exist() -> None:
     assert named <= set(extras)
 
 
-def test_links_lead_somewhere() -> None:
-    links = re.findall(r"\]\((?!https?:|#)([^)#\s]+)", readme())
-    assert not [link for link in links if not (ROOT / link).exists()]
+@pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
+def test_links_lead_somewhere(page: Path) -> None:
+    links = re.findall(r"\]\((?!https?:|#)([^)#\s]+)", page.read_text(encoding="utf-8"))
+    assert not [link for link in links if not (page.parent / link).exists()]
 
 
 WITH_PYTHON = [str(page.relative_to(ROOT)) for page in PAGES if blocks(page.read_text(encoding="utf-8"), "python")]
@@ -208,8 +209,5 @@ def test_python_blocks_run(tmp_path: Path, page: str) -> None:
     (tmp_path / "recipes").symlink_to(ROOT / "recipes", target_is_directory=True)
     script = tmp_path / "page.py"
     script.write_text(as_script(python_blocks))
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, str(script)], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, f"{page}, by its own line numbers:\n{done.stderr}"
+    code, said = run(script)
+    assert code == 0, f"{page}, by its own line numbers:\n{said}"

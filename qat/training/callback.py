@@ -46,7 +46,7 @@ __all__ = ["QuantizationAwareTraining"]
 
 
 class QuantizationAwareTraining(Callback):
-    """Quantization-aware training of a `LightningModule` that need not know of it.
+    """Quantization-aware training of a `LightningModule` that need not know of it; faults are told before a step.
 
     Args:
         spec: what to quantize.
@@ -60,7 +60,7 @@ class QuantizationAwareTraining(Callback):
             LightningModule's own ``model_inputs`` if it has one, else the first element of a tuple or list, else all.
         example_inputs: one batch for the model, to find layers whose input stock kernels cannot read.
 
-    Raises (during ``trainer.fit``, before the first step):
+    Raises:
         SpecError, TargetError: the spec does not fit the model or the target.
         StateError: the model is frozen, or prepared in another way.
         CalibrationError: activations are quantized and nothing will set their scales.
