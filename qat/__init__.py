@@ -47,6 +47,7 @@ _HOMES = {
     "qat.training.callback": ("QuantizationAwareTraining",),
     "qat.training.cage": ("cage_step",),
     "qat.training.distillation": ("Distillation", "Distiller"),
+    "qat.training.guards": ("NumericalGuards",),
     "qat.training.schedule": ("QuantizationSchedule", "rate_factor"),
     "qat.training.steps": ("QuantizationSteps",),
     "qat.training.task": ("QuantizedTask",),

@@ -47,6 +47,7 @@ from qat.training.cage import cage_step as cage_step
 from qat.training.callback import QuantizationAwareTraining as QuantizationAwareTraining
 from qat.training.distillation import Distillation as Distillation
 from qat.training.distillation import Distiller as Distiller
+from qat.training.guards import NumericalGuards as NumericalGuards
 from qat.training.schedule import QuantizationSchedule as QuantizationSchedule
 from qat.training.schedule import rate_factor as rate_factor
 from qat.training.steps import QuantizationSteps as QuantizationSteps

@@ -32,6 +32,7 @@ __all__ = [
     "other_mode",
     "require_final_types",
     "require_finite",
+    "require_held",
     "require_range",
     "require_target",
     "unreached_layers",
@@ -95,12 +96,25 @@ def require_range(model: nn.Module, layers: list[tuple[str, QuantizedLayer]], ru
                 "(QuantSpec(dtype='bfloat16')), or train with smaller weights"
             )
     for name, layer in layers:
-        if not all(bool(q.serving_scale().isfinite()) for q in layer.activation_quantizers() if q.enabled):
-            raise StateError(f"model: layer {name!r} has an activation scale beyond its dtype: serve in bfloat16")
+        if not all(bool(q.serving_scale().to(q.dtype).isfinite()) for q in layer.activation_quantizers() if q.enabled):
+            raise StateError(
+                f"model: layer {name!r} has an activation scale beyond its dtype: serve in bfloat16, or calibrate again"
+            )
         if loses_scales(layer):
             raise StateError(
                 f"model: layer {name!r}: the scales of its input and its weight have a product too small for float16: "
                 "serve in bfloat16 (QuantSpec(dtype='bfloat16')), or exclude the layer"
+            )
+
+
+def require_held(name: str, **parts: Tensor | None) -> None:
+    """Raise `StateError` where the dtype of a layer's scale, shift or value cannot hold one of its numbers."""
+    for what, tensor in parts.items():
+        if tensor is not None and tensor.numel() and any(bool(end.isinf()) for end in torch.aminmax(tensor)):
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            raise StateError(
+                f"model: layer {name!r}: a {what} of its weight is beyond what {dtype} can hold: serve in bfloat16 "
+                "(QuantSpec(dtype='bfloat16')), or train with a lower rate of learned scales"
             )
 
 

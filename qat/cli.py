@@ -2,15 +2,17 @@
 
 ``qat inspect MODEL`` says what a spec would do to a model, from its configuration alone. ``qat calibrate MODEL``
 makes a quantized export of a float model, without training. ``qat verify DIRECTORY`` checks an export against its
-evidence. ``qat convert DIRECTORY OUTPUT`` writes it for another target, where every value stays. They print a table;
-inspect and verify print JSON with ``--json``. Exit codes: 0; 1 when a verification failed; 2 for a user's mistake; 141
-when whoever read the output has left. Torch is imported when a verb has work to do, so ``--help`` and a wrong option
-answer at once.
+evidence. ``qat convert DIRECTORY OUTPUT`` writes it for another target, where every value stays. `qat.cli_runs` has the
+verbs about runs: train, export, report, compare. They print a table; inspect, verify and compare print JSON with
+``--json``. Exit codes: 0; 1 when a verification failed; 2 for a user's mistake; 3 for an export that nothing can judge
+without its module; 141 when whoever read the output has left. Torch is imported when a verb has work to do, so
+``--help`` and a wrong option answer at once.
 """
 
 from __future__ import annotations
 
 import json as jsonlib
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,12 +20,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import tyro
-import yaml
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo, StructTypeInfo
 
-from qat.errors import CalibrationError, SpecError, VerifyError, meant
-from qat.report import quiet_libraries, run_command
+from qat import cli_runs
+from qat.errors import CalibrationError, SpecError, VerifyError, meant, shown, told
+from qat.report import quiet_libraries, require_text, run_command
 from qat.spec import QuantSpec
+from qat.strict_yaml import parse_yaml
 
 if TYPE_CHECKING:
     from qat.inspection import InspectReport
@@ -41,16 +44,32 @@ def main(argv: Sequence[str] | None = None) -> None:
     registry = ConstructorRegistry()
     registry.primitive_rule(mapping_rule)
     registry.struct_rule(_spec_rule)
-    run_command(
-        lambda: tyro.extras.subcommand_cli_from_dict(
-            {"inspect": _inspect, "calibrate": _calibrate, "verify": _verify, "convert": _convert},
+    words = (sys.argv[1:] if argv is None else argv) or ["--help"]
+
+    def command() -> None:
+        require_text(words)
+        if words[0] == "train" and len(words) > 1 and not words[1].startswith("-"):
+            cli_runs.run_recipe(words[1], words[2:])  # with a command line of its own
+            return
+        tyro.extras.subcommand_cli_from_dict(
+            {
+                "inspect": _inspect,
+                "calibrate": _calibrate,
+                "train": cli_runs.train,
+                "export": cli_runs.export,
+                "verify": _verify,
+                "convert": _convert,
+                "report": cli_runs.report,
+                "compare": cli_runs.compare,
+            },
             prog="qat",
-            description="Quantization-aware training: inspect, calibrate, verify and convert.",
-            args=(sys.argv[1:] if argv is None else argv) or ["--help"],
+            description="Quantization-aware training, from a float model to a verified export.",
+            args=words,
             config=(tyro.conf.PositionalMetavarFromFieldName,),
             registry=registry,
         )
-    )
+
+    run_command(command)
 
 
 def _inspect(
@@ -121,10 +140,12 @@ def _calibrate(
         trust_remote_code: Run code that comes with the model.
     """
     made = QuantSpec(**dict(spec))
-    if missing := [str(path) for path in data if not path.exists()]:
-        raise CalibrationError(f"data: {missing[0]!r} does not exist: name files or folders that do")
-    if min(numbers := (batches, batch_size, length)) < 1:
-        raise CalibrationError(f"batches, batch_size and length: must each be at least 1, got {numbers}")
+    if missing := [str(path) for path in data if not os.path.exists(path)]:  # of os, to whom no name is too long
+        raise CalibrationError(f"data: {shown(missing[0])} does not exist: name files or folders that do")
+    if min(numbers := (batches, batch_size, length)) < 1 or max(numbers) >= 2**31:
+        raise CalibrationError(
+            f"batches, batch_size and length: must each be at least 1 and below 2**31, got {numbers}"
+        )
     import torch
 
     from qat.agreement import agreement, answers, held_out
@@ -132,6 +153,7 @@ def _calibrate(
     from qat.data import image_batches, text_batches
     from qat.exporting import export
     from qat.files.directory import check_destination
+    from qat.files.places import check_place
     from qat.folding import fold_outliers
     from qat.freezing import freeze
     from qat.hosts import host_of
@@ -146,7 +168,12 @@ def _calibrate(
         "algorithm": _chosen("algorithm", algorithm, AnyAlgorithm),
         "observer": _chosen("observer", observer, ObserverChoice),
     }
-    check_destination(output.absolute(), overwrite)
+    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.zeros(1, device=where).item()
+    except Exception as error:  # of each device its own
+        raise CalibrationError(f"device: {where!r} cannot compute here: {told(error)}: name another") from error
+    check_destination(check_place(output, "output"), overwrite, "output")
     loaded: Any
     loaded, processor = load_float(model, trust_remote_code=trust_remote_code)
     if loaded.main_input_name == "pixel_values":
@@ -166,7 +193,7 @@ def _calibrate(
             field=text_field,
         )
     inputs, others = held_out(inputs, batches)
-    loaded.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    loaded.to(where)
     wanted = [found._replace(values=found.values.cpu()) for found in answers(loaded, others)]
     if fold:
         print(fold_outliers(loaded, inputs, spec=made, target=target))
@@ -252,9 +279,9 @@ def mapping_rule(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[dict[str, 
 
     def parse(words: list[str]) -> dict[str, Any]:
         try:
-            return {word[: word.index("=")]: yaml.safe_load(word[word.index("=") + 1 :]) for word in words}
-        except (ValueError, yaml.YAMLError):
-            raise ValueError(f"expected KEY=VALUE words with values in YAML, got {' '.join(words)!r}") from None
+            return {word[: word.index("=", 1)]: parse_yaml(word[word.index("=", 1) + 1 :]) for word in words}
+        except ValueError:
+            raise ValueError(f"expected KEY=VALUE words with values in YAML, got {shown(' '.join(words))}") from None
 
     return PrimitiveConstructorSpec(
         nargs="*",

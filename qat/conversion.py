@@ -25,6 +25,7 @@ from qat.files.directory import as_path, check_destination
 from qat.files.evidence import FrozenRecord, LayerEvidence, record_frozen
 from qat.files.examples import read_example
 from qat.files.manifest import EVIDENCE_NAME, Manifest
+from qat.files.places import check_place
 from qat.formats import FORMATS
 from qat.hosts import Target, get_target
 from qat.inspection import InspectReport, inspect
@@ -79,10 +80,10 @@ def convert(
     qat.errors.TargetError: ...
     """
     path, to = as_path(directory, LoadError), get_target(target)
-    destination = as_path(output, ExportError).absolute()
+    destination = check_place(as_path(output, ExportError), "output")
     if destination.resolve() == path.resolve():
         raise ExportError(f"output: {str(output)!r} is the directory itself, which is read: name another one")
-    check_destination(destination, overwrite)
+    check_destination(destination, overwrite, "output")
     manifest = read_trusted(path)
     if manifest.float_grid:
         raise LoadError(f"directory: {str(path)!r} holds floats (float_grid=True), no codes: convert a packed export")

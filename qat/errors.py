@@ -19,6 +19,7 @@ __all__ = [
     "StateError",
     "TargetError",
     "TrainingError",
+    "UnjudgedError",
     "VerifyError",
 ]
 
@@ -55,6 +56,10 @@ class LoadError(QatError, RuntimeError):
     """A model directory is missing, corrupt, or does not match what it declares."""
 
 
+class UnjudgedError(LoadError):
+    """An export is whole, but nothing in it builds its model, so that neither a yes nor a no is known."""
+
+
 class VerifyError(QatError, AssertionError):
     """A reloaded checkpoint differs from the frozen model, or from the evidence that freezing left."""
 
@@ -65,13 +70,13 @@ class VerifyError(QatError, AssertionError):
 _FAULTS_SHOWN = 8
 
 
-def listed(names: Sequence[str], most: int) -> str:
+def listed(names: Sequence[str], most: int, between: str = ", ") -> str:
     """The first few of ``names``, and how many more there are.
 
     >>> listed(["a", "b", "c"], 2)
     'a, b and 1 more'
     """
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    return between.join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def meant(value: object, choices: Iterable[str]) -> str:
@@ -85,9 +90,24 @@ def meant(value: object, choices: Iterable[str]) -> str:
 
 
 def shown(value: object) -> str:
-    """A value as an error shows it: the name of its type where it takes more than a line."""
-    text = repr(value)
+    """A value as an error shows it: its beginning, if it is a long text, or the name of its type, if it is another."""
+    if isinstance(value, str) and len(value) > 100:
+        return f"{value[:60]!r}... of {len(value)} characters"
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of more digits than Python writes
+        return f"a {type(value).__name__}"
     return text if len(text) <= 100 and "\n" not in text else f"a {type(value).__name__}"
+
+
+def told(error: Exception) -> str:
+    """What another library's exception says, in one line of at most 400 characters.
+
+    >>> told(ValueError("a   b"))
+    'a b'
+    """
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 400 else f"{text[:400]} ..."
 
 
 def load_error(what: str, faults: Sequence[str]) -> LoadError:

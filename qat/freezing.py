@@ -25,6 +25,7 @@ from qat.checks import (
     other_mode,
     require_final_types,
     require_finite,
+    require_held,
     require_range,
     require_target,
     unreached_layers,
@@ -316,6 +317,7 @@ def _freeze_layer(
     device = master.device
     with other_mode(quantizer):
         weight = quantizer.final_codes(master)
+    require_held(name, scale=weight.scale, shift=weight.shift)
     bias: Tensor | None = getattr(layer, "bias", None)
     kernel = layer.stored_kernel(layer)
     types = LayerTypes(weight.qtype, layer.activation_qtype, quantizer.dtype, prepared.spec.outputs, kernel)
@@ -332,6 +334,7 @@ def _freeze_layer(
     frozen = target.build(types, (out_features, in_features), tensors, like=layer)
     del tensors
     trained = quantizer.quantize(master, quantizer.dtype).value  # as a forward asks for it, apart from the codes
+    require_held(name, value=trained)
     hashed = begun(functools.partial(digest, trained.cpu()))
     packed, first = target.format.read(frozen), 0
     for block in target.format.value_blocks(frozen, packed):

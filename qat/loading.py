@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qat.errors import LoadError, QatError, load_error
+from qat.errors import LoadError, QatError, UnjudgedError, load_error
 from qat.files.directory import as_path
 from qat.files.evidence import record_frozen
 from qat.files.manifest import Manifest
@@ -149,6 +149,8 @@ def before_loading(
         if not faults:
             try:
                 faults = ask()
+            except UnjudgedError:
+                raise
             except QatError as error:
                 faults = [str(error)]
             yield name, faults, good

@@ -10,22 +10,23 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib import import_module
 from importlib.util import find_spec
 from typing import NoReturn
 
-from qat.errors import QatError, VerifyError
+from qat.errors import QatError, UnjudgedError, VerifyError, shown
 
-__all__ = ["quiet_libraries", "run_command"]
+__all__ = ["quiet_libraries", "require_text", "run_command"]
 
 
 def run_command(main: Callable[[], object]) -> NoReturn:
     """Run a program and exit: 0 when it returns, 1 when a verification failed, 2 on a user's mistake.
 
-    Both failures are told on the standard error stream, without a traceback. Any other exception is a fault of the
-    program and keeps its traceback. When whoever read the output has left (``qat verify DIR --json | head``), the
-    program ends with 141, as one that the signal ends, and says nothing.
+    3 is for an export that only the user's own program can judge. Failures are told on the standard error stream,
+    without a traceback. Any other exception is a fault of the program and keeps its traceback. When whoever read the
+    output has left (``qat verify DIR --json | head``), the program ends with 141, as one that the signal ends, and says
+    nothing.
     """
     try:
         try:
@@ -37,11 +38,22 @@ def run_command(main: Callable[[], object]) -> NoReturn:
         sys.exit(128 + signal.SIGPIPE)
     except QatError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(1 if isinstance(error, VerifyError) else 2)
+        sys.exit(1 if isinstance(error, VerifyError) else 3 if isinstance(error, UnjudgedError) else 2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     sys.exit(0)
+
+
+def require_text(words: Iterable[str]) -> None:
+    """Check that a command line can be written into files, as UTF-8.
+
+    Raises:
+        QatError: a word has other bytes, which Python keeps as halves of surrogate pairs.
+    """
+    for word in words:
+        if any("\ud800" <= character <= "\udfff" for character in word):
+            raise QatError(f"command line: {shown(word)} is no text in UTF-8: rename what it names")
 
 
 def quiet_libraries() -> None:

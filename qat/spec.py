@@ -30,10 +30,14 @@ ActivationType = Literal["int8", "float8"]
 ServingDtype = Literal["float32", "bfloat16", "float16"]
 
 
+_WILD = frozenset("*?[")
+_FAULTS_SHOWN = 5
+
+
 class NamedArguments(BaseModel):
     """Frozen, and made of named arguments; a wrong one raises `SpecError`, with all faults in pydantic's words."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     def __init__(self, *unnamed: Any, **values: Any) -> None:
         name, fields = type(self).__name__, type(self).model_fields
@@ -60,6 +64,12 @@ def _told(fault: ErrorDetails, fields: Iterable[str]) -> str:
         return f"{argument}: {rule}" if argument else rule
     remedy = f": choose from {', '.join(fields)}" if fault["type"] == "extra_forbidden" else ""
     return f"{argument}: {rule}, got {shown(fault['input'])}{remedy}"
+
+
+def _matching(pattern: str, names: Mapping[str, object]) -> list[str]:
+    if _WILD.isdisjoint(pattern):
+        return [pattern] if pattern in names else []
+    return [name for name in names if fnmatchcase(name, pattern)]
 
 
 class LayerSpec(NamedArguments):
@@ -166,7 +176,7 @@ class QuantSpec(NamedArguments):
         """Resolve the patterns for the module called ``name``."""
         default = LayerSpec(weights=self.weights, activations=self.activations)
         for pattern, value in reversed(self.overrides.items()):
-            if fnmatchcase(name, pattern):
+            if pattern == name or (not _WILD.isdisjoint(pattern) and fnmatchcase(name, pattern)):
                 layer = value if isinstance(value, LayerSpec) else default.model_copy(update={"weights": value})
                 if layer.weights == "float":
                     return Resolution(None, f"override {pattern!r}: float", True)
@@ -187,17 +197,19 @@ class QuantSpec(NamedArguments):
         ``others`` are modules with weights that cannot, and what these are; a pattern that asks for one is told so.
         Names that begin as one in ``inside`` are no hint for a better pattern.
         """
-        known, others, faults = list(names), others or {}, []
+        known, others, faults, more = dict.fromkeys(names), others or {}, list[str](), 0
         good = [name for name in known if not name.startswith(inside)]
         for argument, patterns in (("include", self.include), ("exclude", self.exclude), ("overrides", self.overrides)):
             for pattern in patterns:
-                if any(fnmatchcase(name, pattern) for name in known):
+                if _matching(pattern, known):
                     continue
-                held = [name for name in others if fnmatchcase(name, pattern)]
+                held = _matching(pattern, others)
                 value = self.overrides.get(pattern) if argument == "overrides" else None
                 weights = value.weights if isinstance(value, LayerSpec) else value
                 if held and (argument == "exclude" or weights == "float"):
                     continue  # it stays float, as asked
+                if (more := more + 1) > _FAULTS_SHOWN:  # a hint takes time
+                    continue
                 tails = {name.rsplit(".", 1)[-1] for name in good}
                 wanted = {tail: f"*.{tail}" for tail in tails} | {name: name for name in good}
                 close = [wanted[near] for near in get_close_matches(pattern.lstrip("*."), wanted, n=1)]
@@ -211,4 +223,5 @@ class QuantSpec(NamedArguments):
                     hint = f"; layers here: {good[:5]}..."
                 faults.append(f"{argument}: pattern {pattern!r} matches no layer that can be quantized{hint}")
         if faults:
-            raise SpecError("\n".join(faults))
+            left = [f"and {more - _FAULTS_SHOWN} more that match none"] if more > _FAULTS_SHOWN else []
+            raise SpecError("\n".join([*faults, *left]))

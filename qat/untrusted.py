@@ -12,8 +12,7 @@ import functools
 import itertools
 import json
 import math
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from qat.files.manifest import EVIDENCE_NAME, MANIFEST_NAME, FileRecord, Manifes
 from qat.files.shards import DTYPES_BY_NAME
 from qat.files.trusted import file_fault, read_json, strays
 from qat.hosts import get_target
+from qat.hosts.configurations import MOST_DEEP, depths
 from qat.hosts.stock import library_and_class
 from qat.hosts.targets import HOSTS
 from qat.jobs import in_threads
@@ -35,7 +35,6 @@ __all__ = ["build_described", "check_configuration", "check_files", "check_setti
 
 SMALL = 64_000_000
 """Bytes of the largest file that is hashed at every load."""
-_MOST_DEEP = 100_000
 
 
 def read_trusted(directory: Path) -> Manifest:
@@ -132,19 +131,7 @@ def check_configuration(directory: Path, manifest: Manifest) -> list[str]:
         raise LoadError(
             f"config.json in {str(directory)!r}: configuration_files names what is not one of the exported files"
         )
-    return faults + [f"config.json: {key} is {value}, too deep" for key, value in _depths(fields) if value > _MOST_DEEP]
-
-
-def _depths(value: Any, key: str = "") -> Iterator[tuple[str, int]]:
-    """The numbers of a configuration that count layers, by their names: a list of so many may be made before them."""
-    if isinstance(value, Mapping):
-        for name, item in value.items():
-            yield from _depths(item, name)
-    elif isinstance(value, list):
-        for item in value:
-            yield from _depths(item, key)
-    elif isinstance(value, int) and re.search("layer|block|depth", key) and not re.search("size|dim|length", key):
-        yield key, value
+    return faults + [f"config.json: {key} is {value}, too deep" for key, value in depths(fields) if value > MOST_DEEP]
 
 
 def check_settings(model: nn.Module, directory: Path, manifest: Manifest) -> list[str]:

@@ -2,7 +2,10 @@
 
 import os
 
-__all__ = ["command"]
+__all__ = ["IS_OF_QAT", "command"]
+
+IS_OF_QAT = True
+"""That this is the package which `qat train` looks for, whose name another one may have too."""
 
 
 def command(recipe: str) -> str:

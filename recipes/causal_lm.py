@@ -57,7 +57,7 @@ def main(argv: Sequence[str]) -> None:
     teacher = load_teacher(config, lambda path: load_language_model(path, trust_remote_code=trust)[0])
     qat.inspect(model, config.spec, target=config.target)  # here a spec that does not fit is an error, before the data
     with stage("tokenizing"):
-        train, evaluation = load_blocks(config.data, tokenizer)
+        train, evaluation = load_blocks(config.data, tokenizer, getattr(model.config, "max_position_embeddings", None))
     compare(config, run, model, tokenizer, CausalLanguageModelling(), Examples(train, evaluation), teacher)
 
 

@@ -33,6 +33,7 @@ class Config(ClassifierConfig):
 
 def main(argv: Sequence[str]) -> None:
     config = load_config(Config, argv, str(Config.__doc__), prog=f"{command('image_classification')} [config.yaml]")
+    from qat.hosts.pretrained import check_folder
     from recipes.common.experiment import Examples, compare  # these take seconds: a wrong option is told before
     from recipes.common.models import load_classifier, load_teacher
     from recipes.common.progress import quiet_libraries, stage
@@ -43,6 +44,7 @@ def main(argv: Sequence[str]) -> None:
 
     quiet_libraries()
     run, source = begin("image_classification", config), config.model or str(REFERENCE)
+    check_folder(source, "model")  # before the data
     with stage("reading images"):
         found = load_labelled_images(config.data)
     print(found)

@@ -58,7 +58,7 @@ class Config(DiffusionConfig):
 def main(argv: Sequence[str]) -> None:
     config = load_config(Config, argv, str(Config.__doc__), prog=f"{command('text_to_image')} [config.yaml]")
     from recipes.common.callbacks import LastCheckpoints  # these take seconds: a wrong option is told before
-    from recipes.common.checkpoints import end_run, settings_of
+    from recipes.common.checkpoints import end_run, settings_of, start_run
     from recipes.common.comparison import DiffusionComparison
     from recipes.common.diffusion import diffusion_data, inspected
     from recipes.common.fine_tuned import FineTunedWeights
@@ -89,27 +89,31 @@ def main(argv: Sequence[str]) -> None:
     prepared_for: dict[str, Any] = {"target": target, "observer": config.observer, "example_inputs": data.example}
     prepared_for |= {"spec": spec, "algorithm": config.algorithm}
     checkpoints = run.beside("checkpoints")
+    start_run(checkpoints, config, run.resume)
 
-    how: dict[str, Any] = {"settings": FitSettings(settings, config.trainer, config.seed)}
+    how: dict[str, Any] = {"settings": FitSettings(settings, config.trainer, config.seed, run.beside("logs"))}
     tuned, rate = copy.deepcopy(model), settings.float_learning_rate
     kept = FineTunedWeights(checkpoints, config)
     if not kept.restore(tuned):
         kept.save(tuned, fit("fine-tuning", tuned, Diffusion(), data.batches, learning_rate=rate, **how))
-    comparison = DiffusionComparison(config, data, spec.torch_dtype, tuned, run.device)
+    comparison = DiffusionComparison(config, data, spec.torch_dtype, tuned, run.device, checkpoints)
     comparison.judge("float", model, run.device, 0, None, draws=False)
     comparison.judge(TUNED, tuned, run.device, settings.steps, rate)
     model.load_state_dict(tuned.state_dict())  # training with quantization goes on from there
-    # Weights that begin to quantize later get their start then, from the batches of the fit.
-    later = schedule.settled_from > 0
-    quantized = quantized_copy(model, data.sampled, sampled, run.device, later=later, **prepared_for)
-    with TemporaryDirectory() as directory:
-        qat.export(quantized, directory)
-        comparison.judge_export(QUANTIZED, Path(directory), run.served_on, settings.steps, rate)
+    if run.resume is not None and QUANTIZED in comparison:  # the checkpoint has what calibration found
+        comparison.judge_export(QUANTIZED, None, run.served_on, settings.steps, rate)
+    else:
+        # Weights that begin to quantize later get their start then, from the batches of the fit.
+        later = schedule.settled_from > 0
+        quantized = quantized_copy(model, data.sampled, sampled, run.device, later=later, **prepared_for)
+        with TemporaryDirectory() as directory:
+            qat.export(quantized, directory)
+            comparison.judge_export(QUANTIZED, Path(directory), run.served_on, settings.steps, rate)
     gate = Gate(comparison.losses, TUNED, QUANTIZED, TRAINED, settings, spec, config.algorithm)
     gate.before_training()
 
     callbacks = [
-        qat.QuantizationAwareTraining(schedule=schedule, **prepared_for),
+        qat.QuantizationAwareTraining(schedule=schedule, guards=config.guards, **prepared_for),
         LastCheckpoints(
             checkpoints, config.trainer.checkpoint_every, config.trainer.keep_checkpoints, settings_of(config)
         ),

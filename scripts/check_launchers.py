@@ -4,8 +4,8 @@
 
 The launchers: Lightning itself, torchrun with one node, torchrun with two nodes of a rank each (both on this machine),
 and two processes with the variables that ``srun`` would set for two nodes. All train on the CPU (gloo). With the same
-strategy, all exports and results must be equal. Then rank 1 fails within a forward: each launcher must end all ranks
-with an error, and leave no process behind.
+strategy, all exports and results must be equal, but for the files that hold settings such as the number of nodes.
+Then rank 1 fails within a forward: each launcher must end all ranks with an error, and leave no process behind.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ FIT = ["--optimization.steps", "4", "--optimization.batch-size", "4", "--algorit
 FIT += ["--trainer.accelerator", "cpu", "--no-float-baseline", "--optimization.distillation.weight", "0"]
 TORCHRUN, PORT = ["-m", "torch.distributed.run"], 29461
 FAIL = "scripts.check_launchers"  # run as a recipe's module, it lets rank 1 fail
+SETTINGS = ("qat_config.yaml", "qat_manifest.json")
 SECONDS = 240.0
 
 
@@ -79,8 +80,8 @@ def launch(launcher: str, module: str, arguments: list[str], folder: Path) -> tu
                 process.kill()
     time.sleep(1)
     left = _processes_in(folder)
-    for process in left:
-        os.kill(process, signal.SIGKILL)
+    for number in left:
+        os.kill(number, signal.SIGKILL)
     return all(process.wait() == 0 for process in started), len(left)
 
 
@@ -110,9 +111,9 @@ def fail() -> None:
         calls[0] += torch.is_grad_enabled()
         if calls[0] == 3 and torch.distributed.is_initialized() and torch.distributed.get_rank() == 1:
             raise RuntimeError("a failure of rank 1")
-        return inner(module, x)  # type: ignore[no-any-return]
+        return inner(module, x)  # type: ignore[no-any-return,no-untyped-call]
 
-    LlamaMLP.forward = forward
+    LlamaMLP.forward = forward  # type: ignore[method-assign]
     causal_lm.main(sys.argv[1:])
 
 
@@ -139,6 +140,7 @@ def main() -> int:
             folder = root / strategy / launcher.replace(", ", "_").replace(" ", "_")
             well, left = launch(launcher, "recipes.causal_lm", arguments, folder)
             found = files_of(folder) if well else {}
+            found = {name: file for name, file in found.items() if not name.endswith(SETTINGS)}
             wanted = wanted or found
             equal = well and found == wanted and not left
             faults += not equal

@@ -45,7 +45,7 @@ class GatheredAsCodes(torch.Tensor):
     @staticmethod
     def __new__(cls, rows: Tensor) -> GatheredAsCodes:
         """Wrap a master."""
-        return torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined,no-any-return]
+        return torch.Tensor._make_wrapper_subclass(
             cls, rows.size(), strides=rows.stride(), dtype=rows.dtype, device=rows.device
         )
 
@@ -54,7 +54,7 @@ class GatheredAsCodes(torch.Tensor):
         self.rows = rows
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         """Every operation is one on the master; what it returns is wrapped where shards are cut and copied."""
         args, kwargs = pytree.tree_map_only(cls, lambda tensor: tensor.rows, (args, kwargs or {}))
         found = func(*args, **kwargs)
@@ -78,7 +78,7 @@ class GatheredAsCodes(torch.Tensor):
         value = kernels.dequantize(codes, scale, torch.bfloat16, dtype)
         if out is None:
             return value, (value,)
-        with torch.autograd._unsafe_preserve_version_counter(out):
+        with torch.autograd._unsafe_preserve_version_counter(out):  # type: ignore[attr-defined]
             out.data.copy_(value)
         return None
 

@@ -49,8 +49,8 @@ OPTIONS: dict[str, tuple[list[str], dict[str, Any], list[str]]] = {
         ["--data.source", "../data/classes", "--new-head"],
     ),
     "text_to_image": (
-        ["reference_flux", ""],
-        {},
+        ["reference_flux", "FluxTransformer2DModel"],
+        {"num_single_layers": 1, "num_attention_heads": 2},
         ["--data.source", "../data/images", "--sampler-steps", "2", "--data.size", "16"],
     ),
 }
@@ -75,25 +75,32 @@ def make_data(folder: Path) -> None:
 
 
 def make_model(source: str, kind: str, sizes: dict[str, Any], folder: Path) -> None:
-    """A smaller model of the kind of a reference model, with its tokenizer or processor; a pipeline is copied."""
+    """A smaller model of the kind of a reference model, with its tokenizer or processor, or in its pipeline."""
     shutil.copytree(RECIPES / source, folder)
-    if kind:
+    torch.manual_seed(0)
+    if kind.startswith("Auto"):
         import transformers
 
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
         config.update(sizes)
-        torch.manual_seed(0)
         getattr(transformers, kind).from_config(config, trust_remote_code=False).float().save_pretrained(folder)
+    else:
+        import diffusers
+
+        shutil.rmtree(folder / "transformer")
+        described = json.loads((RECIPES / source / "transformer" / "config.json").read_text())
+        getattr(diffusers, kind).from_config({**described, **sizes}).save_pretrained(folder / "transformer")
 
 
 def start(recipe: Any, arguments: list[str], folder: Path) -> int:
     """Fork a process that runs the recipe in a folder, and return its id."""
     folder.mkdir(exist_ok=True)
     if child := os.fork():
+        os.setpgid(child, child)  # here too, for a kill that comes before the child does it
         return child
     code = 1
     try:
-        os.setsid()
+        os.setpgid(0, 0)
         os.chdir(folder)
         log = os.open("log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, 1)

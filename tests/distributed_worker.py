@@ -187,6 +187,10 @@ def run(directory: Path) -> dict[str, Any]:
     found["straight-int4/within-groups"] = mean(train(model, BATCHES[:, rank]))
     finish("straight-int4/within-groups", model, whole_state(model))
     found["lightning"] = lightning(directory)
+    found["skipped"] = {
+        name: fitted(directory / f"skipped-{name}", strategy, 1, "skip").sums
+        for name, strategy in (("ddp", DDPStrategy()), ("fsdp2", sharding()))
+    }
     found["refused"] = refusals(rank, mesh, directory)
     return found
 
@@ -198,6 +202,7 @@ class Tuned(LightningModule):
         super().__init__()
         self.model, self.poisoned = llama(), poisoned
         self.losses: list[float] = []
+        self.sums: list[float] = []  # of all weights that this rank holds, before each step
 
     def configure_model(self) -> None:
         if self.device_mesh is not None:
@@ -205,6 +210,7 @@ class Tuned(LightningModule):
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         loss: Tensor = self.model(input_ids=batch, labels=batch).loss
+        self.sums.append(sum(float(getattr(p, "to_local", lambda p=p: p)().sum()) for p in self.parameters()))
         if self.global_rank == self.poisoned:
             loss = loss * torch.nan
         self.losses.append(loss.item())
@@ -214,7 +220,9 @@ class Tuned(LightningModule):
         return torch.optim.AdamW(qat.parameter_groups(self, lr=1e-3, weight_decay=0.1))
 
 
-def fitted(directory: Path, strategy: Any, poisoned: int | None = None, **options: Any) -> Tuned:
+def fitted(
+    directory: Path, strategy: Any, poisoned: int | None = None, nonfinite: Any = "stop", **options: Any
+) -> Tuned:
     """What Lightning trains in two epochs of two steps, with a checkpoint after each."""
     module = Tuned(poisoned)
     quantization = qat.QuantizationAwareTraining(
@@ -223,6 +231,7 @@ def fitted(directory: Path, strategy: Any, poisoned: int | None = None, **option
         qat.QuantizationSchedule(calibration_batches=2),
         target=TRANSFORMERS,
         model_inputs=lambda batch: {"input_ids": batch},
+        guards=qat.NumericalGuards(nonfinite=nonfinite, degenerate="stop", every=2),
     )
     trainer = Trainer(
         accelerator="cpu",

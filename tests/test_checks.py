@@ -16,6 +16,7 @@ from qat.freezing import freeze
 from qat.layers import LAYERS, QLinear, quantized_layers
 from qat.quantizers import Algorithm, Quantized, WeightQuantizer
 from qat.spec import QuantSpec
+from tests.exports import small_flux, small_llama
 
 
 def prepared(spec: QuantSpec, *, dtype: torch.dtype = torch.float32) -> nn.Sequential:
@@ -174,3 +175,34 @@ def test_outputs_that_overflow_float16_are_no_fault_of_the_layer() -> None:
         model[0].weight.normal_(std=8000, generator=torch.Generator().manual_seed(0))
     qat.prepare(model, QuantSpec(dtype="float16"))
     freeze(model)
+
+
+BEYOND = [
+    *(("quanto", weights, what) for weights in ("int8", "float8", "int4", "int2") for what in ("scale", "value")),
+    *(("compressed-tensors", weights, "scale") for weights in ("int8", "float8", "int4", "int2_g32_zp")),
+    *(("gguf", weights, "value") for weights in ("q8_0", "q4_0", "q4_1")),  # whose scales end at 65504
+    *(("gguf-diffusers", weights, "value") for weights in ("q8_0", "q4_0")),
+    *((target, kind, "activation") for target in ("quanto", "compressed-tensors") for kind in ("int8", "float8")),
+]
+
+
+@pytest.mark.parametrize(("target", "weights", "what"), BEYOND)
+def test_what_float16_cannot_hold_of_a_quantizer_is_refused_by_layer(target: str, weights: Any, what: str) -> None:
+    model: Any = small_flux() if target == "gguf-diffusers" else small_llama()
+    spec = QuantSpec(weights=weights, activations=weights if what == "activation" else None, dtype="float16")
+    qat.prepare(model, spec, target=target, algorithm=qat.LearnedAffine(start="minmax"))
+    name, layer = next(iter(quantized_layers(model)))
+    found = rf"model: layer '{name}' has an activation scale beyond its dtype"
+    if what == "activation":
+        for quantizer in [q for _, one in quantized_layers(model) for q in one.activation_quantizers()]:
+            quantizer.scale.fill_(1e6 if quantizer is layer.input_quantizer else 1.0)
+            quantizer.initialized = True
+    else:
+        found = rf"model: layer '{name}': a {what} of its weight is beyond what float16 can hold: serve in bfloat16"
+        own: Any = layer.weight_quantizer
+        own.high_start.fill_(1e9 if what == "scale" else 65504 / 2.9 * own.qtype.steps)  # 2.9 is rounded to 3
+        if own.low_start is not None:
+            own.low_start.zero_()
+        layer.weight.data.fill_(65504.0)
+    with pytest.raises(StateError, match=found):
+        qat.freeze(model, allow_unreached=True)

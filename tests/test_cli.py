@@ -97,7 +97,7 @@ def test_a_users_mistake_is_one_line_and_code_2(
         (["inspect"], "Missing from qat inspect: MODEL"),
         (["inspect", "x", "--wieghts", "int4"], "Perhaps you meant: --weights"),
         (["inspect", "x", "--help=1"], "--help=1"),
-        (["export", "x"], "Available subcommands: inspect, calibrate, verify"),
+        (["quantize", "x"], "Available subcommands: inspect, calibrate, train, export, verify"),
     ],
     ids=["type", "mapping", "no argument", "option", "help", "verb"],
 )

@@ -80,7 +80,7 @@ def test_a_model_and_some_files_give_a_verified_export(
         ("reference_vit", ["--data", "nowhere"], "error: data: 'nowhere' does not exist"),
         ("reference_vit", ["--data", "{tmp}"], "error: data: there is no image in"),
         ("reference_encoder", ["--data", "{tmp}"], "error: data: there is no text in"),
-        ("reference_encoder", ["--data", "{tmp}", "--batches", "0"], "must each be at least 1, got (0, 8, 256)"),
+        ("reference_encoder", ["--data", "{tmp}", "--batches", "0"], "must each be at least 1 and below 2**31, got (0"),
         ("reference_encoder", ["--data", "{data}", "--exclude", "*.x"], "error: exclude: pattern '*.x' matches no"),
         ("reference_flux", ["--data", "{data}"], "is a pipeline of diffusers"),
         (

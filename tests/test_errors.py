@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from qat import errors
-from qat.errors import shown
+from qat.errors import shown, told
 
 BUILTINS = {
     "SpecError": ValueError,
@@ -15,6 +15,7 @@ BUILTINS = {
     "TrainingError": RuntimeError,
     "ExportError": RuntimeError,
     "LoadError": RuntimeError,
+    "UnjudgedError": errors.LoadError,
     "VerifyError": AssertionError,
 }
 
@@ -28,12 +29,21 @@ def test_an_error_is_caught_by_either_name(name: str, builtin: type[Exception]) 
 
 
 def test_a_long_value_is_shown_by_its_type() -> None:
-    assert [shown(value) for value in ("int4", [0] * 1000, "a\nb", {"a": "\n" * 99})] == [
+    values = ("int4", [0] * 1000, "a\nb", {"a": "\n" * 99}, "x" * 300, 16**5000)
+    assert [shown(value) for value in values] == [
         "'int4'",
         "a list",
         "'a\\nb'",
         "a dict",
+        f"'{'x' * 60}'... of 300 characters",
+        "a int",
     ]
+
+
+def test_what_another_library_says_is_one_line_of_bounded_length() -> None:
+    assert told(ValueError("a\n  b")) == "a b"
+    assert told(KeyError()) == "KeyError"
+    assert told(ValueError("x" * 500)) == "x" * 400 + " ..."
 
 
 def test_no_error_is_left_out() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -38,9 +39,12 @@ class TestAllOrNothing:
 
     def test_a_full_disk_leaves_nothing(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         self.full_disk(monkeypatch, after=10)
-        with pytest.raises(ExportError, match=r"No space left on device; free space") as caught:
+        with pytest.raises(ExportError, match=r"No space left on device: .* wanted; free space") as caught:
             export(frozen_llama(weights="int8"), tmp_path / "out")
         assert isinstance(caught.value.__cause__, OSError)
+        assert re.search(
+            rf"'{tmp_path}' took [\d,]+ bytes and has [\d,]+ left, and at least [\d,]+ are", str(caught.value)
+        )
         assert not list(tmp_path.iterdir())
 
     def test_a_full_disk_leaves_the_old_export_untouched(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -60,11 +64,12 @@ class TestAllOrNothing:
         honest = Path.rename
 
         def rename(self: Path, target: Path) -> Path:
-            if self.suffix == ".tmp":
+            if self.name == "new" and not any(target.parent.glob("out")):
                 raise OSError(errno.EIO, "Input/output error")
             return honest(self, target)
 
         monkeypatch.setattr(Path, "rename", rename)
+        monkeypatch.setattr("qat.files.whole._exchange", lambda *_: False)
         with pytest.raises(ExportError, match="Input/output error"):
             export(frozen_llama(weights="int4"), tmp_path / "out", overwrite=True)
         assert (tmp_path / "out" / MANIFEST_NAME).read_bytes() == before

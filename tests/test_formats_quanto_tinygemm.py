@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-from types import SimpleNamespace
-
 import pytest
 import torch
-from optimum.quanto.library import extensions
 from torch import Tensor, nn
 
 from qat import QuantSpec, freeze, prepare
 from qat.formats import QUANTO, quanto_tinygemm
-from qat.formats.quanto_tinygemm import is_tinygemm_on_cpu, plain, tinygemm_from_plain, unpacked, warn_of_old_locks
+from qat.formats.quanto_tinygemm import is_tinygemm_on_cpu, plain, tinygemm_from_plain, unpacked
 
 SHAPES = [(16, 256), (32, 256), (48, 256), (64, 384), (80, 256), (128, 512), (176, 256), (208, 640)]
 
@@ -95,22 +90,3 @@ def test_other_weights_are_none_of_the_kernels() -> None:
     prepare(model, QuantSpec(weights="int8", dtype="float32"))
     freeze(model)
     assert not is_tinygemm_on_cpu(model[0].weight)
-
-
-def test_an_old_lock_of_a_build_is_told_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(extensions, "__file__", str(tmp_path / "__init__.py"))
-    monkeypatch.setattr(quanto_tinygemm, "time", SimpleNamespace(time=lambda: 2000.0))
-    for name, made in (("cpp", 1000.0), ("cuda", 1500.0)):
-        lock = tmp_path / name / "build" / "lock"
-        lock.parent.mkdir(parents=True)
-        lock.touch()
-        os.utime(lock, (made, made))
-    warn_of_old_locks.cache_clear()
-    for _ in range(2):
-        tinygemm(16, 256)
-    warn_of_old_locks.cache_clear()  # other tests are to look at the true folder
-    told = [record.getMessage() for record in caplog.records if "killed build" in record.getMessage()]
-    assert len(told) == 1
-    assert told[0].startswith(f"{tmp_path / 'cpp' / 'build' / 'lock'} is 16 minutes old")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -61,6 +63,49 @@ def test_incomplete_weights_and_other_inputs_are_refused(tmp_path: Path) -> None
     (tmp_path / "vit" / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 5}))
     with pytest.raises(LoadError, match=r"the weights in .* do not fill \['vit.*: give a complete checkpoint"):
         load_float(str(tmp_path / "vit"))
+
+
+class Stranger:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return print, ("a pickle ran",)
+
+
+def test_a_damaged_folder_is_named_by_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def refused(message: str, **files: bytes | None) -> None:
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        shutil.copytree(RECIPES / "reference_encoder", folder)
+        for name, content in files.items():
+            (folder / name.replace("__", ".")).unlink(missing_ok=True)
+            if content is not None:
+                (folder / name.replace("__", ".")).write_bytes(content)
+        with pytest.raises(LoadError, match=rf"^MODEL: {message}") as caught:
+            load_float(str(folder))
+        assert "weights_only" not in str(caught.value)
+
+    config = json.loads((RECIPES / "reference_encoder" / "config.json").read_text())
+    whole = (RECIPES / "reference_encoder" / "model.safetensors").read_bytes()
+    refused(r"'.*' holds no weights: put the model's, such as model\.safetensors, there", model__safetensors=None)
+    refused(r"'.*model\.safetensors' is cut off or no safetensors .*: copy it again", model__safetensors=whole[:5000])
+    strange = pickle.dumps(Stranger())
+    refused(
+        r"'.*' cannot be loaded: pytorch_model\.bin is a pickle that builds more than tensors, .*: save it as safe",
+        model__safetensors=None,
+        pytorch_model__bin=strange,
+    )
+    assert "a pickle ran" not in capsys.readouterr().out
+    refused(r"'.*config\.json' is not a model's configuration: maximum recursion", config__json=b"[" * 100_000)
+    refused(r"'.*config\.json' is not a model's configuration: no mapping, got \[1\]", config__json=b"[1]")
+    deep = json.dumps({**config, "num_hidden_layers": 10**6}).encode()
+    refused(r"'.*config\.json' describes no model .*: num_hidden_layers is 1000000: correct it", config__json=deep)
+
+
+def test_a_tokenizer_of_more_tokens_than_the_model_has_is_refused(tmp_path: Path) -> None:
+    model, tokenizer = load_float(str(RECIPES / "reference_encoder"))
+    model.resize_token_embeddings(100)  # type: ignore[operator]
+    model.save_pretrained(tmp_path)  # type: ignore[operator]
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(LoadError, match=r"the vocabulary of the tokenizer in .* has \d+ tokens, and .* 100 rows: give"):
+        load_float(str(tmp_path))
 
 
 MODELING = """

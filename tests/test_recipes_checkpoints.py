@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,12 @@ import pytest
 import torch
 
 import qat
+from qat.errors import ExportError
 from qat.runs import run_state
 from recipes import causal_lm
 from recipes.common import checkpoints
 from recipes.common.callbacks import LastCheckpoints
-from recipes.common.checkpoints import begin_run, differences, end_run, newest, settings_of, was_interrupted
+from recipes.common.checkpoints import begin_run, differences, end_run, newest, settings_of, start_run, was_interrupted
 from recipes.common.config import ConfigError
 from tests.training_modules import (
     INT4,
@@ -55,6 +57,28 @@ def test_they_are_written_at_the_interval_and_at_the_end_and_two_are_left(tmp_pa
     assert names(folder) == ["step-4.ckpt", "step-4.json", "step-5.ckpt", "step-5.json"]
     assert [int(torch.load(path, weights_only=True)["global_step"]) for path in checkpoints.of(folder)] == [4, 5]
     assert newest(folder) == checkpoints.Kept(folder / "step-5.ckpt", 5, settings_of(causal_lm.Config()))
+
+
+class Limit(lightning.Callback):
+    """Lets no file grow beyond some bytes from a step on."""
+
+    def on_train_batch_start(self, trainer: lightning.Trainer, *_: Any) -> None:
+        if trainer.global_step == 2:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+def test_a_full_disk_is_one_error_and_leaves_the_checkpoints_before(tmp_path: Path) -> None:
+    limits, folder = resource.getrlimit(resource.RLIMIT_FSIZE), tmp_path / "kept"
+    told = (
+        rf"'{folder}/step-3.ckpt' could not be written, .*: File too large: '{folder}' took .*, and at least .* wanted"
+    )
+    try:
+        with pytest.raises(ExportError, match=told):
+            quiet_trainer(tmp_path, kept(folder, 1), Limit(), max_steps=5, max_epochs=-1).fit(UserModule(), loader())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert names(folder) == ["step-1.ckpt", "step-1.json", "step-2.ckpt", "step-2.json"]
+    assert newest(folder) == checkpoints.Kept(folder / "step-2.ckpt", 2, settings_of(causal_lm.Config()))
 
 
 @pytest.mark.parametrize("spec", [INT4, INT8_INT8], ids=["int4", "int8 with int8 activations"])
@@ -155,6 +179,8 @@ def saved(folder: Path, config: causal_lm.Config, step: int = 8) -> Path:
 def test_the_same_command_finds_its_own_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = causal_lm.Config()
     assert begin_run(tmp_path, config) is None
+    assert names(tmp_path) == []  # what a run lacks may still be found
+    start_run(tmp_path, config, None)
     assert was_interrupted(tmp_path, config)
     path = saved(tmp_path, config)
     longer = config.model_copy(update={"optimization": config.optimization.model_copy(update={"steps": 9})})
@@ -164,12 +190,13 @@ def test_the_same_command_finds_its_own_checkpoint(tmp_path: Path, capsys: pytes
     end_run(tmp_path)
     assert not was_interrupted(tmp_path, config)
     assert begin_run(tmp_path, config) is None  # after its end, the command begins anew
+    start_run(tmp_path, config, None)
     assert names(tmp_path) == ["run.json"]
 
 
 def test_a_checkpoint_of_other_settings_is_an_error_with_a_list(tmp_path: Path) -> None:
     config, other = causal_lm.Config(), causal_lm.Config(seed=1, spec=qat.QuantSpec(weights="int2"))
-    begin_run(tmp_path, config)
+    start_run(tmp_path, config, None)
     path = saved(tmp_path, config)
     listed = r"spec\.weights: 'int4' there, 'int2' here; seed: 0 there, 1 here: give"
     with pytest.raises(ConfigError, match=rf"^output: '.*step-8\.ckpt' was made with other settings: {listed}"):
@@ -178,6 +205,7 @@ def test_a_checkpoint_of_other_settings_is_an_error_with_a_list(tmp_path: Path) 
     with pytest.raises(ConfigError, match=rf"^resume: .*{listed}"):
         begin_run(tmp_path / "b", other.model_copy(update={"resume": path}))
     assert begin_run(tmp_path / "b", config.model_copy(update={"resume": path})) == path
+    start_run(tmp_path / "b", config, path)
     own = saved(tmp_path / "b", config, 9)
     assert begin_run(tmp_path / "b", config.model_copy(update={"resume": path})) == own  # it is further
     assert differences(settings_of(config), settings_of(config)) == []
@@ -185,9 +213,10 @@ def test_a_checkpoint_of_other_settings_is_an_error_with_a_list(tmp_path: Path) 
 
 def test_what_an_earlier_run_left_never_becomes_the_result_of_another(tmp_path: Path) -> None:
     first, second = causal_lm.Config(), causal_lm.Config(seed=1)
-    begin_run(tmp_path, first)
+    start_run(tmp_path, first, None)
     saved(tmp_path, first)
     end_run(tmp_path)
     for _ in range(2):  # killed before its first checkpoint, and started again
         assert begin_run(tmp_path, second) is None
+        start_run(tmp_path, second, None)
         assert names(tmp_path) == ["run.json"]

@@ -15,6 +15,7 @@ import pytest
 import torch
 from diffusers import FluxTransformer2DModel
 from lightning import Callback
+from PIL import Image
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import nn
@@ -156,20 +157,32 @@ def test_a_teacher_leaves_the_device_after_the_fit() -> None:
     assert teacher.moved == ["cpu", "cpu", "back"]
 
 
-def test_a_judged_model_leaves_the_device_before_a_copy_of_it_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_judged_model_leaves_the_device_before_a_copy_of_it_draws(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     evaluation: Any = SimpleNamespace(compare_with=lambda model: model.moved.append("compared"))
-    monkeypatch.setattr(comparison.DiffusionComparison, "_scores", lambda *_: {"loss": 0.0})
+    monkeypatch.setattr(comparison.DiffusionComparison, "_scores", lambda *_: ({"loss": 0.5}, [0.25, 0.75]))
     drawn: list[Any] = []
-    monkeypatch.setattr(comparison.DiffusionComparison, "_draw", lambda _, model, device: drawn.append(model))
+    image = Image.effect_noise((4, 4), 50.0)
+    monkeypatch.setattr(
+        comparison.DiffusionComparison, "_draw", lambda _, model, device: drawn.append(model) or [image]
+    )
     model, device = Watched(), torch.device("cpu", 0)
     data: Any = SimpleNamespace(evaluation=evaluation)
-    judging = comparison.DiffusionComparison(text_to_image.Config(), data, torch.bfloat16, model, device)
+    judging = comparison.DiffusionComparison(text_to_image.Config(), data, torch.bfloat16, model, device, tmp_path)
     assert model.moved == ["cpu:0", "compared", "back"]
     judging.judge("float", model, device, 0, None)
     assert model.moved == ["cpu:0", "compared", "back", "cpu:0", "back"]
     (copied,) = drawn
     assert copied.moved[5:] == ["torch.bfloat16", "cpu:0"]
     assert model.weight.dtype == torch.float32
+    again = comparison.DiffusionComparison(text_to_image.Config(), data, torch.bfloat16, model, device, tmp_path)
+    again.judge("float", model, device, 0, None)  # takes what is kept
+    assert "float" in again
+    assert again.losses == judging.losses == {"float": [0.25, 0.75]}
+    assert again._kept["float"][0] == {"loss": 0.5}
+    assert [kept.tobytes() for kept in again._images["float"]] == [image.tobytes()]
+    assert len(drawn) == 1
 
 
 def test_a_run_takes_over_the_fine_tuned_weights_of_equal_settings(

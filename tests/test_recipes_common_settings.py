@@ -73,8 +73,10 @@ def test_a_start_that_needs_data_has_batches_and_whole_weights() -> None:
     assert load_config(causal_lm.Config, shards, "A test.").trainer.num_nodes == 2  # starts come from shards
     average = ("--optimization.average", "0.9")
     refuse(*shards, *average, message=r"'fsdp2' shards weights, and optimization.average needs whole ones: use 'ddp'")
-    average = ("--optimization.average", "0.9", "--optimization.steps", "9", "--schedule.start-step", "9")
-    refuse(*average, message=r"optimization.average: begins at step 9, .* \(9\), so that nothing would be averaged")
+    late = ("--optimization.average", "0.9", "--optimization.steps", "9", "--schedule.start-step", "9")
+    refuse(
+        *late, message=r"schedule.start_step: must be below optimization.steps \(9\), got 9: nothing trains quantized"
+    )
 
 
 def test_a_file_is_for_the_recipe_that_it_names(tmp_path: Path) -> None:

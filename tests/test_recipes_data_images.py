@@ -246,7 +246,7 @@ def test_rows_without_a_caption_are_one_error(folder: Path, local: Make, tmp_pat
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"file_name": "gone.png", "caption": "x"}', "the file_name 'gone.png', which is no file there"),
+        ('{"file_name": "gone.png", "caption": "x"}', "the file_name 'gone.png', which does not exist"),
         ('{"file_name": "../beside.png", "caption": "x"}', "the file_name '../beside.png', which is no file there"),
         ('{"file_name": 1, "caption": "x"}', "the file_name 1, which is no file there"),
         ("not JSON", "cannot be read"),

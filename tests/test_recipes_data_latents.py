@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import errno
 import gc
+import os
 import shutil
 import weakref
 from collections.abc import Callable
@@ -15,6 +17,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from qat.errors import ExportError
 from recipes.data import DataError
 from recipes.data.images import ImageData, Images, load_images
 from recipes.data.latents import Encoded, encode, fingerprint, release_encoders
@@ -159,7 +162,8 @@ def test_a_process_that_was_slower_takes_what_the_other_made(load: Load, monkeyp
     rename = Path.rename
 
     def late(made: Path, folder: Path) -> Path:
-        shutil.copytree(made, folder)
+        if not folder.exists():
+            shutil.copytree(made, folder)
         return rename(made, folder)
 
     with monkeypatch.context() as patched:
@@ -171,10 +175,10 @@ def test_a_process_that_was_slower_takes_what_the_other_made(load: Load, monkeyp
 
 def test_a_folder_that_cannot_be_renamed_is_an_error(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(made: Path, folder: Path) -> Path:
-        raise PermissionError("not here")
+        raise PermissionError(errno.EACCES, "not here")
 
     monkeypatch.setattr(Path, "rename", refuse)
-    with pytest.raises(PermissionError, match="not here"):
+    with pytest.raises(ExportError, match="could not be written, and nothing is left of it: Permission denied"):
         encoded_by("flux", load)
 
 
@@ -229,6 +233,22 @@ def test_a_label_that_the_model_does_not_know_is_an_error(label: int, message: s
     train = images.train.remove_columns("caption").add_column("caption", labels)
     with pytest.raises(DataError, match=rf"^data\.caption_field: .*{message}"):
         encode(make("dit"), replace(images, train=train), data, key="dit")
+
+
+@pytest.mark.parametrize("damage", ["cut", "missing", "one more", "pipe"])
+def test_a_damaged_cache_is_an_error_that_says_what_to_remove(damage: str, load: Load, tmp_path: Path) -> None:
+    encoded_by("flux", load)
+    file = next((tmp_path / "cache" / "qat-latents").glob("*/train-*.safetensors"))
+    if damage == "cut":
+        file.write_bytes(file.read_bytes()[:-8])
+    elif damage == "one more":
+        shutil.copy(file, file.with_name("train-00000001.safetensors"))
+    else:
+        file.unlink()
+    if damage == "pipe":
+        os.mkfifo(file)
+    with pytest.raises(DataError, match=r"data\.cache_dir: .*train-.* is damaged .*: remove the folder it is in"):
+        encoded_by("flux", load)
 
 
 def test_released_encoders_are_gone_from_memory(load: Load) -> None:

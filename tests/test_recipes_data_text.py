@@ -12,7 +12,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from recipes.data import DataError
+from recipes.data import DataError, files
+from recipes.data import text as text_module
 from recipes.data.text import TextData, load_blocks, load_documents, pack_blocks, standard_library_documents
 
 WORDS = [f"w{number}" for number in range(50)]
@@ -132,6 +133,64 @@ def test_a_folder_of_several_kinds(local: Callable[..., TextData], tmp_path: Pat
     write(folder / "d.parquet", ["four"])
     train, evaluation = load_documents(local(folder))
     assert sorted([*train["text"], *evaluation["text"]]) == ["four", "one\n\ndocument\n", "three"]
+
+
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pieces of 64 characters."""
+    monkeypatch.setattr(files, "PIECE", 64)
+    monkeypatch.setattr(text_module, "_GROUP", 100)
+
+
+LINES = "".join(f"w{number % 50} w{number % 7}\n" for number in range(400))
+
+
+@pytest.mark.parametrize("suffix", ["txt", "jsonl"])
+def test_a_long_document_has_no_end_token_between_its_pieces(
+    suffix: str, short: None, tokenizer: PreTrainedTokenizerFast, local: Callable[..., TextData], tmp_path: Path
+) -> None:
+    for number in range(12):
+        text = LINES if number in (0, 5) else f"w{number}\n"
+        name = tmp_path / "texts" / f"{number:02}.{suffix}"
+        name.parent.mkdir(exist_ok=True)
+        if suffix == "txt":
+            name.write_text(text)
+        else:
+            write(name, [text])
+    train, evaluation = load_documents(local(tmp_path / "texts"))
+    assert ("ends" in train.column_names) is (suffix == "txt")
+    whole = [int(word[1:]) for word in LINES.split()]
+    for part, kept in ((train, [1, 2, 3, 4, 5, 6, 7, 8, 9, 11]), (evaluation, [0, 10])):  # every tenth is held out
+        expected = [token for number in kept for token in [*(whole if number in (0, 5) else [number]), END]]
+        blocks = pack_blocks(part, tokenizer, block_size=2)
+        assert blocks.with_format("numpy")["input_ids"][:].reshape(-1).tolist() == expected[: len(expected) // 2 * 2]
+
+
+@pytest.mark.parametrize("text", [LINES, LINES.replace("\n", " "), LINES[:60], "\n" + LINES.replace("\n", " ")])
+def test_a_document_of_several_pieces_is_cut_where_it_would_be_as_a_whole(
+    text: str, short: None, local: Callable[..., TextData], tmp_path: Path
+) -> None:
+    (tmp_path / "a.txt").write_text(text)
+    train, evaluation = load_documents(local(tmp_path / "a.txt"))
+    limit = len(text) * 9 // 10
+    cut = text.rfind("\n", 0, limit) + 1 or limit
+    assert ("".join(train["text"]), "".join(evaluation["text"])) == (text[:cut], text[cut:])
+    for part in (train, evaluation):
+        ends = part["ends"][:] if "ends" in part.column_names else [True]
+        assert ends == [False] * (len(ends) - 1) + [True]
+
+
+def test_a_block_of_more_tokens_than_the_model_takes_is_an_error(tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(DataError, match=r"data\.block_size: the model takes at most 8 tokens, got 16: give at most"):
+        load_blocks(TextData(block_size=16), tokenizer, positions=8)
+
+
+def test_a_bad_file_is_named(local: Callable[..., TextData], tmp_path: Path) -> None:
+    for number in range(3):
+        write(tmp_path / f"{number}.jsonl", ["text"])
+    write(tmp_path / "3.jsonl", ["text"], column="body")
+    with pytest.raises(DataError, match=r"3\.jsonl' has the columns body .*, and 0\.jsonl has text .*: give all files"):
+        load_documents(local(tmp_path))
 
 
 def test_one_document_is_cut_at_a_line(local: Callable[..., TextData], tmp_path: Path) -> None:

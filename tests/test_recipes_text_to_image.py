@@ -116,7 +116,7 @@ def test_the_whole_line(
     assert qat.verify(output).target == target
     kept = sorted(path.name for path in (tmp_path / "out-checkpoints").iterdir())
     assert kept == [
-        *("fine_tuned.json", "fine_tuned.safetensors", "run.json"),
+        *("fine_tuned.json", "fine_tuned.safetensors", "judged.json", "run.json"),
         *("step-2.ckpt", "step-2.json", "step-3.ckpt", "step-3.json"),
     ]
 

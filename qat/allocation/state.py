@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from torch.utils._pytree import tree_flatten
 
 from qat.errors import StateError
 from qat.files.weights import write_json
+from qat.files.whole import whole_file
 from qat.tensors import digest, map_tensors, stored_tensors
 
 __all__ = ["State", "batches_digest", "model_digest"]
@@ -52,9 +52,8 @@ class State:
         """Note the damages of a layer."""
         self.damages[layer] = self.damages.get(layer, {}) | damages
         if self._path is not None:
-            beside = self._path.with_name(f".{self._path.name}.tmp")
-            write_json(beside, {"facts": self._facts, "damages": self.damages})
-            os.replace(beside, self._path)
+            with whole_file(self._path) as made:
+                write_json(made, {"facts": self._facts, "damages": self.damages})
 
 
 def _damage(value: Any) -> float:

@@ -17,6 +17,7 @@ import yaml
 from torch import nn
 
 from qat.adapters import without_peft
+from qat.compatibility import outside_tested
 from qat.distributed import on_first_rank
 from qat.errors import ExportError, TargetError, listed
 from qat.exporting.card import write_card
@@ -39,7 +40,7 @@ from qat.hosts.base import FloatGrid, shown_call
 from qat.hosts.construction import constructed_tensors, differs, unstored_tensors
 from qat.jobs import in_threads
 from qat.progress import counted
-from qat.tensors import await_numbers, model_device, stored_tensors
+from qat.tensors import await_numbers, inner_tensors, model_device, stored_tensors
 from qat.verification.outputs import compute_outputs
 
 __all__ = ["CONFIG_NAME", "ExportReport", "export", "moved_tensors"]
@@ -147,7 +148,8 @@ def _export(
     check_destination(destination, overwrite)
     _check_target(model, record, to)
     _check_there(model, record)
-    with torch.no_grad(), atomic_directory(destination, overwrite) as temporary:
+    parts = {part.data_ptr(): part.nbytes for _, tensor in stored_tensors(model) for part in inner_tensors(tensor)}
+    with torch.no_grad(), atomic_directory(destination, overwrite, sum(parts.values())) as temporary:
         grid = to.host.float_grid(model, record, to.format) if float_grid else None
         state, notes = _configured(model, record, to, temporary, grid)
         if grid is not None and grid.one_file:
@@ -182,7 +184,10 @@ def _export(
             files=files,
             example=example,
             config=None if config is None else dict(config),
-            notes=(*record.notes, *notes, *host_of(model).export_notes(model), *to.host.container.notes(temporary)),
+            notes=(
+                *(*record.notes, *notes, *host_of(model).export_notes(model), *to.host.container.notes(temporary)),
+                *outside_tested(),
+            ),
         )
         for path in (manifest.write(temporary), write_card(temporary, manifest)):
             files = files | {path.name: file_record(path)}

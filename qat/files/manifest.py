@@ -180,7 +180,7 @@ def read_manifest(directory: Path) -> Manifest:
     Raises:
         LoadError: when the directory or the manifest is missing or unreadable, or the manifest was changed since.
     """
-    if not directory.is_dir():
+    if not os.path.isdir(directory):  # of os, to whom no name is too long
         raise LoadError(f"directory must be an exported model; {str(directory)!r} is not a directory")
     if not os.path.lexists(directory / MANIFEST_NAME):
         raise LoadError(

@@ -17,7 +17,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import struct
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -242,8 +241,6 @@ def write_shard(
             file.write(data)
         for future in hashing:
             future.result()
-        file.flush()
-        os.fsync(file.fileno())
         size = file.tell()
     tensors = {
         entry.name: TensorRecord(

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from qat.files.evidence import FrozenRecord
 from qat.formats.base import Format, FrozenLayer, InLibrary, LayerTypes, Notice, Slot
+from qat.formats.quanto_extensions import guard_extensions
 from qat.formats.quanto_marlin import keep_bias, loses_bias_on_cuda
 from qat.formats.quanto_tinygemm import (
     can_optimize,
@@ -32,7 +33,6 @@ from qat.formats.quanto_tinygemm import (
     plain,
     tinygemm_from_plain,
     unpacked,
-    warn_of_old_locks,
 )
 from qat.formats.quanto_types import QTYPES, QTYPES_OF_QUANTO, QUANTO_NAMES, widened
 from qat.numerics import FrozenWeight, QType
@@ -255,7 +255,7 @@ class _Quanto(Format):
         if layer.weight_qtype.bits == 8:
             weight = WeightQBytesTensor.load_from_state_dict(activation_qtype=layer.activation_qtype, **common)
         else:
-            warn_of_old_locks()
+            guard_extensions()
             weight = WeightQBitsTensor.load_from_state_dict(group_size=layer.weight_group_size, **common)
         weight = weight if layer.bias is None else keep_bias(weight)
         return nn.Parameter(_held(layer, weight, plain_on_cpu), requires_grad=False)

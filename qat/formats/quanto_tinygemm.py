@@ -12,11 +12,7 @@ return, quanto's way remains.
 from __future__ import annotations
 
 import functools
-import logging
-import time
 from collections.abc import Iterator
-from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,28 +28,9 @@ __all__ = [
     "rows_of_tinygemm",
     "tinygemm_from_plain",
     "unpacked",
-    "warn_of_old_locks",
 ]
 
-logger = logging.getLogger("qat")
-
-_LONGEST_BUILD = 600.0  # seconds
 _BLOCKS = (64, 32)  # rows of a block with and without AVX-512
-
-
-@functools.cache
-def warn_of_old_locks() -> None:
-    """Say, once, which locks a killed build of quanto's kernels has left: packed weights wait for them, silently."""
-    from optimum.quanto.library import extensions
-
-    for lock in Path(extensions.__file__).parent.glob("*/build/lock"):
-        with suppress(FileNotFoundError):  # its build has ended just now
-            if (age := time.time() - lock.stat().st_mtime) > _LONGEST_BUILD:
-                logger.warning(
-                    "%s is %d minutes old: a killed build of optimum-quanto's kernels leaves such a file, and int4 and "
-                    "int2 weights then wait for it without end: delete it, unless a compiler runs",
-                    *(lock, age / 60),
-                )
 
 
 def can_optimize(weight: Any) -> bool:

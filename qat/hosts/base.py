@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from qat.adapters import adapters
-from qat.errors import ExportError, LoadError, listed
+from qat.errors import ExportError, LoadError, UnjudgedError, listed
 from qat.files.evidence import FrozenRecord
 from qat.files.manifest import Manifest
 from qat.files.weights import SAFETENSORS, Container, write_json
@@ -83,7 +83,10 @@ class Host:
 
     def build_from(self, cls: Any, directory: Path, manifest: Manifest, *, empty: bool) -> nn.Module:
         """Build the model of an exported directory from its configuration."""
-        raise LoadError(f"{str(directory)!r}: no configuration builds a {cls.__name__}: pass the float model as model=")
+        raise UnjudgedError(
+            f"{str(directory)!r} cannot be judged without its model: no configuration builds a {cls.__name__}: pass "
+            "the float model as model="
+        )
 
     def config_fields(self, model: Any, dtype: torch.dtype) -> dict[str, Any] | None:
         """The fields of ``config.json``; None for models that no configuration builds."""

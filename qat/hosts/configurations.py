@@ -7,8 +7,9 @@ network. They were written by hand, from published numbers; a test compares thei
 from __future__ import annotations
 
 import json
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
 from os import PathLike
 from pathlib import Path
@@ -18,12 +19,15 @@ import torch
 import yaml
 from torch import nn
 
-from qat.errors import LoadError, SpecError, meant, shown
+from qat.errors import LoadError, SpecError, meant, shown, told
+from qat.files.trusted import MOST_TEXT
 from qat.hosts.diffusers import DIFFUSERS
 from qat.hosts.remote_code import refuse_remote_code
 
-__all__ = ["build_on_meta", "published"]
+__all__ = ["MOST_DEEP", "build_on_meta", "config_fields", "depths", "local_directory", "published"]
 
+MOST_DEEP = 10_000
+"""The most layers that a configuration may name: no model has as many, and all are built one by one."""
 _PARTS = ("transformer", "unet")
 """The part of a pipeline of diffusers that is built: the first of these that it has."""
 
@@ -60,7 +64,9 @@ def build_on_meta(source: Any) -> nn.Module:
     if isinstance(source, str | PathLike):
         directory = _directory(str(source))
         what = f"of {str(source if directory is None else directory / 'config.json')!r}"
-        source = published()[str(source)]["config"] if directory is None else _fields(directory)
+        source = published()[str(source)]["config"] if directory is None else config_fields(directory, "model")
+        if directory is not None:
+            refuse_remote_code(directory, "model")
     elif isinstance(source, type) or not (isinstance(source, Mapping) or hasattr(source, "sub_configs")):
         raise SpecError(
             "model: must be an nn.Module, a directory, a name on the hub, or a configuration of transformers or "
@@ -70,9 +76,8 @@ def build_on_meta(source: Any) -> nn.Module:
     try:
         return _of_diffusers(source) if of_diffusers else _of_transformers(source, directory)
     except Exception as error:  # a configuration can be wrong in as many ways as there are models
-        library, message = "diffusers" if of_diffusers else "transformers", " ".join(str(error).split())
-        message = message or type(error).__name__
-        raise LoadError(f"model: {library} cannot build the model {what}: {message}") from error
+        library = "diffusers" if of_diffusers else "transformers"
+        raise LoadError(f"model: {library} cannot build the model {what}: {told(error)}") from error
 
 
 def _of_diffusers(fields: Mapping[str, Any]) -> nn.Module:
@@ -97,8 +102,7 @@ def _of_transformers(config: Any, directory: Path | None) -> nn.Module:
 
 def _directory(source: str) -> Path | None:
     """The directory that holds the configuration of ``source``; None: it is one of `published`."""
-    directory = Path(source).expanduser()
-    if not directory.is_dir():
+    if (directory := local_directory(source)) is None:
         cached = _of_hub(source, cached=True)
         if isinstance(cached, str) and source in published():
             return None
@@ -107,8 +111,8 @@ def _directory(source: str) -> Path | None:
             owned = {name.rpartition("/")[2]: name for name in published()}  # as users call them
             hint = f"; did you mean {owned[source]!r}?" if source in owned else meant(source, published())
             raise LoadError(
-                f"model: {source!r} is no directory here, and as a name on the hub it cannot be read ({found}): give a "
-                f"directory with a config.json, or a name that comes with qat: {', '.join(published())}{hint}"
+                f"model: {shown(source)} is no directory here, and as a name on the hub it cannot be read ({found}): "
+                f"give a directory with a config.json, or a name that comes with qat: {', '.join(published())}{hint}"
             )
         directory = found
     if (directory / "model_index.json").is_file():
@@ -126,19 +130,49 @@ def _of_hub(name: str, *, cached: bool) -> Path | str:
     try:
         directory = Path(snapshot_download(name, allow_patterns=files, local_files_only=cached))
     except Exception as error:  # what can be wrong with a download has no common base
-        return " ".join(str(error).split())
+        return told(error)
     return directory if any((directory / file).is_file() for file in files[:2]) else "it has no config.json"
 
 
-def _fields(directory: Path) -> Mapping[str, Any]:
-    """The fields of a directory's config.json, as they stand there; no code of the directory runs for it."""
+def config_fields(directory: Path, argument: str) -> dict[str, Any]:
+    """The fields of a directory's config.json, as they stand there; no code of the directory runs for it.
+
+    Args:
+        directory: a model's.
+        argument: what the user calls it, for the message.
+
+    Raises:
+        LoadError: there is no such file, it holds no mapping in JSON, or it names more layers than a model has.
+    """
     path = directory / "config.json"
     try:
+        if not path.exists():
+            raise LoadError(f"{argument}: {str(directory)!r} has no config.json; give a model's directory")
+        if not path.is_file() or path.stat().st_size > MOST_TEXT:
+            raise ValueError(f"no regular file of at most {MOST_TEXT} bytes")
         fields: Any = json.loads(path.read_text(encoding="utf-8"))
-        fields.get("_class_name")
-    except FileNotFoundError:
-        raise LoadError(f"model: {str(directory)!r} has no config.json; give a model's directory") from None
-    except (OSError, ValueError, AttributeError) as error:
-        raise LoadError(f"model: {str(path)!r} is not a model's configuration: {error}") from error
-    refuse_remote_code(directory, "model")
-    return fields  # type: ignore[no-any-return]
+    except (OSError, ValueError, RecursionError) as error:
+        raise LoadError(f"{argument}: {str(path)!r} is not a model's configuration: {told(error)}") from error
+    if not isinstance(fields, dict):
+        raise LoadError(f"{argument}: {str(path)!r} is not a model's configuration: no mapping, got {shown(fields)}")
+    if deep := [f"{key} is {value}" for key, value in depths(fields) if value > MOST_DEEP]:
+        raise LoadError(f"{argument}: {str(path)!r} describes no model that can be built: {deep[0]}: correct it")
+    return fields
+
+
+def depths(value: Any, key: str = "") -> Iterator[tuple[str, int]]:
+    """The numbers of a configuration that count layers, by their names: a list of so many may be made before them."""
+    if isinstance(value, Mapping):
+        for name, item in value.items():
+            yield from depths(item, name)
+    elif isinstance(value, list):
+        for item in value:
+            yield from depths(item, key)
+    elif isinstance(value, int) and re.search("layer|block|depth", key) and not re.search("size|dim|length", key):
+        yield key, value
+
+
+def local_directory(source: str) -> Path | None:
+    """The directory that a user names, in which ~ is a home; None: there is none of that name."""
+    path = os.path.expanduser(source)  # of os, to whom no name is an exception
+    return Path(path) if os.path.isdir(path) else None

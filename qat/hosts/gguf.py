@@ -150,8 +150,6 @@ class GgufContainer(Container):
                 writer.write_tensor_data(numbers.view(stored.kind.stored).numpy())
         finally:
             writer.close()
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
         try:
             faults = header_faults(self._headers(path, tensors, record), tensors, ())
         except LoadError as error:

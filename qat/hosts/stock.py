@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from qat.errors import LoadError
+from qat.errors import LoadError, UnjudgedError
 from qat.files.manifest import Manifest
 from qat.files.shards import DTYPES_BY_NAME
 from qat.hosts.base import Host, Reloaded
@@ -30,19 +30,23 @@ def library_and_class(directory: Path, manifest: Manifest) -> tuple[Host, Any]:
     Nothing else is imported by a name that a file gives.
 
     Raises:
-        LoadError: when it is neither, or there is no ``config.json`` to build it from.
+        UnjudgedError: it is neither, or there is no ``config.json`` to build it from.
     """
     if "config.json" not in manifest.files:
-        raise LoadError(f"{str(directory)!r} has no config.json: pass the float model as model= to load or verify")
+        raise UnjudgedError(
+            f"{str(directory)!r} has no config.json: pass the float model as model= to load or verify; it cannot be "
+            f"judged without: call qat.verify({str(directory)!r}, model=float_model) in your own program"
+        )
     module, _, name = manifest.model_class.rpartition(".")
     library = module.partition(".")[0]
     known = any(host.name == library for host in HOSTS)
     found = getattr(importlib.import_module(library), name, None) if known else None
     found = found or getattr(sys.modules.get(module), name, None)
     if not isinstance(found, type):
-        raise LoadError(
-            f"the exported model is a {manifest.model_class}, which is neither a class of transformers or diffusers "
-            f"nor imported here: import it first, or pass a float model of it as model= to qat.load or qat.verify"
+        raise UnjudgedError(
+            f"{str(directory)!r} cannot be judged without its model: the exported model is a {manifest.model_class}, "
+            "which is neither a class of transformers or diffusers nor imported here: import it first, or pass a float "
+            "model of it as model= to qat.load or qat.verify"
         )
     return host_of(found), found
 

@@ -39,10 +39,12 @@ from qat.freezing import freeze
 from qat.layers import quantized_layers
 from qat.observers import Best, ObserverChoice
 from qat.preparation import parameter_groups
+from qat.probing import compiled_parts
 from qat.quantizers import Algorithm, Automatic
 from qat.runs import read_without_call
 from qat.spec import QuantSpec
 from qat.tensors import map_tensors, model_device
+from qat.training.guards import Guard, NumericalGuards
 from qat.training.observing import activation_quantizers
 from qat.training.schedule import QuantizationSchedule
 from qat.training.steps import QuantizationSteps
@@ -52,6 +54,9 @@ from qat.verification import verify
 __all__ = ["QuantizationCallback", "grouped_optimizer"]
 
 logger = logging.getLogger("qat")
+
+_GUARDS = "quantization_guards"
+"""Where the Trainer's checkpoints hold what the guards know."""
 
 
 class QuantizationCallback(TrainerCallback):
@@ -69,13 +74,15 @@ class QuantizationCallback(TrainerCallback):
         export: a directory. After the last step the model is frozen and written there. None: that is left to you, by
             `qat.freeze` and `qat.export`.
         verify: load what was written, as users will, and compare it with the trained model.
+        guards: what happens when numbers go wrong in training; default: stop before a gradient that is inf or NaN
+            reaches the weights, and warn of layers whose scales, codes or activations degenerate.
 
     Raises:
         SpecError, TargetError: the spec does not fit the model or the target.
         StateError: the model is frozen, or prepared in another way.
         CalibrationError: activations are quantized and nothing will set their scales.
         TrainingError: the optimizer decays learned scales or lacks them; the schedule fits neither the layers nor the
-            steps; evaluation would round masters; later: a gradient is not finite.
+            steps; evaluation would round masters; later: the guards stop the run.
 
     Example::
 
@@ -102,6 +109,7 @@ class QuantizationCallback(TrainerCallback):
         example_inputs: Any = None,
         export: str | Path | None = None,
         verify: bool = False,
+        guards: NumericalGuards | None = None,
     ) -> None:
         self.spec = spec
         self.algorithm = algorithm or Automatic()
@@ -114,7 +122,9 @@ class QuantizationCallback(TrainerCallback):
         self.verify = verify
         if verify and export is None:
             raise TrainingError("verify: True needs what was exported, got export=None: name a directory")
+        self.guards = guards or NumericalGuards()
         self._steps: QuantizationSteps | None = None
+        self._guard: Guard | None = None
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
         """Prepare the model, before the Trainer builds its optimizer."""
@@ -155,6 +165,9 @@ class QuantizationCallback(TrainerCallback):
         steps = self._steps = self._begun(args, state, model, given["train_dataloader"])
         steps.begin([given["optimizer"]], steps=state.max_steps)
         _make_saveable(model)
+        shown = not (args.torch_compile or compiled_parts(model))
+        self._guard = Guard(self.guards, model, lambda: state.global_step, activations=shown)
+        self._guard.begin(state.stateful_callbacks.get(_GUARDS))  # type: ignore[union-attr]
         steps.judge()
 
     def on_step_begin(
@@ -162,24 +175,25 @@ class QuantizationCallback(TrainerCallback):
     ) -> None:
         """Switch fake quantization and observers by step; note the scales that this step is to hold."""
         self._of().before_step()
+        if self._guard is not None:
+            self._guard.before_step()
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
     ) -> None:
-        """Stop before a gradient that is not finite can reach the weights; the Trainer hides such losses."""
-        if args.fp16:  # its scaler meets such gradients, and skips the step
-            return
-        gradients = [p.grad for p in given["model"].parameters() if p.grad is not None]
-        if not bool(torch.isfinite(nn.utils.get_total_norm(gradients))):
-            raise TrainingError(
-                f"gradient: is not finite at step {state.global_step}; the weights and the last checkpoint are "
-                "untouched: lower the learning rate, clip gradients, or look for the batch that brings it"
-            )
+        """Deal with a gradient that is not finite before it reaches the weights; the Trainer hides such losses."""
+        if self._guard is not None and not args.fp16:  # whose scaler meets such gradients, and skips the step
+            self._guard.before_optimizer(given["model"].parameters())
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
         """Do what the schedule asks after a step; then the model is as it would be served, to be judged or saved."""
         model: nn.Module = given["model"]
         self._of().after_step()
+        if self._guard is not None:
+            if found := self._guard.after_step():  # reporters come before this callback, so they cannot be given it
+                state.log_history.append({**found, "step": state.global_step})
+            if control.should_save:
+                state.stateful_callbacks[_GUARDS] = self._guard.state_dict()  # type: ignore[index,call-overload]
         self._of().judge()
         # SFTTrainer multiplies by the weight of the head without calling it, so that a quantized head trains in float.
         if (fault := read_without_call(model)) is not None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any, ClassVar, NamedTuple, Self
@@ -61,6 +61,8 @@ class Mode(NamedTuple):
     """Let the observers of activations record."""
     codes: bool = True
     """Multiply codes where loaders do; off: the values that they stand for, to compare."""
+    watch: Callable[[ActivationQuantizer, Tensor], None] | None = None
+    """Is told of each activation before it is quantized."""
 
 
 class QuantizedLayer(nn.Module):
@@ -275,18 +277,22 @@ class QuantizedLayer(nn.Module):
         dtype = autocast_dtype(input) or weight.dtype  # in which a matrix product runs
         quantized = None
         if mode.weights:
+            if mode.watch is not None and (active := self.active_input_quantizer()) is not None:
+                mode.watch(active, input)
             codes = mode.codes and self.multiplies_codes(input, dtype)
             quantizer = self.weight_quantizer
             quantized = quantizer.quantize_to_codes(weight) if codes else quantizer.quantize(weight, dtype)
         output = self.output_quantizer
         served = output if mode.weights and mode.activations and output is not None and output.enabled else None
-        if quantized is not None and served is not None and not mode.observe:
+        if quantized is not None and served is not None and not mode.observe and mode.watch is None:
             y = self.compute_quantized(input, quantized, served)
         else:
             y = self.compute(input, quantized)
             if output is not None and mode.observe:
                 output.observe(y, training=mode.activations)
             if served is not None:
+                if mode.watch is not None:
+                    mode.watch(served, y)
                 y = fake_quantize_output(y, served)
         return with_unused(y, self.input_quantizer, self.output_quantizer) if self.learns_activations else y
 

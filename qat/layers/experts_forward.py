@@ -118,6 +118,8 @@ class QExperts(nn.Module):
                     master: Any = self._parameters[layer.key]
                     rows = (master.transpose(1, 2) if self.form.transposed else master).detach().flatten(0, 1)
                     quantizer.observe(x, rows, training=mode.activations)
+            if active is not None and mode.watch is not None:
+                mode.watch(active, x)
             return x if active is None else fake_quantize_output(x, active)
 
         return given

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -19,12 +19,14 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer
 
 from qat.distributed import prepared_first
 from qat.errors import CalibrationError, StateError, TrainingError
 from qat.files.evidence import is_frozen
 from qat.layers import layer_class
 from qat.observers import Best, ObserverChoice
+from qat.probing import compiled_parts
 from qat.quantizers import Algorithm, Automatic
 from qat.runs import read_without_call
 from qat.spec import QuantSpec
@@ -37,10 +39,11 @@ from qat.training.checkpoints import (
     refuse_masters,
     refuse_other_preparation,
 )
+from qat.training.guards import Guard, NumericalGuards
 from qat.training.observing import uncalibrated
 from qat.training.schedule import QuantizationSchedule, planned_steps
 from qat.training.steps import QuantizationSteps, unwrapped
-from qat.training.trainers import own_statistics, prepare_once, require_finite, require_finite_weights
+from qat.training.trainers import own_statistics, prepare_once, require_finite_weights
 
 __all__ = ["QuantizationAwareTraining"]
 
@@ -59,6 +62,8 @@ class QuantizationAwareTraining(Callback):
         model_inputs: turns a dataloader's batch into what the model is called with, for calibration; default the
             LightningModule's own ``model_inputs`` if it has one, else the first element of a tuple or list, else all.
         example_inputs: one batch for the model, to find layers whose input stock kernels cannot read.
+        guards: what happens when numbers go wrong in training; default: stop before a loss or gradient that is inf or
+            NaN reaches the weights, and warn of layers whose scales, codes or activations degenerate.
 
     Raises:
         SpecError, TargetError: the spec does not fit the model or the target.
@@ -66,7 +71,7 @@ class QuantizationAwareTraining(Callback):
         CalibrationError: activations are quantized and nothing will set their scales.
         TrainingError: no optimizer holds the learned scales, or one would decay them, or comes from a float checkpoint;
             a callback that averages weights averages what it must not; the schedule fits neither the layers nor the
-            steps; the quantizers would be lost in worker processes; later: the loss is not finite.
+            steps; the quantizers would be lost in worker processes; later: the guards stop the run.
 
     Example::
 
@@ -87,6 +92,7 @@ class QuantizationAwareTraining(Callback):
         observer: ObserverChoice | None = None,
         model_inputs: Callable[[Any], Any] | None = None,
         example_inputs: Any = None,
+        guards: NumericalGuards | None = None,
     ) -> None:
         self.spec = spec
         self.algorithm = algorithm or Automatic()
@@ -96,7 +102,10 @@ class QuantizationAwareTraining(Callback):
         self.observer = observer or Best()
         self.model_inputs = model_inputs
         self.example_inputs = example_inputs
+        self.guards = guards or NumericalGuards()
         self._steps: QuantizationSteps | None = None
+        self._guard: Guard | None = None
+        self._guarded: Mapping[str, Any] | None = None  # the guard's state in a checkpoint, until the fit begins
         self._process = os.getpid()
 
     def model_of(self, module: LightningModule) -> nn.Module:
@@ -198,6 +207,7 @@ class QuantizationAwareTraining(Callback):
             if (noted := checkpoint.get(KEY)) is not None:
                 refuse_other_preparation(self.model_of(pl_module), noted["prepared"])
                 self._of(trainer, pl_module).load_state_dict(noted)
+                self._guarded = noted.get("guards")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give activations their scales and quantized weights their start, where a resumed run has them not."""
@@ -210,14 +220,27 @@ class QuantizationAwareTraining(Callback):
             trial=bool(trainer.fast_dev_run),  # type: ignore[attr-defined]
         )
         part_scales(trainer, model)
+        shown = not compiled_parts(pl_module)
+        self._guard = Guard(self.guards, model, lambda: trainer.global_step, activations=shown)
+        self._log(trainer, self._guard.begin(self._guarded))
+        self._guarded = None
+
+    @staticmethod
+    def _log(trainer: Trainer, found: Mapping[str, float]) -> None:
+        for one in trainer.loggers if found else ():
+            one.log_metrics(dict(found), step=trainer.global_step)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Switch fake quantization and observers by step; note the scales that this step is to hold."""
         self._of(trainer, pl_module).before_step()
+        if self._guard is not None:
+            self._guard.before_step(batch)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Put held scales back, take new ones from what was observed, and change types where their step has come."""
         self._of(trainer, pl_module).after_step()
+        if self._guard is not None:
+            self._log(trainer, self._guard.after_step())
         if (fault := read_without_call(self.model_of(pl_module))) is not None:
             raise StateError(fault)
 
@@ -239,23 +262,39 @@ class QuantizationAwareTraining(Callback):
             steps.judge()
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """Stop before a non-finite loss can reach the weights or a checkpoint."""
-        require_finite(loss, trainer.global_step, self._of(trainer, pl_module).shards)
+        """Let the guards see the loss."""
+        if self._guard is not None:
+            self._guard.note_loss(loss)
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Deal with a loss or gradient that is not finite before it reaches the weights or a checkpoint."""
+        if self._guard is not None:
+            own = (p for group in optimizer.param_groups for p in group["params"])
+            scaler = getattr(trainer.precision_plugin, "scaler", None)
+            self._guard.before_optimizer(own, pl_module, scaled=scaler is not None)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Never let weights that a non-finite gradient has spoilt replace a good checkpoint; tell their preparation."""
         require_finite_weights(pl_module, trainer.global_step)
         if not is_frozen(model := self.model_of(pl_module)):
             checkpoint[KEY] = {"prepared": preparation(model), **self._of(trainer, pl_module).state_dict()}
+            guarded = self._guarded if self._guard is None else self._guard.state_dict()
+            checkpoint[KEY] |= {} if guarded is None else {"guards": guarded}
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: Any = None) -> None:
         """Leave the model as it will be used: fake quantization on, observers off. Tuners call only this hook."""
         if self._steps is not None:
             self._steps.close()
-        self._steps = None  # it knows the trainer
+        self._steps = self._guard = None  # they know the trainer
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the last scales, and leave the model as it will be used."""
         self._of(trainer, pl_module).end()
+        if self._guard is not None:
+            self._log(trainer, self._guard.end())
 
-    on_exception = teardown  # type: ignore[assignment]
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """As `teardown`; what the guards know is still there for a checkpoint that is written now."""
+        guard = self._guard
+        self.teardown(trainer, pl_module)
+        self._guard = guard

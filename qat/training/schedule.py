@@ -14,7 +14,7 @@ from qat.spec import NamedArguments, WeightType
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
-__all__ = ["Decay", "QuantizationSchedule", "planned_steps", "rate_factor"]
+__all__ = ["FAULTS_BEYOND", "Decay", "QuantizationSchedule", "planned_steps", "rate_factor"]
 
 logger = logging.getLogger("qat")
 
@@ -22,12 +22,13 @@ Decay: TypeAlias = Literal["cosine", "linear", "constant"]
 """How a learning rate goes from its peak to the last step."""
 
 
-_FAULTS_BEYOND = {
+FAULTS_BEYOND = {
     "first_weights_until": "nothing could be frozen",
     "start_step": "nothing trains quantized",
     "hold_scales_from": "no scale is held",
     "observe_from": "nothing is observed",
 }
+"""What becomes of a fit that ends before a step of a schedule."""
 
 
 def rate_factor(step: int, steps: float, warmup: int | None = None, decay: Decay = "cosine") -> float:
@@ -89,7 +90,7 @@ class QuantizationSchedule(NamedArguments):
     [False, True, True, False]
     """
 
-    start_step: int = Field(default=0, ge=0)
+    start_step: int = Field(default=0, ge=0, lt=2**31)
     """Fake quantization begins at this step, and starts that need data are found; before it the model is float."""
     observe_from: int | None = Field(default=None, ge=0)
     """Activation observers record from this step on; none: never during training."""
@@ -105,7 +106,7 @@ class QuantizationSchedule(NamedArguments):
     """Strength of the pull of weights to their quantized values (CAGE), in learning rates; 0: none. See numerics.md."""
     cage_from: float = Field(default=0.8, ge=0, lt=1)
     """Share of the steps after which the pull rises from 0; it has its full strength in the last step."""
-    calibration_batches: int = Field(default=16, ge=0)
+    calibration_batches: int = Field(default=16, ge=0, lt=2**31)
     """Batches for the calibration before the first step; recipes use as many before freezing. Only with activations,
     or with weights whose start needs data: for these, as many where quantization to a type begins."""
 
@@ -160,7 +161,7 @@ class QuantizationSchedule(NamedArguments):
         Raises:
             TrainingError: ``first_weights_until`` would: nothing could be frozen.
         """
-        for name, fault in _FAULTS_BEYOND.items():
+        for name, fault in FAULTS_BEYOND.items():
             value = getattr(self, name)
             if steps is None or not value or value < steps:
                 continue

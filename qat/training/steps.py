@@ -100,7 +100,6 @@ class QuantizationSteps:
             self.schedule = self.schedule.model_copy(update={"calibration_batches": 0})
         self._batches, self._calibrate_with = batches, calibrate or self._on_batches
         self._sharded = sharded
-        self.shards = False  # whether ``fully_shard`` shards the model; known from `begin` on
         self._count = 0  # optimizer steps done, where no trainer counts them
         self._step, self._counted = step or (lambda: self._count), step is not None
         self._last = 0  # what `after_step` has seen
@@ -217,8 +216,7 @@ class QuantizationSteps:
         self._last = self.step
         self.train()  # of a resumed run, the step is known only now
         self._calibrate(activations=unset)
-        self.shards = sharded(model)
-        by = self._sharded or ("fully_shard" if self.shards else None)
+        by = self._sharded or ("fully_shard" if sharded(model) else None)
         self._pulls = pull_after_steps(model, schedule, self._optimizers, self._step, steps, by)
         self.train()
         self._calls = "begin"

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from qat.blocks import find_blocks
 from qat.errors import LoadError, TrainingError, shown
 from qat.files.directory import as_path, atomic_directory
+from qat.files.trusted import file_fault
 from qat.tensors import map_tensors, model_device
 from qat.training.losses import CHUNK
 
@@ -149,11 +150,17 @@ class CachedLogits:
     def __init__(self, directory: str | Path) -> None:
         self.directory = as_path(directory, LoadError)
         try:
+            if fault := file_fault(self.directory, INDEX):
+                raise OSError(fault)
             index = json.loads((self.directory / INDEX).read_text())
             self.classes: int = index["classes"]
             self._per_token: bool = index["per_token"]
             self._rows: dict[str, tuple[int, int, int]] = index["rows"]  # digest to file, start and end
-        except (OSError, ValueError, LookupError, TypeError) as error:
+            of_types = type(self.classes) is int and type(self._per_token) is bool
+            places = self._rows.values()
+            if not of_types or not all([*map(type, place)] == [int] * 3 and min(place) >= 0 for place in places):
+                raise TypeError("classes, per_token or rows are no such values")
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise LoadError(
                 f"teacher: {str(directory)!r} holds no cached logits ({type(error).__name__}: {error}): write them "
                 "with qat.cache_logits"
@@ -179,10 +186,16 @@ class CachedLogits:
         parts: dict[str, list[Tensor]] = {"values": [], "indices": [], "rest": []}
         number = 0
         try:
-            for number, start, end in (self._rows[key] for key, _ in prints):
+            for (number, start, end), count in ((self._rows[key], count) for key, count in prints):
+                if fault := file_fault(self.directory, _file(number)):
+                    raise OSError(fault)
                 with safe_open(self.directory / _file(number), "pt") as file:
                     for name, found in parts.items():
                         found.append(file.get_slice(name)[start:end])
+                if {*(len(found[-1]) for found in parts.values())} != {count if self._per_token else 1}:
+                    raise OSError(f"it lacks rows {start} to {end}")
+                if not parts["indices"][-1].lt(self.classes).all():
+                    raise OSError(f"it has classes beyond {self.classes}")
         except (OSError, SafetensorError) as error:
             raise LoadError(
                 f"teacher: the cache in {str(self.directory)!r} has lost entries, {_file(number)} cannot be read "

@@ -90,15 +90,11 @@ def own_statistics(module: nn.Module, model: nn.Module) -> None:
     )
 
 
-def require_finite(loss: Tensor, step: int, shards: bool = False) -> None:
-    """Raise `TrainingError` when ``loss`` (any shape) holds inf or NaN; with ``shards`` on all ranks, if on any."""
-    finite = torch.isfinite(loss.detach()).all().to(torch.int32)
-    if shards:  # others would wait in the backward for the shards of a rank that raises
-        torch.distributed.all_reduce(finite, op=torch.distributed.ReduceOp.MIN)
-    if not bool(finite):
-        where = f"{step} on some rank" if shards else step
+def require_finite(loss: Tensor, step: int) -> None:
+    """Raise `TrainingError` when ``loss`` (any shape) holds inf or NaN."""
+    if not bool(torch.isfinite(loss.detach()).all()):
         raise TrainingError(
-            f"loss: became {float(loss.detach().float().mean())} at step {where}; the weights and the last checkpoint "
+            f"loss: became {float(loss.detach().float().mean())} at step {step}; the weights and the last checkpoint "
             "are untouched: lower the learning rate, or clip gradients"
         )
 

@@ -30,7 +30,8 @@ from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
 from qat.adapters import without_peft
-from qat.errors import LoadError, StateError, VerifyError
+from qat.compatibility import outside_tested
+from qat.errors import LoadError, StateError, UnjudgedError, VerifyError
 from qat.files.directory import as_path
 from qat.files.evidence import FrozenRecord, frozen_record
 from qat.files.examples import read_example
@@ -107,8 +108,8 @@ def verify(
 
     Raises:
         VerifyError: when a check fails; the message is the report, which is also its attribute ``report``.
-        LoadError: when the directory is missing, its manifest cannot be read, or there is nothing to build the model
-            from, so that neither a yes nor a no is known.
+        LoadError: when the directory is missing, or its manifest cannot be read.
+        UnjudgedError: when there is nothing to build the model from, so that neither a yes nor a no is known.
         StateError: when ``inputs`` come without a reference, or the reference was never frozen.
 
     >>> import copy, tempfile, qat
@@ -156,8 +157,8 @@ def _in_fresh_process(directory: Path) -> tuple[Check, ...]:
         return TypeAdapter(VerifyReport).validate_json(done.stdout).checks
     except ValidationError:
         said = "\n".join((done.stderr.strip() or done.stdout.strip()).splitlines()[-30:])
-        if done.returncode == 2:  # a mistake of the user's, told by the process
-            raise LoadError(said.removeprefix("error: ")) from None
+        if done.returncode in (2, 3):  # a mistake of the user's, or what cannot be judged there, told by the process
+            raise (LoadError, UnjudgedError)[done.returncode - 2](said.removeprefix("error: ")) from None
         ended = f"was ended by signal {-done.returncode}" if done.returncode < 0 else f"ended with {done.returncode}"
         raise VerifyError(f"the verifying process for {str(directory)!r} {ended}:\n{said}") from None
 
@@ -173,6 +174,8 @@ def _checks(
             return  # a loader could answer with garbage, or end the process
     try:
         loaded, loader = _reload(directory, manifest, model)
+    except UnjudgedError:
+        raise
     except Exception as error:  # a stock loader can fail in any way
         yield Check("load", False, f"the target's own loader failed: {type(error).__name__}: {error}")
         return
@@ -214,6 +217,8 @@ def _contents(
         yield _check("values", faults, f"{len(floats.layers)} float layers of that loader hold the trained values")
     faults, count = tensor_faults(loaded, manifest, record, target.format)
     yield _check("tensors", faults, f"{count} other tensors equal those exported")
+    if untested := outside_tested():
+        yield Check("versions", True, "\n".join(untested), asked=False)
     if (wrong := target.host.container.metadata_faults(held, directory, manifest)) is not None:
         yield _check("metadata", wrong, "every field is that of config.json and the tokenizer")
 

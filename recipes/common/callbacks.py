@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import resource
+import time
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import lightning
+import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint, EMAWeightAveraging
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
+from qat.files.whole import explained
 from qat.training.callback import QuantizationAwareTraining
 from recipes.common import checkpoints
 from recipes.common.progress import progress_bar
@@ -18,7 +26,7 @@ __all__ = ["LastCheckpoints", "StepProgress", "averages"]
 
 
 class StepProgress(lightning.Callback):
-    """A progress bar that counts optimizer steps and shows the loss."""
+    """A progress bar that counts optimizer steps, with the loss, the learning rate, the speed and the memory."""
 
     def __init__(self, description: str) -> None:
         self.description = description
@@ -28,12 +36,19 @@ class StepProgress(lightning.Callback):
         self.bar.disable = not trainer.is_global_zero
         self.bar.start()
         self.task = self.bar.add_task(self.description, total=trainer.max_steps, note="")
+        self.done, self.begun = 0, time.monotonic()
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        note = f"loss {float(trainer.callback_metrics['train_loss']):.3f}"
-        self.bar.update(self.task, completed=trainer.global_step, note=note)
+        count, unit = _size(batch)
+        self.done += count * trainer.world_size
+        rate = max((group["lr"] for optimizer in trainer.optimizers for group in optimizer.param_groups), default=0.0)
+        notes = [f"loss {float(trainer.callback_metrics['train_loss']):.3f}", f"rate {rate:.2g}"]
+        if count:
+            notes.append(f"{self.done / max(time.monotonic() - self.begun, 1e-9):,.0f} {unit}/s")
+        notes.append(f"{_peak(pl_module.device) / 2**30:.1f} GiB")
+        self.bar.update(self.task, completed=trainer.global_step, note=", ".join(notes))
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self.bar.stop()
@@ -43,6 +58,22 @@ class StepProgress(lightning.Callback):
     ) -> None:
         if hasattr(self, "bar"):
             self.bar.stop()
+
+
+def _size(batch: Any) -> tuple[int, str]:
+    """How much a batch holds: tokens of texts, images, or else examples."""
+    tensors = dict(batch) if isinstance(batch, Mapping) else {}
+    if isinstance(ids := tensors.get("input_ids"), Tensor):
+        return ids.numel(), "tokens"
+    unit = "images" if "pixel_values" in tensors or "fraction" in tensors else "examples"
+    return next((len(value) for value in tensors.values() if isinstance(value, Tensor) and value.ndim), 0), unit
+
+
+def _peak(device: torch.device) -> int:
+    """Bytes of the most memory that was taken so far: of a GPU, or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 class LastCheckpoints(Checkpoint):
@@ -61,6 +92,11 @@ class LastCheckpoints(Checkpoint):
         self.folder, self.every, self.keep, self.settings = folder, every, keep, settings
         self._step = 0
 
+    def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
+        with suppress(NotImplementedError):  # strategies that shard write in ways of their own
+            if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+                trainer.strategy.checkpoint_io = _DirectFiles()
+
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self._step = trainer.global_step
 
@@ -78,18 +114,36 @@ class LastCheckpoints(Checkpoint):
         path = self.folder / f"step-{trainer.global_step}.ckpt"
         partial = path.with_suffix(".partial")
         try:
-            trainer.save_checkpoint(partial)  # by every process: sharded strategies need them all
+            with explained(path, parts=partial, wanted=_bytes(trainer)):
+                trainer.save_checkpoint(partial)  # by every process: sharded strategies need them all
+                if trainer.is_global_zero:
+                    checkpoints.publish(partial, path, step=trainer.global_step, settings=self.settings)
+                    self._forget()
         except Exception:  # such as a full disk, which the half of a file would fill
             checkpoints.remove(partial)
             raise
-        if trainer.is_global_zero:
-            checkpoints.publish(partial, path, step=trainer.global_step, settings=self.settings)
-            for old in checkpoints.of(self.folder)[: -self.keep]:
-                checkpoints.remove(old)
-            for partial in self.folder.glob("*.partial"):  # of a process that was ended while it wrote
-                checkpoints.remove(partial)
         trainer.strategy.barrier()
         self._step = trainer.global_step
+
+    def _forget(self) -> None:
+        """Remove all but the newest, and what a process left that was ended while it wrote."""
+        for path in [*checkpoints.of(self.folder)[: -self.keep], *self.folder.glob("*.partial")]:
+            checkpoints.remove(path)
+
+
+class _DirectFiles(TorchCheckpointIO):
+    """Writes a file where it belongs. Lightning's own copies it in memory, and in the system's temporary folder."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with Path(path).open("wb") as file:
+            torch.save(checkpoint, file)
+
+
+def _bytes(trainer: lightning.Trainer) -> int:
+    """What a checkpoint takes at least: model and optimizers."""
+    held = [list(trainer.lightning_module.parameters()), *(list(one.state.values()) for one in trainer.optimizers)]
+    return sum(leaf.nbytes for leaf in tree_leaves(held) if isinstance(leaf, torch.Tensor))
 
 
 def averages(settings: OptimizationSettings, callbacks: Iterable[lightning.Callback]) -> list[lightning.Callback]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from qat.errors import ExportError
 from qat.exporting.card import CARD_NAME
+from qat.files.whole import explained, whole_file
 
 __all__ = ["add_section"]
 
@@ -28,7 +29,8 @@ def add_section(
         pictures: what each shows (the text that stands for it), and its PNG file.
 
     Raises:
-        ExportError: the directory has no model card, the title is not one line, or a picture is no PNG file.
+        ExportError: the directory cannot be written or has no model card, the title is not one line, or a picture is no
+            PNG file.
 
     >>> import tempfile, qat
     >>> from torch import nn
@@ -42,7 +44,7 @@ def add_section(
     <BLANKLINE>
     Loss 0.25.
     """
-    folder = Path(directory)
+    folder = Path(directory).absolute()
     card = folder / CARD_NAME
     if not card.is_file():
         raise ExportError(
@@ -55,9 +57,12 @@ def add_section(
         if path.suffix.lower() != ".png" or not path.is_file():
             raise ExportError(f"pictures: {shown!r} must be a PNG file, got {str(path)!r}: save it as one first")
     lines = [f"## {title.strip()}", text.strip()]
-    for shown, path in files.items():
+    lines += [f"![{shown}]({path.name.replace(' ', '%20')})" for shown, path in files.items()]
+    with explained(card):
+        written = card.read_text(encoding="utf-8").rstrip()
+    with whole_file(card, beside=folder) as made:  # first: an export is replaced only if its card shows its pictures
+        made.write_text("\n\n".join([written, *filter(None, lines)]) + "\n", encoding="utf-8")
+    for path in files.values():
         if path.parent.resolve() != folder.resolve():
-            shutil.copyfile(path, folder / path.name)
-        lines.append(f"![{shown}]({path.name.replace(' ', '%20')})")
-    written = card.read_text(encoding="utf-8").rstrip()
-    card.write_text("\n\n".join([written, *filter(None, lines)]) + "\n", encoding="utf-8")
+            with whole_file(folder / path.name, beside=folder) as made:
+                shutil.copyfile(path, made)

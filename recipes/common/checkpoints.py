@@ -19,7 +19,8 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_only
 from pydantic import BaseModel
 
-from qat.files.directory import sync
+from qat.errors import listed
+from qat.files.whole import explained, sync, whole_file
 from recipes.common.config import ConfigError
 from recipes.common.settings import RecipeConfig
 
@@ -29,11 +30,13 @@ __all__ = [
     "differences",
     "end_run",
     "newest",
+    "note",
     "of",
     "publish",
     "read_json",
     "remove",
     "settings_of",
+    "start_run",
     "was_interrupted",
     "whole",
     "write_json",
@@ -41,7 +44,8 @@ __all__ = [
 
 logger = logging.getLogger("qat")
 RUN = "run.json"
-_ANY = {"output", "overwrite", "resume"}  # settings that make no difference to the weights
+_ANY: Any = dict.fromkeys(("output", "overwrite", "resume"), True)  # settings that make no difference to the weights
+_ANY |= {"guards": True, "trainer": {"logger": True}}  # a run which guards stopped may go on with others
 
 
 @dataclass(frozen=True)
@@ -80,14 +84,23 @@ def publish(partial: Path, path: Path, **about: Any) -> None:
     files = [partial] if partial.is_file() else [file for file in partial.rglob("*") if file.is_file()]
     for file in files:
         sync(file)
-    about["sha256"] = _digest(partial)
     remove(path)
     partial.replace(path)
-    write_json(path.with_suffix(".json"), about)
+    try:
+        note(path, **about)
+    except Exception:  # without a note it would take space for nothing
+        remove(path)
+        raise
+
+
+def note(path: Path, **about: Any) -> None:
+    """Write what is known of a file or directory beside it, with its SHA-256: from now on it counts as whole."""
+    with explained(path):
+        write_json(path.with_suffix(".json"), {**about, "sha256": _digest(path)})
 
 
 def whole(path: Path) -> dict[str, Any] | None:
-    """What `publish` noted beside a file; None, with a warning, where the file is damaged or was never finished."""
+    """What `note` wrote beside a file; None, with a warning, where the file is damaged or was never finished."""
     try:
         about: dict[str, Any] = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
         if about["sha256"] == _digest(path):
@@ -117,7 +130,7 @@ def remove(path: Path) -> None:
     """Remove a file or directory and what is noted of it, which goes first."""
     path.with_suffix(".json").unlink(missing_ok=True)
     if path.is_dir():
-        shutil.rmtree(path)
+        shutil.rmtree(path, ignore_errors=True)  # which another process may be removing too
     path.unlink(missing_ok=True)
 
 
@@ -128,7 +141,7 @@ def was_interrupted(folder: Path, config: BaseModel) -> bool:
 
 
 def begin_run(folder: Path, config: RecipeConfig) -> Path | None:
-    """Find the checkpoint that a run goes on from, and forget what an earlier run left that has ended.
+    """Find the checkpoint that a run goes on from. Nothing is written: that is for `start_run`.
 
     Args:
         folder: of the run's checkpoints.
@@ -141,7 +154,7 @@ def begin_run(folder: Path, config: RecipeConfig) -> Path | None:
     found = newest(folder) if state is not None and not state["ended"] else None
     if named is not None and (found is None or _same(named.parent, folder)):
         about = whole(named)
-        if about is None or "step" not in about:
+        if about is None or not (isinstance(about.get("step"), int) and isinstance(about.get("settings"), Mapping)):
             raise ConfigError(
                 f"resume: {str(named)!r} is no whole checkpoint of a recipe: give a step-N.ckpt that one wrote, with "
                 "the step-N.json beside it"
@@ -150,10 +163,8 @@ def begin_run(folder: Path, config: RecipeConfig) -> Path | None:
     if found is not None and (other := differences(found.settings, settings)):
         raise ConfigError(
             f"{'resume' if found.path == named else 'output'}: {str(found.path)!r} was made with other settings: "
-            f"{'; '.join(other)}: give those of that run, another output, or remove its checkpoints"
+            f"{listed(other, 6, '; ')}: give those of that run, another output, or remove its checkpoints"
         )
-    if not was_interrupted(folder, config):
-        _start(folder, settings, found)
     if found is None:
         return None
     steps: int = config.optimization.steps  # type: ignore[attr-defined]  # which each recipe adds
@@ -161,13 +172,23 @@ def begin_run(folder: Path, config: RecipeConfig) -> Path | None:
     return found.path
 
 
-@rank_zero_only
-def _start(folder: Path, settings: dict[str, Any], found: Kept | None) -> None:
-    if found is None or not _same(found.path.parent, folder):
+def start_run(folder: Path, config: RecipeConfig, resume: Path | None) -> None:
+    """Note that a run has begun, once all that it needs was found, and forget what one left that has ended.
+
+    Args:
+        folder: of the run's checkpoints.
+        config: of the run.
+        resume: what `begin_run` found.
+    """
+    if was_interrupted(folder, config):
+        return
+    if resume is None or not _same(resume.parent, folder):
+        # By each process, for each looks there next: a removal by one might come after another's look.
         for path in [*of(folder), folder / "fine_tuned.safetensors", folder / "judged.json"]:
             remove(path)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / RUN, {"settings": settings, "ended": False})
+    with explained(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    rank_zero_only(write_json)(folder / RUN, {"settings": settings_of(config), "ended": False})
 
 
 @rank_zero_only
@@ -191,11 +212,8 @@ def _same(one: Path, other: Path) -> bool:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a file that appears whole or not at all."""
-    partial = path.with_suffix(".json.partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    sync(partial)
-    partial.replace(path)
-    sync(path.parent)
+    with whole_file(path) as made:
+        made.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def _digest(path: Path) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from recipes.common.card import add_section
 from recipes.common.diffusion import DiffusionData, move_encoders
 from recipes.common.diffusion_config import DiffusionConfig, sequence, source_of
 from recipes.common.gate import Comparison
+from recipes.common.judged import Judged, Scores
 from recipes.common.models import load_pipeline
 from recipes.common.pictures import draw_images, plot_losses, show_grid
 from recipes.common.progress import track
@@ -45,6 +46,7 @@ class DiffusionComparison:
         dtype: the serving dtype.
         reference: whose outputs the others' are compared with; float, on the CPU.
         device: where it makes them.
+        folder: where scores and images are kept, for a run that goes on.
     """
 
     def __init__(
@@ -54,7 +56,9 @@ class DiffusionComparison:
         dtype: torch.dtype,
         reference: nn.Module,
         device: torch.device,
+        folder: Path,
     ) -> None:
+        self._kept = Judged(folder, config)
         self._config, self._data, self._dtype = config, data, dtype
         data.evaluation.compare_with(reference.to(device))
         reference.cpu()
@@ -62,7 +66,11 @@ class DiffusionComparison:
         self._rows: list[ResultRow] = []
         self.losses: dict[str, list[float]] = {}
         """The losses of each model, one a batch."""
-        self._images: dict[str, list[Any]] = {}
+        self._images: dict[str, Sequence[Any]] = {}
+
+    def __contains__(self, name: str) -> bool:
+        """Whether an earlier start of this run judged a model."""
+        return name in self._kept
 
     def judge(
         self, name: str, model: nn.Module, device: torch.device, steps: int, rate: float | None, draws: bool = True
@@ -78,25 +86,35 @@ class DiffusionComparison:
             draws: whether it draws.
         """
         size = sum(parameter.numel() for parameter in model.parameters()) * self._dtype.itemsize
-        self._rows.append(ResultRow(name, self._scores(name, model.to(device), None), size, steps, rate))
-        model.cpu()
-        if draws:
-            self._images[name] = self._draw(copy.deepcopy(model).to(self._dtype).to(device), device)
-        _free_memory()
+        if name not in self._kept:
+            judged = self._scores(name, model.to(device), None)
+            model.cpu()
+            images = self._draw(copy.deepcopy(model).to(self._dtype).to(device), device) if draws else []
+            self._kept.keep(name, *judged, images)
+        self._add(name, size, steps, rate)
 
-    def judge_export(self, name: str, directory: Path, device: torch.device, steps: int, rate: float) -> None:
-        """Add an export, as reloaded; arguments as for `judge`."""
-        model = _placed(qat.load(directory), device)
-        size = sum(file.stat().st_size for file in directory.glob("*model*.safetensors"))
-        self._rows.append(ResultRow(name, self._scores(name, model, self._dtype), size, steps, rate))
-        self._images[name] = self._draw(model, device)
-        del model
-        _free_memory()
+    def judge_export(self, name: str, directory: Path | None, device: torch.device, steps: int, rate: float) -> None:
+        """Add an export, as reloaded; arguments as for `judge`. Without a directory, an earlier start judged it."""
+        size = 0
+        if directory is not None:
+            size = sum(file.stat().st_size for file in directory.glob("*model*.safetensors"))
+            if name not in self._kept:
+                model = _placed(qat.load(directory), device)
+                self._kept.keep(name, *self._scores(name, model, self._dtype), self._draw(model, device))
+                del model
+        self._add(name, size, steps, rate)
 
-    def _scores(self, name: str, model: nn.Module, dtype: torch.dtype | None) -> dict[str, float]:
-        evaluation = self._data.evaluation
+    def _scores(self, name: str, model: nn.Module, dtype: torch.dtype | None) -> Scores:
+        evaluation, losses = self._data.evaluation, list[float]()
         shown = track(evaluation, f"evaluating: {name}", len(evaluation))
-        return evaluate(self._task, model, shown, dtype, self.losses.setdefault(name, []))
+        return evaluate(self._task, model, shown, dtype, losses), losses
+
+    def _add(self, name: str, size: int, steps: int, rate: float | None) -> None:
+        scores, self.losses[name] = self._kept[name]
+        self._rows.append(ResultRow(name, scores, size, steps, rate))
+        if images := self._kept.images(name):
+            self._images[name] = images
+        _free_memory()
 
     def _draw(self, model: nn.Module, device: torch.device) -> list[Any]:
         config = self._config
@@ -123,7 +141,11 @@ class DiffusionComparison:
             compared: how losses differ, by the name of the model.
         """
         images, losses = run.beside("images.png"), run.beside("losses.png")
-        rows = [replace(row, comparison=compared.get(row.name)) for row in self._rows]
+        served = self._rows[-1].bytes_on_disk  # of one layout with the export that an earlier start judged
+        rows = [
+            replace(row, comparison=compared.get(row.name), bytes_on_disk=row.bytes_on_disk or served)
+            for row in self._rows
+        ]
         show_results(rows, run.beside("results.json"), ("loss", "output_mse"))
         print("output_mse: squared distance of the outputs from those of the fine-tuned float model, at equal noise")
         show_grid(self._images, self._data.captions, images)

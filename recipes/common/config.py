@@ -11,6 +11,7 @@ Mappings are ``KEY=VALUE`` words on the command line: ``--spec.overrides '*.down
 
 from __future__ import annotations
 
+import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
@@ -18,17 +19,19 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
 
 import tyro
-import yaml
 from pydantic import BaseModel, ValidationError
 from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructTypeInfo
 
 from qat.cli import mapping_rule
-from qat.errors import QatError
+from qat.errors import QatError, shown
+from qat.report import require_text
+from qat.strict_yaml import MOST_BYTES, parse_yaml
 
 __all__ = ["ConfigError", "load_config", "read_yaml"]
 
 Model = TypeVar("Model", bound=BaseModel)
 
+_FAULTS_SHOWN = 8
 _REGISTRY = ConstructorRegistry()  # what tyro must know to parse our models: into mappings, for the models to validate
 _REGISTRY.primitive_rule(mapping_rule)
 
@@ -58,6 +61,7 @@ def load_config(model: type[Model], argv: Sequence[str], description: str, *, pr
     {'*.down_proj': 'int8'}
     """
     arguments, default = list(argv), model()
+    require_text(arguments)
     if arguments and arguments[0].endswith((".yaml", ".yml")):
         path = Path(arguments.pop(0))
         default = _validated(model, _merged(default, read_yaml(path)), str(path))
@@ -72,28 +76,22 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """Read a mapping from a YAML file.
 
     Raises:
-        ConfigError: the file is missing, is no YAML, gives a key twice or does not hold a mapping.
+        ConfigError: the file is missing, no regular one, no YAML as `qat.strict_yaml` reads it, or holds no mapping.
     """
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
+        if not stat.S_ISREG((found := path.stat()).st_mode):
+            raise OSError(None, "no regular file but a folder, a pipe or a device")
+        if found.st_size > MOST_BYTES:
+            raise OSError(None, f"it has {found.st_size} bytes, and at most {MOST_BYTES} are read: say it in fewer")
+        values = parse_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"{path}: the configuration file cannot be read: {error.strerror}") from error
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        name = shown(str(path)) if len(str(path)) > 100 else path
+        raise ConfigError(f"{name}: the configuration file cannot be read: {error.strerror}") from error
+    except ValueError as error:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict | None):
         raise ConfigError(f"{path}: expected a mapping of keys to values at the top, got a {type(values).__name__}")
     return values or {}
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """The safe loader, which keeps the last of two equal keys, made to raise."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Build a mapping after a look at its keys."""
-        keys = [key.value for key, _ in node.value]
-        if twice := [key for key in keys if keys.count(key) > 1]:
-            raise yaml.constructor.ConstructorError(None, None, f"key {twice[0]!r} is given twice", node.start_mark)
-        return super().construct_mapping(node, deep)
 
 
 def _merged(default: BaseModel, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -118,22 +116,32 @@ def _faults(error: ValidationError, model: type[BaseModel], values: Mapping[str,
     """Each key at fault, with its rule, its value and, where the key is unknown, a remedy."""
     rules: dict[tuple[str, ...], list[str]] = {}
     got: dict[tuple[str, ...], str] = {}
-    for fault in error.errors(include_url=False):
+    listed: set[tuple[str, ...]] = set()
+    for fault in error.errors(include_url=False, include_context=False, include_input=False):
         keys: tuple[str, ...] = ()
         value: Any = values
         for part in fault["loc"]:  # pydantic also names the members of unions there, which are no keys of the file
             if isinstance(value, Mapping) and part in value:
-                keys, value = (*keys, str(part)), value[part]
+                keys, value = (*keys, str(part)[:100]), value[part]
+        if len(rules) == _FAULTS_SHOWN and keys not in rules:
+            return [*_told(rules, got), f"and {error.error_count()} faults in all"]
         rule = fault["msg"].removeprefix("Value error, ")
         if fault["type"] == "extra_forbidden":
             known = _fields(model, keys[:-1])
             close = get_close_matches(keys[-1], known, n=1)
-            rule = "unknown key; " + (f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}")
+            rule = f"unknown key; did you mean {close[0]!r}?" if close else "unknown key"
+            if not close and keys[:-1] not in listed:
+                rule += f"; known keys: {', '.join(known)}"
+                listed.add(keys[:-1])
         elif fault["type"] == "missing":
             rule = f"key {fault['loc'][-1]!r} is required"
         elif not isinstance(value, Mapping | BaseModel):
-            got[keys] = f", got {value!r}"
+            got[keys] = f", got {shown(value)}"
         rules.setdefault(keys, []).append(rule)
+    return _told(rules, got)
+
+
+def _told(rules: Mapping[tuple[str, ...], Sequence[str]], got: Mapping[tuple[str, ...], str]) -> list[str]:
     return [
         ": ".join(filter(None, [".".join(k), f"{'; or '.join(rule)}{got.get(k, '')}"])) for k, rule in rules.items()
     ]

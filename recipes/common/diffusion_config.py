@@ -9,6 +9,7 @@ from pydantic import Field
 
 from recipes.common.settings import RecipeConfig
 from recipes.data.images import ImageData
+from recipes.data.settings import Count
 
 __all__ = ["DiffusionConfig", "sequence", "source_of"]
 
@@ -21,13 +22,13 @@ class DiffusionConfig(RecipeConfig):
 
     data: ImageData = ImageData()
     """The images and captions to train and to evaluate on."""
-    max_sequence_length: int | None = Field(default=None, ge=1)
+    max_sequence_length: Count | None = None
     """Tokens a caption; none: 16 with the reference pipeline, otherwise the pipeline's own default."""
     caption_dropout: float | None = Field(default=None, ge=0, le=1)
     """Share of training images that lose their caption; none: a tenth where the pipeline guides without one, else 0."""
     prompts: tuple[str, ...] = ()
     """What the pictures at the end show; none: eight captions of the evaluation images."""
-    sampler_steps: int = Field(default=20, ge=2)
+    sampler_steps: Count = Field(default=20, ge=2)
     """Steps of the sampler, for the pictures and for calibration."""
 
 

@@ -22,7 +22,7 @@ from recipes import tasks
 from recipes.common import training
 from recipes.common.batches import TrainingBatches
 from recipes.common.callbacks import LastCheckpoints
-from recipes.common.checkpoints import end_run, settings_of
+from recipes.common.checkpoints import end_run, settings_of, start_run
 from recipes.common.fine_tuned import FineTunedWeights
 from recipes.common.gate import Gate
 from recipes.common.judged import Judged
@@ -87,8 +87,10 @@ def compare(
     prepared_for: dict[str, Any] = {"target": config.target, "observer": config.observer, "example_inputs": example}
     prepared_for |= {"spec": spec, "algorithm": config.algorithm}
     batches = TrainingBatches(examples.train, settings.batch_size, examples.collate, config.seed)
+    training.require_teacher(model, teacher, settings.distillation, task, batches)
     checkpoints = run.beside("checkpoints")
-    how = training.FitSettings(settings, config.trainer, config.seed)
+    start_run(checkpoints, config, run.resume)
+    how = training.FitSettings(settings, config.trainer, config.seed, run.beside("logs"))
     scores: dict[str, dict[str, float]] = {}
     losses: dict[str, list[float]] = {}
     kept_scores = Judged(checkpoints, config)
@@ -97,13 +99,12 @@ def compare(
         if name not in kept_scores:
             held_out = DataLoader(examples.evaluation, settings.batch_size, collate_fn=examples.collate)
             shown, found = track(held_out, f"evaluating: {name}", len(held_out)), list[float]()
-            kept_scores[name] = tasks.evaluate(task, judged.to(device), shown, dtype, found), found
+            kept_scores.keep(name, tasks.evaluate(task, judged.to(device), shown, dtype, found), found)
         scores[name], losses[name] = kept_scores[name]
 
     def calibration() -> tuple[Iterable[Any], int, torch.device]:
         return map(task.inputs, batches), schedule.calibration_batches, run.device
 
-    training.require_teacher(model, teacher, settings.distillation, task, batches)
     judge(FLOAT, model, run.device)
     float_size = sum(parameter.numel() for parameter in model.parameters()) * spec.torch_dtype.itemsize
     tuned = copy.deepcopy(model)
@@ -125,7 +126,7 @@ def compare(
     gate.before_training()
 
     callbacks = [
-        qat.QuantizationAwareTraining(schedule=schedule, **prepared_for),
+        qat.QuantizationAwareTraining(schedule=schedule, guards=config.guards, **prepared_for),
         LastCheckpoints(
             checkpoints, config.trainer.checkpoint_every, config.trainer.keep_checkpoints, settings_of(config)
         ),

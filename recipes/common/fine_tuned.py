@@ -7,7 +7,8 @@ from pathlib import Path
 import lightning
 from torch import nn
 
-from recipes.common.checkpoints import publish, settings_of, whole
+from qat.files.whole import explained, whole_file
+from recipes.common.checkpoints import note, settings_of, whole
 from recipes.common.settings import RecipeConfig
 
 __all__ = ["FineTunedWeights"]
@@ -43,7 +44,8 @@ class FineTunedWeights:
         from safetensors.torch import save_model
 
         if trainer.is_global_zero:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            partial = self._path.with_suffix(".partial")
-            save_model(model, str(partial))
-            publish(partial, self._path, settings=self._settings)
+            with explained(self._path):
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+            with whole_file(self._path) as made:
+                save_model(model, str(made))
+            note(self._path, settings=self._settings)

@@ -11,6 +11,8 @@ import torch
 from torch import nn
 
 import qat
+from qat.hosts.configurations import local_directory
+from qat.hosts.pretrained import cannot_load, check_folder, load_processor, require_filled
 from qat.training.teacher import INDEX
 from recipes.common.config import ConfigError
 from recipes.common.settings import RecipeConfig
@@ -47,8 +49,12 @@ def load_teacher(config: RecipeConfig, load: Callable[[str], nn.Module]) -> nn.M
     """
     if config.teacher is None:
         return None
-    cached = (Path(config.teacher) / INDEX).is_file()
-    return qat.CachedLogits(config.teacher) if cached else load(config.teacher)
+    if (Path(config.teacher) / INDEX).is_file():
+        return qat.CachedLogits(config.teacher)
+    try:
+        return load(config.teacher)
+    except qat.LoadError as error:
+        raise qat.LoadError(f"teacher{str(error).removeprefix('model')}") from error
 
 
 def load_language_model(source: str, *, trust_remote_code: bool = False) -> tuple[Any, Any]:
@@ -101,40 +107,19 @@ def _load(
         id2label = dict(enumerate(new))
         labels = {"id2label": id2label, "label2id": {label: index for index, label in id2label.items()}}
         options |= {"num_labels": len(new), **labels, "ignore_mismatched_sizes": True}
-    local = Path(source).expanduser().is_dir()
-    try:
-        processor = processor_class.from_pretrained(source, trust_remote_code=trust)
-        # For a folder without one, transformers makes tokenizers of some classes with an empty vocabulary.
-        files = set(getattr(processor, "vocab_files_names", {}).values())
-        known = sorted(files | {"tokenizer.json"}) if files else []
-        if local and known and not any((Path(source).expanduser() / file).is_file() for file in known):
-            raise FileNotFoundError(f"none of {', '.join(known)} is there")
-    except Exception as error:  # what can be wrong with a directory, a file or a download has no common base
-        if not local:
-            raise _load_error(source, error) from error
-        raise qat.LoadError(
-            f"model: {source!r} has no {name} that can be loaded ({' '.join(str(error).split())}): put the files of "
-            f"the model's {name} there"
-        ) from error
+    check_folder(source, "model")
+    processor = load_processor(source, "model", processor_class, name, trust_remote_code=trust)
     try:
         model, info = model_class.from_pretrained(source, trust_remote_code=trust, **options)
-    except Exception as error:  # likewise
-        raise _load_error(source, error) from error
-    unfilled = sorted(
-        {str(key[0] if isinstance(key, tuple) else key) for key in (*info["missing_keys"], *info["mismatched_keys"])}
-    )
+    except Exception as error:  # what can be wrong with a directory, a file or a download has no common base
+        raise cannot_load(source, "model", error) from error
+    unfilled, remedy = [*info["missing_keys"], *info["mismatched_keys"]], "give a complete checkpoint of one"
     if new is not None:  # what is not in the base model belongs to the output layer
-        unfilled = [key for key in unfilled if key.startswith(f"{model.base_model_prefix}.")]
-    if unfilled:
-        remedy = "give a complete checkpoint" if new is None else "give one that is complete but for the output layer"
-        raise qat.LoadError(f"model: the weights in {source!r} do not fill {unfilled[:5]}: {remedy}")
+        keys = (str(key[0] if isinstance(key, tuple) else key) for key in unfilled)
+        unfilled = [key for key in keys if key.startswith(f"{model.base_model_prefix}.")]
+        remedy = "give one that is complete but for the output layer"
+    require_filled(source, "model", model, unfilled, processor, remedy)
     return model, processor
-
-
-def _load_error(source: str, error: Exception) -> qat.LoadError:
-    """What a library's error means for who named a model; a path that cannot be a hub's name never gets this far."""
-    meant = "" if Path(source).expanduser().is_dir() else "is no directory here, and as a hub's name "
-    return qat.LoadError(f"model: {source!r} {meant}cannot be loaded: {' '.join(str(error).split())}")
 
 
 def load_pipeline(
@@ -162,15 +147,16 @@ def load_pipeline(
 
     diffusers.utils.logging.set_verbosity_error()
     diffusers.utils.logging.disable_progress_bar()
+    if (folder := local_directory(source)) is not None and not (folder / "model_index.json").is_file():
+        raise qat.LoadError(f"model: {source!r} is no pipeline of diffusers, for it has no model_index.json: give one")
     try:
-        folder = Path(source).expanduser()
-        if not folder.is_dir():
+        if folder is None:
             folder = Path(diffusers.DiffusionPipeline.download(source, trust_remote_code=trust_remote_code))
         load: Any = diffusers.DiffusionPipeline.from_pretrained
         given = {} if transformer is None else {"transformer": transformer}
         pipeline = load(folder, dtype=dtype, trust_remote_code=trust_remote_code, **given)
     except Exception as error:  # what can be wrong with a directory, a file or a download has no common base
-        raise _load_error(source, error) from error
+        raise cannot_load(source, "model", error) from error
     if not isinstance(getattr(pipeline, "transformer", None), nn.Module):
         parts = ", ".join(name for name, part in pipeline.components.items() if isinstance(part, nn.Module))
         raise qat.LoadError(

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from qat.files.whole import whole_file
 from recipes.data.conditioning import call_arguments
 
 __all__ = ["draw_images", "plot_losses", "show_grid"]
@@ -48,7 +49,8 @@ def show_grid(rows: Mapping[str, Sequence[Any]], captions: Sequence[Any], path: 
                 axes.set_title(_folded(str(captions[column])), fontsize=8)
             if column == 0:
                 axes.set_ylabel(_folded(name), fontsize=8)
-    figure.savefig(path, dpi=150)
+    with whole_file(path) as made:
+        figure.savefig(made, dpi=150)
 
 
 def plot_losses(losses: Mapping[str, Sequence[float]], baseline: str, path: Path) -> None:
@@ -71,7 +73,8 @@ def plot_losses(losses: Mapping[str, Sequence[float]], baseline: str, path: Path
     left.set(title="loss", xlabel="timestep, from clean to noise", yscale="log")
     right.set(title=f"loss above: {baseline}", xlabel="timestep, from clean to noise")
     left.legend(fontsize=8)
-    figure.savefig(path, dpi=150)
+    with whole_file(path) as made:
+        figure.savefig(made, dpi=150)
 
 
 def _folded(text: str, width: int = 18) -> str:

@@ -15,6 +15,7 @@ from rich.table import Table
 
 import qat
 from qat.files.manifest import CARD_NAME
+from qat.files.whole import whole_file
 from recipes.common.gate import Comparison
 
 if TYPE_CHECKING:
@@ -58,7 +59,8 @@ def show_results(rows: Sequence[ResultRow], path: Path, metrics: Sequence[str]) 
     written = [asdict(row) for row in rows]
     for row in written:
         row["metrics"] = {name: value if isfinite(value) else None for name, value in row["metrics"].items()}
-    path.write_text(json.dumps(written, indent=1, allow_nan=False) + "\n")
+    with whole_file(path) as made:
+        made.write_text(json.dumps(written, indent=1, allow_nan=False) + "\n")
 
     table = Table()
     table.add_column("model", no_wrap=True)

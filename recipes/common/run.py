@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from qat.files.directory import check_destination
+from qat.files.places import check_place
 from recipes.common.checkpoints import begin_run, was_interrupted
 from recipes.common.config import load_config
 from recipes.common.settings import RecipeConfig
@@ -51,9 +52,10 @@ def begin(recipe: str, config: RecipeConfig) -> Run:
     """
     types = "_".join(filter(None, (config.spec.weights, config.spec.activations)))
     output, overwrite = config.output or Path("outputs", recipe, types), config.overwrite or config.output is None
+    check_place(output, "output")
     beside = output.with_name(f"{output.name}-checkpoints")
     interrupted = was_interrupted(beside, config)  # whose own export may lie there
-    check_destination(output.absolute(), overwrite or interrupted)
+    check_destination(output.absolute(), overwrite or interrupted, "output")
     device = device_of(config.trainer)
     resume = begin_run(beside, config)
     _name_file(recipe, types, config)

@@ -14,10 +14,7 @@ from typing import Annotated, Any, Literal, Self, TypeAlias
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
-    ConfigDict,
     Field,
-    FilePath,
     ValidationInfo,
     computed_field,
     field_validator,
@@ -31,11 +28,14 @@ from qat.quantizers import Algorithm, AnyAlgorithm
 from qat.spec import QuantSpec
 from qat.starts import DATA_STARTS
 from qat.training.distillation import Distillation
-from qat.training.schedule import Decay, QuantizationSchedule
+from qat.training.guards import NumericalGuards
+from qat.training.schedule import FAULTS_BEYOND, Decay, QuantizationSchedule
+from recipes.data.settings import Count, Settings, Whole
 
 __all__ = [
     "FSDP2",
     "ComparisonConfig",
+    "LoggerName",
     "ModelSource",
     "OptimizationSettings",
     "RecipeConfig",
@@ -51,7 +51,7 @@ def _directory_or_hub_name(source: str) -> str:
     path = os.path.expanduser(source)  # of os, to whom neither an unknown user nor an empty text is an exception
     if os.path.isdir(path):
         return path
-    if os.path.exists(path) or not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", source):
+    if os.path.exists(path) or not re.fullmatch(r"[A-Za-z0-9][\w.-]{,95}(/[A-Za-z0-9][\w.-]{,95})?", source):
         raise ValueError("must be a directory that exists, or a hub name such as 'owner/model'")
     return source
 
@@ -60,14 +60,26 @@ ModelSource: TypeAlias = Annotated[str, AfterValidator(_directory_or_hub_name)]
 """A local directory, or what can be a hub name: a misspelt path is an error before any library is asked for it."""
 
 
-class OptimizationSettings(BaseModel):
+LoggerName: TypeAlias = Literal["csv", "tensorboard", "wandb", "mlflow", "none"]
+"""A logger of Lightning."""
+
+
+def _is_file(path: Path) -> Path:
+    if not os.path.isfile(path):  # of os, to whom no name is too long
+        raise ValueError("must be a file that exists")
+    return path
+
+
+UserPath: TypeAlias = Annotated[Path, AfterValidator(lambda path: Path(os.path.expanduser(path)))]
+"""A path, in which ~ is a home, as a shell would have it."""
+
+
+class OptimizationSettings(Settings):
     """How long and how fast a recipe trains; the float model that it compares with trains for the same steps."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    steps: int = Field(default=100, ge=1)
+    steps: Count = 100
     """Optimizer steps of each training."""
-    batch_size: int = Field(default=8, ge=1)
+    batch_size: Count = 8
     """Examples a batch, on each device."""
     learning_rate: float = Field(default=1e-4, gt=0)
     """Peak learning rate of quantization-aware training."""
@@ -77,7 +89,7 @@ class OptimizationSettings(BaseModel):
     """Learning rate of learned scales; none: a tenth of the weights'."""
     weight_decay: float = Field(default=0.0, ge=0)
     """Weight decay of the weights; scales never have any."""
-    warmup_steps: int | None = Field(default=None, ge=0)
+    warmup_steps: Whole | None = None
     """Steps in which the learning rate rises from 0 to its peak; none: a twentieth of all."""
     decay: Decay = "cosine"
     """How the learning rate goes from its peak to the last step: to 0 as a cosine or linearly, or constant."""
@@ -88,23 +100,27 @@ class OptimizationSettings(BaseModel):
     distillation: Distillation = Distillation()
     """What is learned from a float teacher, the fine-tuned model if there is one; by default all of the loss."""
 
+    @model_validator(mode="after")
+    def _warm_up_ends(self) -> Self:
+        if self.warmup_steps is not None and self.warmup_steps > self.steps:
+            raise ValueError(f"warmup_steps: must be at most steps ({self.steps}), got {self.warmup_steps}: lower it")
+        return self
 
-class TrainerSettings(BaseModel):
-    """On what and how a recipe trains; all but fsdp2 and the last four are Lightning's own."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+class TrainerSettings(Settings):
+    """On what and how a recipe trains; all but fsdp2 and the last five are Lightning's own."""
 
     accelerator: str = "auto"
     """Lightning's accelerator: auto, cpu, gpu."""
-    devices: int | str = 1
+    devices: Annotated[int, Field(ge=-1, le=1024)] | str = 1
     """How many devices of each node, or which."""
-    num_nodes: int = Field(default=1, ge=1)
+    num_nodes: Count = 1
     """How many nodes train together, each started by torchrun, SLURM or the like."""
     strategy: str = "auto"
     """Lightning's strategy: auto, ddp and others; or fsdp2, which shards the model by `qat.shard`."""
     precision: Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true"] = "32-true"
     """Lightning's precision; master weights should be float32, so the mixed ones rather than the true ones."""
-    accumulate_grad_batches: int = Field(default=1, ge=1)
+    accumulate_grad_batches: Count = 1
     """Batches whose gradients are averaged for one optimizer step."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
@@ -112,16 +128,16 @@ class TrainerSettings(BaseModel):
     """Use deterministic algorithms alone: a run on a GPU then repeats, and goes on after a break, to the bit."""
     compile: bool = False
     """Compile the model for training; with fsdp2, each of its blocks."""
-    checkpoint_every: int = Field(default=50, ge=1)
+    logger: LoggerName = "csv"
+    """Lightning's logger, whose package must be installed; CSV files go to <output>-logs, for `qat report`."""
+    checkpoint_every: Count = 50
     """Steps between the checkpoints of quantization-aware training, kept beside the output."""
-    keep_checkpoints: int = Field(default=2, ge=1)
+    keep_checkpoints: Count = 2
     """How many of the newest checkpoints are left."""
 
 
-class RecipeConfig(BaseModel):
+class RecipeConfig(Settings):
     """What every recipe lets a user choose; each adds its data, its optimization and its targets."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     model: ModelSource | None = None
     """The float model: a local directory or a hub name; none: the reference model beside the recipes."""
@@ -135,15 +151,17 @@ class RecipeConfig(BaseModel):
     """What activation scales are taken from."""
     schedule: QuantizationSchedule = QuantizationSchedule()
     """When quantization happens."""
+    guards: NumericalGuards = NumericalGuards(log=True)
+    """What happens when numbers go wrong: inf or NaN, collapsed scales, dead codes, saturation."""
     trainer: TrainerSettings = TrainerSettings()
     """Devices, precision and the like."""
-    resume: FilePath | None = None
+    resume: Annotated[UserPath, AfterValidator(_is_file)] | None = None
     """A checkpoint of another run to go on from: step-N.ckpt beside its output; a run finds its own without this."""
-    output: Path | None = None
+    output: UserPath | None = None
     """Where the export goes; none: a folder named by the types under outputs/<recipe>, replaced if it exists."""
     overwrite: bool = False
     """Replace an output directory that is not empty."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Decides the order of the data, the noise and the pictures."""
 
     @computed_field  # type: ignore[prop-decorator]
@@ -180,20 +198,18 @@ class RecipeConfig(BaseModel):
         return schedule
 
     @model_validator(mode="after")
-    def _first_weights_fit(self) -> Self:
+    def _schedule_fits(self) -> Self:
         """What the library says when training begins, before anything slow."""
         until, steps = self.schedule.first_weights_until, getattr(self, "optimization", OptimizationSettings()).steps
         types = _weight_types(self.spec)
-        if until is not None and until >= steps:
-            raise ValueError(f"schedule.first_weights_until: must be below optimization.steps ({steps}), got {until}")
+        for name, fault in FAULTS_BEYOND.items():
+            if (value := getattr(self.schedule, name)) and value >= steps:
+                raise ValueError(
+                    f"schedule.{name}: must be below optimization.steps ({steps}), got {value}: {fault}; lower it, or "
+                    "leave it out"
+                )
         if until is not None and "int2" not in types:
             raise ValueError("schedule.first_weights: is for int2 weights, which spec does not ask for: leave it out")
-        begin = self.schedule.settled_from
-        if getattr(self, "optimization", OptimizationSettings()).average is not None and begin >= steps:
-            raise ValueError(
-                f"optimization.average: begins at step {begin}, where quantization does, of optimization.steps "
-                f"({steps}), so that nothing would be averaged: lower schedule.start_step, or leave it out"
-            )
         return self
 
     @model_validator(mode="after")

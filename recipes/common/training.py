@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import itertools
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 import lightning
 import torch
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
@@ -28,6 +30,7 @@ from qat.training.task import QuantizedTask, Task
 from recipes.common.batches import FitBatches, TrainingBatches
 from recipes.common.callbacks import StepProgress, averages
 from recipes.common.config import ConfigError
+from recipes.common.logs import logger_of
 from recipes.common.progress import stage
 from recipes.common.settings import FSDP2, OptimizationSettings, TrainerSettings
 from recipes.data.tensors import move
@@ -44,6 +47,7 @@ __all__ = [
 ]
 
 logger = logging.getLogger("qat")
+_LOGGED = 500  # rows of a log, about
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,8 @@ class FitSettings:
     """What Lightning is told."""
     seed: int
     """What is drawn before the first batch; the order of the batches and their noise have a seed of their own."""
+    logs: Path | None = None
+    """The folder of the run's logs; none: nothing is logged."""
 
 
 def require_teacher(
@@ -160,6 +166,8 @@ def fit(
     average = averages(optimization, callbacks)
     trainer = _trainer(
         settings.trainer,
+        lambda: logger_of(settings.trainer.logger, settings.logs, name, resume),
+        log_every_n_steps=max(1, optimization.steps // _LOGGED),
         max_steps=optimization.steps,
         max_epochs=-1,
         # No epoch is longer than the fit, so that the last step also ends one.
@@ -258,6 +266,12 @@ def quantized_copy(
         logger.warning("%s", note)
     needed = _needs_batches(model)
     kept = list(itertools.islice(batches, count)) if needed else []
+    if needed and len(kept) < count:
+        logger.warning(
+            "schedule.calibration_batches: asks for %s, and a pass over the data has %s, which calibrate",
+            count,
+            len(kept),
+        )
     with stage("calibrating and freezing" if needed else "freezing"):
         quantized = copy.deepcopy(model) if later else model
         if kept:
@@ -317,17 +331,19 @@ def _checkpoint_activations(model: nn.Module) -> None:
     enable({"use_reentrant": False})
 
 
-def _trainer(settings: TrainerSettings, **options: Any) -> lightning.Trainer:
+def _trainer(
+    settings: TrainerSettings, logger_made: Callable[[], Any] = lambda: None, **options: Any
+) -> lightning.Trainer:
     """Make a trainer that says nothing, or say in one line why the settings do not allow one."""
-    ours = {"gradient_checkpointing", "compile", "checkpoint_every", "keep_checkpoints"}
+    ours = {"gradient_checkpointing", "compile", "checkpoint_every", "keep_checkpoints", "logger"}
     lightnings = settings.model_dump(exclude=ours)
     if settings.strategy == FSDP2:
         lightnings["strategy"] = _Sharding()
     try:
-        return lightning.Trainer(
-            logger=False, enable_progress_bar=False, enable_model_summary=False, **options, **lightnings
-        )
+        quiet: dict[str, Any] = {"enable_progress_bar": False, "enable_model_summary": False}
+        return lightning.Trainer(logger=logger_made() or False, **quiet, **options, **lightnings)
     except Exception as error:  # what Lightning, its plug-ins and absent packages raise has no common base
+        lightnings["logger"] = settings.logger
         given = ", ".join(f"{name}={value!r}" for name, value in lightnings.items())
         raise ConfigError(
             f"trainer: Lightning cannot train with {given}: {' '.join(str(error).split())}; change these settings"
@@ -340,5 +356,14 @@ def device_of(settings: TrainerSettings) -> torch.device:
     Raises:
         ConfigError: nothing here can train with these settings; called first, this comes before any work.
     """
-    device: torch.device = _trainer(settings, enable_checkpointing=False).strategy.root_device
+    strategy: Any = _trainer(settings, enable_checkpointing=False).strategy
+    alone = isinstance(getattr(strategy, "cluster_environment", None), LightningEnvironment)
+    if settings.num_nodes > 1 and alone and "MASTER_ADDR" not in os.environ:  # it would wait for the other nodes
+        raise ConfigError(
+            f"trainer.num_nodes: {settings.num_nodes} nodes need a launcher that starts the run on each: use torchrun "
+            "or SLURM, or set MASTER_ADDR, MASTER_PORT and NODE_RANK"
+        )
+    device: torch.device = strategy.root_device
+    if device.type == "cpu" and settings.precision == "16-mixed":  # of which Lightning makes bf16-mixed
+        raise ConfigError("trainer.precision: '16-mixed' needs a GPU, and this process has a CPU: use 'bf16-mixed'")
     return device if device.type == "cuda" else torch.device("cpu")

@@ -18,17 +18,23 @@ from __future__ import annotations
 import csv
 import io
 import json
+import warnings
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
+from os.path import lexists
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
 from recipes.data import DataError
+from recipes.data.files import file_fault, files_below, read_text
+from recipes.data.settings import Count, Whole
 from recipes.data.sources import (
     Source,
+    generated,
     hold_out,
     load_folder,
     load_hub,
@@ -43,10 +49,12 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from PIL.Image import Image as Picture
 
-__all__ = ["ImageData", "Images", "as_rgb", "digits", "image_files", "load_images"]
+__all__ = ["ImageData", "Images", "as_rgb", "digits", "image_files", "load_images", "opened"]
 
 EVALUATION_EVERY = 5  # one image in five is held out, where the source has no evaluation split of its own
 DIGIT_SIZE = 32
+MOST_PIXELS = 8192  # a side: 200 MB a picture
+MOST_CAPTION = 1_000_000  # bytes of a text file beside an image
 _VERSION = "2"  # of how an image becomes a picture of one size
 _WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 # Four of them: no factor in common with EVALUATION_EVERY, so both splits have every template.
@@ -66,11 +74,11 @@ class ImageData(Source):
     """The column that holds the captions (or integer labels, for a pipeline that takes these)."""
     evaluation_split: str | None = None
     """The hub data set's split to evaluate on; none: every fifth image is held out."""
-    size: int = Field(default=DIGIT_SIZE, ge=8)
+    size: Count = Field(default=DIGIT_SIZE, ge=8, le=MOST_PIXELS)
     """Pixels a side: images are resized so that their shorter side has it, and cropped around the centre."""
-    evaluation_images: int = Field(default=256, ge=1)
+    evaluation_images: Count = 256
     """Evaluate on so many images, spread evenly over the held-out ones; fewer where there are fewer."""
-    unreadable_limit: int = Field(default=10, ge=0)
+    unreadable_limit: Whole = 10
     """Images that cannot be read are left out and named; more of them than this are an error."""
 
 
@@ -152,7 +160,7 @@ def _digit_rows() -> Iterator[dict[str, Any]]:
 def _digit_source(data: ImageData) -> Dataset:
     if data.caption_field not in ("caption", "label"):
         raise DataError(f"data.caption_field: digits have the columns caption and label, not {data.caption_field!r}")
-    return _generated(_named_digits, {"caption_field": data.caption_field}, data)
+    return _undecoded(generated(_named_digits, {"caption_field": data.caption_field}, data))
 
 
 def _named_digits(caption_field: str) -> Iterator[dict[str, Any]]:
@@ -171,7 +179,7 @@ def _local_source(path: Path, data: ImageData) -> Dataset:
     captions = _folder_captions(path, files, data)
     # Sizes and times take part in the fingerprint alone: a file that changes is read again.
     stamps = [(str(file), caption, file.stat().st_size, file.stat().st_mtime_ns) for file, caption in captions.items()]
-    return _generated(_folder_rows, {"stamps": stamps}, data)
+    return _undecoded(generated(_folder_rows, {"stamps": stamps}, data))
 
 
 def _folder_rows(stamps: list[tuple[str, Any, int, int]]) -> Iterator[dict[str, Any]]:
@@ -184,12 +192,15 @@ def _folder_captions(folder: Path, files: list[Path], data: ImageData) -> dict[P
     found: dict[Path, Any] = {}
     without: list[str] = []
     twice: list[str] = []
-    if (metadata := next((folder / name for name in _METADATA if (folder / name).exists()), None)) is not None:
+    if (metadata := next((folder / name for name in _METADATA if lexists(folder / name)), None)) is not None:
         for row in _read_metadata(metadata):
             name, caption = row.get("file_name", ""), row.get(data.caption_field)
-            inside = isinstance(name, str) and {"..", "/"}.isdisjoint(Path(name).parts)
-            if not inside or not name or not (folder / name).is_file():
-                raise DataError(f"data.source: {metadata} has the file_name {name!r}, which is no file there")
+            inside = isinstance(name, str) and name and {"..", "/"}.isdisjoint(Path(name).parts)
+            if fault := file_fault(folder / name) if inside else "is no file there":
+                raise DataError(
+                    f"data.source: {str(metadata)!r} has the file_name {name!r:.100}, which {fault}: name images "
+                    "of the folder in a column file_name"
+                )
             twice += [str(name)] if folder / name in found else []
             found[folder / name] = caption
             without += [str(name)] if caption in (None, "") else []
@@ -197,9 +208,11 @@ def _folder_captions(folder: Path, files: list[Path], data: ImageData) -> dict[P
     else:
         for file in files:
             text = file.with_suffix(".txt")
-            found[file] = text.read_text(encoding="utf-8").strip() if text.is_file() else ""
+            found[file] = read_text(text, MOST_CAPTION).strip() if lexists(text) else ""
             without += [] if found[file] else [file.name]
         remedy = f"write each into a text file of the image's name, or all into {' or '.join(_METADATA)}"
+    if not found:
+        raise DataError(f"data.source: {str(metadata)!r} names no image: fill or remove it")
     if twice:  # with a row each in both splits, evaluation would be on images that were trained on
         raise DataError(
             f"data.source: {metadata} has {len(twice)} rows for images that it already named (first: "
@@ -224,13 +237,23 @@ def _check_types(captions: Iterable[Any], data: ImageData) -> None:
 
 
 def _read_metadata(path: Path) -> list[dict[str, Any]]:
+    text, line, rows = io.StringIO(read_text(path)), 0, []
     try:
-        with path.open(encoding="utf-8", newline="") as file:
-            if path.suffix == ".csv":
-                return list(csv.DictReader(file))
-            return [dict(json.loads(line)) for line in file if line.strip()]
-    except (OSError, ValueError, TypeError) as error:
-        raise DataError(f"data.source: {path} cannot be read: {error}") from error
+        if path.suffix == ".csv":
+            reader = csv.DictReader(text)
+            for row in reader:
+                line = reader.line_num
+                rows.append(row)
+            return rows
+        for content in text:
+            rows += [dict(json.loads(content))] if content.strip() else []
+            line += 1
+    except (csv.Error, ValueError, TypeError, RecursionError) as error:
+        raise DataError(
+            f"data.source: {str(path)!r} cannot be read after line {line} ({str(error)[:200]}): give one row, or one "
+            "JSON mapping a line, for each image"
+        ) from error
+    return rows
 
 
 def _columns(found: Dataset, data: ImageData) -> Dataset:
@@ -254,13 +277,11 @@ def _columns(found: Dataset, data: ImageData) -> Dataset:
     return kept.cast_column("image", Image(decode=False))
 
 
-def _generated(rows: Any, arguments: dict[str, Any], data: ImageData) -> Dataset:
-    """A data set from a generator, which ``datasets`` caches under the generator's code and arguments."""
+def _undecoded(found: Dataset) -> Dataset:
     import datasets
 
     with quiet_bars():
-        found = datasets.Dataset.from_generator(rows, gen_kwargs=arguments, cache_dir=data.cache_dir)
-    return found.cast_column("image", datasets.Image(decode=False))
+        return found.cast_column("image", datasets.Image(decode=False))
 
 
 # -- pictures of one size ----------------------------------------------------------------------------------------------
@@ -286,6 +307,7 @@ def _prepared(source: Dataset, data: ImageData, known_bad: int = 0) -> tuple[Dat
         features=features,
         cache_file_name=str(cached),
         new_fingerprint=cached.stem,
+        writer_batch_size=max(1, min(1000, 2**24 // data.size**2)),  # pictures that are held in memory
         desc="reading images",
     )
     faults = done["fault"]
@@ -303,21 +325,42 @@ def _prepared(source: Dataset, data: ImageData, known_bad: int = 0) -> tuple[Dat
 
 
 def _resize_row(row: dict[str, Any], index: int, size: int) -> dict[str, Any]:
-    from PIL import Image
-
-    encoded = row["image"]
-    name = row.get("name") or (encoded or {}).get("path") or f"row {index}"
+    name = row.get("name") or (row["image"] or {}).get("path") or f"row {index}"
     try:
-        with Image.open(encoded["path"] if encoded["bytes"] is None else io.BytesIO(encoded["bytes"])) as opened:
-            picture = _resized(opened, size)
+        with opened(row["image"]) as found:
+            picture = _resized(found, size)
     except Exception as error:  # Pillow's decoders raise errors without a common base
         return {"image": None, "caption": row["caption"], "fault": f"{name} ({type(error).__name__}: {error})"}
     return {"image": picture, "caption": row["caption"], "fault": ""}
 
 
+@contextmanager
+def opened(encoded: dict[str, Any] | None) -> Iterator[Picture]:
+    """Open an image as a data set holds it: its ``bytes``, or else the ``path`` of a regular file.
+
+    Raises:
+        DataError: there is neither.
+        Exception: as Pillow, also for more than 89 million pixels; its decoders' errors have no common base.
+    """
+    from PIL import Image
+
+    if encoded is None or (encoded["bytes"] is None and encoded["path"] is None):
+        raise DataError("no image")
+    if encoded["bytes"] is None and (fault := file_fault(Path(encoded["path"]))) is not None:
+        raise DataError(f"it {fault}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with Image.open(encoded["path"] if encoded["bytes"] is None else io.BytesIO(encoded["bytes"])) as picture:
+            yield picture
+
+
 def image_files(folder: Path) -> list[Path]:
-    """Return the images below a folder, sorted by path."""
-    return sorted(file for file in folder.rglob("*") if file.suffix.lower() in _SUFFIXES)
+    """Return the images below a folder, sorted by path.
+
+    Raises:
+        DataError: as `files_below`.
+    """
+    return files_below(folder, _SUFFIXES)
 
 
 def as_rgb(picture: Picture) -> Picture:

@@ -12,7 +12,6 @@ Every image is decoded once before the first run, so that one that cannot be rea
 
 from __future__ import annotations
 
-import io
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
@@ -25,10 +24,12 @@ import torch
 from pydantic import Field
 
 from recipes.data import DataError
-from recipes.data.images import as_rgb, digits, image_files
-from recipes.data.labels import LABEL, Labelled, numbered
+from recipes.data.images import as_rgb, digits, image_files, opened
+from recipes.data.labels import LABEL, Labelled, numbered, require_labels
+from recipes.data.settings import Count
 from recipes.data.sources import (
     Source,
+    generated,
     hold_out,
     load_folder,
     load_hub,
@@ -60,7 +61,7 @@ class LabelledImageData(Source):
     """The column that holds the classes, in a data set: names, or integers from 0."""
     evaluation_split: str | None = None
     """The hub data set's split to evaluate on; none: every fifth image is held out."""
-    evaluation_images: int = Field(default=1000, ge=1)
+    evaluation_images: Count = 1000
     """Evaluate on so many images, spread evenly over the held-out ones; fewer where there are fewer."""
 
 
@@ -134,6 +135,10 @@ def _class_folders(folder: Path, data: LabelledImageData) -> Dataset:
         raise DataError(
             f"data.source: {str(folder)!r} has no sub-folders: put the images of each class into one of its name"
         )
+    if strays := [file.name for file in image_files(folder) if file.parent == folder]:
+        raise DataError(
+            f"data.source: {strays[0]!r} in {str(folder)!r} lies beside the folders of the classes: move or remove it"
+        )
     files = {child: image_files(child) for child in classes}
     if empty := [child.name for child, found in files.items() if not found]:
         raise DataError(
@@ -147,10 +152,8 @@ def _class_folders(folder: Path, data: LabelledImageData) -> Dataset:
     ]
     features = datasets.Features({"image": datasets.Image(), data.label_field: datasets.Value("string")})
     arguments = {"stamps": stamps, "label_field": data.label_field}
-    with quiet_bars():
-        return datasets.Dataset.from_generator(
-            _folder_rows, features=features, gen_kwargs=arguments, cache_dir=data.cache_dir
-        )
+    found: Dataset = generated(_folder_rows, arguments, data, features=features)
+    return found
 
 
 def _folder_rows(stamps: list[tuple[str, str, int, int]], label_field: str) -> Iterator[dict[str, Any]]:
@@ -162,10 +165,10 @@ def _columns(found: Dataset, data: LabelledImageData) -> Dataset:
     """Keep the two columns that count."""
     from datasets import Image
 
-    for field in ("image_field", "label_field"):
-        require_column(found, field, getattr(data, field), repr(data.source))
+    require_column(found, "image_field", data.image_field, repr(data.source))
     if not isinstance(found.features[data.image_field], Image):
         raise DataError(f"data.image_field: column {data.image_field!r} of {data.source!r} must hold images")
+    require_labels(found, data.label_field, repr(data.source))
     kept = found.select_columns([data.image_field, data.label_field])
     return kept if data.image_field == "image" else kept.rename_column(data.image_field, "image")
 
@@ -197,12 +200,9 @@ def _check_images(found: Dataset, data: LabelledImageData, source: str) -> None:
 
 
 def _fault(row: dict[str, Any], index: int) -> dict[str, str]:
-    from PIL import Image
-
-    encoded = row["image"]
     try:
-        with Image.open(encoded["path"] if encoded["bytes"] is None else io.BytesIO(encoded["bytes"])) as opened:
-            opened.load()
+        with opened(row["image"]) as picture:
+            picture.load()
     except Exception as error:  # Pillow's decoders raise errors without a common base
-        return {"fault": f"{(encoded or {}).get('path') or f'row {index}'} ({type(error).__name__}: {error})"}
+        return {"fault": f"{(row['image'] or {}).get('path') or f'row {index}'} ({type(error).__name__}: {error})"}
     return {"fault": ""}

@@ -24,14 +24,18 @@ import torch
 from pydantic import Field
 
 from recipes.data import DataError
-from recipes.data.labels import LABEL, Labelled, numbered
+from recipes.data.files import files_below
+from recipes.data.labels import LABEL, Labelled, numbered, require_labels
+from recipes.data.settings import Count
 from recipes.data.sources import (
     Source,
+    generated,
     hold_out,
+    is_saved,
     load_folder,
     load_hub,
     local_path,
-    quiet_bars,
+    read_tables,
     reject_hub_fields,
     require_column,
     spread,
@@ -75,9 +79,9 @@ class LabelledTextData(Source):
     """The column that holds the classes: names, or integers from 0."""
     evaluation_split: str | None = None
     """The hub data set's split to evaluate on; none: every fifth text is held out."""
-    evaluation_texts: int = Field(default=512, ge=1)
+    evaluation_texts: Count = 512
     """Evaluate on so many texts, spread evenly over the held-out ones; fewer where there are fewer."""
-    max_length: int = Field(default=64, ge=2)
+    max_length: Count = Field(default=64, ge=2)
     """Tokens of a text, special ones included; what is longer is cut."""
 
 
@@ -177,44 +181,48 @@ def _piece_rows(split: Literal["train", "evaluation"], root: Path, version: str)
 
 
 def _standard_library(split: Literal["train", "evaluation"], data: LabelledTextData) -> Dataset:
-    from datasets import Dataset
-
     for field in ("text_field", "label_field"):
         if (value := getattr(data, field)) != (known := LabelledTextData.model_fields[field].default):
             raise DataError(f"data.{field}: the texts of {STANDARD_LIBRARY} have the column {known!r}, not {value!r}")
     arguments = {"split": split, "root": Path(sysconfig.get_path("stdlib")), "version": sys.version}
-    with quiet_bars():
-        return Dataset.from_generator(_piece_rows, gen_kwargs=arguments, cache_dir=data.cache_dir)
+    found: Dataset = generated(_piece_rows, arguments, data)
+    return found
 
 
 def _local(path: Path, data: LabelledTextData) -> tuple[Dataset, Dataset | None]:
-    if path.is_dir() and (path / "state.json").exists() | (path / "dataset_dict.json").exists():
+    if path.is_dir() and is_saved(path):
         return load_folder(path, data), None
-    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.suffix.lower() in _LOADERS)
+    files = [path] if path.is_file() else files_below(path, _LOADERS)
     if not files or files[0].suffix.lower() not in _LOADERS:
         raise DataError(f"data.source: no file ending in {', '.join(_LOADERS)} in {str(path)!r}")
-    by_name = {file.stem.lower(): file for file in files}
-    held_out = next((by_name[name] for name in _EVALUATION_FILES if name in by_name), None)
+    by_name: dict[str, list[Path]] = {}
+    for file in files:
+        by_name.setdefault(file.stem.lower(), []).append(file)
+    held_out = next((name for name in _EVALUATION_FILES if name in by_name), None)
     if "train" in by_name and held_out is not None:
-        return _read([by_name["train"]], data), _read([held_out], data)
+        for name in ("train", held_out):
+            if len(found := by_name[name]) > 1:
+                raise DataError(
+                    f"data.source: {str(found[0])!r} and {str(found[1])!r} are both the file {name!r}: keep one"
+                )
+        return _read(by_name["train"], data), _read(by_name[held_out], data)
     return _read(files, data), None
 
 
 def _read(files: Sequence[Path], data: LabelledTextData) -> Dataset:
-    from datasets import concatenate_datasets, load_dataset
+    from datasets import concatenate_datasets
 
     parts = []
     for file in files:
         loader = _LOADERS[file.suffix.lower()]
-        try:
-            with quiet_bars():
-                parts.append(load_dataset(loader, data_files=str(file), split="train", cache_dir=data.cache_dir))
-        except Exception as error:  # builders of datasets raise errors without a common base
-            cause = " ".join(str(error.__cause__ or error).split())
-            raise DataError(f"data.source: {str(file)!r} cannot be read as {loader}: {cause}") from error
+        # In a CSV file "None" and "NA" are words, and an empty field is an empty text.
+        options = {"keep_default_na": False} if loader == "csv" else {}
+        parts.append(read_tables(loader, [file], data, **options))
+        for field in ("text_field", "label_field"):
+            require_column(parts[-1], field, getattr(data, field), repr(str(file)))
     try:
         return concatenate_datasets(parts)
-    except Exception as error:  # likewise
+    except Exception as error:  # of no common base
         raise DataError(
             f"data.source: the files in {data.source!r} do not have the same columns: give them the same, or one file"
         ) from error
@@ -222,11 +230,14 @@ def _read(files: Sequence[Path], data: LabelledTextData) -> Dataset:
 
 def _texts(found: Dataset, data: LabelledTextData, source: str) -> Dataset:
     """Keep the two columns that count, the first one as ``text``."""
-    for field in ("text_field", "label_field"):
-        require_column(found, field, getattr(data, field), source)
-    dtype = getattr(found.features[data.text_field], "dtype", "a nested type")
+    require_column(found, "text_field", data.text_field, source)
+    require_labels(found, data.label_field, source)
+    dtype = getattr(found.features[data.text_field], "dtype", "a nested type, or several")
     if dtype not in ("string", "large_string"):
-        raise DataError(f"data.text_field: column {data.text_field!r} of {source} must hold text, it holds {dtype}")
+        raise DataError(
+            f"data.text_field: column {data.text_field!r} of {source} must hold text, it holds {dtype}: mend it, or "
+            "name another column"
+        )
     if len(found) < 2:
         raise DataError(f"data.source: {source} holds {len(found)} texts: give at least two")
     for row, text in enumerate(found[data.text_field]):

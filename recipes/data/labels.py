@@ -18,7 +18,7 @@ from recipes.data.sources import quiet_bars, require_column
 if TYPE_CHECKING:
     from datasets import Dataset
 
-__all__ = ["Labelled", "for_model", "numbered"]
+__all__ = ["Labelled", "for_model", "numbered", "require_labels"]
 
 LABEL = "label"
 
@@ -88,13 +88,23 @@ def numbered(train: Dataset, evaluation: Dataset, field: str, source: str) -> La
     )
 
 
+def require_labels(part: Dataset, field: str, source: str) -> list[Any]:
+    """Return a column of class names or of integers; called before rows are held out, its errors number all rows.
+
+    Raises:
+        DataError: there is no such column, or a label is missing or of another type.
+    """
+    require_column(part, "label_field", field, source)
+    values: list[Any] = part[field][:]
+    _check_values(values, field, source)
+    return values
+
+
 def _values(part: Dataset, field: str, source: str) -> list[Any]:
     """Names or integers; what has no name in a ``ClassLabel``, such as -1, stays an integer."""
     from datasets import ClassLabel
 
-    require_column(part, "label_field", field, source)
-    values: list[Any] = part[field][:]
-    _check_values(values, field, source)
+    values = require_labels(part, field, source)
     if isinstance(feature := part.features[field], ClassLabel):
         return [feature.names[value] if value >= 0 else value for value in values]
     return values
@@ -102,10 +112,8 @@ def _values(part: Dataset, field: str, source: str) -> list[Any]:
 
 def _check_values(values: Sequence[Any], field: str, source: str) -> None:
     types = {type(value) for value in values}
-    if type(None) in types:
-        raise DataError(
-            f"data.label_field: row {values.index(None)} of {source} has no {field!r}: fill or remove such rows"
-        )
+    if (row := next((row for row, value in enumerate(values) if value in (None, "")), None)) is not None:
+        raise DataError(f"data.label_field: row {row} of {source} has no {field!r}: fill or remove such rows")
     if not values or len(types) > 1 or not types <= {str, int, bool}:
         found = " and ".join(sorted(kind.__name__ for kind in types)) or "nothing"
         raise DataError(

@@ -9,10 +9,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
-import os
-import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -22,8 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from qat.files.whole import whole_directory
 from recipes.data import DataError
 from recipes.data.conditioning import Conditioner
+from recipes.data.files import require_file
 from recipes.data.images import ImageData, Images
 from recipes.data.templates import Rows, Template
 
@@ -109,8 +108,9 @@ def encode(
         track: shows progress.
 
     Raises:
-        DataError: the pipeline cannot be run at this size, its autoencoder does not fit its transformer, or a label is
-            none that the transformer knows.
+        ExportError: the cache cannot be written.
+        DataError: the pipeline cannot be run at this size, its autoencoder does not fit its transformer, a label is
+            none that the transformer knows, or the cache is damaged.
         torch.OutOfMemoryError: the device is too small.
     """
     parts = {"train": images.train, "evaluation": images.evaluation}
@@ -133,19 +133,19 @@ def encode(
     content += [*map(_version, ("diffusers", "transformers")), repr(sorted(dtypes.items())), str(to_latents.dtype)]
     folder = _cache_folder(data) / hashlib.sha256("\n".join(content).encode()).hexdigest()[:32]
     if not folder.exists():
-        with _whole(folder) as making:
+        with whole_directory(folder) as making:  # in which a faster process has the same content
             _write_captions(making, conditioner, distinct, track)
             for name, part in parts.items():
                 _write_latents(making, name, part, to_latents, data.size, track)
-    rows = [_unnamed(shard) for shard in _read(folder, "captions")]
+    rows = _read(folder, "captions", len(distinct), _unnamed)
     numbers = {caption: number for number, caption in enumerate(distinct)}
     encoded = {
         name: Latents(
-            [latent for shard in _read(folder, name) for latent in shard["latents"]],
-            [row for shard in rows for row in shard],
+            _read(folder, name, len(part), lambda shard: list(shard["latents"])),
+            rows,
             [numbers[caption] for caption in captions[name]],
         )
-        for name in parts
+        for name, part in parts.items()
     }
     return Encoded(encoded["train"], encoded["evaluation"], conditioner.template, conditioner.empty, conditioner.guided)
 
@@ -261,23 +261,6 @@ def _pixels(part: datasets.Dataset) -> str:
     return digest.hexdigest()
 
 
-@contextmanager
-def _whole(folder: Path) -> Iterator[Path]:
-    """A folder to write into, which appears under its name only when all is written."""
-    making = folder.with_name(f"{folder.name}.{os.getpid()}")
-    shutil.rmtree(making, ignore_errors=True)
-    making.mkdir(parents=True)
-    try:
-        yield making
-        try:
-            making.rename(folder)
-        except OSError:
-            if not folder.exists():  # else another process was faster, with the same content
-                raise
-    finally:
-        shutil.rmtree(making, ignore_errors=True)
-
-
 def _write_captions(folder: Path, conditioner: Conditioner, captions: Sequence[Any], track: Track) -> None:
     pending: list[Rows] = []
     for number, caption in enumerate(track(captions, "encoding captions", len(captions)), 1):
@@ -308,12 +291,24 @@ def _write(folder: Path, name: str, number: int, tensors: Mapping[str, Tensor]) 
     save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / f"{name}-{number:08}.safetensors")
 
 
-def _read(folder: Path, name: str) -> Iterator[dict[str, Tensor]]:
-    """The shards in order, their tensors mapped from the files."""
+def _read(folder: Path, name: str, count: int, unpack: Callable[[dict[str, Tensor]], list[Any]]) -> list[Any]:
+    """What the shards hold, in order, its tensors mapped from the files; a shard's name says how much there is then."""
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    for file in sorted(folder.glob(f"{name}-*.safetensors")):
-        yield load_file(file)
+    found: list[Any] = []
+    last = file = folder / f"{name}-{count:08}.safetensors"
+    try:
+        for file in sorted({last, *folder.glob(f"{name}-*.safetensors")}):
+            require_file(file)
+            found += unpack(load_file(file))
+            if file.name != f"{name}-{len(found):08}.safetensors":
+                raise ValueError(f"a file is missing, or there is one too many: {len(found)} of {count} were found")
+    except (DataError, OSError, LookupError, ValueError, SafetensorError) as error:
+        raise DataError(
+            f"data.cache_dir: {str(file)!r} is damaged ({error}): remove the folder it is in, which is then made again"
+        ) from error
+    return found
 
 
 def _unnamed(shard: Mapping[str, Tensor]) -> list[Rows]:

@@ -6,6 +6,9 @@ twelve megabytes of real, structured text that every Python installation already
 ``datasets.Dataset`` of documents, split *by document* (by a hash of its name for the standard library, so
 that the split is the same in every Python version), then one of token blocks.
 
+A file of text is one document, however long. It is read, kept and tokenized in pieces of a million characters, which
+end at line ends (`recipes.data.files`): several gigabytes take little memory, and no end-of-text token stands between.
+
 Packing joins documents with the end-of-text token between them and cuts the stream into blocks of equal
 length. It wastes no position on padding and needs no mask; the price is that a block may begin in the middle
 of a document. Results are cached by ``datasets`` under a fingerprint of the text and the tokenizer.
@@ -20,7 +23,7 @@ import json
 import sys
 import sysconfig
 import tokenize
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -28,12 +31,17 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from recipes.data import DataError
+from recipes.data.files import PIECE, files_below, pieces, pieces_of
+from recipes.data.settings import Count
 from recipes.data.sources import (
     Source,
-    hold_out,
+    generated,
+    is_saved,
+    load_folder,
     load_hub,
     local_path,
     quiet_bars,
+    read_tables,
     reject_hub_fields,
     require_column,
     spread,
@@ -47,6 +55,8 @@ __all__ = ["TextData", "load_blocks", "load_documents", "pack_blocks", "standard
 
 STANDARD_LIBRARY = "the standard library"
 EVALUATION_SHARE = 10  # one document in ten is held out, where the source has no evaluation split of its own
+MOST_TOKENS = 2**24  # of a block: what is left over between two batches of documents is kept in memory
+_GROUP = 2**20  # characters that a tokenizer is given at once, unless one text has more
 _TEST_FOLDERS = frozenset({"test", "tests", "idle_test"})
 _SUFFIX_LOADERS = {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
@@ -60,9 +70,9 @@ class TextData(Source):
     """The column that holds the text; plain text files have none."""
     evaluation_split: str | None = None
     """The hub data set's split to evaluate on; none: a tenth of the documents is held out."""
-    block_size: int = Field(default=256, ge=2)
-    """Tokens a block."""
-    evaluation_blocks: int = Field(default=256, ge=1)
+    block_size: Count = Field(default=256, ge=2, le=MOST_TOKENS)
+    """Tokens a block; at most so many as the model takes."""
+    evaluation_blocks: Count = 256
     """Evaluate on so many blocks, spread evenly over the evaluation text; fewer where it has fewer."""
 
 
@@ -97,7 +107,9 @@ def standard_library_documents(
 
 
 def load_documents(data: TextData) -> tuple[Dataset, Dataset]:
-    """Load the training and the evaluation documents, each a data set with the one column ``text``.
+    """Load the training and the evaluation documents, each a data set with the column ``text``.
+
+    Where a text file is longer than a piece, a document is several rows, and a column ``ends`` says which is its last.
 
     A source without an evaluation split gives every tenth document to evaluation, in the order of the source (files
     sorted by path). A source of a single document is cut in two instead, at the last line that ends within the
@@ -117,13 +129,16 @@ def load_documents(data: TextData) -> tuple[Dataset, Dataset]:
     return documents, _load_hub(data, data.evaluation_split)
 
 
-def pack_blocks(documents: Dataset, tokenizer: PreTrainedTokenizerBase, block_size: int) -> Dataset:
+def pack_blocks(
+    documents: Dataset, tokenizer: PreTrainedTokenizerBase, block_size: int, part: str = "training"
+) -> Dataset:
     """Tokenize documents, join them with the end-of-text token and cut the stream into blocks.
 
     Args:
-        documents: a data set with a column ``text``.
+        documents: a data set with a column ``text``, and ``ends`` where documents have several rows.
         tokenizer: any tokenizer of transformers; its own special tokens are not added.
         block_size: tokens a block; what is left over at the end of the stream is dropped.
+        part: what the blocks are for, in a message.
 
     Returns:
         A data set with one column, ``input_ids`` of ``block_size`` integers, in the order of the documents, formatted
@@ -150,13 +165,15 @@ def pack_blocks(documents: Dataset, tokenizer: PreTrainedTokenizerBase, block_si
         )
     if len(blocks) == 0:
         raise DataError(
-            f"data.block_size: the text ({len(documents)} documents) is shorter than one block of {block_size} tokens; "
-            "give more text or a smaller block_size"
+            f"data.block_size: the {part} text ({len(documents)} documents) is shorter than one block of {block_size} "
+            "tokens; give more text or a smaller block_size"
         )
     return blocks.with_format("torch")
 
 
-def load_blocks(data: TextData, tokenizer: PreTrainedTokenizerBase) -> tuple[Dataset, Dataset]:
+def load_blocks(
+    data: TextData, tokenizer: PreTrainedTokenizerBase, positions: int | None = None
+) -> tuple[Dataset, Dataset]:
     """Load the training and the evaluation blocks: `load_documents`, then `pack_blocks`.
 
     Evaluation keeps ``evaluation_blocks`` blocks, evenly spaced, so that all held-out documents have their share.
@@ -164,11 +181,19 @@ def load_blocks(data: TextData, tokenizer: PreTrainedTokenizerBase) -> tuple[Dat
     Args:
         data: where the text comes from and how it is cut.
         tokenizer: any tokenizer of transformers with a token to end a document with.
+        positions: how many tokens the model takes; none: any number.
 
     Raises:
-        DataError: as `load_documents` and `pack_blocks`.
+        DataError: a block has more tokens than the model takes, or as `load_documents` and `pack_blocks`.
     """
-    train, evaluation = (pack_blocks(part, tokenizer, data.block_size) for part in load_documents(data))
+    if positions is not None and data.block_size > positions:
+        raise DataError(
+            f"data.block_size: the model takes at most {positions} tokens, got {data.block_size}: give at most that"
+        )
+    train, evaluation = (
+        pack_blocks(part, tokenizer, data.block_size, name)
+        for part, name in zip(load_documents(data), ("training", "evaluation"), strict=True)
+    )
     return train, spread(evaluation, data.evaluation_blocks)
 
 
@@ -192,16 +217,31 @@ class _Packer:
         else:  # a call with truncation or padding leaves these behind, and they do not matter here
             state = repr({**json.loads(backend.to_str()), "truncation": None, "padding": None})
         name = type(self._tokenizer).__name__
-        return f"{name} {hashlib.sha256(state.encode()).hexdigest()} end {self._end} block {self._block_size}"
+        rules = f"end {self._end} block {self._block_size} piece {PIECE}"
+        return f"{name} {hashlib.sha256(state.encode()).hexdigest()} {rules}"
 
-    def __call__(self, batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
-        texts = [text for text in batch["text"] if text and not text.isspace()]
+    def __call__(self, batch: dict[str, list[Any]]) -> dict[str, list[list[int]]]:
+        ends = batch.get("ends", [True] * len(batch["text"]))
+        group: list[tuple[str, bool]] = []  # texts, and whether the end token follows
+        size = 0
+        for text, whole in zip(batch["text"], ends, strict=True):
+            found = list(pieces_of(text or ""))
+            for number, piece in enumerate(found, 1):
+                if group and size + len(piece) > _GROUP:
+                    self._tokenize(group)
+                    group, size = [], 0
+                group.append((piece, whole and number == len(found)))
+                size += len(piece)
+        self._tokenize(group)
+        stop = len(self._rest) // self._block_size * self._block_size
+        stream, self._rest = self._rest[:stop], self._rest[stop:]
+        return {"input_ids": [stream[i : i + self._block_size] for i in range(0, stop, self._block_size)]}
+
+    def _tokenize(self, group: Sequence[tuple[str, bool]]) -> None:
+        texts = [text for text, _ in group]
         encoded = self._tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
-        for tokens in encoded:
-            self._rest += [*tokens, self._end]
-        whole = len(self._rest) // self._block_size * self._block_size
-        stream, self._rest = self._rest[:whole], self._rest[whole:]
-        return {"input_ids": [stream[i : i + self._block_size] for i in range(0, whole, self._block_size)]}
+        for tokens, (_, last) in zip(encoded, group, strict=True):
+            self._rest += [*tokens, self._end] if last else tokens
 
 
 def _library_texts(split: Literal["train", "evaluation"], root: Path, version: str) -> Iterator[dict[str, str]]:
@@ -211,61 +251,88 @@ def _library_texts(split: Literal["train", "evaluation"], root: Path, version: s
 
 
 def _standard_library(split: Literal["train", "evaluation"], data: TextData) -> Dataset:
-    from datasets import Dataset, Features, Value
-
     reject_hub_fields(data, STANDARD_LIBRARY)
-    with quiet_bars():
-        documents = Dataset.from_generator(
-            _library_texts,
-            features=Features({"text": Value("large_string")}),
-            cache_dir=data.cache_dir,
-            gen_kwargs={"split": split, "root": Path(sysconfig.get_path("stdlib")), "version": sys.version},
-        )
+    arguments = {"split": split, "root": Path(sysconfig.get_path("stdlib")), "version": sys.version}
+    documents = generated(_library_texts, arguments, data, features=_features("text"))
     return _not_empty(documents, STANDARD_LIBRARY)
 
 
-def _load_local(path: Path, data: TextData) -> Dataset:
-    from datasets import concatenate_datasets, load_dataset
+def _features(*names: str) -> Any:
+    from datasets import Features, Value
 
-    found = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
-    by_loader: dict[str, list[str]] = {}
-    for file in found:
-        loader = _SUFFIX_LOADERS.get(file.suffix.lower())
-        if loader is not None:
-            by_loader.setdefault(loader, []).append(str(file))
+    return Features({name: Value("large_string" if name == "text" else "bool") for name in names})
+
+
+def _piece_rows(stamps: list[tuple[str, int, int]], piece: int) -> Iterator[dict[str, Any]]:
+    """The pieces of text files; one that holds no text is one row, since it counts where documents are held out."""
+    for path, _, _ in stamps:
+        text = None
+        for following in pieces(Path(path)):
+            if text is not None:
+                yield {"text": text, "ends": False}
+            text = following
+        yield {"text": text or "", "ends": True}
+
+
+def _text_files(files: Sequence[Path], data: TextData) -> Dataset:
+    # Sizes, times and the length of a piece take part in the fingerprint alone: a file that changes is read again.
+    stamps = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    how = {"features": _features("text", "ends"), "writer_batch_size": 16}  # rows that are held in memory
+    found = generated(_piece_rows, {"stamps": stamps, "piece": PIECE}, data, **how)
+    return found.remove_columns("ends") if len(found) == len(files) else found
+
+
+def _load_local(path: Path, data: TextData) -> Dataset:
+    from datasets import concatenate_datasets
+
+    if path.is_dir() and is_saved(path):
+        return _not_empty(_text_column(load_folder(path, data), data, repr(str(path))), repr(str(path)))
+    by_loader: dict[str, list[Path]] = {}
+    for file in [path] if path.is_file() else files_below(path, _SUFFIX_LOADERS):
+        if (loader := _SUFFIX_LOADERS.get(file.suffix.lower())) is not None:
+            by_loader.setdefault(loader, []).append(file)
     if not by_loader:
         raise DataError(f"data.source: no file ending in {', '.join(_SUFFIX_LOADERS)} in {str(path)!r}")
     parts: list[Dataset] = []
     for loader, files in by_loader.items():
-        options: dict[str, Any] = {"sample_by": "document"} if loader == "text" else {}
-        try:
-            with quiet_bars():
-                part = load_dataset(loader, data_files=files, split="train", cache_dir=data.cache_dir, **options)
-        except Exception as error:  # builders of datasets raise errors without a common base
-            cause = error.__cause__ or error
-            raise DataError(f"data.source: {str(path)!r} cannot be read as {loader}: {cause}") from error
-        if loader == "text" and data.text_field != "text":
-            part = part.rename_column("text", data.text_field)
-        parts.append(_text_column(part, data))
+        if loader == "text":
+            parts.append(_text_files(files, data))
+        else:
+            name = repr(str(files[0])) + (f" (and {len(files) - 1} more)" if len(files) > 1 else "")
+            parts.append(_text_column(read_tables(loader, files, data), data, name))
+    if any("ends" in part.column_names for part in parts):
+        parts = [_with_ends(part) for part in parts]
     return _not_empty(concatenate_datasets(parts), repr(str(path)))
 
 
+def _with_ends(part: Dataset) -> Dataset:
+    import numpy
+
+    if "ends" in part.column_names:
+        return part
+    with quiet_bars():
+        return part.add_column("ends", numpy.ones(len(part), bool), feature=_features("ends")["ends"])
+
+
 def _load_hub(data: TextData, split: str) -> Dataset:
-    return _not_empty(_text_column(load_hub(data, split), data), f"split {split!r} of {data.source!r}")
+    return _not_empty(
+        _text_column(load_hub(data, split), data, repr(data.source)), f"split {split!r} of {data.source!r}"
+    )
 
 
-def _text_column(documents: Dataset, data: TextData) -> Dataset:
-    require_column(documents, "text_field", data.text_field, repr(data.source))
-    dtype = getattr(documents.features[data.text_field], "dtype", "a nested type")
+def _text_column(documents: Dataset, data: TextData, source: str) -> Dataset:
+    require_column(documents, "text_field", data.text_field, source)
+    dtype = getattr(documents.features[data.text_field], "dtype", "a nested type, or several")
     if dtype not in ("string", "large_string"):
-        raise DataError(f"data.text_field: column {data.text_field!r} must hold text, it holds {dtype}")
-    from datasets import Value
-
+        raise DataError(
+            f"data.text_field: column {data.text_field!r} of {source} must hold text, it holds {dtype}: mend it, or "
+            "name another column"
+        )
     documents = documents.select_columns([data.text_field])
     if data.text_field != "text":
         documents = documents.rename_column(data.text_field, "text")
     with quiet_bars():
-        return documents if dtype == "large_string" else documents.cast_column("text", Value("large_string"))
+        return documents if dtype == "large_string" else documents.cast(_features("text"), batch_size=64)
 
 
 def _not_empty(documents: Dataset, source: str) -> Dataset:
@@ -275,15 +342,38 @@ def _not_empty(documents: Dataset, source: str) -> Dataset:
 
 
 def _split(documents: Dataset) -> tuple[Dataset, Dataset]:
-    from datasets import Dataset
+    """Hold out whole documents, or the end of a single one."""
+    import numpy
 
-    if len(documents) > 1:
-        return hold_out(documents, EVALUATION_SHARE)
-    text: str = documents[0]["text"] or ""
-    limit = len(text) * (EVALUATION_SHARE - 1) // EVALUATION_SHARE
-    cut = text.rfind("\n", 0, limit) + 1 or limit
+    ends = numpy.array(documents["ends"] if "ends" in documents.column_names else numpy.ones(len(documents), bool))
+    if ends.sum() == 1:
+        return _cut(documents)
+    held_out = (numpy.cumsum(ends) - ends) % EVALUATION_SHARE == 0
+    return documents.select(numpy.flatnonzero(~held_out)), documents.select(numpy.flatnonzero(held_out))
 
-    def part(start: int, stop: int) -> Dataset:
-        return Dataset.from_dict({"text": [text[start:stop]]}, features=documents.features)
 
-    return part(0, cut), part(cut, len(text))
+def _cut(documents: Dataset) -> tuple[Dataset, Dataset]:
+    """Cut the rows of one document at the last line end within the first nine tenths, or right there without one."""
+    from datasets import Dataset, concatenate_datasets
+
+    lengths = [len(text or "") for text in documents["text"]]
+    limit = sum(lengths) * (EVALUATION_SHARE - 1) // EVALUATION_SHARE
+    row, place, begin = 0, 0, sum(lengths)
+    for number in reversed(range(len(lengths))):
+        begin -= lengths[number]
+        if begin > limit:
+            continue
+        row, place = (row, place) if place else (number, limit - begin)  # without any line end
+        if line_end := documents[number]["text"].rfind("\n", 0, limit - begin) + 1:
+            row, place = number, line_end
+            break
+    text = documents[row]["text"] or ""
+
+    def part(text: str, **ends: bool) -> Dataset:
+        columns = {"text": [text], **{name: [value] for name, value in ends.items() if name in documents.column_names}}
+        return Dataset.from_dict(columns, features=documents.features)
+
+    spans = range(row), range(row + 1, len(documents))
+    before, after = ([documents.select(span)] if span else [] for span in spans)
+    train, evaluation = part(text[:place], ends=True), part(text[place:], ends=not after)
+    return concatenate_datasets([*before, train]), concatenate_datasets([evaluation, *after])

@@ -1,0 +1,117 @@
+"""Verbs of the ``qat`` command about runs: train by a recipe, export a checkpoint, report, compare."""
+
+from __future__ import annotations
+
+import json as jsonlib
+import os
+import pkgutil
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+
+from qat.errors import LoadError, SpecError, VerifyError, meant
+from qat.report import quiet_libraries
+
+__all__ = ["compare", "export", "report", "run_recipe", "train"]
+
+
+def train(recipe: str, /) -> None:
+    """Train, export and verify by a recipe: qat train causal_lm --spec.weights int4.
+
+    Args:
+        recipe: Its name: causal_lm, sequence_classification, image_classification or text_to_image. A configuration
+            file and its options come after it; --help after it lists them.
+    """
+    run_recipe(recipe, [])
+
+
+def run_recipe(recipe: str, words: Sequence[str]) -> None:
+    """Run a recipe with its own arguments.
+
+    Raises:
+        SpecError: there is no such recipe.
+    """
+    package = None if find_spec("recipes") is None else import_module("recipes")
+    if package is None or not getattr(package, "IS_OF_QAT", False):
+        raise SpecError("recipe: recipes are not installed here: install qat as a whole, or run it in a checkout")
+    names = sorted(m.name for m in pkgutil.iter_modules(package.__path__) if not m.ispkg)
+    if recipe not in names:
+        raise SpecError(f"recipe: must be one of {', '.join(names)}, got {recipe!r}{meant(recipe, names)}")
+    os.environ.setdefault("RECIPE_COMMAND", f"qat train {recipe}")  # how its help and its errors name it
+    import_module(f"recipes.{recipe}").main(words)
+
+
+def export(
+    checkpoint: Path,
+    model: str,
+    output: Path,
+    /,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+) -> None:
+    """Freeze and export the model of a checkpoint, as Lightning wrote it in quantization-aware training, and verify it.
+
+    Args:
+        checkpoint: A file such as outputs/causal_lm/int4-checkpoints/step-80.ckpt.
+        model: The float model that was trained: a directory, or a hub's name.
+        output: The directory to write.
+        overwrite: Replace an older export.
+        trust_remote_code: Run code that comes with the model.
+    """
+    from qat.exporting import export as write
+    from qat.files.directory import check_destination
+    from qat.freezing import freeze
+    from qat.hosts.pretrained import load_float
+    from qat.training.restoring import restore
+    from qat.verification import verify
+
+    quiet_libraries()
+    check_destination(output.absolute(), overwrite)
+    if not checkpoint.is_file():
+        raise LoadError(
+            f"checkpoint: {str(checkpoint)!r} is no file: name one, as Lightning's save_checkpoint writes it"
+        )
+    loaded, processor = load_float(model, trust_remote_code=trust_remote_code)
+    restore(loaded, checkpoint)
+    freeze(loaded, progress=True)
+    print(write(loaded, output, processor=processor, overwrite=overwrite, progress=True))
+    print(verify(output, loaded))
+
+
+def report(run: Path, /, output: Path | None = None, verify: bool = False) -> None:
+    """Write a page about a run: results, curves, layers, bytes, samples, settings.
+
+    Args:
+        run: The directory of its export; results and logs that a recipe left beside it are shown too.
+        output: The file; none: RUN-report.html.
+        verify: Verify the export first, and show what was found.
+    """
+    from qat.run_report import write_report
+    from qat.verification import verify as verified
+
+    quiet_libraries()
+    found = None
+    if verify:
+        try:
+            found = verified(run)
+        except VerifyError as error:
+            if (found := getattr(error, "report", None)) is None:
+                raise
+    print(f"report: {write_report(run, output, verified=found)}")
+    if found is not None and not found.ok:
+        raise VerifyError(f"{str(run)!r} is not what was frozen; the report says what differs")
+
+
+def compare(runs: tuple[Path, ...], /, json: bool = False) -> None:
+    """Show runs side by side: types, sizes, metrics, and settings that differ.
+
+    Args:
+        runs: Directories of exports, two or more.
+        json: Print JSON instead of a table.
+    """
+    from qat.run_report import compare_runs
+
+    quiet_libraries()
+    found = compare_runs(runs)
+    print(jsonlib.dumps(found.to_json(), indent=1) if json else found)

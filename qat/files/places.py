@@ -1,0 +1,51 @@
+"""Whether a new directory can be made at a place: asked before hours of training, not after them."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+
+from qat.errors import ExportError, shown
+
+__all__ = ["check_place"]
+
+_BESIDE = 48
+"""The most characters that a name beside the directory has more, while it is written and for checkpoints."""
+
+
+def check_place(place: str | os.PathLike[str], argument: str) -> Path:
+    """The absolute path of a place where a directory can be made, or replaced.
+
+    Nothing is left there: a folder is made and removed in the nearest folder that exists.
+
+    Args:
+        place: what the user gave.
+        argument: what the user calls it, for the message.
+
+    Raises:
+        ExportError: it names no folder of its own (as an empty text, ".", "/" do), is a file or a link, lies below a
+            file, begins with the name of no user, is too long, or nothing can be written there.
+    """
+    path, told = Path(os.path.abspath(os.fspath(place) or ".")), shown(os.fspath(place))
+    try:
+        if Path.cwd().is_relative_to(path):
+            raise ExportError(f"{argument}: {told} is the current folder, or holds it: give the name of a new one")
+        if os.fspath(place).startswith("~"):
+            raise ExportError(f"{argument}: {told} begins with ~, and there is no user of that name here: write it out")
+        if path.is_symlink() or (path.exists() and not path.is_dir()):
+            raise ExportError(f"{argument}: {told} is a file or a link: choose another name")
+        with suppress(FileNotFoundError, NotADirectoryError):
+            os.stat(path.with_name(path.name + "x" * _BESIDE))
+        nearest = next(parent for parent in path.parents if os.path.lexists(parent))
+        if not nearest.is_dir():
+            raise ExportError(f"{argument}: {told} lies below {str(nearest)!r}, which is a file: choose another name")
+        os.rmdir(tempfile.mkdtemp(prefix=".", dir=nearest))
+    except OSError as error:
+        raise ExportError(
+            f"{argument}: {told} cannot be written: {error.strerror}: choose another place or a shorter name"
+        ) from error
+    except ValueError as error:  # a NUL character
+        raise ExportError(f"{argument}: {told} is no path: {error}: choose another name") from error
+    return path

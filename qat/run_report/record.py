@@ -1,0 +1,190 @@
+"""What a run left on the disk: the export's manifest and weights, and a recipe's results and logs beside it."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from math import isfinite, prod
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qat.errors import LoadError, QatError
+from qat.files.directory import as_path
+from qat.files.manifest import Manifest, read_manifest
+from qat.hosts.targets import get_target
+from qat.loading import load
+from qat.numerics import FrozenWeight
+
+__all__ = ["Layer", "RunRecord", "read_run"]
+
+_BITS = {"F64": 64, "F32": 32, "I32": 32, "BF16": 16, "F16": 16, "I64": 64}  # others are bytes
+_MOST = 4 << 30  # bytes of weight files beyond which codes are not read
+_STATISTIC = "quantization/"
+
+
+@dataclass
+class Layer:
+    """A quantized layer, as it is served."""
+
+    weights: str
+    """Type of its weights; below, that of its activations."""
+    activations: str | None
+    shape: tuple[int, int]
+    input_range: float | None
+    """The largest input that its scale reaches, and below the largest output; None without quantized activations."""
+    output_range: float | None
+    counts: dict[float, int] = field(default_factory=dict)
+    """How often each code stands in its weight; empty where codes were not read."""
+    errors: list[tuple[int, float]] = field(default_factory=list)
+    """Step, and relative quantization error of its weight then, as numerical guards logged it."""
+
+    @property
+    def used(self) -> float | None:
+        """The effective number of codes, 2 to the entropy, over the number that its type has; None without counts."""
+        total = sum(self.counts.values())
+        if not total:
+            return None
+        shares = torch.tensor([count / total for count in self.counts.values() if count], dtype=torch.float64)
+        return float(torch.exp2(-(shares * shares.log2()).sum())) / len(self.counts)
+
+
+@dataclass
+class RunRecord:
+    """All that a page shows."""
+
+    directory: Path
+    manifest: Manifest
+    results: list[dict[str, Any]]
+    """A recipe's rows, one for each model; empty without a recipe."""
+    losses: dict[str, list[tuple[int, float]]]
+    """For each training, steps and losses."""
+    layers: dict[str, Layer]
+    pictures: dict[str, Path]
+    """What each shows, and its PNG file."""
+    notes: list[str] = field(default_factory=list)
+    """What could not be read, and why."""
+
+    @property
+    def weight_bytes(self) -> int:
+        """Size of the weight files."""
+        weights = {tensor.file for tensor in self.manifest.tensors.values()}
+        return sum(file.bytes for name, file in self.manifest.files.items() if name in weights)
+
+    def bytes_by_part(self) -> dict[str, int]:
+        """Bytes of the weight files by what they hold."""
+        found: dict[str, int] = defaultdict(int)
+        for name, tensor in self.manifest.tensors.items():
+            size = prod(tensor.shape) * _BITS.get(tensor.dtype, 8) // 8
+            layer = next((layer for layer in _parents(name) if layer in self.layers), None)
+            part = "float weights" if layer is None else "scales, shifts, biases"
+            if layer is not None and tensor.dtype in ("U8", "I8", "I32", "F8_E4M3"):
+                part = f"codes, {self.layers[layer].weights}"
+            found[part] += size
+        return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+
+def read_run(run: str | PathLike[str], *, codes: bool = True) -> RunRecord:
+    """Gather what a run left.
+
+    Args:
+        run: the directory of the export; ``<run>-results.json`` and ``<run>-logs`` beside it belong to it.
+        codes: load the model too, and count the codes of its layers.
+
+    Raises:
+        LoadError: the directory is no export, or its files are not what the export wrote.
+    """
+    directory = as_path(run, LoadError).absolute()
+    manifest = read_manifest(directory)
+    record = RunRecord(directory, manifest, _results(directory), {}, {}, {})
+    for name, evidence in manifest.frozen.layers.items():
+        steps = 0.0
+        if evidence.activations is not None:
+            steps = get_target(manifest.target).format.activation_qtypes[evidence.activations].steps
+        first, last = (None if s is None else s * steps for s in (evidence.input_scale, evidence.output_scale))
+        record.layers[name] = Layer(evidence.weights, evidence.activations, evidence.shape, first, last)
+    _read_logs(directory.with_name(f"{directory.name}-logs"), record)
+    if codes:
+        _count_codes(record)
+    for path in sorted((*directory.glob("*.png"), *directory.parent.glob(f"{directory.name}-*.png"))):
+        title = path.stem.removeprefix(f"{directory.name}-").replace("_", " ")
+        record.pictures.setdefault(title, path)
+    return record
+
+
+def _results(directory: Path) -> list[dict[str, Any]]:
+    path = directory.with_name(f"{directory.name}-results.json")
+    if not path.is_file():
+        return []
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        return [{**row, "metrics": dict(row["metrics"])} for row in rows]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise LoadError(f"{str(path)!r} holds no results of a recipe: {error}: remove it, or run the recipe") from error
+
+
+def _read_logs(folder: Path, record: RunRecord) -> None:
+    """Losses and statistics of layers; of a run that went on, later rows take the place of earlier ones."""
+    losses: dict[str, dict[int, float]] = defaultdict(dict)
+    errors: dict[str, dict[int, float]] = defaultdict(dict)
+    for path in sorted(folder.glob("*/metrics.csv"), key=lambda path: path.stat().st_mtime_ns):
+        stage = path.parent.name.partition("-from-")[0]
+        for step, key, value in _numbers(path):
+            name, _, what = key.removeprefix(_STATISTIC).rpartition("/")
+            if key == "train_loss":
+                losses[stage][step] = value
+            elif key.startswith(_STATISTIC) and what == "error":
+                errors[name.rpartition("/")[0]][step] = value
+    record.losses = {stage: sorted(points.items()) for stage, points in losses.items()}
+    for name, points in errors.items():
+        if name in record.layers:
+            record.layers[name].errors = sorted(points.items())
+
+
+def _numbers(path: Path) -> Iterator[tuple[int, str, float]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            for key, text in row.items():
+                try:
+                    step, value = int(row["step"]), float(text)
+                except (KeyError, TypeError, ValueError):
+                    continue
+                if key != "step" and isfinite(value):
+                    yield step, key, value
+
+
+def _count_codes(record: RunRecord) -> None:
+    """How often each layer uses each code, of the model as `qat.load` reads it."""
+    if record.weight_bytes > _MOST or record.manifest.float_grid:
+        record.notes.append("codes were not read: the weights are floats, or too many for this page")
+        return
+    try:
+        model = load(record.directory)
+    except QatError as error:
+        record.notes.append(f"codes were not read: {str(error).splitlines()[0]}")
+        return
+    target = get_target(record.manifest.target)
+    for name, layer in record.layers.items():
+        layer.counts = _counts(target.format.read(model.get_submodule(name)).weight)
+
+
+def _counts(weight: FrozenWeight) -> dict[float, int]:
+    """Of integer codes all that the type has; of float8 those that there are."""
+    values, counts = torch.unique(weight.codes.float(), return_counts=True)
+    found: dict[float, int] = dict(zip(values.tolist(), counts.tolist(), strict=True))
+    qtype = weight.qtype
+    if qtype.floating:
+        return found
+    first, last = min(qtype.code_min, min(found)), max(qtype.code_max, max(found))
+    return {float(value): found.get(float(value), 0) for value in range(int(first), int(last) + 1)}
+
+
+def _parents(name: str) -> Iterator[str]:
+    while "." in name:
+        name = name.rpartition(".")[0]
+        yield name

@@ -1,0 +1,157 @@
+from __future__ import annotations
+
+import csv
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import qat
+from qat.run_report import compare_runs, read_run, write_report
+from tests.exports import frozen_llama
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run as a recipe leaves it: the export, results, logs of a run that went on, and a picture."""
+    folder = tmp_path_factory.mktemp("runs")
+    qat.export(frozen_llama("transformers", weights="int8", activations="int8"), folder / "run", config={"seed": 1})
+    row = {"steps": 4, "learning_rate": 1e-4, "bytes_on_disk": 2048, "comparison": None}
+    metrics = {"loss": 2.5, "loss_bin_0": 0.5, "loss_bin_1": None}
+    rows = [{"name": "float & <small>", "metrics": metrics, **row}, {"name": "trained", "metrics": metrics, **row}]
+    (folder / "run-results.json").write_text(json.dumps(rows))
+    layer = next(iter(read_run(folder / "run", codes=False).layers))
+    column = f"quantization/{layer}/int8/error"
+    for stage, steps in (("training", range(4)), ("training-from-2", range(2, 6))):
+        path = folder / "run-logs" / stage / "metrics.csv"
+        path.parent.mkdir(parents=True)
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, ["epoch", "step", "train_loss", column])
+            writer.writeheader()
+            for step in steps:
+                loss = 9.0 if stage == "training" and step >= 2 else 3.0 - step / 10
+                writer.writerow({"epoch": 0, "step": step, "train_loss": loss, column: 0.1 if step % 2 else ""})
+    Image.new("RGB", (8, 8)).save(folder / "run-images.png")
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def text(exported: Path) -> str:
+    path = write_report(exported, verified=qat.verify(exported))
+    assert path == exported.with_name("run-report.html")
+    return path.read_text(encoding="utf-8")
+
+
+class _Page(HTMLParser):
+    """Collects tags, and checks that they are closed in order."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, Any]]] = []
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: Any) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_a_page_shows_all_that_a_run_left(text: str) -> None:
+    page = _Page(text)
+    assert "<td>equal</td>" in text
+    for title in (
+        "Results",
+        "Verification",
+        "Training",
+        "Layers",
+        "Where the bytes are",
+        "Samples",
+        "Settings and versions",
+    ):
+        assert f"<h2>{title}</h2>" in text
+    assert "float &amp; &lt;small&gt;" in text
+    figures = {attrs["aria-label"] for tag, attrs in page.tags if tag == "svg"}
+    expected = {"Loss of training", "Quantization error by layer", "Activation ranges", "Where the bytes are"}
+    assert expected | {"Loss by timestep"} <= figures
+    assert sum(label.startswith("Codes of") for label in figures) == 6
+
+
+def test_a_page_needs_no_network_and_no_script(text: str) -> None:
+    page = _Page(text)
+    assert "script" not in {tag for tag, _ in page.tags}
+    links = [value for _, attrs in page.tags for key, value in attrs.items() if key in ("src", "href", "xlink:href")]
+    assert all(link.startswith(("data:", "#")) for link in links)
+
+
+def test_figures_take_the_colours_of_the_page(text: str) -> None:
+    drawn = "".join(re.findall(r"<svg.*?</svg>", text, re.DOTALL))
+    assert "currentColor" in drawn
+    assert "var(--line)" in drawn
+    assert not re.search(r"#000000|#010203|#040506", drawn)
+
+
+def test_rows_of_a_run_that_went_on_take_the_place_of_earlier_ones(exported: Path) -> None:
+    record = read_run(exported, codes=False)
+    assert record.losses == {"training": [(step, pytest.approx(3.0 - step / 10)) for step in range(6)]}
+
+
+def test_codes_are_counted(exported: Path) -> None:
+    record = read_run(exported)
+    model: Any = qat.load(exported)
+    for name, layer in record.layers.items():
+        codes = model.get_submodule(name).weight._data
+        assert sum(layer.counts.values()) == codes.numel()
+        assert layer.counts[3.0] == int((codes == 3).sum())
+        assert layer.used is not None
+        assert 0 < layer.used <= 1
+    assert sum(record.bytes_by_part().values()) <= record.weight_bytes
+
+
+def test_a_plain_module_has_a_page_without_codes(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU())
+    qat.prepare(model, qat.QuantSpec(weights="int8"))
+    qat.freeze(model)
+    qat.export(model, tmp_path / "plain")
+    text = write_report(tmp_path / "plain", tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "codes were not read" in text
+
+
+def test_errors_name_what_is_wrong(exported: Path, tmp_path: Path) -> None:
+    with pytest.raises(qat.LoadError, match="is not a directory"):
+        write_report(tmp_path / "none")
+    with pytest.raises(qat.ExportError, match="cannot be written"):
+        write_report(exported, tmp_path / "none" / "page.html")
+    shutil.copytree(exported, tmp_path / "run")
+    (tmp_path / "run-results.json").write_text("[1]")
+    with pytest.raises(qat.LoadError, match="holds no results of a recipe"):
+        write_report(tmp_path / "run")
+    assert not list(tmp_path.glob("*.html"))
+
+
+def test_runs_are_compared(exported: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    qat.export(frozen_llama("transformers", weights="int4"), tmp_path / "other", config={"seed": 2})
+    found = compare_runs([exported, tmp_path / "other"])
+    assert found.runs == ("run", "other")
+    assert found.rows["weights"] == ("int8", "int4")
+    assert found.rows["loss"] == (2.5, None)
+    assert found.settings == {"seed": (1, 2)}
+    assert json.loads(json.dumps(found.to_json()))["settings"] == {"seed": [1, 2]}
+    assert "int4" in str(found)
+    with pytest.raises(qat.LoadError, match="two directories or more"):
+        compare_runs([exported])
