@@ -26,7 +26,7 @@ def as_restructured_text(app: Any, what: str, name: str, item: Any, options: Any
     """Mask what Napoleon and docutils would take for markup in the lines of a docstring."""
     lines[:] = [re.sub(r"'\*", r"'\\*", line).replace("Example::", "For example::") for line in lines]
     if what == "attribute" and lines:
-        lines[0] = f": {lines[0]}"  # otherwise what stands before a colon is its type
+        lines[0] = lines[0].replace(": ", " – ")  # what stands before a colon would be its type
 
 
 def with_cells(app: Any, page: str, text: list[str]) -> None:

@@ -44,6 +44,7 @@ def test_the_gallery_shows_all_of_its_examples() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # Python's, of Sphinx's own code; those of Sphinx are errors by -W
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     """All pages, links and docstrings are read; HTML, which has no more rules, is not written."""
     for package in ("sphinx", "myst_parser", "furo"):
