@@ -170,11 +170,12 @@ def main(output: Path = ROOT / "docs" / "figures") -> None:
     Args:
         output: The folder.
     """
-    settings = {"svg.hashsalt": "qat", "text.color": INK, "axes.labelcolor": INK, "xtick.color": INK}
+    inked = ("text.color", "axes.labelcolor", "xtick.color", "ytick.color")
+    settings: dict[Any, Any] = {"svg.hashsalt": "qat", "font.size": 9} | dict.fromkeys(inked, INK)
     output.mkdir(parents=True, exist_ok=True)
     for name, draw in FIGURES.items():
         path = output / f"{name}.svg"
-        with matplotlib.rc_context(settings | {"ytick.color": INK, "font.size": 9}):
+        with matplotlib.rc_context(settings):
             draw().savefig(path, metadata={"Date": None})
         text = path.read_text()
         for colour, variable in ((INK, "ink"), (PAPER, "paper"), (FAINT, "faint")):

@@ -8,7 +8,10 @@ import runpy
 import sys
 from pathlib import Path
 
-LIBRARIES = ["torch", "lightning", "optimum.quanto", "transformers.models.llama.modeling_llama"]
+LIBRARIES = [
+    *("torch", "lightning", "optimum.quanto", "peft", "transformers.models.llama.modeling_llama"),
+    "diffusers.pipelines.flux.pipeline_flux",
+]
 
 
 def _run(script: Path, said: Path) -> None:

@@ -1,4 +1,4 @@
-"""The README and the pages of docs/ do what they say: Python blocks run, commands name things that exist.
+"""README, docs/, gallery and notebook do what they say: Python blocks run, commands name things that exist.
 
 Fences are balanced on every page, and no code stands outside of them. Every ```python block runs, in order and in one
 namespace a page, as one script in a process of its own; its folder is empty but for the checkout's recipes, so that the
@@ -8,6 +8,7 @@ reference checkpoint is found and nothing is written into the checkout. What is 
 from __future__ import annotations
 
 import ast
+import json
 import os
 import re
 import shlex
@@ -22,6 +23,7 @@ from tests.pages import run
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 FENCE = re.compile(r"^```(?P<language>\w+)[^\n]*\n(?P<text>.*?)^```\s*$", re.MULTILINE | re.DOTALL)
+EXAMPLES = sorted([*ROOT.glob("docs/gallery/*.py"), *ROOT.glob("docs/notebooks/*.ipynb")])
 PAGES = [path for pattern in ("*.md", "docs/**/*.md") for path in sorted(ROOT.glob(pattern))]
 STRAY = "line 2: a fence closes nothing, or opens without a language"
 OWN_FOLDERS = ("recipes", "scripts", "qat", "tests", "docs")
@@ -211,3 +213,29 @@ def test_python_blocks_run(tmp_path: Path, page: str) -> None:
     script.write_text(as_script(python_blocks))
     code, said = run(script)
     assert code == 0, f"{page}, by its own line numbers:\n{said}"
+
+
+def cells(notebook: Path) -> list[str]:
+    """The sources of its code cells."""
+    found = json.loads(notebook.read_text())["cells"]
+    return ["".join(cell["source"]) for cell in found if cell["cell_type"] == "code"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("example", EXAMPLES, ids=[path.stem for path in EXAMPLES])
+def test_examples_run(tmp_path: Path, example: Path) -> None:
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes", target_is_directory=True)
+    script = tmp_path / f"{example.stem}.py"
+    script.write_text("\n".join(cells(example)) if example.suffix == ".ipynb" else example.read_text())
+    code, said = run(script)
+    assert code == 0, said
+
+
+def test_a_notebook_has_ten_cells_and_no_outputs() -> None:
+    assert [len(cells(path)) for path in EXAMPLES if path.suffix == ".ipynb"] == [10]
+    assert all('"outputs": []' in path.read_text() for path in EXAMPLES if path.suffix == ".ipynb")
+
+
+def test_the_gallery_shows_all_of_its_examples() -> None:
+    shown = re.findall(r"literalinclude} (.+)", (ROOT / "docs" / "gallery" / "index.md").read_text())
+    assert sorted(shown) == sorted(path.name for path in EXAMPLES if path.suffix == ".py")

@@ -10,8 +10,8 @@ base = AutoModelForCausalLM.from_pretrained("recipes/reference", dtype=torch.flo
 batches = [{"input_ids": torch.randint(0, 4096, (2, 32))} for _ in range(2)]  # your data
 
 model = get_peft_model(base, LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM"))
-qat.prepare(model, qat.QuantSpec(weights="int4"), target="transformers", algorithm=qat.Automatic(start="best"))
-qat.calibrate(model, batches)  # starts compensate the base, while all adapters are zero
+# With qat.Automatic(start="best") and qat.calibrate(model, batches) it begins nearer to float, and needs data.
+qat.prepare(model, qat.QuantSpec(weights="int4"), target="transformers", algorithm=qat.LearnedAffine())
 optimizer = torch.optim.AdamW(qat.parameter_groups(model, lr=1e-3))
 for batch in batches:
     model(**batch, labels=batch["input_ids"]).loss.backward()
