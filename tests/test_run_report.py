@@ -134,7 +134,7 @@ def test_a_plain_module_has_a_page_without_codes(tmp_path: Path) -> None:
 def test_errors_name_what_is_wrong(exported: Path, tmp_path: Path) -> None:
     with pytest.raises(qat.LoadError, match="is not a directory"):
         write_report(tmp_path / "none")
-    with pytest.raises(qat.ExportError, match="cannot be written"):
+    with pytest.raises(qat.ExportError, match="could not be written, and nothing is left of it"):
         write_report(exported, tmp_path / "none" / "page.html")
     shutil.copytree(exported, tmp_path / "run")
     (tmp_path / "run-results.json").write_text("[1]")
