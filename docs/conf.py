@@ -18,6 +18,7 @@ html_copy_source = False
 html_show_copyright = False
 html_show_sphinx = False
 myst_heading_anchors = 4
+smartquotes = False  # what is typed is what is shown
 default_role = "code"  # docstrings mark code with one backtick, as Markdown does
 autodoc_member_order = "bysource"
 
