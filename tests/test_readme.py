@@ -93,7 +93,7 @@ def is_code(line: str) -> bool:
 def faults(markdown: str) -> list[str]:
     """What a page holds in the wrong place: fences that do not pair, code outside of them, headings within text."""
     found: list[str] = []
-    opened, before = 0, ""
+    opened, before, text = 0, "", ""
     for number, line in enumerate(markdown.splitlines(), 1):
         if line.lstrip().startswith("```"):
             named = line.strip() != "```"
@@ -106,7 +106,9 @@ def faults(markdown: str) -> list[str]:
             found.append(f"line {number}: a heading follows text without an empty line")
         elif not opened and is_code(line):
             found.append(f"line {number}: code stands outside a fence")
-        before = line.strip()
+        elif not opened and line.startswith("    ") and not before and text.startswith(("- ", "  ")):
+            found.append(f"line {number}: indented code belongs to the list above it: fence it")
+        before, text = line.strip(), line if line.strip() and not opened else text
     return found + [f"line {opened}: a fence never closes"] * bool(opened)
 
 
@@ -135,8 +137,9 @@ def test_blocks_keep_their_lines() -> None:
         ("batches = [1]  # yours\n", ["line 1: code stands outside a fence"]),
         ("python -m recipes.causal_lm\n", ["line 1: code stands outside a fence"]),
         ("Text:\n## Heading\n", ["line 2: a heading follows text without an empty line"]),
+        ("- a\n\n    python -m b\n", ["line 3: indented code belongs to the list above it: fence it"]),
     ],
-    ids=["good", "open", "stray", "nested", "call", "assignment", "command", "heading"],
+    ids=["good", "open", "stray", "nested", "call", "assignment", "command", "heading", "list"],
 )
 def test_what_stands_in_the_wrong_place_is_noticed(text: str, found: list[str]) -> None:
     assert faults(text) == found
