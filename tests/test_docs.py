@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from qat.cli import main as command
 from scripts.draw_figures import main
 from tests.sources import ROOT, library_modules
 
@@ -49,3 +50,10 @@ def test_troubleshooting_quotes_messages_that_exist() -> None:
     assert len(quoted) == page.count("\n### ") >= 20
     known = messages()
     assert not [text for text in quoted if text not in known]
+
+
+def test_each_command_has_a_row(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        command(["--help"])
+    commands = re.findall(r"• (\w+) ", capsys.readouterr().out)
+    assert commands == re.findall(r"^\| `(\w+)` ", (DOCS / "cli.md").read_text(), re.MULTILINE)
