@@ -23,7 +23,7 @@ from scripts.kill_and_resume import OPTIONS, files_of, make_data, make_model
 
 ROOT = Path(__file__).parents[1]
 FIT = ["--optimization.steps", "4", "--optimization.batch-size", "4", "--algorithm.start", "clip"]
-FIT += ["--trainer.accelerator", "cpu", "--no-float-baseline", "--optimization.distillation.weight", "0"]
+FIT += ["--no-report", "--trainer.accelerator", "cpu", "--no-float-baseline", "--optimization.distillation.weight", "0"]
 TORCHRUN, PORT = ["-m", "torch.distributed.run"], 29461
 FAIL = "scripts.check_launchers"  # run as a recipe's module, it lets rank 1 fail
 SETTINGS = ("qat_config.yaml", "qat_manifest.json")

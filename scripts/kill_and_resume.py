@@ -31,7 +31,15 @@ import qat
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 FIT = ["--optimization.steps", "60", "--optimization.batch-size", "4", "--optimization.warmup-steps", "1"]
-FIT += ["--trainer.accelerator", "cpu", "--trainer.checkpoint-every", "4", "--optimization.average", "0.5"]
+FIT += [
+    "--no-report",
+    "--trainer.accelerator",
+    "cpu",
+    "--trainer.checkpoint-every",
+    "4",
+    "--optimization.average",
+    "0.5",
+]
 OPTIONS: dict[str, tuple[list[str], dict[str, Any], list[str]]] = {
     "causal_lm": (
         ["reference", "AutoModelForCausalLM"],

@@ -25,7 +25,7 @@ from pathlib import Path
 from scripts.kill_and_resume import OPTIONS, files_of, make_model
 
 ROOT = Path(__file__).parents[1]
-FIT = ["--optimization.steps", "60", "--optimization.batch-size", "4", "--trainer.checkpoint-every", "4"]
+FIT = ["--no-report", "--optimization.steps", "60", "--optimization.batch-size", "4", "--trainer.checkpoint-every", "4"]
 
 
 def start(arguments: list[str], folder: Path) -> subprocess.Popen[bytes]:

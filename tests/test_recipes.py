@@ -82,7 +82,7 @@ def small(tiny: Path, text: Path, tmp_path: Path) -> list[str]:
         *("--model", str(tiny), "--output", str(tmp_path / "out")),
         *("--data.source", str(text), "--data.block-size", "16", "--data.evaluation-blocks", "4"),
         *("--optimization.steps", "3", "--optimization.batch-size", "4", "--optimization.warmup-steps", "1"),
-        *("--trainer.accelerator", "cpu", "--trainer.checkpoint-every", "2"),
+        *("--trainer.accelerator", "cpu", "--trainer.checkpoint-every", "2", "--no-report"),
     ]
 
 

@@ -54,7 +54,7 @@ def small(tiny: Path, images: Path, tmp_path: Path) -> list[str]:
     return [
         *("--model", str(tiny), "--output", str(tmp_path / "out"), "--data.source", str(images)),
         *("--optimization.steps", "3", "--optimization.batch-size", "4", "--optimization.warmup-steps", "1"),
-        *("--trainer.accelerator", "cpu"),
+        *("--trainer.accelerator", "cpu", "--no-report"),
     ]
 
 

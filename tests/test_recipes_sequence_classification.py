@@ -50,6 +50,7 @@ def small(tiny: Path, tmp_path: Path) -> list[str]:
         *("--model", str(tiny), "--output", str(tmp_path / "out"), "--data.source", str(tmp_path / "texts.csv")),
         *("--data.max-length", "8", "--optimization.steps", "3", "--optimization.batch-size", "4"),
         *("--optimization.warmup-steps", "1", "--trainer.accelerator", "cpu"),
+        "--no-report",
     ]
 
 

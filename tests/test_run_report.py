@@ -122,6 +122,13 @@ def test_codes_are_counted(exported: Path) -> None:
     assert sum(record.bytes_by_part().values()) <= record.weight_bytes
 
 
+def test_outputs_that_stay_float_have_no_range(exported: Path) -> None:
+    record = read_run(exported, codes=False)
+    spec = record.manifest.frozen.spec
+    assert all((layer.output_range is not None) is spec.outputs for layer in record.layers.values())
+    assert all(layer.input_range for layer in record.layers.values())
+
+
 def test_a_plain_module_has_a_page_without_codes(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(64, 64), nn.ReLU())
     qat.prepare(model, qat.QuantSpec(weights="int8"))

@@ -24,7 +24,15 @@ ARGUMENTS = [
     "--optimization.average",
     "0.5",
 ]
-ARGUMENTS += ["--optimization.batch-size", "4", "--trainer.accelerator", "cpu", "--trainer.checkpoint-every", "2"]
+ARGUMENTS += [
+    "--optimization.batch-size",
+    "4",
+    "--trainer.accelerator",
+    "cpu",
+    "--no-report",
+    "--trainer.checkpoint-every",
+    "2",
+]
 
 
 def run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:

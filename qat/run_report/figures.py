@@ -23,7 +23,7 @@ __all__ = ["bars", "curves", "error_changes", "histogram", "ranges"]
 _TEXT, _LINE = "#010203", "#040506"  # stand-ins for colours of the page
 _SERIES = ("#2f7ed8", "#e8871e", "#2ca05a", "#b45bc9", "#d64550")  # seen on white and on black
 _MOST = 24  # bars of a figure
-_LONGEST = 22  # letters of a layer's name
+_LONGEST = 25  # letters of a layer's name
 
 
 def _style() -> AbstractContextManager[None]:

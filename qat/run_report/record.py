@@ -107,7 +107,8 @@ def read_run(run: str | PathLike[str], *, codes: bool = True) -> RunRecord:
         if evidence.activations is not None:
             steps = get_target(manifest.target).format.activation_qtypes[evidence.activations].steps
         first, last = (None if s is None else s * steps for s in (evidence.input_scale, evidence.output_scale))
-        record.layers[name] = Layer(evidence.weights, evidence.activations, evidence.shape, first, last)
+        outputs = last if manifest.frozen.spec.outputs else None
+        record.layers[name] = Layer(evidence.weights, evidence.activations, evidence.shape, first, outputs)
     _read_logs(directory.with_name(f"{directory.name}-logs"), record)
     if codes:
         _count_codes(record)

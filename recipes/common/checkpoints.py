@@ -44,7 +44,9 @@ __all__ = [
 
 logger = logging.getLogger("qat")
 RUN = "run.json"
-_ANY: Any = dict.fromkeys(("output", "overwrite", "resume"), True)  # settings that make no difference to the weights
+_ANY: Any = dict.fromkeys(
+    ("output", "overwrite", "report", "resume"), True
+)  # settings that make no difference to the weights
 _ANY |= {"guards": True, "trainer": {"logger": True}}  # a run which guards stopped may go on with others
 
 

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +17,7 @@ from rich.table import Table
 import qat
 from qat.files.manifest import CARD_NAME
 from qat.files.whole import whole_file
+from qat.run_report import write_report
 from recipes.common.gate import Comparison
 
 if TYPE_CHECKING:
@@ -89,6 +91,8 @@ def show_end(run: Run, verified: qat.VerifyReport) -> None:
     print(f"exported model: {run.output} (reloaded in a fresh process, compared and found equal: {checks} checks)")
     print(f"load it: qat.load({str(run.output)!r}); its {CARD_NAME} shows other loaders")
     print(f"results: {run.beside('results.json')}; checkpoints: {run.beside('checkpoints')}")
+    if run.report and find_spec("matplotlib") is not None:
+        print(f"report: {write_report(run.output, run.beside('report.html'), verified=verified)}")
 
 
 def inspect_totals(report: qat.InspectReport) -> str:

@@ -33,6 +33,8 @@ class Run:
     """Where an export is judged."""
     resume: Path | None = None
     """The checkpoint that the training goes on from."""
+    report: bool = False
+    """Whether a page about the run is written."""
 
     def beside(self, suffix: str) -> Path:
         """Return a path next to the export, named after it."""
@@ -61,7 +63,7 @@ def begin(recipe: str, config: RecipeConfig) -> Run:
     _name_file(recipe, types, config)
     # On CUDA optimum-quanto compiles its float8 kernel when it is first used, for minutes: not for an evaluation.
     served_on = torch.device("cpu") if config.spec.weights == "float8" else device
-    return Run(output, overwrite or interrupted, device, served_on, resume)
+    return Run(output, overwrite or interrupted, device, served_on, resume, config.report)
 
 
 def _name_file(recipe: str, types: str, config: RecipeConfig) -> None:

@@ -161,6 +161,8 @@ class RecipeConfig(Settings):
     """Where the export goes; none: a folder named by the types under outputs/<recipe>, replaced if it exists."""
     overwrite: bool = False
     """Replace an output directory that is not empty."""
+    report: bool = True
+    """Write a page about the run beside the export, where matplotlib is installed."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Decides the order of the data, the noise and the pictures."""
 
