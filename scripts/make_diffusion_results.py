@@ -76,7 +76,7 @@ def tables(results: dict[Run, Metrics]) -> str:
         for arm in (TUNED, QUANTIZED, QAT):
             means = [statistics.mean(metrics[arm][f"loss_bin_{n}"] for metrics in runs) for n in range(10)]
             bins.append(f"| {kind} | {name} | {arm} | " + " | ".join(f"{mean:.4f}" for mean in means) + " |")
-    return "\n".join([*lines, *bins]) + "\n"
+    return "\n".join(["# Text to image", "", *lines, *bins]) + "\n"
 
 
 def main() -> None:

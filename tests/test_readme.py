@@ -1,27 +1,29 @@
-"""The README and the pages of docs/ do what they say: Python blocks run, commands name things that exist.
+"""README, docs/, gallery and notebook do what they say: Python blocks run, commands name things that exist.
 
 Fences are balanced on every page, and no code stands outside of them. Every ```python block runs, in order and in one
-namespace a page, as one script in a fresh process; its folder is empty but for the checkout's recipes, so that the
+namespace a page, as one script in a process of its own; its folder is empty but for the checkout's recipes, so that the
 reference checkpoint is found and nothing is written into the checkout. What is not meant to run is fenced as ```text.
 """
 
 from __future__ import annotations
 
 import ast
+import json
 import os
 import re
 import shlex
-import subprocess
-import sys
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from tests.pages import run
+
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 FENCE = re.compile(r"^```(?P<language>\w+)[^\n]*\n(?P<text>.*?)^```\s*$", re.MULTILINE | re.DOTALL)
+EXAMPLES = sorted([*ROOT.glob("docs/gallery/*.py"), *ROOT.glob("docs/notebooks/*.ipynb")])
 PAGES = [path for pattern in ("*.md", "docs/**/*.md") for path in sorted(ROOT.glob(pattern))]
 STRAY = "line 2: a fence closes nothing, or opens without a language"
 OWN_FOLDERS = ("recipes", "scripts", "qat", "tests", "docs")
@@ -91,7 +93,7 @@ def is_code(line: str) -> bool:
 def faults(markdown: str) -> list[str]:
     """What a page holds in the wrong place: fences that do not pair, code outside of them, headings within text."""
     found: list[str] = []
-    opened, before = 0, ""
+    opened, before, text = 0, "", ""
     for number, line in enumerate(markdown.splitlines(), 1):
         if line.lstrip().startswith("```"):
             named = line.strip() != "```"
@@ -104,7 +106,9 @@ def faults(markdown: str) -> list[str]:
             found.append(f"line {number}: a heading follows text without an empty line")
         elif not opened and is_code(line):
             found.append(f"line {number}: code stands outside a fence")
-        before = line.strip()
+        elif not opened and line.startswith("    ") and not before and text.startswith(("- ", "  ")):
+            found.append(f"line {number}: indented code belongs to the list above it: fence it")
+        before, text = line.strip(), line if line.strip() and not opened else text
     return found + [f"line {opened}: a fence never closes"] * bool(opened)
 
 
@@ -133,8 +137,9 @@ def test_blocks_keep_their_lines() -> None:
         ("batches = [1]  # yours\n", ["line 1: code stands outside a fence"]),
         ("python -m recipes.causal_lm\n", ["line 1: code stands outside a fence"]),
         ("Text:\n## Heading\n", ["line 2: a heading follows text without an empty line"]),
+        ("- a\n\n    python -m b\n", ["line 3: indented code belongs to the list above it: fence it"]),
     ],
-    ids=["good", "open", "stray", "nested", "call", "assignment", "command", "heading"],
+    ids=["good", "open", "stray", "nested", "call", "assignment", "command", "heading", "list"],
 )
 def test_what_stands_in_the_wrong_place_is_noticed(text: str, found: list[str]) -> None:
     assert faults(text) == found
@@ -172,7 +177,7 @@ def test_both_commands_are_shown() -> None:
 
 
 def test_the_readme_and_the_pages_show_library_examples() -> None:
-    assert {"README.md", "docs/usage.md"} <= set(WITH_PYTHON)
+    assert {"README.md", "docs/start.md"} <= set(WITH_PYTHON)
 
 
 def test_lines_are_short() -> None:
@@ -193,9 +198,10 @@ def test_extras_exist() -> None:
     assert named <= set(extras)
 
 
-def test_links_lead_somewhere() -> None:
-    links = re.findall(r"\]\((?!https?:|#)([^)#\s]+)", readme())
-    assert not [link for link in links if not (ROOT / link).exists()]
+@pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
+def test_links_lead_somewhere(page: Path) -> None:
+    links = re.findall(r"\]\((?!https?:|#)([^)#\s]+)", page.read_text(encoding="utf-8"))
+    assert not [link for link in links if not (page.parent / link).exists()]
 
 
 WITH_PYTHON = [str(page.relative_to(ROOT)) for page in PAGES if blocks(page.read_text(encoding="utf-8"), "python")]
@@ -208,8 +214,31 @@ def test_python_blocks_run(tmp_path: Path, page: str) -> None:
     (tmp_path / "recipes").symlink_to(ROOT / "recipes", target_is_directory=True)
     script = tmp_path / "page.py"
     script.write_text(as_script(python_blocks))
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, str(script)], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, f"{page}, by its own line numbers:\n{done.stderr}"
+    code, said = run(script)
+    assert code == 0, f"{page}, by its own line numbers:\n{said}"
+
+
+def cells(notebook: Path) -> list[str]:
+    """The sources of its code cells."""
+    found = json.loads(notebook.read_text())["cells"]
+    return ["".join(cell["source"]) for cell in found if cell["cell_type"] == "code"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("example", EXAMPLES, ids=[path.stem for path in EXAMPLES])
+def test_examples_run(tmp_path: Path, example: Path) -> None:
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes", target_is_directory=True)
+    script = tmp_path / f"{example.stem}.py"
+    script.write_text("\n".join(cells(example)) if example.suffix == ".ipynb" else example.read_text())
+    code, said = run(script)
+    assert code == 0, said
+
+
+def test_a_notebook_has_ten_cells_and_no_outputs() -> None:
+    assert [len(cells(path)) for path in EXAMPLES if path.suffix == ".ipynb"] == [10]
+    assert all('"outputs": []' in path.read_text() for path in EXAMPLES if path.suffix == ".ipynb")
+
+
+def test_the_gallery_shows_all_of_its_examples() -> None:
+    shown = re.findall(r"literalinclude} (.+)", (ROOT / "docs" / "gallery" / "index.md").read_text())
+    assert sorted(shown) == sorted(path.name for path in EXAMPLES if path.suffix == ".py")

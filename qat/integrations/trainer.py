@@ -77,7 +77,7 @@ class QuantizationCallback(TrainerCallback):
         guards: what happens when numbers go wrong in training; default: stop before a gradient that is inf or NaN
             reaches the weights, and warn of layers whose scales, codes or activations degenerate.
 
-    Raises (from the Trainer's constructor, or in ``train`` before the first step):
+    Raises:
         SpecError, TargetError: the spec does not fit the model or the target.
         StateError: the model is frozen, or prepared in another way.
         CalibrationError: activations are quantized and nothing will set their scales.
@@ -251,7 +251,7 @@ def grouped_optimizer(arguments: TrainingArguments, scale_lr: float | None = Non
         arguments: those of the Trainer.
         scale_lr: learning rate of learned scales; default a tenth of ``arguments.learning_rate``.
 
-    Raises (in ``train``):
+    Raises:
         TrainingError: ``arguments.optim`` is an optimizer that makes groups of its own.
     """
     return _builder, {"arguments": arguments, "scale_lr": scale_lr}

@@ -2,7 +2,7 @@
 
 A *quantizer* is a submodule beside a layer's weight (or at its input or output) that knows how to scale it. It owns
 whatever is learned, as float32 parameters; the layer adds the straight-through gradient and the recomputation. An
-*algorithm* is the frozen configuration that makes quantizers. docs/architecture.md shows how to add one.
+*algorithm* is the frozen configuration that makes quantizers. docs/extending.md shows how to add one.
 """
 
 from __future__ import annotations

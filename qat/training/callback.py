@@ -49,7 +49,7 @@ __all__ = ["QuantizationAwareTraining"]
 
 
 class QuantizationAwareTraining(Callback):
-    """Quantization-aware training of a `LightningModule` that need not know of it.
+    """Quantization-aware training of a `LightningModule` that need not know of it; faults are told before a step.
 
     Args:
         spec: what to quantize.
@@ -65,7 +65,7 @@ class QuantizationAwareTraining(Callback):
         guards: what happens when numbers go wrong in training; default: stop before a loss or gradient that is inf or
             NaN reaches the weights, and warn of layers whose scales, codes or activations degenerate.
 
-    Raises (during ``trainer.fit``, before the first step):
+    Raises:
         SpecError, TargetError: the spec does not fit the model or the target.
         StateError: the model is frozen, or prepared in another way.
         CalibrationError: activations are quantized and nothing will set their scales.

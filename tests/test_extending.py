@@ -1,4 +1,4 @@
-"""The algorithm that docs/architecture.md shows is complete: it trains, and freezes to what it trained."""
+"""The algorithm that docs/extending.md shows is complete: it trains, and freezes to what it trained."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from qat.quantizers import Algorithm
 from qat.spec import QuantSpec
 from tests.helpers import WEIGHT_TYPES, awkward_weight, same_bits
 
-DOCUMENT = Path(__file__).parent.parent / "docs" / "architecture.md"
+DOCUMENT = Path(__file__).parent.parent / "docs" / "extending.md"
 
 
 def documented_algorithm() -> Algorithm:
-    """An instance of the algorithm in the document's one Python block."""
-    (block,) = re.findall(r"^```python\n(.*?)^```$", DOCUMENT.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    """An instance of the algorithm in the document's first Python block."""
+    block, *_ = re.findall(r"^```python\n(.*?)^```$", DOCUMENT.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
     namespace: dict[str, object] = {"__name__": "documented"}
     exec(compile(block, str(DOCUMENT), "exec", dont_inherit=True), namespace)
     algorithm = namespace["LearnedStep"]

@@ -1,0 +1,59 @@
+"""The site builds without a warning; its figures are those of the rows, and the messages that it quotes exist."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+from qat.cli import main as command
+from scripts.draw_figures import main
+from tests.sources import ROOT, library_modules
+
+DOCS = ROOT / "docs"
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # Python's, of Sphinx's own code; those of Sphinx are errors by -W
+def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+    """All pages, links and docstrings are read; HTML, which has no more rules, is not written."""
+    for package in ("sphinx", "myst_parser", "furo"):
+        pytest.importorskip(package, reason="needs the extra docs")
+    from sphinx.cmd.build import main as build
+
+    assert build(["-q", "-W", "--keep-going", "-b", "dummy", str(DOCS), str(tmp_path)]) == 0
+
+
+def test_the_figures_are_those_of_the_rows(tmp_path: Path) -> None:
+    """Otherwise draw them again: ``python -m scripts.draw_figures``."""
+    main(tmp_path)
+    drawn = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    assert drawn == {path.name: path.read_text() for path in (DOCS / "figures").iterdir()}
+
+
+def messages() -> str:
+    """All texts of the library; a value within one is a brace."""
+    texts = []
+    for path in library_modules().values():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.JoinedStr | ast.Constant):
+                parts = node.values if isinstance(node, ast.JoinedStr) else [node]
+                texts.append("".join(str(part.value) if isinstance(part, ast.Constant) else "{" for part in parts))
+    return "\n".join(texts)
+
+
+def test_troubleshooting_quotes_messages_that_exist() -> None:
+    page = (DOCS / "troubleshooting.md").read_text()
+    quoted = re.findall(r"^### `(.+)`$", page, re.MULTILINE)
+    assert len(quoted) == page.count("\n### ") >= 20
+    known = messages()
+    assert not [text for text in quoted if text not in known]
+
+
+def test_each_command_has_a_row(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        command(["--help"])
+    commands = re.findall(r"• (\w+) ", capsys.readouterr().out)
+    assert commands == re.findall(r"^\| `(\w+)` ", (DOCS / "cli.md").read_text(), re.MULTILINE)
