@@ -41,7 +41,7 @@ def outside_tested(tested: Mapping[str, Sequence[str]] | None = None) -> tuple[s
             version = Version(installed)
         except (metadata.PackageNotFoundError, InvalidVersion):
             continue
-        if not Version(low).release <= version.release or version.release[:2] > Version(high).release[:2]:
+        if version < Version(low) or version.release[:2] > Version(high).release[:2]:
             versions = low if low == high else f"{low} to {high}"
             found.append(f"{package} {installed} is outside of the tested versions {versions}")
     return tuple(found)

@@ -24,6 +24,8 @@ from tests.training_modules import (
     quiet_trainer,
 )
 
+pytestmark = pytest.mark.compatibility
+
 LEARNED = qat.LearnedAffine()
 
 

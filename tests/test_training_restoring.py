@@ -11,6 +11,8 @@ import qat
 from qat.training.restoring import restore
 from tests.training_modules import INT4, INT8_INT8, UserModule, assert_equal_state, loader, quantization, quiet_trainer
 
+pytestmark = pytest.mark.compatibility
+
 
 def saved(directory: Path, spec: Any, algorithm: Any) -> tuple[UserModule, Path]:
     module = UserModule()

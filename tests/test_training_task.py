@@ -21,6 +21,8 @@ from qat.training.losses import divergence
 from recipes.tasks import CausalLanguageModelling, evaluate
 from tests.training_modules import INT4, INT8, INT8_INT8, LearnedStep, assert_equal_state, quantization, quiet_trainer
 
+pytestmark = pytest.mark.compatibility
+
 
 class TinyLanguageModel(nn.Module):
     """Takes exactly what the task gives it: labels would be an error."""
