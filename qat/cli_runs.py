@@ -52,23 +52,27 @@ def export(
 ) -> None:
     """Freeze and export the model of a checkpoint, as Lightning wrote it in quantization-aware training, and verify it.
 
+    Activation scales are those of the checkpoint. A recipe calibrates once more at its end, so that its own export of a
+    model with quantized activations has others.
+
     Args:
         checkpoint: A file such as outputs/causal_lm/int4-checkpoints/step-80.ckpt.
-        model: The float model that was trained: a directory, or a hub's name.
+        model: The float model that was trained: a directory, or a hub's name, of a model for texts or images.
         output: The directory to write.
         overwrite: Replace an older export.
         trust_remote_code: Run code that comes with the model.
     """
     from qat.exporting import export as write
     from qat.files.directory import check_destination
+    from qat.files.places import check_place
     from qat.freezing import freeze
     from qat.hosts.pretrained import load_float
     from qat.training.restoring import restore
     from qat.verification import verify
 
     quiet_libraries()
-    check_destination(output.absolute(), overwrite)
-    if not checkpoint.is_file():
+    check_destination(check_place(output, "output"), overwrite, "output")
+    if not os.path.isfile(checkpoint):  # of os, to whom no name is too long
         raise LoadError(
             f"checkpoint: {str(checkpoint)!r} is no file: name one, as Lightning's save_checkpoint writes it"
         )

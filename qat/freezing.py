@@ -317,7 +317,8 @@ def _freeze_layer(
     device = master.device
     with other_mode(quantizer):
         weight = quantizer.final_codes(master)
-    require_held(name, scale=weight.scale, shift=weight.shift)
+    if narrow := quantizer.dtype is torch.float16:
+        require_held(name, scale=weight.scale, shift=weight.shift)
     bias: Tensor | None = getattr(layer, "bias", None)
     kernel = layer.stored_kernel(layer)
     types = LayerTypes(weight.qtype, layer.activation_qtype, quantizer.dtype, prepared.spec.outputs, kernel)
@@ -334,7 +335,8 @@ def _freeze_layer(
     frozen = target.build(types, (out_features, in_features), tensors, like=layer)
     del tensors
     trained = quantizer.quantize(master, quantizer.dtype).value  # as a forward asks for it, apart from the codes
-    require_held(name, value=trained)
+    if narrow:
+        require_held(name, value=trained)
     hashed = begun(functools.partial(digest, trained.cpu()))
     packed, first = target.format.read(frozen), 0
     for block in target.format.value_blocks(frozen, packed):

@@ -44,6 +44,11 @@ WITHOUT_THE_ARGUMENT = {
         "__init__",
         "type(scheduler).from_config",
     ): "a scheduler's class, and its own configuration",
+    (
+        "scripts/kill_and_resume.py",
+        "make_model",
+        "getattr(diffusers, kind).from_config",
+    ): "a class of diffusers, as above",
     ("scripts/stock_diffusers.py", "load", "own.from_pretrained"): "a class of diffusers, as above",
 }
 

@@ -378,5 +378,5 @@ def test_the_command_is_quiet(small: list[str], tmp_path: Path) -> None:
     assert len(said) == 2 * len([line for line in said if line.endswith(" ...")])
     again = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     assert again.returncode == 2
-    assert again.stderr.startswith("error: directory ")
+    assert again.stderr.startswith("error: output: ")
     assert again.stderr.count("\n") == 1

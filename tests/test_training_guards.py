@@ -317,7 +317,7 @@ def test_what_looks_find_is_logged_and_changes_no_bit(tmp_path: Path) -> None:
     watched = fitted(tmp_path, guards=NumericalGuards(every=2, log=True), logger=logger, **options)
     assert_equal_state(watched, fitted(tmp_path, guards=NumericalGuards(every=0), **options))
     head, *rows = (tmp_path / "metrics.csv").read_text().splitlines()
-    assert len(rows) == 5  # and one of the loss in the validation
+    assert len(rows) == 6  # with one at the start, and one of the loss in the validation
     columns = head.split(",")
     for name in ("first/int8", "first/input/int8", "first/output/int8", "head/input/int8"):
         assert {f"quantization/{name}/{key}" for key in ("error", "saturated", "code_use", "drift")} <= {*columns}

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +53,14 @@ def test_what_is_no_such_checkpoint_is_told(tmp_path: Path) -> None:
         restore(other, tmp_path / "state.pt")
     with pytest.raises(qat.LoadError, match="give the architecture that was trained"):
         restore(other, path)
+    data = bytearray(path.read_bytes())
+    for place in (len(data) // 2, len(data) // 3):  # within tensors, which a zip file has a checksum of
+        flipped = bytearray(data)
+        flipped[place] ^= 1
+        (tmp_path / "flipped.ckpt").write_bytes(flipped)
+        (tmp_path / "flipped.json").write_text(json.dumps({"sha256": hashlib.sha256(data).hexdigest()}))
+        with pytest.raises(qat.LoadError, match=r"is damaged: flipped.json has another SHA-256"):
+            restore(UserModule().model, tmp_path / "flipped.ckpt")
     found = torch.load(path, weights_only=True)
     del found["quantization"]["prepared"]["spec"]
     torch.save(found, tmp_path / "old.ckpt")

@@ -123,6 +123,7 @@ class QuantizationCallback(TrainerCallback):
         if verify and export is None:
             raise TrainingError("verify: True needs what was exported, got export=None: name a directory")
         self.guards = guards or NumericalGuards()
+        self.guards.require_fits(self.schedule)
         self._steps: QuantizationSteps | None = None
         self._guard: Guard | None = None
 

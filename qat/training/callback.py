@@ -103,6 +103,7 @@ class QuantizationAwareTraining(Callback):
         self.model_inputs = model_inputs
         self.example_inputs = example_inputs
         self.guards = guards or NumericalGuards()
+        self.guards.require_fits(self.schedule)
         self._steps: QuantizationSteps | None = None
         self._guard: Guard | None = None
         self._guarded: Mapping[str, Any] | None = None  # the guard's state in a checkpoint, until the fit begins

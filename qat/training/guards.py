@@ -27,6 +27,7 @@ from qat.probing import several_processes
 from qat.quantizers.activation import ActivationQuantizer
 from qat.spec import NamedArguments
 from qat.tensors import map_tensors
+from qat.training.schedule import QuantizationSchedule
 from qat.training.statistics import ActivationStatistics, WeightStatistics, activation_statistics, weight_statistics
 
 __all__ = ["Guard", "NumericalGuards"]
@@ -48,16 +49,25 @@ class NumericalGuards(NamedArguments):
     """
 
     nonfinite: Literal["stop", "skip", "warn"] = "stop"
-    """A loss or gradient is inf or NaN: stop before the optimizer step, leave this step out, or only warn.
+    """A loss or gradient is inf or NaN: stop before the optimizer step, leave this step out, or only warn. Steps are
+    never left out while observers record (``observe_from``), which would keep what such a step brought.
     float16 gradients that the scaler of 16-mixed precision skips by itself are none of these."""
-    most_skipped: int = Field(default=10, ge=1)
+    most_skipped: int = Field(default=10, ge=1, lt=2**31)
     """With ``skip``: this many steps in a row that had to be left out stop the run."""
     degenerate: Literal["stop", "warn", "ignore"] = "warn"
     """Scales of a layer collapse, its codes die or its values saturate: stop, warn once a layer, or do nothing."""
-    every: int = Field(default=100, ge=0)
+    every: int = Field(default=100, ge=0, lt=2**31)
     """Optimizer steps between two looks at scales, codes and activations of all layers; 0: never."""
     log: bool = False
     """Hand what each look finds of each layer to the Trainer's loggers."""
+
+    def require_fits(self, schedule: QuantizationSchedule) -> None:
+        """Raise `TrainingError` where observers of a schedule would record steps that are to leave no trace."""
+        if self.nonfinite == "skip" and schedule.observe_from is not None:
+            raise TrainingError(
+                "guards.nonfinite: 'skip' cannot undo what observers record in a skipped step, and the schedule has "
+                f"observe_from={schedule.observe_from}: use 'stop' or 'warn', or calibrate instead (observe_from=None)"
+            )
 
 
 class Guard:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import pickle
+import hashlib
+import json
 from collections.abc import Mapping
 from os import PathLike
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -20,7 +22,7 @@ from qat.runs import set_run_state
 from qat.spec import QuantSpec
 from qat.training.checkpoints import KEY
 
-__all__ = ["restore"]
+__all__ = ["require_whole", "restore"]
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -63,9 +65,10 @@ def restore(model: Model, checkpoint: str | PathLike[str]) -> Model:
     if not path.is_file():
         kind = "is a directory of shards" if path.is_dir() else "is no file" if path.exists() else "does not exist"
         raise LoadError(f"checkpoint: {str(path)!r} {kind}: give one file, as trainer.save_checkpoint writes it")
+    require_whole(path)
     try:
-        found: Any = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError) as error:
+        found: Any = torch.load(path, map_location="cpu", weights_only=True)  # without mmap, which asks no checksum
+    except Exception as error:  # what can be wrong with a file has no common base
         raise LoadError(
             f"checkpoint: {str(path)!r} is no checkpoint of tensors and plain data, or a damaged one "
             f"({type(error).__name__}): give one that Lightning wrote"
@@ -99,6 +102,20 @@ def restore(model: Model, checkpoint: str | PathLike[str]) -> Model:
         ) from error
     set_run_state(model, runs)
     return model
+
+
+def require_whole(path: Path) -> None:
+    """Raise `LoadError` where a file is not what ``NAME.json`` beside it says, as recipes write it."""
+    beside = path.with_suffix(".json")
+    try:
+        wanted = json.loads(beside.read_text(encoding="utf-8"))["sha256"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return  # another program's
+    with path.open("rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != wanted:
+            raise LoadError(
+                f"checkpoint: {str(path)!r} is damaged: {beside.name} has another SHA-256: give another one"
+            )
 
 
 def _prefix(model: nn.Module, state: Mapping[str, Any]) -> str:

@@ -92,15 +92,15 @@ class QuantizationSchedule(NamedArguments):
 
     start_step: int = Field(default=0, ge=0, lt=2**31)
     """Fake quantization begins at this step, and starts that need data are found; before it the model is float."""
-    observe_from: int | None = Field(default=None, ge=0)
+    observe_from: int | None = Field(default=None, ge=0, lt=2**31)
     """Activation observers record from this step on; none: never during training."""
-    observe_until: int | None = Field(default=None, ge=0)
+    observe_until: int | None = Field(default=None, ge=0, lt=2**31)
     """Activation observers stop at this step; none: they go on to the end."""
-    hold_scales_from: int | None = Field(default=None, ge=0)
+    hold_scales_from: int | None = Field(default=None, ge=0, lt=2**31)
     """From this step on, learned scales and ranges stay as they are, and the weights settle to them; none: never."""
     first_weights: WeightType | None = None
     """Layers of fewer bits begin with this type, such as int2 ones with int4, and change to theirs later; none: not."""
-    first_weights_until: int | None = Field(default=None, ge=1)
+    first_weights_until: int | None = Field(default=None, ge=1, lt=2**31)
     """At this step they change: ranges start again from the weights as they are then."""
     cage: float = Field(default=0.0, ge=0)
     """Strength of the pull of weights to their quantized values (CAGE), in learning rates; 0: none. See numerics.md."""

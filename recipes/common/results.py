@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["ResultRow", "inspect_totals", "show_end", "show_results", "show_size"]
 
 
+logger = logging.getLogger("qat")
 WIDTH_OF_FILES = 160  # columns where the output is no terminal, which has no width of its own
 
 
@@ -92,7 +94,10 @@ def show_end(run: Run, verified: qat.VerifyReport) -> None:
     print(f"load it: qat.load({str(run.output)!r}); its {CARD_NAME} shows other loaders")
     print(f"results: {run.beside('results.json')}; checkpoints: {run.beside('checkpoints')}")
     if run.report and find_spec("matplotlib") is not None:
-        print(f"report: {write_report(run.output, run.beside('report.html'), verified=verified)}")
+        try:
+            print(f"report: {write_report(run.output, run.beside('report.html'), verified=verified)}")
+        except qat.QatError as error:  # all that counts is done
+            logger.warning("no report was written: %s", error)
 
 
 def inspect_totals(report: qat.InspectReport) -> str:
