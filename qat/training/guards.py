@@ -269,12 +269,12 @@ class Guard:
         """Those that hold inf or NaN, but for quantized weights; a bias of minus infinity reaches no loss."""
         masters = {id(m) for _, layer in quantized_layers(self.model) for m in layer.masters(layer).values()}
         held = [(n, p) for n, p in self.model.named_parameters() if p.is_floating_point() and id(p) not in masters]
-        held = [(name, _local(parameter)) for name, parameter in held if not parameter.is_meta]
-        if not held:
+        local = [(name, _local(parameter.detach())) for name, parameter in held if not parameter.is_meta]
+        if not local:
             return []
-        flags = torch.stack([(~torch.isfinite(p.detach())).any().to(held[0][1].device) for _, p in held])
+        flags = torch.stack([(~torch.isfinite(tensor)).any().to(local[0][1].device) for _, tensor in local])
         flags = _shared(flags.to(torch.int32), "MAX")
-        return [name for (name, _), flag in zip(held, flags.tolist(), strict=True) if flag]
+        return [name for (name, _), flag in zip(local, flags.tolist(), strict=True) if flag]
 
     def _judge(self, found: Mapping[str, Mapping[str, float]]) -> None:
         faults: dict[str, list[str]] = {}
