@@ -6,6 +6,7 @@ silences, by name, the messages of other libraries that say nothing about the us
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import signal
@@ -26,8 +27,13 @@ def run_command(main: Callable[[], object]) -> NoReturn:
     3 is for an export that only the user's own program can judge. Failures are told on the standard error stream,
     without a traceback. Any other exception is a fault of the program and keeps its traceback. When whoever read the
     output has left (``qat verify DIR --json | head``), the program ends with 141, as one that the signal ends, and says
-    nothing.
+    nothing. A stream that is closed takes nothing, and one whose encoding lacks a character gets a question mark.
     """
+    for name in ("stdout", "stderr"):
+        if (stream := getattr(sys, name)) is None:
+            setattr(sys, name, io.StringIO())
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
     try:
         try:
             main()

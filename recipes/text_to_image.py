@@ -89,7 +89,7 @@ def main(argv: Sequence[str]) -> None:
     prepared_for: dict[str, Any] = {"target": target, "observer": config.observer, "example_inputs": data.example}
     prepared_for |= {"spec": spec, "algorithm": config.algorithm}
     checkpoints = run.beside("checkpoints")
-    start_run(checkpoints, config, run.resume)
+    start_run(checkpoints, config, run.resume, run.beside("logs"))
 
     how: dict[str, Any] = {"settings": FitSettings(settings, config.trainer, config.seed, run.beside("logs"))}
     tuned, rate = copy.deepcopy(model), settings.float_learning_rate

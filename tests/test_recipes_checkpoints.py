@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import resource
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -220,3 +222,36 @@ def test_what_an_earlier_run_left_never_becomes_the_result_of_another(tmp_path: 
         assert begin_run(tmp_path, second) is None
         start_run(tmp_path, second, None)
         assert names(tmp_path) == ["run.json"]
+
+
+def test_two_processes_do_not_train_with_one_folder(tmp_path: Path) -> None:
+    config, folder = causal_lm.Config(), tmp_path / "out-checkpoints"
+    start_run(folder, config, None)
+    if (child := os.fork()) == 0:
+        checkpoints._held.clear()  # as in a process that was started by itself
+        told = 0
+        for begin in (begin_run, lambda *given: start_run(*given, None)):
+            with suppress(Exception):
+                try:
+                    begin(folder, config)
+                except ConfigError as error:
+                    told += "another process trains" in str(error)
+        os._exit(told)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 2
+    start_run(folder, config, None)  # the process itself goes on
+    end_run(folder)
+    assert checkpoints._identity(folder) not in checkpoints._held
+
+
+def test_logs_of_another_run_go(tmp_path: Path) -> None:
+    logs = tmp_path / "logs"
+    for name in ("fine-tuning/metrics.csv", "training-from-8/metrics.csv", "of_tensorboard/events"):
+        (logs / name).parent.mkdir(parents=True)
+        (logs / name).write_text("")
+    start_run(tmp_path / "a", causal_lm.Config(), None, logs)
+    assert names(logs) == ["of_tensorboard"]
+    (logs / "training").mkdir()
+    (logs / "training" / "metrics.csv").write_text("")
+    start_run(tmp_path / "a", causal_lm.Config(), None, logs)  # which was interrupted
+    assert names(logs) == ["of_tensorboard", "training"]
+    end_run(tmp_path / "a")

@@ -23,6 +23,10 @@ def test_a_run_that_goes_on_keeps_its_earlier_log(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"training", "training-from-2", "fine-tuning"}
     logger_of("csv", tmp_path, "training", tmp_path / "step-2.ckpt")  # killed and started again
     assert {path.name for path in tmp_path.iterdir()} == {"training", "fine-tuning"}
+    (tmp_path / "training-from-8").mkdir()
+    (tmp_path / "training-from-2").mkdir()
+    logger_of("csv", tmp_path, "training", tmp_path / "step-4.ckpt")  # the newer one was damaged: 8 comes again
+    assert {path.name for path in tmp_path.iterdir()} == {"training", "training-from-2", "fine-tuning"}
     logger_of("csv", tmp_path, "training", None)  # another run
     assert {path.name for path in tmp_path.iterdir()} == {"fine-tuning"}
 

@@ -57,3 +57,12 @@ def test_a_reader_that_has_left_ends_the_program_quietly(program: str) -> None:
     done = subprocess.run([sys.executable, "-c", code], stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
     os.close(writer)
     assert (done.returncode, done.stderr) == (141, "")
+
+
+@pytest.mark.parametrize("closed", ["", "1>&-", "2>&-", "1>&- 2>&-"], ids=["ascii", "output", "errors", "both"])
+def test_streams_that_are_closed_or_lack_a_character_are_no_fault(closed: str) -> None:
+    code = "from qat import report\nreport.run_command(lambda: print(chr(177)))"
+    command = ["sh", "-c", f'exec "$0" -c "$1" {closed}', sys.executable, code]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "" if "1" in closed else "?\n", "")

@@ -2,8 +2,11 @@ from __future__ import annotations
 
 import csv
 import json
+import math
+import os
 import re
 import shutil
+from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,7 @@ from PIL import Image
 from torch import nn
 
 import qat
-from qat.run_report import compare_runs, read_run, write_report
+from qat.run_report import RunComparison, compare_runs, figures, read_run, write_report
 from tests.exports import frozen_llama
 
 
@@ -39,6 +42,8 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for step in steps:
                 loss = 9.0 if stage == "training" and step >= 2 else 3.0 - step / 10
                 writer.writerow({"epoch": 0, "step": step, "train_loss": loss, column: 0.1 if step % 2 else ""})
+    os.utime(folder / "run-logs" / "training", (2**32, 2**32))  # clocks jump, and copies have other times
+    os.utime(folder / "run-logs" / "training" / "metrics.csv", (2**32, 2**32))
     Image.new("RGB", (8, 8)).save(folder / "run-images.png")
     return folder / "run"
 
@@ -164,3 +169,80 @@ def test_runs_are_compared(exported: Path, tmp_path: Path) -> None:
     assert "int4" in str(found)
     with pytest.raises(qat.LoadError, match="two directories or more"):
         compare_runs([exported])
+
+
+ROW = {"name": "a", "metrics": {"loss": 1.0}, "steps": 1, "bytes_on_disk": 1}
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [{**ROW, "metrics": {"loss": "<script>"}}],
+        [{**ROW, "metrics": {"loss": math.nan}}],
+        [{**ROW, "metrics": {"loss": 10**400}}],
+        [{**ROW, "metrics": {"loss_bin_0": 1e308}}],
+        [{**ROW, "name": [1]}],
+        [{**ROW, "bytes_on_disk": "many"}],
+        [{**ROW, "comparison": {"difference": 1.0}}],
+        [{key: value for key, value in ROW.items() if key != "steps"}],
+        {},
+        "[" * 100_000,
+    ],
+    ids=["text", "NaN", "400 digits", "beyond float32", "name", "bytes", "comparison", "no steps", "mapping", "deep"],
+)
+def test_results_of_other_types_are_one_error(rows: Any, exported: Path, tmp_path: Path) -> None:
+    shutil.copytree(exported, run := tmp_path / "run")
+    run.with_name("run-results.json").write_text(rows if isinstance(rows, str) else json.dumps(rows))
+    with pytest.raises(qat.LoadError, match=r"run-results\.json' holds no results of a recipe: .*: remove it"):
+        read_run(run, codes=False)
+
+
+@pytest.mark.parametrize(
+    ("text", "points", "note"),
+    [
+        ("0,1.0\n1,nan\n2,inf\n3,1e300\n", [(0, 1.0)], "3 losses of training are inf, NaN or beyond float32"),
+        ("0,1.0\n1,0.25", [(0, 1.0)], None),  # a process was killed within a line
+        ("0,1.0\n99999999999999999999,1.0\n-1,1.0\nx,1.0\n2\n3,4,5\n", [(0, 1.0)], None),
+        (f"0,1.0\n1,{'9' * 200_000}\n", [(0, 1.0)], "the log 'training' was not read to its end: field larger"),
+        ("0,1.0\n\udcff\n", None, "the log 'training' was not read to its end: 'utf-8'"),
+    ],
+    ids=["not finite", "half a line", "steps", "long field", "no text"],
+)
+def test_logs_that_are_none_are_noted(text: str, points: Any, note: str | None, exported: Path, tmp_path: Path) -> None:
+    shutil.copytree(exported, run := tmp_path / "run")
+    log = tmp_path / "run-logs" / "training" / "metrics.csv"
+    log.parent.mkdir(parents=True)
+    log.write_bytes(f"step,train_loss\n{text}".encode(errors="surrogateescape"))
+    record = read_run(run, codes=False)
+    assert record.losses.get("training") == points
+    assert [found.startswith(note or "") for found in record.notes] == [True] * (note is not None)
+
+
+def test_what_is_beside_a_run_that_has_not_ended_is_not_shown(exported: Path, tmp_path: Path) -> None:
+    shutil.copytree(exported.parent, tmp_path / "all")
+    state = tmp_path / "all" / "run-checkpoints" / "run.json"
+    state.parent.mkdir()
+    for ended in (True, False):
+        state.write_text(json.dumps({"ended": ended}))
+        record = read_run(tmp_path / "all" / "run", codes=False)
+        assert (bool(record.results), bool(record.losses), not record.notes) == (ended, ended, ended)
+
+
+def test_pictures_of_another_run_and_what_is_none_are_left_out(exported: Path, tmp_path: Path) -> None:
+    shutil.copytree(exported, run := tmp_path / "run")
+    Image.new("RGB", (8, 8)).save(tmp_path / "run-2-images.png")
+    (tmp_path / "run-images.png").write_text("none")
+    os.mkfifo(tmp_path / "run-losses.png")
+    assert read_run(run, codes=False).pictures == {}
+
+
+def test_names_are_shown_as_they_stand(tmp_path: Path) -> None:
+    name = '$\\frac$ [/red] <b>"\\1'
+    drawn = figures.curves({name: [(0, 1.0)], "b": [(0, 1.0)]}, name, "step", "loss")
+    assert f'aria-label="{escape(name)}"' in drawn
+    assert "<b>" not in drawn
+    found = RunComparison((name, "b"), {"loss": (1.0, None)}, {"[bold]": ("\x1b[31m", "x" * 400)})
+    lines = str(found)
+    assert "[/red]" in lines
+    assert "?[31m" in lines
+    assert lines.count("x") == 400

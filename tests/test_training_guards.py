@@ -86,7 +86,7 @@ class Loop:
         self, spec: qat.QuantSpec = INT8, algorithm: qat.Algorithm = LEARNED, guards: NumericalGuards = EACH
     ) -> None:
         torch.manual_seed(1)
-        self.user, self.steps = UserModule(), 0
+        self.user, self.steps, self.batch = UserModule(), 0, inputs_of(loader(1))[0]
         qat.prepare(self.user.model, spec, algorithm=algorithm)
         if spec.activations:
             qat.calibrate(self.user.model, inputs_of(loader()))
@@ -95,7 +95,7 @@ class Loop:
 
     def step(self) -> dict[str, float]:
         self.guard.before_step()
-        self.user.model(inputs_of(loader(1))[0])
+        self.user.model(self.batch)
         self.steps += 1
         return self.guard.after_step()
 
@@ -317,7 +317,7 @@ def test_what_looks_find_is_logged_and_changes_no_bit(tmp_path: Path) -> None:
     watched = fitted(tmp_path, guards=NumericalGuards(every=2, log=True), logger=logger, **options)
     assert_equal_state(watched, fitted(tmp_path, guards=NumericalGuards(every=0), **options))
     head, *rows = (tmp_path / "metrics.csv").read_text().splitlines()
-    assert len(rows) == 6  # with one at the start, and one of the loss in the validation
+    assert len(rows) == 6  # the start, four looks, and one of the loss in the validation
     columns = head.split(",")
     for name in ("first/int8", "first/input/int8", "first/output/int8", "head/input/int8"):
         assert {f"quantization/{name}/{key}" for key in ("error", "saturated", "code_use", "drift")} <= {*columns}
@@ -362,3 +362,29 @@ def test_experts_are_named(caplog: pytest.LogCaptureFixture) -> None:
 def test_settings_say_what_is_wrong() -> None:
     with pytest.raises(qat.SpecError, match="NumericalGuards: nonfinite: Input should be 'stop', 'skip' or 'warn'"):
         NumericalGuards(nonfinite="ignore")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("spec", "action", "message"),
+    [
+        (INT8, fill("first.bias", -math.inf), r"by step 1, inf or NaN is in first\.bias"),
+        (
+            INT8_INT8,
+            fill("second.bias", math.inf),
+            r"by step 1, inf or NaN is in second\.bias; .*codes hide, is in sec",
+        ),
+        (INT8_INT8, spoil, r"inf or NaN, which codes hide, is in first input \(\d+\.\d% of its values\)"),
+    ],
+    ids=["bias before a ReLU", "bias", "batch"],
+)
+@pytest.mark.parametrize("nonfinite", ["stop", "warn"])
+def test_a_look_finds_what_reaches_no_loss(spec: Any, action: Any, message: str, nonfinite: Any, caplog: Any) -> None:
+    loop = Loop(spec, guards=NumericalGuards(every=1, nonfinite=nonfinite, degenerate="ignore"))
+    loop.batch = inputs_of(loader(1))[0]
+    action(loop.user, [loop.batch])
+    if nonfinite == "stop":
+        with pytest.raises(qat.TrainingError, match=message):
+            loop.step()
+    else:
+        loop.step()
+        assert any(re.search(message, told) for told in warnings(caplog))

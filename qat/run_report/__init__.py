@@ -53,6 +53,8 @@ def write_report(
     record = read_run(run)
     directory = record.directory
     path = directory.with_name(f"{directory.name}-report.html") if output is None else as_path(output, ExportError)
+    if not path.name:
+        raise ExportError(f"output: {str(path)!r} names no file: give its name, as report.html")
     from qat.run_report.page import page
 
     text = page(record, verified)

@@ -8,7 +8,8 @@ from os import PathLike
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
+from rich.text import Text
 
 from qat.errors import LoadError
 from qat.run_report.record import RunRecord, read_run
@@ -32,13 +33,11 @@ class RunComparison:
 
     def __str__(self) -> str:
         """The table."""
-        table = Table("", *self.runs, show_lines=False)
-        for name, values in self.rows.items():
-            table.add_row(name, *map(_shown, values))
-        if self.settings:
+        table = Table(Column(overflow="fold"), *(Column(_shown(run), overflow="fold") for run in self.runs))
+        for part in (self.rows, self.settings):
+            for name, values in part.items():
+                table.add_row(*map(_shown, (name, *values)))
             table.add_section()
-        for name, values in self.settings.items():
-            table.add_row(name, *map(_shown, values))
         console = Console()
         with console.capture() as captured:
             console.print(table)
@@ -93,5 +92,7 @@ def _flat(values: Mapping[str, Any], within: str = "") -> Iterator[tuple[str, An
             yield f"{within}{key}", value
 
 
-def _shown(value: Any) -> str:
-    return "–" if value is None else f"{value:.5g}" if isinstance(value, float) else str(value)
+def _shown(value: Any) -> Text:
+    """As it stands: names and settings of other people may hold rich's markup, or codes that a terminal obeys."""
+    text = "–" if value is None else f"{value:.5g}" if isinstance(value, float) else str(value)
+    return Text("".join(letter if letter.isprintable() else "?" for letter in text))

@@ -10,6 +10,7 @@ import io
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from html import escape
 from typing import Any
 
 from matplotlib import rc_context
@@ -31,7 +32,8 @@ def _style() -> AbstractContextManager[None]:
     lines = ("axes.edgecolor", "grid.color", "xtick.color", "ytick.color", "legend.edgecolor")
     options: Any = dict.fromkeys(lines, _LINE) | dict.fromkeys(text, _TEXT)
     return rc_context(options | {
-        "svg.fonttype": "none", "svg.hashsalt": "qat", "font.size": 10, "font.family": "sans-serif",
+        "svg.fonttype": "none", "svg.hashsalt": "qat", "text.parse_math": False,
+        "font.size": 10, "font.family": "sans-serif",
         "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.linewidth": 0.5,
         "axes.axisbelow": True, "legend.frameon": False, "figure.constrained_layout.use": True,
     })  # fmt: skip
@@ -49,7 +51,10 @@ def _svg(figure: Figure, title: str) -> str:
     figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = file.getvalue()
     text = text[text.index("<svg") :].replace(_TEXT, "currentColor").replace(_LINE, "var(--line)")
-    text = re.sub(r'<svg [^>]*viewBox="([^"]+)"[^>]*>', rf'<svg viewBox="\1" role="img" aria-label="{title}">', text)
+    label = escape(title)
+    text = re.sub(
+        r'<svg [^>]*viewBox="([^"]+)"[^>]*>', lambda m: f'<svg viewBox="{m[1]}" role="img" aria-label="{label}">', text
+    )
     return re.sub(r"font: ([\d.]+)px [^;\"]*", r"font: \1px system-ui, sans-serif", text)
 
 

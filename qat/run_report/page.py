@@ -22,7 +22,6 @@ __all__ = ["page"]
 _BIN = "loss_bin_"  # how the names of metrics by timestep begin
 _WORST = 6  # layers whose codes are drawn
 _SHOWN = 400  # layers in the table
-_MOST_PICTURE = 8 << 20  # bytes
 
 
 def page(record: RunRecord, verified: VerifyReport | None = None) -> str:
@@ -83,7 +82,7 @@ def _results(record: RunRecord) -> Iterable[str]:
     rows = record.results
     if not rows:
         return
-    names = [name for name in rows[0]["metrics"] if not name.startswith(_BIN)]
+    names = [name for name in dict.fromkeys(n for row in rows for n in row["metrics"]) if not name.startswith(_BIN)]
     shown = [
         [
             str(row["name"]),
@@ -115,8 +114,9 @@ def _by_timestep(record: RunRecord) -> Iterable[str]:
     """The loss of a diffusion model along the timesteps, as recipes measure it: in bins of equal width."""
     series = {}
     for row in record.results:
-        found = {int(name.removeprefix(_BIN)): value for name, value in row["metrics"].items() if name.startswith(_BIN)}
-        points = [((number + 0.5) / len(found), value) for number, value in sorted(found.items()) if value is not None]
+        names = [f"{_BIN}{number}" for number in range(len(row["metrics"]))]
+        found = [row["metrics"][name] for name in names if name in row["metrics"]]
+        points = [((number + 0.5) / len(found), value) for number, value in enumerate(found) if value is not None]
         if points:
             series[str(row["name"])] = points
     if series:
@@ -201,13 +201,11 @@ def _samples(record: RunRecord) -> Iterable[str]:
         texts = "".join(f"<dt>{escape(name)}</dt><dd>{escape(str(text))}</dd>" for name, text in sample.items())
         shown.append(f"<dl class=texts>{texts}</dl>")
     for title, path in record.pictures.items():
-        data = path.read_bytes()
-        if len(data) <= _MOST_PICTURE:
-            source = f"data:image/png;base64,{base64.b64encode(data).decode()}"
-            shown.append(
-                f'<figure class=whole><img src="{source}" alt="{escape(title)}">'
-                f"<figcaption>{escape(title)}</figcaption></figure>"
-            )
+        source = f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
+        shown.append(
+            f'<figure class=whole><img src="{source}" alt="{escape(title)}">'
+            f"<figcaption>{escape(title)}</figcaption></figure>"
+        )
     if shown:
         yield _section("Samples", *shown)
 

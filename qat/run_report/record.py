@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
+import os
+import re
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
-from math import isfinite, prod
+from math import prod
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from qat.errors import LoadError, QatError
+from qat.errors import LoadError, QatError, told
 from qat.files.directory import as_path
 from qat.files.manifest import Manifest, read_manifest
+from qat.files.trusted import MOST_TEXT
 from qat.hosts.targets import get_target
 from qat.loading import load
 from qat.numerics import FrozenWeight
@@ -26,6 +32,36 @@ __all__ = ["Layer", "RunRecord", "read_run"]
 _BITS = {"F64": 64, "F32": 32, "I32": 32, "BF16": 16, "F16": 16, "I64": 64}  # others are bytes
 _MOST = 4 << 30  # bytes of weight files beyond which codes are not read
 _STATISTIC = "quantization/"
+_MOST_PICTURE = 8 << 20  # bytes
+_MOST_LOG = 1 << 28  # bytes
+_PNG = b"\x89PNG\r\n\x1a\n"
+_LARGEST = 2.0**128  # what no float32 reaches, and no figure can show
+_Float = Annotated[float, Field(gt=-_LARGEST, lt=_LARGEST)]
+
+
+class _Checked(BaseModel):
+    """A part of a file that anybody may have written."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+
+class _Comparison(_Checked):
+    reference: str
+    difference: _Float
+    standard_error: _Float
+
+
+class _Row(_Checked):
+    name: str
+    metrics: dict[str, _Float | None]
+    bytes_on_disk: int = Field(ge=0)
+    steps: int
+    learning_rate: _Float | None = None
+    comparison: _Comparison | None = None
+
+
+_ROWS: TypeAdapter[list[Any]] = TypeAdapter(list[_Row])
+_SAMPLES: TypeAdapter[list[Any]] = TypeAdapter(list[dict[str, str]])
 
 
 @dataclass
@@ -101,10 +137,9 @@ def read_run(run: str | PathLike[str], *, codes: bool = True) -> RunRecord:
     Raises:
         LoadError: the directory is no export, or its files are not what the export wrote.
     """
-    directory = as_path(run, LoadError).absolute()
+    directory = Path(os.path.abspath(as_path(run, LoadError)))
     manifest = read_manifest(directory)
-    results = [{**row, "metrics": dict(row["metrics"])} for row in _rows(directory, "results", "name", "metrics")]
-    record = RunRecord(directory, manifest, results, {}, {}, {}, _rows(directory, "samples", "prompt"))
+    record = RunRecord(directory, manifest, [], {}, {}, {})
     for name, evidence in manifest.frozen.layers.items():
         steps = 0.0
         if evidence.activations is not None:
@@ -112,57 +147,98 @@ def read_run(run: str | PathLike[str], *, codes: bool = True) -> RunRecord:
         first, last = (None if s is None else s * steps for s in (evidence.input_scale, evidence.output_scale))
         outputs = last if manifest.frozen.spec.outputs else None
         record.layers[name] = Layer(evidence.weights, evidence.activations, evidence.shape, first, outputs)
-    _read_logs(directory.with_name(f"{directory.name}-logs"), record)
+    if _is_ended(directory):
+        record.results = [row.model_dump() for row in _rows(directory, "results", _ROWS)]
+        record.samples = _rows(directory, "samples", _SAMPLES)
+        _read_logs(directory.with_name(f"{directory.name}-logs"), record)
+    else:
+        record.notes.append("results and logs beside it are not shown: the last run that writes them has not ended")
     if codes:
         _count_codes(record)
-    for path in sorted((*directory.glob("*.png"), *directory.parent.glob(f"{directory.name}-*.png"))):
-        title = path.stem.removeprefix(f"{directory.name}-").replace("_", " ")
-        record.pictures.setdefault(title, path)
+    # Named, as recipes do: any name might be that of a picture of another run beside this one.
+    beside = [directory.with_name(f"{directory.name}-{kind}.png") for kind in ("images", "losses")]
+    for path in sorted((*directory.glob("*.png"), *beside)):
+        if (
+            path.is_file()
+            and not path.is_symlink()
+            and path.stat().st_size <= _MOST_PICTURE
+            and path.read_bytes().startswith(_PNG)
+        ):
+            title = path.stem.removeprefix(f"{directory.name}-").replace("_", " ")
+            record.pictures.setdefault(title, path)
     return record
 
 
-def _rows(directory: Path, what: str, *needed: str) -> list[dict[str, Any]]:
+def _is_ended(directory: Path) -> bool:
+    """False where a recipe began a run into this directory, and has not ended it."""
+    try:
+        state = json.loads((directory.with_name(f"{directory.name}-checkpoints") / "run.json").read_text("utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return True
+    return not isinstance(state, dict) or state.get("ended") is not False
+
+
+def _rows(directory: Path, what: str, rows: TypeAdapter[list[Any]]) -> list[Any]:
     """The rows of a JSON file that a recipe left beside a directory; none without it."""
     path = directory.with_name(f"{directory.name}-{what}.json")
     if not path.is_file():
         return []
     try:
-        rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
-        if not all(isinstance(row, dict) and all(key in row for key in needed) for row in rows):
-            raise ValueError(f"each row must have {' and '.join(needed)}")
-    except (OSError, ValueError, TypeError) as error:
-        raise LoadError(f"{str(path)!r} holds no {what} of a recipe: {error}: remove it, or run the recipe") from error
-    return rows
+        if path.stat().st_size > MOST_TEXT:
+            raise ValueError(f"it has more than {MOST_TEXT:,} bytes")
+        return rows.validate_json(path.read_bytes())
+    except (OSError, ValueError) as error:
+        found = error.errors()[0] if isinstance(error, ValidationError) else None
+        reason = f"{'.'.join(map(str, found['loc']))}: {found['msg']}"[:200] if found else told(error)
+        raise LoadError(f"{str(path)!r} holds no {what} of a recipe: {reason}: remove it, or run the recipe") from error
 
 
 def _read_logs(folder: Path, record: RunRecord) -> None:
     """Losses and statistics of layers; of a run that went on, later rows take the place of earlier ones."""
     losses: dict[str, dict[int, float]] = defaultdict(dict)
     errors: dict[str, dict[int, float]] = defaultdict(dict)
-    for path in sorted(folder.glob("*/metrics.csv"), key=lambda path: path.stat().st_mtime_ns):
+    for path in sorted(folder.glob("*/metrics.csv"), key=lambda path: (_first_step(path), path)):
         stage = path.parent.name.partition("-from-")[0]
-        for step, key, value in _numbers(path):
-            name, _, what = key.removeprefix(_STATISTIC).rpartition("/")
-            if key == "train_loss":
-                losses[stage][step] = value
-            elif key.startswith(_STATISTIC) and what == "error":
-                errors[name.rpartition("/")[0]][step] = value
-    record.losses = {stage: sorted(points.items()) for stage, points in losses.items()}
+        try:
+            for step, key, value in _numbers(path):
+                name, _, what = key.removeprefix(_STATISTIC).rpartition("/")
+                if key == "train_loss":
+                    losses[stage][step] = value
+                elif key.startswith(_STATISTIC) and what == "error":
+                    errors[name.rpartition("/")[0]][step] = value
+        except (OSError, ValueError, csv.Error) as error:
+            record.notes.append(f"the log {path.parent.name!r} was not read to its end: {told(error)}")
+    for stage, points in losses.items():
+        shown = sorted((step, value) for step, value in points.items() if abs(value) < _LARGEST)
+        record.losses[stage] = shown
+        if missing := len(points) - len(shown):
+            record.notes.append(f"{missing} losses of {stage} are inf, NaN or beyond float32, and are not drawn")
     for name, points in errors.items():
         if name in record.layers:
-            record.layers[name].errors = sorted(points.items())
+            shown = sorted((step, value) for step, value in points.items() if abs(value) < _LARGEST)
+            record.layers[name].errors = shown
+
+
+def _first_step(path: Path) -> int:
+    """Where the fit of a log went on from; clocks and copies change the times of files."""
+    found = re.search(r"-from-(\d{1,15})$", path.parent.name)
+    return int(found[1]) if found else -1
 
 
 def _numbers(path: Path) -> Iterator[tuple[int, str, float]]:
-    with path.open(newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            for key, text in row.items():
-                try:
-                    step, value = int(row["step"]), float(text)
-                except (KeyError, TypeError, ValueError):
-                    continue
-                if key != "step" and isfinite(value):
-                    yield step, key, value
+    """Step, column and value, of whole lines: a process that is killed leaves a part of one."""
+    if not path.is_file() or path.stat().st_size > _MOST_LOG:
+        raise ValueError(f"it is no file, or has more than {_MOST_LOG:,} bytes")
+    data = path.read_bytes()
+    rows = csv.reader(io.StringIO(data[: data.rfind(b"\n") + 1].decode(), newline=""))
+    head = next(rows, [])
+    wanted = [(column, key) for column, key in enumerate(head) if key == "train_loss" or key.endswith("/error")]
+    for row in rows:
+        found = dict(zip(head, row, strict=False))
+        if len(row) == len(head) and re.fullmatch(r"[0-9]{1,15}", found.get("step", "")):
+            for column, key in wanted:
+                with suppress(ValueError):
+                    yield int(found["step"]), key, float(row[column])
 
 
 def _count_codes(record: RunRecord) -> None:

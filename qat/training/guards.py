@@ -275,19 +275,33 @@ class Guard:
                 side = "input" if own is layer.input_quantizer else "output"
                 yield f"{name} {side} {own.qtype.name}", layer, own
 
+    def _spoilt_parameters(self) -> list[str]:
+        """Those that hold inf or NaN, but for quantized weights; a bias of minus infinity reaches no loss."""
+        masters = {id(m) for _, layer in quantized_layers(self.model) for m in layer.masters(layer).values()}
+        held = [(n, p) for n, p in self.model.named_parameters() if p.is_floating_point() and id(p) not in masters]
+        local = [(name, _local(parameter.detach())) for name, parameter in held if not parameter.is_meta]
+        if not local:
+            return []
+        flags = torch.stack([(~torch.isfinite(tensor)).any().to(local[0][1].device) for _, tensor in local])
+        flags = _shared(flags.to(torch.int32), "MAX")
+        return [name for (name, _), flag in zip(local, flags.tolist(), strict=True) if flag]
+
     def _judge(self, found: Mapping[str, Mapping[str, float]]) -> None:
         faults: dict[str, list[str]] = {}
 
         def note(kind: str, name: str, how: str) -> None:
-            asked = kind == _SPOILT or self.settings.degenerate != "ignore"
+            asked = kind in (_SPOILT, _HIDDEN) or self.settings.degenerate != "ignore"
             if asked and f"{kind} {name}" not in self._told:
                 self._told.add(f"{kind} {name}")
-                faults.setdefault(kind, []).append(f"{name.rpartition(' ')[0]} ({how})")
+                faults.setdefault(kind, []).append(f"{name.rpartition(' ')[0]} ({how})" if how else name)
 
+        for name in self._spoilt_parameters():
+            note(_SPOILT, name, "")
         for name, one in found.items():
             start = self._starts.setdefault(name, one["log2_scale"])
-            if one.get("nonfinite", 0.0) > 0:
-                note(_SPOILT, name, f"{one['nonfinite']:.1%} of its groups")
+            if one["nonfinite"] > 0:
+                kind, what = (_SPOILT, "groups") if "dead" in one else (_HIDDEN, "values")
+                note(kind, name, f"{one['nonfinite']:.1%} of its {what}")
             if one.get("collapsed", 0.0) > _COLLAPSED:
                 note("scales collapsed", name, f"{one['collapsed']:.0%} of its groups")
             elif (fallen := one["log2_scale"] - start) < _FALLEN:
@@ -299,14 +313,16 @@ class Guard:
             if not one["saturated"] <= _SATURATED:
                 note("values saturate", name, f"{one['saturated']:.0%} of them")
         told = f"by step {self._step()}, {'; '.join(f'{kind} in {listed(names, 4)}' for kind, names in faults.items())}"
-        stops = self.settings.degenerate == "stop" or (_SPOILT in faults and self.settings.nonfinite != "warn")
+        policy = self.settings.nonfinite
+        stops = (policy != "warn" and _SPOILT in faults) or (policy == "stop" and _HIDDEN in faults)
+        stops = stops or self.settings.degenerate == "stop"
         if faults and stops:
             raise TrainingError(f"layers: {told}: {_REMEDY}")
         if faults:
             logger.warning("%s", told)
 
 
-_SPOILT = "inf or NaN is"
+_SPOILT, _HIDDEN = "inf or NaN is", "inf or NaN, which codes hide, is"
 _REMEDY = "lower the learning rate, or clip gradients, or look for the batch that brings it"
 
 

@@ -47,6 +47,8 @@ class ActivationStatistics(NamedTuple):
     """Share of values beyond the range."""
     code_use: Tensor
     """The largest magnitude, as a share of what the range reaches to; at most 1."""
+    nonfinite: Tensor
+    """Share of values that are inf or NaN, which codes hide from what comes after."""
     log2_scale: Tensor
     """Binary logarithm of the scale."""
 
@@ -118,5 +120,6 @@ def activation_statistics(x: Tensor, scale: Tensor, qtype: QType, dtype: torch.d
         (off.square().sum() / wide.square().sum().clamp(min=1e-30)).sqrt(),
         (size > reach * (1 + 1 / 128)).float().mean(),  # int8 has a code more below zero
         (size.amax() / reach.clamp(min=1e-30)).clamp(max=1),
+        (~size.isfinite()).float().mean(),
         scale.float().clamp(min=1e-30).log2(),
     )

@@ -2,14 +2,16 @@
 
 Beside ``step-40.ckpt`` lies ``step-40.json`` with its SHA-256, its step and the settings of the run. It is written
 last, so a file without it, or with another digest, is no whole one. The price is one reading of each checkpoint.
-``run.json`` tells whether a run that began here has ended.
+``run.json`` tells whether a run that began here has ended. The folder is locked (``flock``) as long as one runs.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import logging
+import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -48,6 +50,9 @@ _ANY: Any = dict.fromkeys(
     ("output", "overwrite", "report", "resume"), True
 )  # settings that make no difference to the weights
 _ANY |= {"guards": True, "trainer": {"logger": True}}  # a run which guards stopped may go on with others
+
+
+_held: dict[tuple[int, int], int] = {}  # open folders that this process locked, by device and inode
 
 
 @dataclass(frozen=True)
@@ -150,8 +155,10 @@ def begin_run(folder: Path, config: RecipeConfig) -> Path | None:
         config: of the run; a checkpoint that it names counts where the folder has none of this run.
 
     Raises:
-        ConfigError: a checkpoint is of other settings, or the one that is named is not whole.
+        ConfigError: a checkpoint is of other settings, or the one that is named is not whole, or another process runs.
     """
+    if folder.is_dir():
+        _occupy(folder)
     settings, state, named = settings_of(config), read_json(folder / RUN), config.resume
     found = newest(folder) if state is not None and not state["ended"] else None
     if named is not None and (found is None or _same(named.parent, folder)):
@@ -174,22 +181,29 @@ def begin_run(folder: Path, config: RecipeConfig) -> Path | None:
     return found.path
 
 
-def start_run(folder: Path, config: RecipeConfig, resume: Path | None) -> None:
+def start_run(folder: Path, config: RecipeConfig, resume: Path | None, logs: Path | None = None) -> None:
     """Note that a run has begun, once all that it needs was found, and forget what one left that has ended.
 
     Args:
         folder: of the run's checkpoints.
         config: of the run.
         resume: what `begin_run` found.
+        logs: the folder of the run's logs. `qat report` shows them, so those of another run go too.
+
+    Raises:
+        ConfigError: another process trains with this folder.
     """
+    with explained(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    _occupy(folder)
     if was_interrupted(folder, config):
         return
     if resume is None or not _same(resume.parent, folder):
         # By each process, for each looks there next: a removal by one might come after another's look.
         for path in [*of(folder), folder / "fine_tuned.safetensors", folder / "judged.json"]:
             remove(path)
-    with explained(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+        for path in () if logs is None else logs.glob("*/metrics.csv"):
+            rank_zero_only(shutil.rmtree)(path.parent, ignore_errors=True)
     rank_zero_only(write_json)(folder / RUN, {"settings": settings_of(config), "ended": False})
 
 
@@ -197,6 +211,31 @@ def start_run(folder: Path, config: RecipeConfig, resume: Path | None) -> None:
 def end_run(folder: Path) -> None:
     """Note that a run has ended: the next one with its settings begins anew."""
     write_json(folder / RUN, {**(read_json(folder / RUN) or {}), "ended": True})
+    if handle := _held.pop(_identity(folder), 0):
+        os.close(handle)
+
+
+@rank_zero_only
+def _occupy(folder: Path) -> None:
+    """Lock a folder until the run or its process ends; a file system without locks goes without."""
+    if _identity(folder) in _held:
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise ConfigError(
+            f"output: another process trains with {str(folder)!r} now: wait until it has ended, or give another output"
+        ) from None
+    except OSError:
+        os.close(handle)
+        return
+    _held[_identity(folder)] = handle
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    return (found := folder.stat()).st_dev, found.st_ino
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

@@ -92,7 +92,7 @@ def compare(
     batches = TrainingBatches(examples.train, settings.batch_size, examples.collate, config.seed)
     training.require_teacher(model, teacher, settings.distillation, task, batches)
     checkpoints = run.beside("checkpoints")
-    start_run(checkpoints, config, run.resume)
+    start_run(checkpoints, config, run.resume, run.beside("logs"))
     how = training.FitSettings(settings, config.trainer, config.seed, run.beside("logs"))
     scores: dict[str, dict[str, float]] = {}
     losses: dict[str, list[float]] = {}

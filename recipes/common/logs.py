@@ -33,8 +33,9 @@ def logger_of(name: LoggerName, folder: Path | None, stage: str, resume: Path | 
     if name == "csv":
         found = re.fullmatch(r"step-(\d+)\.ckpt", "" if resume is None else resume.name)
         version = stage if resume is None else f"{stage}-from-{found[1] if found else 'another-run'}"
-        for old in folder.glob(f"{stage}*" if resume is None else version):  # of a run before, or one that was killed
-            shutil.rmtree(old)
+        for old in folder.glob(f"{stage}*"):  # of a run before, or of steps that are done again
+            if resume is None or old.name == version or _first_step(old) >= _first_step(Path(version)) >= 0:
+                shutil.rmtree(old)
         return loggers.CSVLogger(str(folder), name="", version=version)
     if name == "tensorboard":
         return loggers.TensorBoardLogger(**options)
@@ -43,3 +44,8 @@ def logger_of(name: LoggerName, folder: Path | None, stage: str, resume: Path | 
     if name == "wandb":
         return loggers.WandbLogger(name=f"{run} {stage}", save_dir=str(folder))
     return loggers.MLFlowLogger(experiment_name=run, run_name=stage, tracking_uri=f"file:{folder.absolute()}")
+
+
+def _first_step(log: Path) -> int:
+    """The step that a log goes on from; -1 of one from the start, or from a checkpoint of another run."""
+    return int(log.name.rpartition("-from-")[2]) if re.search(r"-from-\d+$", log.name) else -1
