@@ -38,8 +38,10 @@ BEGIN = """# Releases that the tests passed with
 `loads` or `compatibility` there. This page and `qat/tested_versions.json` are what it found.
 
 ```bash
-python -m scripts.compatibility newest here oldest --folder /tmp/environments
+python -m scripts.compatibility newest here --folder /tmp/environments
 ```
+
+Without the lowest releases that pyproject.toml allows (`oldest`): pip found no set of them in ten minutes.
 """
 
 
