@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, tensor
 
-from qat.errors import CalibrationError, listed
+from qat.errors import CalibrationError, listed, told
 
 __all__ = ["image_batches", "list_batches", "require_several", "text_batches"]
 
@@ -83,11 +83,15 @@ def image_batches(
     if not files:
         raise CalibrationError(f"data: there is no image in {[*map(str, paths)]}: name files or folders of images")
     wanted = min(count * size, len(files))
-    rows = Dataset.from_dict({"image": [files[index * len(files) // wanted] for index in range(wanted)]})
-    try:
-        images = [row["image"].convert(mode) for row in rows.cast_column("image", Image())]
-    except Exception as error:  # Pillow's decoders raise errors without a common base
-        raise CalibrationError(f"data: an image cannot be read ({error}): mend or remove it") from error
+    chosen = [files[index * len(files) // wanted] for index in range(wanted)]
+    rows, images = Dataset.from_dict({"image": chosen}).cast_column("image", Image()), []
+    for number, file in enumerate(chosen):
+        try:
+            images.append(rows[number]["image"].convert(mode))
+        except Exception as error:  # Pillow's decoders raise errors without a common base
+            raise CalibrationError(
+                f"data: {file!r} cannot be read as an image ({told(error)}): mend or remove it"
+            ) from error
     return [dict(processor(images=images[i : i + size], return_tensors="pt")) for i in range(0, wanted, size)]
 
 
@@ -132,10 +136,23 @@ def _texts(paths: Sequence[Path], packed: bool, field: str) -> Iterator[str]:
         except CalibrationError:
             raise
         except Exception as error:  # builders of datasets raise errors without a common base
-            cause = " ".join(str(error.__cause__ or error).split())
-            raise CalibrationError(f"data: {listed(files, 3)}: cannot be read as {loader}: {cause}") from error
+            name, cause = _broken(files, loader, options) or listed(files, 3), told(error.__cause__ or error)
+            raise CalibrationError(f"data: {name}: cannot be read as {loader}: {cause}: mend or remove it") from error
     if not found:
         raise CalibrationError(f"data: there is no text in {[*map(str, paths)]}: name files that hold some")
+
+
+def _broken(files: Sequence[str], loader: str, options: dict[str, Any]) -> str | None:
+    """The first file that cannot be read alone, where an error of many does not name it."""
+    from datasets import load_dataset
+
+    for file in files:
+        try:
+            for _ in load_dataset(loader, data_files=[file], split="train", streaming=True, **options):
+                pass
+        except Exception:  # likewise
+            return file
+    return None
 
 
 def _blocks(texts: Iterable[str], tokenizer: Any, length: int) -> Iterator[list[int]]:

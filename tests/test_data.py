@@ -119,8 +119,12 @@ def test_images_are_spread_over_the_folders(tmp_path: Path) -> None:
         ({}, "there is no text"),
         ({"a.csv": "words\nx\n"}, "a.csv: has no column 'text' but words: name one by --text-field"),
         ({"a.jsonl": '{"text": '}, "a.jsonl: cannot be read as json"),
+        (
+            {**{f"{n}.jsonl": '{"text": "x"}\n' for n in range(5)}, "5.jsonl": '{"text": '},
+            r"data: [^ ,]*/5\.jsonl: cannot be read as json: .*: mend or remove it",
+        ),
     ],
-    ids=["missing", "blank", "empty folder", "column", "broken"],
+    ids=["missing", "blank", "empty folder", "column", "broken", "one of six"],
 )
 def test_what_is_wrong_with_texts_is_one_error(
     content: dict[str, str] | None, message: str, tmp_path: Path, tokenizer: Any
@@ -144,5 +148,7 @@ def test_what_is_wrong_with_images_is_one_error(tmp_path: Path) -> None:
     with pytest.raises(CalibrationError, match="there is no image in"):
         image_batches([tmp_path], None, count=1, size=1)
     (tmp_path / "a.png").write_bytes(b"no image")
-    with pytest.raises(CalibrationError, match=r"an image cannot be read \(.*a.png.*\): mend or remove it"):
+    with pytest.raises(
+        CalibrationError, match=r"data: '[^']*/a.png' cannot be read as an image \(.*\): mend or remove"
+    ):
         image_batches([tmp_path], None, count=1, size=1)
