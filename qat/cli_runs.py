@@ -36,6 +36,8 @@ def run_recipe(recipe: str, words: Sequence[str]) -> None:
     if package is None or not getattr(package, "IS_OF_QAT", False):
         raise SpecError("recipe: recipes are not installed here: install qat as a whole, or run it in a checkout")
     names = sorted(m.name for m in pkgutil.iter_modules(package.__path__) if not m.ispkg)
+    if recipe.endswith((".yaml", ".yml")):
+        raise SpecError(f"recipe: a configuration comes after the recipe: qat train causal_lm {recipe}")
     if recipe not in names:
         raise SpecError(f"recipe: must be one of {', '.join(names)}, got {recipe!r}{meant(recipe, names)}")
     os.environ.setdefault("RECIPE_COMMAND", f"qat train {recipe}")  # how its help and its errors name it

@@ -136,7 +136,8 @@ def _texts(paths: Sequence[Path], packed: bool, field: str) -> Iterator[str]:
         except CalibrationError:
             raise
         except Exception as error:  # builders of datasets raise errors without a common base
-            name, cause = _broken(files, loader, options) or listed(files, 3), told(error.__cause__ or error)
+            name = _broken(files, loader, options) or listed(files, 3)
+            cause = " ".join(str(error.__cause__ or error).split())
             raise CalibrationError(f"data: {name}: cannot be read as {loader}: {cause}: mend or remove it") from error
     if not found:
         raise CalibrationError(f"data: there is no text in {[*map(str, paths)]}: name files that hold some")

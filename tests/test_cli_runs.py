@@ -47,6 +47,7 @@ def test_a_wrong_recipe_is_one_line(capsys: pytest.CaptureFixture[str], monkeypa
     assert (code, out) == (2, "")
     assert err.startswith("error: recipe: must be one of causal_lm, image_classification, sequence_classification, ")
     assert "did you mean 'causal_lm'?" in err
+    assert "a configuration comes after the recipe" in run(capsys, "train", "a/int4.yaml")[2]
     monkeypatch.setattr(cli_runs, "find_spec", lambda _: None)
     assert "recipes are not installed here" in run(capsys, "train", "causal_lm")[2]
 
