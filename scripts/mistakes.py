@@ -258,7 +258,7 @@ WITH_MODELS = [
         ("teacher without weights", "--teacher @/no_weights", "teacher: .*weights"),
         ("teacher an encoder", "--teacher @/encoder", "teacher: .*of a Bert.* do not fill"),
         ("batch of too many", "--optimization.batch-size 5000", "no whole batch"),
-        ("block of too many", "--data.block-size 500000", "block_size: .*shorter than one block"),
+        ("block of too many", "--data.block-size 500000", "block_size: the model takes at most"),
         ("pattern empty", "--spec.exclude ''", r"spec\.exclude|exclude: "),
         ("data of 300 characters", f"--data.source ./{LONG}.txt", r"data\.source: .*does not exist"),
         ("data of nobody", "--data.source ~nosuchuser/a.txt", r"data\.source: .*(does not exist|no user)"),
