@@ -54,3 +54,12 @@ def pytest_unconfigure() -> None:
 @pytest.fixture(autouse=True)
 def _fixed_seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exports of recipes are verified in this process: a fresh one takes five seconds, and has tests of its own."""
+    import qat
+
+    verify = qat.verify
+    monkeypatch.setattr(qat, "verify", lambda at, **options: verify(at, **(options | {"fresh_process": False})))

@@ -184,6 +184,7 @@ def test_the_whole_line(spec: list[str], small: list[str], tmp_path: Path, capsy
             assert remark is None or remark in shown.splitlines()
 
 
+@pytest.mark.usefixtures("one_process")
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -202,6 +203,7 @@ def test_without_the_comparison(arguments: list[str], small: list[str], capsys: 
     assert "found equal" in shown
 
 
+@pytest.mark.usefixtures("one_process")
 def test_all_arms_see_the_same_batches_in_the_same_order(small: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[list[Any]] = []
     fit = training.fit
@@ -300,6 +302,7 @@ def test_calibration_happens_on_the_given_device(monkeypatch: pytest.MonkeyPatch
     assert seen == ["meta", "meta", "meta", "back"]
 
 
+@pytest.mark.usefixtures("one_process")
 def test_the_last_weights_are_saved_and_a_run_goes_on_from_them(
     small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

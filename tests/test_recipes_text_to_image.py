@@ -80,6 +80,7 @@ def small(tiny: Path, images: Path, tmp_path: Path) -> list[str]:
         *("--data.source", str(images), "--data.size", str(SIZE), "--sampler-steps", "2"),
         *("--optimization.steps", "3", "--optimization.batch-size", "4", "--optimization.warmup-steps", "1"),
         *("--trainer.accelerator", "cpu", "--trainer.checkpoint-every", "2", "--schedule.calibration-batches", "2"),
+        "--no-report",
     ]
 
 
