@@ -1,4 +1,4 @@
-"""Some hundred random mutations of exports of every target; `docs/results/mutations.md` has thousands."""
+"""A hundred random mutations of exports of every target; `docs/results/mutations.md` has thousands."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_mutated_exports_are_caught(tmp_path: Path) -> None:
     cases = list(make_cases(_NAMES, tmp_path))
     assert {case.recipe.target for case in cases} | {"gguf-diffusers"} == {recipe.target for recipe in RECIPES.values()}
-    results = list(mutate(cases, 240, 11, tmp_path))
+    results = list(mutate(cases, 120, 11, tmp_path))
     bad = [f"{result.outcome}: {result}" for result in results if result.outcome not in GOOD]
     assert not bad, "\n".join(bad)
-    assert Counter(result.outcome for result in results)["caught"] > 200
+    assert Counter(result.outcome for result in results)["caught"] > 100
