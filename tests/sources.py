@@ -102,6 +102,7 @@ def internal_imports() -> Iterator[Import]:
     return (found for found in library_imports() if found.package == "qat" and found.source != "qat")
 
 
+@cache
 def code_of(path: Path) -> str:
     """A module without its docstrings and comments."""
     tree = ast.parse(path.read_text())

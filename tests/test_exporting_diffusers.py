@@ -178,7 +178,7 @@ class TestStockLoads:
     def test_verify_says_that_the_dtype_must_be_given(self, tmp_path: Path) -> None:
         model = frozen_flux(weights="int8")
         export(model, tmp_path / "out", example_inputs=flux_inputs("bfloat16"))
-        report = verify(tmp_path / "out", model, fresh_process=True)
+        report = verify(tmp_path / "out", model)
         details = {check.name: check.detail for check in report.checks}
         assert details["load"] == (
             "FluxTransformer2DModel.from_pretrained with dtype=torch.bfloat16; without one diffusers loads "
