@@ -14,6 +14,7 @@ import re
 import shlex
 import tomllib
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from tests.pages import run
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 FENCE = re.compile(r"^```(?P<language>\w+)[^\n]*\n(?P<text>.*?)^```\s*$", re.MULTILINE | re.DOTALL)
+PEERS = {"modelopt": "modelopt", "quanto": "optimum.quanto", "torchao": "torchao"}
 EXAMPLES = sorted([*ROOT.glob("docs/gallery/*.py"), *ROOT.glob("docs/notebooks/*.ipynb")])
 PAGES = [path for pattern in ("*.md", "docs/**/*.md") for path in sorted(ROOT.glob(pattern))]
 STRAY = "line 2: a fence closes nothing, or opens without a language"
@@ -230,6 +232,18 @@ def test_examples_run(tmp_path: Path, example: Path) -> None:
     (tmp_path / "recipes").symlink_to(ROOT / "recipes", target_is_directory=True)
     script = tmp_path / f"{example.stem}.py"
     script.write_text("\n".join(cells(example)) if example.suffix == ".ipynb" else example.read_text())
+    code, said = run(script)
+    assert code == 0, said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("peer", sorted(path.stem for path in ROOT.glob("docs/peers/*.py")))
+def test_lines_of_other_libraries_run(tmp_path: Path, peer: str) -> None:
+    if find_spec(PEERS[peer]) is None:
+        pytest.skip(f"needs {PEERS[peer]}")
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes", target_is_directory=True)
+    script = tmp_path / f"with_{peer}.py"  # under its own name it would be imported in the library's place
+    script.write_text((ROOT / "docs" / "peers" / f"{peer}.py").read_text())
     code, said = run(script)
     assert code == 0, said
 
