@@ -167,8 +167,16 @@ def test_missing_files_are_noticed(command: str, missing: list[str]) -> None:
     assert missing_files(command) == missing
 
 
-def test_commands_name_what_exists() -> None:
-    missing = {line: found for line in commands(blocks(readme(), "bash", "sh")) if (found := missing_files(line))}
+@pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
+def test_commands_name_what_exists(page: Path) -> None:
+    """Commands within text too; a log of experiments, or of changes, names what there was."""
+    if page.stem.startswith(("experiments", "CHANGELOG")):
+        return
+    text = page.read_text(encoding="utf-8")
+    shown = [Block("bash", found, 0) for found in re.findall(r"\.venv/bin/python -m [\w.]+", text)]
+    missing = {
+        line: found for line in commands([*blocks(text, "bash", "sh"), *shown]) if (found := missing_files(line))
+    }
     assert not missing
 
 
