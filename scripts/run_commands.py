@@ -73,7 +73,7 @@ def program(command: str) -> list[str]:
 
 
 def prepare(folder: Path, recipe: str) -> None:
-    """Make what the pages call `path/to/model` and the like, from the models of the checkout and small files."""
+    """Make `path/to/model` and the like of the pages, with as many classes as the models of the checkout have."""
     (folder / "recipes").symlink_to(ROOT / "recipes")
     for name in ("FOLDER", "my-texts"):
         shutil.copytree(ROOT / "docs" / "decisions", folder / name)
@@ -86,7 +86,7 @@ def prepare(folder: Path, recipe: str) -> None:
     for number in range(200):
         name = f"{number}.png"
         (folder / "my-images" / name).write_bytes(png(16))
-        place = given / "images" / (f"kind{number % 2}" if recipe == "image_classification" else "")
+        place = given / "images" / (f"kind{number % 10}" if recipe == "image_classification" else "")
         place.mkdir(exist_ok=True)
         (place / name).write_bytes(png(16))
         if recipe == "text_to_image":
@@ -94,7 +94,7 @@ def prepare(folder: Path, recipe: str) -> None:
     with (folder / "reviews.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["review", "category"])
-        writer.writerows([f"This is review {number}.", "good" if number % 2 else "bad"] for number in range(400))
+        writer.writerows([f"This is review {number}.", f"kind{number % 8}"] for number in range(400))
 
 
 def run(command: str, quick: bool) -> tuple[int, str]:
