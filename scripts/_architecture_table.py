@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-COMMAND = "python -m scripts.architecture_matrix"
+COMMAND = ".venv/bin/python -m scripts.architecture_matrix"
 
 
 @dataclass(frozen=True)

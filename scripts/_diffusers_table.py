@@ -12,7 +12,7 @@ from typing import Any
 from qat.spec import WeightType
 from tests.diffusion_architectures import LEFT_OUT
 
-COMMAND = "python -m scripts.diffusers_matrix"
+COMMAND = ".venv/bin/python -m scripts.diffusers_matrix"
 WEIGHTS: tuple[WeightType, ...] = ("int8", "float8", "int4", "int2")
 DTYPES = ("float32", "bfloat16")
 NOTES = """\

@@ -38,7 +38,7 @@ BEGIN = """# Releases that the tests passed with
 `loads` or `compatibility` there. This page and `qat/tested_versions.json` are what it found.
 
 ```bash
-python -m scripts.compatibility newest here --folder /tmp/environments
+.venv/bin/python -m scripts.compatibility newest here --folder /tmp/environments
 ```
 
 Without the lowest releases that pyproject.toml allows (`oldest`): pip found no set of them in ten minutes.

@@ -121,7 +121,7 @@ def table(rows: Mapping[str, Row]) -> str:
     return "".join(f"{line if line.startswith('|') else wrapped(line)}\n" for line in lines)
 
 
-COMMAND = "python -m scripts.compressed_tensors_matrix"
+COMMAND = ".venv/bin/python -m scripts.compressed_tensors_matrix"
 COURSE = Course("scripts.compressed_tensors_matrix", "compressed_tensors", table)
 
 

@@ -120,7 +120,7 @@ def main() -> None:
         text += f". With target `quanto`: {quanto}" if quanto != floats else ""
         reasons += textwrap.wrap(f"{text}.", 116, subsequent_indent="  ", break_long_words=False)
     header = HEADER.format(
-        command="python -m scripts.inspection_table",
+        command=".venv/bin/python -m scripts.inspection_table",
         count=len(names),
         seconds=time.process_time() - start,
         **{library: version(library).partition("+")[0] for library in ("transformers", "diffusers", "torch")},

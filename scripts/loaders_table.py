@@ -21,7 +21,7 @@ from qat.hosts import TARGETS, Target
 
 PAGE = Path(__file__).parents[1] / "docs" / "loaders.md"
 TESTS = Path(__file__).parents[1] / "tests"
-BEGIN, END = "<!-- by python -m scripts.loaders_table -->\n", "<!-- end -->\n"
+BEGIN, END = "<!-- by .venv/bin/python -m scripts.loaders_table -->\n", "<!-- end -->\n"
 COLUMNS = ("loader", "layers", "weights", "activations", "it holds", "equal to the bit", "proven by")
 NONE, SAME, CODES, FLOATS = "none", "same", "codes", "equal floats"
 LAYERS = ("Linear", "LoRA", "Conv1D", "experts", "embedding", "Conv2d")

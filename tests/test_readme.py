@@ -14,6 +14,7 @@ import re
 import shlex
 import tomllib
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from tests.pages import run
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 FENCE = re.compile(r"^```(?P<language>\w+)[^\n]*\n(?P<text>.*?)^```\s*$", re.MULTILINE | re.DOTALL)
+PEERS = {"modelopt": "modelopt", "quanto": "optimum.quanto", "torchao": "torchao"}
 EXAMPLES = sorted([*ROOT.glob("docs/gallery/*.py"), *ROOT.glob("docs/notebooks/*.ipynb")])
 PAGES = [path for pattern in ("*.md", "docs/**/*.md") for path in sorted(ROOT.glob(pattern))]
 STRAY = "line 2: a fence closes nothing, or opens without a language"
@@ -165,8 +167,16 @@ def test_missing_files_are_noticed(command: str, missing: list[str]) -> None:
     assert missing_files(command) == missing
 
 
-def test_commands_name_what_exists() -> None:
-    missing = {line: found for line in commands(blocks(readme(), "bash", "sh")) if (found := missing_files(line))}
+@pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
+def test_commands_name_what_exists(page: Path) -> None:
+    """Commands within text too; a log of experiments, or of changes, names what there was."""
+    if page.stem.startswith(("experiments", "CHANGELOG")):
+        return
+    text = page.read_text(encoding="utf-8")
+    shown = [Block("bash", found, 0) for found in re.findall(r"\.venv/bin/python -m [\w.]+", text)]
+    missing = {
+        line: found for line in commands([*blocks(text, "bash", "sh"), *shown]) if (found := missing_files(line))
+    }
     assert not missing
 
 
@@ -230,6 +240,18 @@ def test_examples_run(tmp_path: Path, example: Path) -> None:
     (tmp_path / "recipes").symlink_to(ROOT / "recipes", target_is_directory=True)
     script = tmp_path / f"{example.stem}.py"
     script.write_text("\n".join(cells(example)) if example.suffix == ".ipynb" else example.read_text())
+    code, said = run(script)
+    assert code == 0, said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("peer", sorted(path.stem for path in ROOT.glob("docs/peers/*.py")))
+def test_lines_of_other_libraries_run(tmp_path: Path, peer: str) -> None:
+    if find_spec(PEERS[peer]) is None:
+        pytest.skip(f"needs {PEERS[peer]}")
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes", target_is_directory=True)
+    script = tmp_path / f"with_{peer}.py"  # under its own name it would be imported in the library's place
+    script.write_text((ROOT / "docs" / "peers" / f"{peer}.py").read_text())
     code, said = run(script)
     assert code == 0, said
 
