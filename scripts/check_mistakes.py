@@ -56,7 +56,7 @@ def _run(words: Sequence[str]) -> None:
     if words[0] == "qat":
         importlib.import_module("qat.cli").main(words[1:])
     recipe = importlib.import_module(f"recipes.{words[0]}")
-    importlib.import_module("qat.report").run_command(lambda: recipe.main(words[1:]))
+    importlib.import_module("qat.report").run_command(recipe.main, words[1:])
 
 
 def _be(words: Sequence[str], folder: Path, output: Path) -> None:
