@@ -28,6 +28,7 @@ from typing import NamedTuple
 
 from scripts._mistaken_files import prepare, prepare_models
 from scripts.mistakes import CASES, Mistake
+from scripts.newcomers import fill
 
 __all__ = ["SLOW", "Answer", "faults", "make"]
 
@@ -146,6 +147,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         prepare(Path(directory))
         prepare_models(Path(directory))
+        fill(Path(directory))
         for mistake in chosen:
             answer = make(mistake, Path(directory), options.patience)
             found = faults(mistake, answer, options.patience)
