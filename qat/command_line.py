@@ -91,10 +91,6 @@ def _is_in(told: str, word: str) -> bool:
     return bool(word) and re.search(rf"(?<!\S){re.escape(word)}(?![^\s,])", told) is not None
 
 
-def _is_in(told: str, word: str) -> bool:
-    return bool(word) and re.search(rf"(?<!\S){re.escape(word)}(?![^\s,])", told) is not None
-
-
 def _unknown(strange: Sequence[str], known: Sequence[str], text: str) -> str:
     """What to give in place of words that a program does not know.
 

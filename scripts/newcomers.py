@@ -15,7 +15,7 @@ COMMAND_LINES: list[tuple[str, tuple[str, ...]]] = [
     (line.replace("REF", str(REFERENCE)), words)
     for line, words in [
         ("qat inspekt", ("command", "'inspekt'", "did you mean 'inspect'?")),
-        ("qat quantize REF", ("command", "'quantize'", "inspect, calibrate, train", "qat --help")),
+        ("qat quantize REF", ("command", "inspect, calibrate, train", "'quantize'", "qat --help")),
         ("qat --json verify @/mine", ("command", "'--json'", "write qat verify --json")),
         ("qat inspect", ("MODEL", "qat inspect --help")),
         ("qat inspect --model REF", ("'--model'", "MODEL is given by its place")),
