@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import json as jsonlib
 import os
-import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
@@ -23,6 +23,7 @@ import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo, StructTypeInfo
 
 from qat import cli_runs
+from qat.command_line import parsed, require_first
 from qat.errors import CalibrationError, SpecError, VerifyError, meant, shown, told
 from qat.report import quiet_libraries, require_text, run_command
 from qat.spec import QuantSpec
@@ -35,48 +36,69 @@ if TYPE_CHECKING:
 __all__ = ["main", "mapping_rule"]
 
 _W8A8 = QuantSpec(activations="int8")
+_HELP = ("-h", "--help", "--tyro-")
+_TARGET: Literal["transformers"] = "transformers"
 _DEFAULT: dict[str, Any] = {}
 _Target = Literal["quanto", "transformers", "diffusers", "compressed-tensors", "gguf", "gguf-diffusers"]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command with ``argv``, by default the process's own arguments, and exit."""
+    run_command(_main, argv)
+
+
+def _main(words: list[str]) -> None:
+    require_text(words)
+    words = words or ["--help"]
+    verbs: dict[str, Callable[..., None]] = {
+        "inspect": _inspect,
+        "calibrate": _calibrate,
+        "train": cli_runs.train,
+        "export": cli_runs.export,
+        "verify": _verify,
+        "convert": _convert,
+        "report": cli_runs.report,
+        "compare": cli_runs.compare,
+    }
+    if words[0] == "train" and len(words) > 1 and words[1] not in _HELP:
+        cli_runs.run_recipe(words[1:])  # with a command line of its own
+        return
+    if not words[0].startswith(_HELP):
+        require_first("command", words, list(verbs), "qat")
     registry = ConstructorRegistry()
     registry.primitive_rule(mapping_rule)
     registry.struct_rule(_spec_rule)
-    words = (sys.argv[1:] if argv is None else argv) or ["--help"]
 
-    def command() -> None:
-        require_text(words)
-        if words[0] == "train" and len(words) > 1 and not words[1].startswith("-"):
-            cli_runs.run_recipe(words[1], words[2:])  # with a command line of its own
-            return
-        tyro.extras.subcommand_cli_from_dict(
-            {
-                "inspect": _inspect,
-                "calibrate": _calibrate,
-                "train": cli_runs.train,
-                "export": cli_runs.export,
-                "verify": _verify,
-                "convert": _convert,
-                "report": cli_runs.report,
-                "compare": cli_runs.compare,
-            },
+    def parse(words: Sequence[str]) -> partial[None]:
+        chosen: partial[None] = tyro.extras.subcommand_cli_from_dict(
+            {name: _later(verb) for name, verb in verbs.items()},
             prog="qat",
-            description="Quantization-aware training, from a float model to a verified export.",
+            description="Quantization-aware training, from a float model to a verified export. --debug, anywhere on "
+            "the command line, shows the traceback of an error.",
             args=words,
             config=(tyro.conf.PositionalMetavarFromFieldName,),
             registry=registry,
         )
+        return chosen
 
-    run_command(command)
+    parsed(parse, words, "qat", words[0] if words[0] in verbs else "")()
+
+
+def _later(verb: Callable[..., None]) -> Callable[..., partial[None]]:
+    """What tyro calls in place of a verb: what the verb says while it works is none of tyro's."""
+
+    @wraps(verb)
+    def call(*values: Any, **named: Any) -> partial[None]:
+        return partial(verb, *values, **named)
+
+    return call
 
 
 def _inspect(
     model: str,
     /,
     spec: Annotated[QuantSpec, tyro.conf.OmitArgPrefixes],
-    target: _Target = "quanto",
+    target: _Target | None = None,
     full: bool = False,
     json: bool = False,
 ) -> None:
@@ -85,15 +107,21 @@ def _inspect(
     Args:
         model: A model's or a pipeline's directory, or a hub's name; only its config.json is read.
         spec: What to quantize.
-        target: Who will load the export.
+        target: Who will load the export; none: transformers; of a pipeline diffusers, or quanto
+            with quantized activations.
         full: Print a line for each layer, also for layers that differ only by the numbers in their names.
         json: Print JSON instead of a table.
     """
     made = QuantSpec(**dict(spec))  # which is a mapping, by `_spec_rule`
+    from qat.hosts import host_of
+    from qat.hosts.configurations import build_on_meta
     from qat.inspection import inspect
 
     quiet_libraries()
-    report = inspect(model, made, target=target)
+    built = build_on_meta(model)
+    if target is None and host_of(built).name == "diffusers":
+        target = "quanto" if made.activation_type else "diffusers"  # whose loader has no activations
+    report = inspect(built, made, target=target or _TARGET)
     if full and not json:
         print(report.table())
     else:
@@ -106,7 +134,7 @@ def _calibrate(
     data: tuple[Path, ...],
     output: Path,
     spec: Annotated[QuantSpec, tyro.conf.OmitArgPrefixes] = _W8A8,
-    target: Literal["quanto", "transformers", "compressed-tensors"] = "transformers",
+    target: Literal["quanto", "transformers", "compressed-tensors"] = _TARGET,
     algorithm: dict[str, Any] = _DEFAULT,
     observer: dict[str, Any] = _DEFAULT,
     batches: int = 16,
@@ -156,7 +184,7 @@ def _calibrate(
     from qat.files.places import check_place
     from qat.folding import fold_outliers
     from qat.freezing import freeze
-    from qat.hosts import host_of
+    from qat.hosts import get_target, host_of
     from qat.hosts.pretrained import load_float
     from qat.observers import ObserverChoice
     from qat.preparation import prepare
@@ -173,6 +201,7 @@ def _calibrate(
         torch.zeros(1, device=where).item()
     except Exception as error:  # of each device its own
         raise CalibrationError(f"device: {where!r} cannot compute here: {told(error)}: name another") from error
+    get_target(target).check_types(made)
     check_destination(check_place(output, "output"), overwrite, "output")
     loaded: Any
     loaded, processor = load_float(model, trust_remote_code=trust_remote_code)

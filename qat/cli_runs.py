@@ -10,7 +10,8 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
-from qat.errors import LoadError, SpecError, VerifyError, meant
+from qat.command_line import require_first
+from qat.errors import LoadError, SpecError, VerifyError
 from qat.report import quiet_libraries
 
 __all__ = ["compare", "export", "report", "run_recipe", "train"]
@@ -23,25 +24,25 @@ def train(recipe: str, /) -> None:
         recipe: Its name: causal_lm, sequence_classification, image_classification or text_to_image. A configuration
             file and its options come after it; --help after it lists them.
     """
-    run_recipe(recipe, [])
+    run_recipe([recipe])
 
 
-def run_recipe(recipe: str, words: Sequence[str]) -> None:
-    """Run a recipe with its own arguments.
+def run_recipe(words: Sequence[str]) -> None:
+    """Run a recipe with its own arguments, which follow its name.
 
     Raises:
-        SpecError: there is no such recipe.
+        QatError: there is no such recipe, or it does not come first.
     """
     package = None if find_spec("recipes") is None else import_module("recipes")
     if package is None or not getattr(package, "IS_OF_QAT", False):
         raise SpecError("recipe: recipes are not installed here: install qat as a whole, or run it in a checkout")
     names = sorted(m.name for m in pkgutil.iter_modules(package.__path__) if not m.ispkg)
+    recipe, *others = words
     if recipe.endswith((".yaml", ".yml")):
         raise SpecError(f"recipe: a configuration comes after the recipe: qat train causal_lm {recipe}")
-    if recipe not in names:
-        raise SpecError(f"recipe: must be one of {', '.join(names)}, got {recipe!r}{meant(recipe, names)}")
+    require_first("recipe", words, names, "qat train")
     os.environ.setdefault("RECIPE_COMMAND", f"qat train {recipe}")  # how its help and its errors name it
-    import_module(f"recipes.{recipe}").main(words)
+    import_module(f"recipes.{recipe}").main(others)
 
 
 def export(
@@ -75,8 +76,10 @@ def export(
     quiet_libraries()
     check_destination(check_place(output, "output"), overwrite, "output")
     if not os.path.isfile(checkpoint):  # of os, to whom no name is too long
+        inside = sorted(checkpoint.glob("*.ckpt"), key=os.path.getmtime) if os.path.isdir(checkpoint) else []
+        remedy = f"name one in it, such as {str(inside[-1])!r}" if inside else "name one"
         raise LoadError(
-            f"checkpoint: {str(checkpoint)!r} is no file: name one, as Lightning's save_checkpoint writes it"
+            f"checkpoint: {str(checkpoint)!r} is no file: {remedy}, as Lightning's save_checkpoint writes it"
         )
     loaded, processor = load_float(model, trust_remote_code=trust_remote_code)
     restore(loaded, checkpoint)

@@ -231,7 +231,7 @@ class Mse(_Rule):
 
 
 class Best(Mse):
-    """The same, with the error of the layer's output in place of that of its input; the default.
+    """Scale activations for the smallest squared error of the layer's output, rather than of its input; the default.
 
     Channels of an input count by the squared length of their columns in the weight. That is the expected squared error
     of the output where errors of channels do not depend on each other.
@@ -242,4 +242,4 @@ class Best(Mse):
     largest_error: float = Field(default=0.01, gt=0)
 
 
-ObserverChoice = Annotated[Absmax | Percentile | MovingAverage | Mse | Best, Field(discriminator="kind")]
+ObserverChoice = Annotated[Absmax | Percentile | MovingAverage | Best | Mse, Field(discriminator="kind")]

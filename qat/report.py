@@ -11,24 +11,32 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterable
+import traceback
+from collections.abc import Callable, Iterable, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from typing import NoReturn
 
-from qat.errors import QatError, UnjudgedError, VerifyError, shown
+from qat.errors import QatError, UnjudgedError, VerifyError, shown, told
 
 __all__ = ["quiet_libraries", "require_text", "run_command"]
 
 
-def run_command(main: Callable[[], object]) -> NoReturn:
+def run_command(main: Callable[[list[str]], object], words: Sequence[str] | None = None) -> NoReturn:
     """Run a program and exit: 0 when it returns, 1 when a verification failed, 2 on a user's mistake.
 
-    3 is for an export that only the user's own program can judge. Failures are told on the standard error stream,
-    without a traceback. Any other exception is a fault of the program and keeps its traceback. When whoever read the
-    output has left (``qat verify DIR --json | head``), the program ends with 141, as one that the signal ends, and says
-    nothing. A stream that is closed takes nothing, and one whose encoding lacks a character gets a question mark.
+    3 is for an export that only the user's own program can judge, 4 for any exception that is not qat's: a fault of
+    the program. Failures are told on the standard error stream, in one message. The word ``--debug``, wherever it
+    stands, or QAT_DEBUG=1 in the environment, shows the traceback before it. When whoever read the output has left
+    (``qat verify DIR --json | head``), the program ends with 141, as one that the signal ends, and says nothing. A
+    stream that is closed takes nothing, and one whose encoding lacks a character gets a question mark.
+
+    Args:
+        main: takes the words of the command line, without ``--debug``.
+        words: the command line; none: the process's own.
     """
+    words = sys.argv[1:] if words is None else words
+    debug = "--debug" in words or os.environ.get("QAT_DEBUG", "0") not in ("", "0")
     for name in ("stdout", "stderr"):
         if (stream := getattr(sys, name)) is None:
             setattr(sys, name, io.StringIO())
@@ -36,19 +44,33 @@ def run_command(main: Callable[[], object]) -> NoReturn:
             stream.reconfigure(errors="replace")
     try:
         try:
-            main()
+            main([word for word in words if word != "--debug"])
         finally:
             sys.stdout.flush()  # a reader that has left is noticed here rather than when Python ends
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes when it ends
         sys.exit(128 + signal.SIGPIPE)
-    except QatError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1 if isinstance(error, VerifyError) else 3 if isinstance(error, UnjudgedError) else 2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        print(f"error: {_in_one_message(error)}", file=sys.stderr)
+        codes = ((VerifyError, 1), (UnjudgedError, 3), (QatError, 2))
+        sys.exit(next((code for kind, code in codes if isinstance(error, kind)), 4))
     sys.exit(0)
+
+
+def _in_one_message(error: Exception) -> str:
+    """What is told of an exception; of one that is not qat's also where it arose, for a long run is not run again."""
+    if isinstance(error, QatError):
+        return str(error)
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return (
+        f"{type(error).__name__}: {told(error)} ({place.filename}, line {place.lineno}): this was not expected: run "
+        "again with --debug for the traceback, and report it"
+    )
 
 
 def require_text(words: Iterable[str]) -> None:

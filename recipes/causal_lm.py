@@ -9,7 +9,6 @@ quantization-aware one, which is frozen, exported, verified in a fresh process a
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -43,7 +42,7 @@ class Config(ComparisonConfig):
 
 
 def main(argv: Sequence[str]) -> None:
-    config = load_config(Config, argv, str(Config.__doc__), prog=f"{command('causal_lm')} [config.yaml]")
+    config = load_config(Config, argv, str(Config.__doc__), prog=command("causal_lm"))
     from recipes.common.experiment import Examples, compare  # these take seconds: a wrong option is told before
     from recipes.common.models import load_language_model, load_teacher
     from recipes.common.progress import quiet_libraries, stage
@@ -65,4 +64,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    run_command(lambda: main(sys.argv[1:]))
+    run_command(main)

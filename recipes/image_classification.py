@@ -10,7 +10,6 @@ and judged *as reloaded*.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -32,7 +31,7 @@ class Config(ClassifierConfig):
 
 
 def main(argv: Sequence[str]) -> None:
-    config = load_config(Config, argv, str(Config.__doc__), prog=f"{command('image_classification')} [config.yaml]")
+    config = load_config(Config, argv, str(Config.__doc__), prog=command("image_classification"))
     from qat.hosts.pretrained import check_folder
     from recipes.common.experiment import Examples, compare  # these take seconds: a wrong option is told before
     from recipes.common.models import load_classifier, load_teacher
@@ -59,4 +58,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    run_command(lambda: main(sys.argv[1:]))
+    run_command(main)

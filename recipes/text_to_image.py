@@ -11,7 +11,6 @@ is frozen, exported, verified in a fresh process and judged *as reloaded*: by nu
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -56,7 +55,7 @@ class Config(DiffusionConfig):
 
 
 def main(argv: Sequence[str]) -> None:
-    config = load_config(Config, argv, str(Config.__doc__), prog=f"{command('text_to_image')} [config.yaml]")
+    config = load_config(Config, argv, str(Config.__doc__), prog=command("text_to_image"))
     from recipes.common.callbacks import LastCheckpoints  # these take seconds: a wrong option is told before
     from recipes.common.checkpoints import end_run, settings_of, start_run
     from recipes.common.comparison import DiffusionComparison
@@ -140,4 +139,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    run_command(lambda: main(sys.argv[1:]))
+    run_command(main)

@@ -28,6 +28,7 @@ from typing import NamedTuple
 
 from scripts._mistaken_files import prepare, prepare_models
 from scripts.mistakes import CASES, Mistake
+from scripts.newcomers import fill
 
 __all__ = ["SLOW", "Answer", "faults", "make"]
 
@@ -56,7 +57,7 @@ def _run(words: Sequence[str]) -> None:
     if words[0] == "qat":
         importlib.import_module("qat.cli").main(words[1:])
     recipe = importlib.import_module(f"recipes.{words[0]}")
-    importlib.import_module("qat.report").run_command(lambda: recipe.main(words[1:]))
+    importlib.import_module("qat.report").run_command(recipe.main, words[1:])
 
 
 def _be(words: Sequence[str], folder: Path, output: Path) -> None:
@@ -146,6 +147,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         prepare(Path(directory))
         prepare_models(Path(directory))
+        fill(Path(directory))
         for mistake in chosen:
             answer = make(mistake, Path(directory), options.patience)
             found = faults(mistake, answer, options.patience)

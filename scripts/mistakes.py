@@ -6,9 +6,12 @@ file, whose name follows the program's. `scripts.check_mistakes` makes all of th
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from scripts.newcomers import COMMAND_LINES
 
 __all__ = ["CASES", "QUICK", "Mistake"]
 
@@ -387,6 +390,10 @@ WITH_QAT = [
     ),
 ]
 
-CASES = [*ON_COMMAND_LINES, *IN_YAML, *WITH_MODELS, *WITH_QAT]
+OF_NEWCOMERS = [
+    Mistake(f"newcomer {line}", "qat", ".*".join(map(re.escape, words)), line.split()[1:], seconds=3.0)
+    for line, words in COMMAND_LINES
+]
+CASES = [*ON_COMMAND_LINES, *IN_YAML, *WITH_MODELS, *WITH_QAT, *OF_NEWCOMERS]
 QUICK = [*ON_COMMAND_LINES, *IN_YAML][::3]
 """A third of those that need no model: what the test suite has time for."""

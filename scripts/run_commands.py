@@ -148,4 +148,4 @@ def main(quick: bool = False, only: str = "") -> None:
 
 
 if __name__ == "__main__":
-    run_command(lambda: tyro.cli(main))
+    run_command(lambda _: tyro.cli(main))

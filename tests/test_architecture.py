@@ -55,6 +55,7 @@ ORDER: tuple[frozenset[str], ...] = tuple(
 )
 # Each with the parts of qat that it may import, at run time.
 SIDE_PARTS: dict[str, frozenset[str]] = {
+    "command_line": frozenset({"errors"}),
     "report": frozenset({"errors"}),
     "strict_yaml": frozenset({"errors"}),
 }
@@ -87,7 +88,7 @@ TYPE_FILES = (
     "qat/formats/compressed_types.py",
 )  # where a type's name is turned into an object
 
-MOST_LIBRARY_LINES = 27_081
+MOST_LIBRARY_LINES = 27_356
 MOST_LINES = 400
 MOST_RECIPE_LINES = 150  # of a recipe itself
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import qat
 from qat.errors import LoadError, SpecError
+from qat.hosts import configurations
 from qat.hosts.configurations import build_on_meta, published
+from qat.hosts.pretrained import load_float
 from tests.exports import small_flux
 
 INT8 = qat.QuantSpec(weights="int8")
@@ -128,19 +131,41 @@ def test_a_pipeline_with_a_unet_is_its_unet(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "why"),
     [
+        ("Qwen/Qwen3-8", "offline mode is enabled"),
         ("Qwen/Qwen3-8", "; did you mean 'Qwen/Qwen3-8B'?"),
         ("gpt2", "; did you mean 'openai-community/gpt2'?"),
-        ("gpt2", "names there have the form owner/model"),
-        ("./models/a", "names there have the form owner/model"),
+        ("gpt2", "no name on the hub, which has the form 'owner/model'"),
+        ("./models/a", "no name on the hub, which has the form 'owner/model'"),
+        ("tests/../recipe", "no name on the hub, which has the form 'owner/model'; did you mean 'tests/../recipes'?"),
+        ("recipes/referense", "; did you mean 'recipes/reference'?"),
+        ("recipes/reference/config.json", "is no directory, but a file or the like"),
     ],
 )
-def test_a_name_that_cannot_be_read_lists_the_shipped_ones(name: str, why: str) -> None:
+def test_a_name_that_cannot_be_read_has_both_remedies(name: str, why: str) -> None:
     with pytest.raises(LoadError, match=re.escape(why)) as caught:  # tests run offline: see conftest.py
         build_on_meta(name)
     told = str(caught.value)
-    assert told.startswith(f"model: {name!r} is no directory here, and as a name on the hub it cannot be read (")
-    assert all(shipped in told for shipped in published())
+    assert told.startswith(f"model: {name!r} is no directory")
+    assert told.endswith(": correct the path, or the name")
+    assert sum(shipped in told for shipped in published()) <= 1
     assert "\n" not in told
+
+
+def test_the_hub_has_little_time_to_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = threading.Event()
+
+    def download(*_: str, local_files_only: bool, **__: object) -> str:
+        if local_files_only:
+            raise FileNotFoundError
+        asked.wait(60)
+        return "late"
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.setattr(configurations, "PATIENCE", 0.05)
+    for ask in (build_on_meta, load_float):
+        with pytest.raises(LoadError, match=r"'org/own' is no directory here, and .* \(no answer in 0\.05 s\)"):
+            ask("org/own")
+    asked.set()
 
 
 @pytest.mark.parametrize(

@@ -267,7 +267,7 @@ def test_the_last_weights_are_saved_and_a_run_goes_on_from_them(
         (["--spec.activations", "int8", "--target", "diffusers"], TargetError, "activations"),
         (["--spec.exclude", "*.nothing"], SpecError, "matches no layer that can be quantized"),
         (["--optimization.batch-size", "5000"], DataError, "there is no whole batch"),
-        (["--optimization.temperature", "2"], SystemExit, "2"),  # there is none
+        (["--optimization.temperature", "2"], qat.QatError, "no such option"),  # there is none
         (["--max-sequence-length", "4000"], DataError, "FluxPipeline cannot make an image"),
         (["--data.size", "15"], DataError, r"AutoencoderKL and FluxTransformer2DModel do not fit at data\.size 15"),
         (

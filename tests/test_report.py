@@ -11,8 +11,8 @@ from qat.errors import SpecError, VerifyError
 from qat.report import run_command
 
 
-def fails(error: BaseException) -> Callable[[], None]:
-    def program() -> None:
+def fails(error: BaseException) -> Callable[[list[str]], None]:
+    def program(_: list[str]) -> None:
         raise error
 
     return program
@@ -21,23 +21,62 @@ def fails(error: BaseException) -> Callable[[], None]:
 @pytest.mark.parametrize(
     ("program", "code", "said"),
     [
-        (lambda: None, 0, ""),
+        (lambda _: None, 0, ""),
         (fails(VerifyError("differs")), 1, "error: differs\n"),
         (fails(SpecError("wrong")), 2, "error: wrong\n"),
         (fails(KeyboardInterrupt()), 130, "interrupted\n"),
     ],
     ids=["success", "failed verification", "mistake", "interrupt"],
 )
-def test_exit_codes(program: Callable[[], None], code: int, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_exit_codes(
+    program: Callable[[list[str]], None], code: int, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as caught:
-        run_command(program)
+        run_command(program, [])
     assert caught.value.code == code
     assert capsys.readouterr().err == said
 
 
-def test_other_exceptions_pass() -> None:
-    with pytest.raises(ZeroDivisionError):
-        run_command(fails(ZeroDivisionError()))
+@pytest.mark.parametrize("error", [ZeroDivisionError("by zero"), KeyError("a")], ids=lambda e: type(e).__name__)
+def test_a_fault_of_the_program_is_one_line_with_its_place(
+    error: Exception, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        run_command(fails(error), [])
+    said = capsys.readouterr().err
+    assert caught.value.code == 4
+    assert said.startswith(f"error: {type(error).__name__}: {error} ({__file__}, line ")
+    assert said.endswith("run again with --debug for the traceback, and report it\n")
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "variable", "shown"),
+    [([], "", False), ([], "0", False), ([], "1", True), (["a", "--debug", "b"], "0", True)],
+    ids=["neither", "variable of 0", "variable", "option"],
+)
+@pytest.mark.parametrize("error", [SpecError("wrong"), ZeroDivisionError("by zero")], ids=lambda e: type(e).__name__)
+def test_a_traceback_is_shown_on_demand(
+    error: Exception,
+    words: list[str],
+    variable: str,
+    shown: bool,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("QAT_DEBUG", variable)
+    with pytest.raises(SystemExit):
+        run_command(fails(error), words)
+    said = capsys.readouterr().err
+    assert ("Traceback" in said) == shown
+    assert said.splitlines()[-1].startswith("error: ")
+
+
+def test_a_program_never_sees_the_option_for_tracebacks() -> None:
+    seen: list[str] = []
+    with pytest.raises(SystemExit):
+        run_command(seen.extend, ["a", "--debug", "b"])
+    assert seen == ["a", "b"]
 
 
 PRINT_MUCH = "print(('x' * 79 + chr(10)) * 10_000)"
@@ -51,7 +90,7 @@ PRINT_AND_EXIT = "print('x'); raise SystemExit"
     ids=["more than a buffer", "a line", "help"],
 )
 def test_a_reader_that_has_left_ends_the_program_quietly(program: str) -> None:
-    code = f"from qat import report\ndef main():\n  {program}\nreport.run_command(main)"
+    code = f"from qat import report\ndef main(_):\n  {program}\nreport.run_command(main)"
     reader, writer = os.pipe()
     os.close(reader)
     done = subprocess.run([sys.executable, "-c", code], stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
@@ -61,7 +100,7 @@ def test_a_reader_that_has_left_ends_the_program_quietly(program: str) -> None:
 
 @pytest.mark.parametrize("closed", ["", "1>&-", "2>&-", "1>&- 2>&-"], ids=["ascii", "output", "errors", "both"])
 def test_streams_that_are_closed_or_lack_a_character_are_no_fault(closed: str) -> None:
-    code = "from qat import report\nreport.run_command(lambda: print(chr(177)))"
+    code = "from qat import report\nreport.run_command(lambda _: print(chr(177)))"
     command = ["sh", "-c", f'exec "$0" -c "$1" {closed}', sys.executable, code]
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)

@@ -19,8 +19,9 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from qat.errors import LoadError
+from qat.errors import LoadError, shown
 from qat.files.evidence import FrozenRecord
+from qat.files.places import like_folder
 from qat.files.trusted import regular_file
 from qat.spec import ServingDtype
 
@@ -181,11 +182,17 @@ def read_manifest(directory: Path) -> Manifest:
         LoadError: when the directory or the manifest is missing or unreadable, or the manifest was changed since.
     """
     if not os.path.isdir(directory):  # of os, to whom no name is too long
-        raise LoadError(f"directory must be an exported model; {str(directory)!r} is not a directory")
+        begun = os.path.isdir(f"{directory}-checkpoints")
+        remedy = "its run has not ended: start it again, and it goes on" if begun else "name what qat.export wrote"
+        raise LoadError(
+            f"directory must be an exported model; {shown(str(directory))} is not a directory{like_folder(directory)}: "
+            f"{remedy}"
+        )
     if not os.path.lexists(directory / MANIFEST_NAME):
         raise LoadError(
             f"{str(directory)!r} has no {MANIFEST_NAME}: it is no export, or not a whole one: write one with "
-            "qat.export from a frozen model; a float model is for its own library to load, as by from_pretrained"
+            "qat.export from a frozen model (qat train and qat calibrate do); a float model is for its own library to "
+            "load, as by from_pretrained"
         )
     data = regular_file(directory, MANIFEST_NAME, _MOST).read_bytes()
     try:

@@ -7,9 +7,9 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
-from qat.errors import ExportError, shown
+from qat.errors import ExportError, meant, shown
 
-__all__ = ["check_place"]
+__all__ = ["check_place", "like_folder"]
 
 _BESIDE = 48
 """The most characters that a name beside the directory has more, while it is written and for checkpoints."""
@@ -49,3 +49,15 @@ def check_place(place: str | os.PathLike[str], argument: str) -> Path:
     except ValueError as error:  # a NUL character
         raise ExportError(f"{argument}: {told} is no path: {error}: choose another name") from error
     return path
+
+
+def like_folder(path: str | os.PathLike[str]) -> str:
+    """The folder that a path is a misspelling of, as a question for the end of an error; empty if there is none."""
+    folder, name = os.path.split(os.fspath(path).rstrip("/"))
+    try:
+        with os.scandir(folder or ".") as entries:
+            names = [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
+    except (OSError, ValueError):  # of a folder that cannot be read, and of a NUL character
+        return ""
+    found = meant(name, names)
+    return found.replace("'", f"'{folder}/", 1) if found and folder else found

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from functools import cache
 from os import PathLike
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import torch
@@ -20,12 +21,25 @@ import yaml
 from torch import nn
 
 from qat.errors import LoadError, SpecError, meant, shown, told
+from qat.files.places import like_folder
 from qat.files.trusted import MOST_TEXT
 from qat.hosts.diffusers import DIFFUSERS
 from qat.hosts.remote_code import refuse_remote_code
 
-__all__ = ["MOST_DEEP", "build_on_meta", "config_fields", "depths", "local_directory", "published"]
+__all__ = [
+    "MOST_DEEP",
+    "PATIENCE",
+    "build_on_meta",
+    "config_fields",
+    "depths",
+    "hub_directory",
+    "local_directory",
+    "published",
+    "source_fault",
+]
 
+PATIENCE = 10.0
+"""Seconds that the hub has to answer whether it has a model: what asks it later tries again, and again."""
 MOST_DEEP = 10_000
 """The most layers that a configuration may name: no model has as many, and all are built one by one."""
 _PARTS = ("transformer", "unet")
@@ -103,34 +117,78 @@ def _of_transformers(config: Any, directory: Path | None) -> nn.Module:
 def _directory(source: str) -> Path | None:
     """The directory that holds the configuration of ``source``; None: it is one of `published`."""
     if (directory := local_directory(source)) is None:
-        cached = _of_hub(source, cached=True)
-        if isinstance(cached, str) and source in published():
+        if source in published() and isinstance(_of_hub(source, cached=True), str):
             return None
-        found = _of_hub(source, cached=False) if isinstance(cached, str) else cached
-        if isinstance(found, str):
-            owned = {name.rpartition("/")[2]: name for name in published()}  # as users call them
-            hint = f"; did you mean {owned[source]!r}?" if source in owned else meant(source, published())
-            raise LoadError(
-                f"model: {shown(source)} is no directory here, and as a name on the hub it cannot be read ({found}): "
-                f"give a directory with a config.json, or a name that comes with qat: {', '.join(published())}{hint}"
-            )
-        directory = found
+        directory = hub_directory(source, "model")
     if (directory / "model_index.json").is_file():
         directory /= next((part for part in _PARTS if (directory / part).is_dir()), _PARTS[0])
     return directory
 
 
+def hub_directory(name: str, argument: str) -> Path:
+    """The directory of the hub's cache that holds a model's configuration, which is fetched where it is not there.
+
+    Args:
+        name: what a user gave for a model, and no directory here has.
+        argument: what the user calls it, for the message.
+
+    Raises:
+        LoadError: it is a misspelt path or no name on the hub, or the hub has no answer in `PATIENCE` seconds.
+    """
+    found = source_fault(name)
+    if found is None and isinstance(cached := _of_hub(name, cached=True), Path):
+        return cached
+    if found is None:
+        answers: list[Path | str] = []
+        asking = Thread(target=lambda: answers.append(_of_hub(name, cached=False)), daemon=True)
+        asking.start()
+        asking.join(PATIENCE)
+        answer = next(iter(answers), f"no answer in {PATIENCE:g} s")
+        if isinstance(answer, Path):
+            return answer
+        found = f"is no directory here, and as a name on the hub it cannot be read ({answer}){_like(name)}"
+    raise LoadError(f"{argument}: {shown(name)} {found}: correct the path, or the name")
+
+
+def source_fault(source: str) -> str | None:
+    """Why what should name a model is neither a directory nor a name on the hub; None: it is one, or may be.
+
+    Nothing is asked of the hub: a name has the form owner/model, save old ones that its cache holds.
+
+    >>> source_fault("owner/model")
+    >>> source_fault("./model")
+    "is no directory here, and no name on the hub, which has the form 'owner/model'"
+    """
+    if local_directory(source) is not None:
+        return None
+    if os.path.lexists(os.path.expanduser(source)):
+        return "is no directory, but a file or the like"
+    part = r"[A-Za-z0-9][\w.-]{,95}"
+    if re.fullmatch(f"{part}/{part}", source):
+        return None
+    if re.fullmatch(part, source) and isinstance(_of_hub(source, cached=True), Path):
+        return None
+    return f"is no directory here, and no name on the hub, which has the form 'owner/model'{_like(source)}"
+
+
+def _like(source: str) -> str:
+    """The end of an error: the folder that a path is a misspelling of, or such a name that comes with qat."""
+    owned = {full.rpartition("/")[2]: full for full in published()}  # as users call them
+    named = f"; did you mean {owned[source]!r}?" if source in owned else meant(source, published())
+    return like_folder(os.path.expanduser(source)) or named
+
+
 def _of_hub(name: str, *, cached: bool) -> Path | str:
     """The directory of the hub's cache that holds a model's configuration, or why there is none."""
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
-    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is None:
-        return "names there have the form owner/model"
     files = ["config.json", "model_index.json", *(f"{part}/config.json" for part in _PARTS)]
     try:
         directory = Path(snapshot_download(name, allow_patterns=files, local_files_only=cached))
     except Exception as error:  # what can be wrong with a download has no common base
-        return told(error)
+        cause = error.__cause__ if isinstance(error, LocalEntryNotFoundError) else None
+        return told(cause if isinstance(cause, Exception) else error)
     return directory if any((directory / file).is_file() for file in files[:2]) else "it has no config.json"
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from qat.errors import LoadError, shown, told
-from qat.hosts.configurations import config_fields, local_directory
+from qat.hosts.configurations import config_fields, hub_directory, local_directory
 from qat.hosts.remote_code import refuse_remote_code
 
 __all__ = ["cannot_load", "check_folder", "load_float", "load_processor", "require_filled"]
@@ -28,16 +28,17 @@ def check_folder(source: str, argument: str) -> Path | None:
     """What can be said of a model's directory without its library: it has a configuration, and weights.
 
     Args:
-        source: a local directory, which is returned, or a hub's name, of which nothing is known.
+        source: a local directory, which is returned, or a hub's name, of which its configuration is asked for.
         argument: what the user calls it, for the message.
 
     Raises:
-        LoadError: it is a pipeline, its config.json cannot be read, there are no weights, or one of its files is none
-            of safetensors.
+        LoadError: it is neither, or a pipeline, its config.json cannot be read, there are no weights, or one of its
+            files is none of safetensors.
     """
     from safetensors import safe_open
 
     if (directory := local_directory(source)) is None:
+        hub_directory(source, argument)
         return None
     if (directory / "model_index.json").is_file():
         raise LoadError(

@@ -74,7 +74,8 @@ class Target:
         for name in sorted(spec.weight_types() - known.keys()):
             others = [repr(target.name) for target in TARGETS.values() if name in target.format.qtypes]
             what = f"weights: format {self.format.name!r} has {sorted(known)}, got {name!r}"
-            raise SpecError(f"{what}: choose one, or use target {' or '.join(others)}")
+            own = " (in your own program; or qat convert an export in int4_g32 or int8)" if "'gguf'" in others else ""
+            raise SpecError(f"{what}: choose one, or use target {' or '.join(others)}{own}")
 
     def resolved(self, spec: QuantSpec) -> QuantSpec:
         """The spec with ``quantize_outputs`` set: outputs stay float where the loader can leave them so."""

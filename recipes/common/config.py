@@ -1,8 +1,8 @@
 """Configuration, read once at the edge into typed objects: defaults < YAML file < command line.
 
 The models are pydantic's, frozen and without extra fields. `load_config` reads the optional first argument
-``config.yaml`` over their defaults and gives the result to tyro as the defaults of the command line. Help and wrong
-options are tyro's; a value that breaks a model's rule is a `ConfigError`, from the file and the command line alike.
+``config.yaml`` over their defaults and gives the result to tyro as the defaults of the command line. Help is tyro's; a
+value that breaks a model's rule is a `ConfigError`, from the file and the command line alike.
 
 A union of models is told apart by a field ``kind``: in YAML by its value, on the command line by a subcommand
 (``algorithm:straight-through --algorithm.mask-saturated``). Without one, the file's choice stays.
@@ -23,6 +23,7 @@ from pydantic import BaseModel, ValidationError
 from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructTypeInfo
 
 from qat.cli import mapping_rule
+from qat.command_line import parsed
 from qat.errors import QatError, shown
 from qat.report import require_text
 from qat.strict_yaml import MOST_BYTES, parse_yaml
@@ -54,7 +55,8 @@ def load_config(model: type[Model], argv: Sequence[str], description: str, *, pr
 
     Raises:
         ConfigError: the file is wrong, or a value breaks a rule; the message has a line for each key at fault.
-        SystemExit: after ``--help`` with code 0, after a wrong command line with code 2.
+        QatError: an option does not exist, or its value is none of its type.
+        SystemExit: after ``--help``, with code 0.
 
     >>> from qat.spec import QuantSpec
     >>> load_config(QuantSpec, ["--weights", "int4", "--overrides", "*.down_proj=int8"], "An example.").overrides
@@ -66,9 +68,14 @@ def load_config(model: type[Model], argv: Sequence[str], description: str, *, pr
         path = Path(arguments.pop(0))
         default = _validated(model, _merged(default, read_yaml(path)), str(path))
     markers = (tyro.conf.CascadeSubcommandArgs,)  # a section's options may come before and after a subcommand
-    values: Any = tyro.cli(
-        model, args=arguments, default=default, description=description, prog=prog, config=markers, registry=_REGISTRY
-    )
+    usage = f"{prog} [config.yaml]" if prog else None
+
+    def parse(words: Sequence[str]) -> Any:
+        return tyro.cli(
+            model, args=words, default=default, description=description, prog=usage, config=markers, registry=_REGISTRY
+        )
+
+    values = parsed(parse, arguments, prog or "python -m recipes.RECIPE")
     return _validated(model, values, "command line")
 
 

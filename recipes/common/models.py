@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import qat
-from qat.hosts.configurations import local_directory
+from qat.hosts.configurations import hub_directory, local_directory
 from qat.hosts.pretrained import cannot_load, check_folder, load_processor, require_filled
 from qat.training.teacher import INDEX
 from recipes.common.config import ConfigError
@@ -147,7 +147,8 @@ def load_pipeline(
 
     diffusers.utils.logging.set_verbosity_error()
     diffusers.utils.logging.disable_progress_bar()
-    if (folder := local_directory(source)) is not None and not (folder / "model_index.json").is_file():
+    folder = local_directory(source)
+    if not ((folder or hub_directory(source, "model")) / "model_index.json").is_file():
         raise qat.LoadError(f"model: {source!r} is no pipeline of diffusers, for it has no model_index.json: give one")
     try:
         if folder is None:

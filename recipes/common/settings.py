@@ -6,7 +6,6 @@ Nothing here imports Lightning or a model library: a wrong option is told before
 from __future__ import annotations
 
 import os
-import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,6 +22,8 @@ from pydantic import (
 
 import qat
 from qat.formats import QUANTO
+from qat.hosts import get_target
+from qat.hosts.configurations import local_directory, source_fault
 from qat.observers import Best, ObserverChoice
 from qat.quantizers import Algorithm, AnyAlgorithm
 from qat.spec import QuantSpec
@@ -48,12 +49,9 @@ FSDP2 = "fsdp2"
 
 
 def _directory_or_hub_name(source: str) -> str:
-    path = os.path.expanduser(source)  # of os, to whom neither an unknown user nor an empty text is an exception
-    if os.path.isdir(path):
-        return path
-    if os.path.exists(path) or not re.fullmatch(r"[A-Za-z0-9][\w.-]{,95}(/[A-Za-z0-9][\w.-]{,95})?", source):
-        raise ValueError("must be a directory that exists, or a hub name such as 'owner/model'")
-    return source
+    if (fault := source_fault(source)) is not None:
+        raise ValueError(f"must be a directory that exists, or a hub name such as 'owner/model'; it {fault}")
+    return str(local_directory(source) or source)
 
 
 ModelSource: TypeAlias = Annotated[str, AfterValidator(_directory_or_hub_name)]
@@ -198,6 +196,11 @@ class RecipeConfig(Settings):
         if (spec := info.data.get("spec")) and spec.activation_type and not schedule.calibration_batches:
             raise ValueError("calibration_batches: must be above 0, for spec quantizes activations")
         return schedule
+
+    @model_validator(mode="after")
+    def _the_target_has_the_types(self) -> Self:
+        get_target(getattr(self, "target", None) or "diffusers").check_types(self.spec)
+        return self
 
     @model_validator(mode="after")
     def _schedule_fits(self) -> Self:
