@@ -66,14 +66,13 @@ def export(
     """
     from qat.exporting import export as write
     from qat.files.directory import check_destination
-    from qat.files.places import check_place
     from qat.freezing import freeze
     from qat.hosts.pretrained import load_float
     from qat.training.restoring import restore
     from qat.verification import verify
 
     quiet_libraries()
-    check_destination(check_place(output, "output"), overwrite, "output")
+    check_destination(output, overwrite, "output")
     if not os.path.isfile(checkpoint):  # of os, to whom no name is too long
         raise LoadError(
             f"checkpoint: {str(checkpoint)!r} is no file: name one, as Lightning's save_checkpoint writes it"
