@@ -181,7 +181,6 @@ def _calibrate(
     from qat.data import image_batches, text_batches
     from qat.exporting import export
     from qat.files.directory import check_destination
-    from qat.files.places import check_place
     from qat.folding import fold_outliers
     from qat.freezing import freeze
     from qat.hosts import get_target, host_of
@@ -202,7 +201,7 @@ def _calibrate(
     except Exception as error:  # of each device its own
         raise CalibrationError(f"device: {where!r} cannot compute here: {told(error)}: name another") from error
     get_target(target).check_types(made)
-    check_destination(check_place(output, "output"), overwrite, "output")
+    check_destination(output, overwrite, "output")
     loaded: Any
     loaded, processor = load_float(model, trust_remote_code=trust_remote_code)
     if loaded.main_input_name == "pixel_values":

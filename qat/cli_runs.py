@@ -67,14 +67,13 @@ def export(
     """
     from qat.exporting import export as write
     from qat.files.directory import check_destination
-    from qat.files.places import check_place
     from qat.freezing import freeze
     from qat.hosts.pretrained import load_float
     from qat.training.restoring import restore
     from qat.verification import verify
 
     quiet_libraries()
-    check_destination(check_place(output, "output"), overwrite, "output")
+    check_destination(output, overwrite, "output")
     if not os.path.isfile(checkpoint):  # of os, to whom no name is too long
         inside = sorted(checkpoint.glob("*.ckpt"), key=os.path.getmtime) if os.path.isdir(checkpoint) else []
         remedy = f"name one in it, such as {str(inside[-1])!r}" if inside else "name one"

@@ -164,7 +164,7 @@ def test_a_fresh_process_without_qat_loads_it(tmp_path: Path) -> None:
     arguments = [str(tmp_path / "out"), str(tmp_path / "y"), str(torch.get_num_threads())]
     subprocess.run([sys.executable, "-c", code, *arguments], check=True, capture_output=True, cwd=tmp_path)
     assert torch.equal(torch.load(tmp_path / "y"), logits(model))
-    assert qat.verify(tmp_path / "out", fresh_process=True).ok
+    assert qat.verify(tmp_path / "out").ok
 
 
 def test_matrices_of_one_expert_may_lie_in_several_files(tmp_path: Path) -> None:

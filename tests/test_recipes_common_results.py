@@ -11,19 +11,10 @@ from torch import nn
 from qat.inspection import inspect
 from qat.spec import QuantSpec
 from qat.verification import Check, VerifyReport
-from recipes.common.results import ResultRow, inspect_totals, show_end, show_results, show_size
+from recipes.common.results import ResultRow, inspect_totals, show_end, show_results
 from recipes.common.run import Run
 
 ROWS = [ResultRow("float", {"loss": 2.0}, 2**20, 0), ResultRow("trained", {"loss": 1.98769}, 2**19, 80, 2e-4)]
-
-
-@pytest.mark.parametrize(
-    ("count", "expected"),
-    [(0, "0 B"), (1023, "1023 B"), (1024, "1.00 KiB"), (3 * 2**19, "1.50 MiB"), (2**31, "2.00 GiB")],
-    ids=str,
-)
-def test_sizes(count: int, expected: str) -> None:
-    assert show_size(count) == expected
 
 
 def test_the_totals_of_an_inspection_come_with_its_notes() -> None:

@@ -18,6 +18,7 @@ from torch import nn
 
 import qat
 from qat.run_report import RunComparison, compare_runs, figures, read_run, write_report
+from qat.run_report.page import show_size
 from tests.exports import frozen_llama
 
 
@@ -246,3 +247,12 @@ def test_names_are_shown_as_they_stand(tmp_path: Path) -> None:
     assert "[/red]" in lines
     assert "?[31m" in lines
     assert lines.count("x") == 400
+
+
+@pytest.mark.parametrize(
+    ("count", "expected"),
+    [(0, "0 B"), (1023, "1023 B"), (1024, "1.00 KiB"), (3 * 2**19, "1.50 MiB"), (2**31, "2.00 GiB")],
+    ids=str,
+)
+def test_sizes(count: int, expected: str) -> None:
+    assert show_size(count) == expected

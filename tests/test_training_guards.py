@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import re
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -337,6 +338,15 @@ def test_no_scales_are_looked_at_in_a_float_start_or_a_compiled_model(tmp_path: 
         layer.mode = layer.mode._replace(weights=False)
     guard._last = 0
     assert guard.after_step() == {}
+
+
+def test_no_batch_is_held_after_its_step() -> None:
+    loop, batch = Loop(), torch.ones(2)
+    held = weakref.ref(batch)
+    loop.guard.before_step(batch)
+    del batch
+    loop.guard.after_step()
+    assert held() is None
 
 
 def test_experts_are_named(caplog: pytest.LogCaptureFixture) -> None:

@@ -22,8 +22,8 @@ def as_path(directory: object, error: type[QatError]) -> Path:
     return Path(directory)
 
 
-def check_destination(destination: Path, overwrite: bool, argument: str = "directory") -> None:
-    """Raise when a destination cannot be written, before any work is done.
+def check_destination(place: str | os.PathLike[str], overwrite: bool, argument: str = "directory") -> Path:
+    """The absolute path of a directory that can be written; asked before any work is done.
 
     What a process left there that died while it wrote is cleared first, so that its old export is back.
 
@@ -31,10 +31,11 @@ def check_destination(destination: Path, overwrite: bool, argument: str = "direc
         ExportError: as `qat.files.places.check_place`, or when it is a non-empty directory and ``overwrite`` is off, or
             one with anything but an export: nothing else is ever removed.
     """
-    check_place(destination, argument)
+    destination = check_place(place, argument)
     clear_leftovers(destination)
     with explained(destination):
         _check(destination, overwrite, argument)
+    return destination
 
 
 def _check(destination: Path, overwrite: bool, argument: str) -> None:

@@ -67,7 +67,9 @@ def whole_file(path: Path, *, beside: Path | None = None) -> Iterator[Path]:
 
 
 @contextmanager
-def whole_directory(destination: Path, *, wanted: int = 0, check: Callable[[], None] = lambda: None) -> Iterator[Path]:
+def whole_directory(
+    destination: Path, *, wanted: int = 0, check: Callable[[], object] = lambda: None
+) -> Iterator[Path]:
     """Give a directory to write into, which takes the place of ``destination`` when the block ends well.
 
     Args:

@@ -56,7 +56,7 @@ def _header(record: RunRecord, name: str, types: str) -> str:
         "serving dtype": spec.dtype,
         "algorithm": manifest.frozen.algorithm or "none",
         "quantized layers": str(len(record.layers)),
-        "weight files": _size(record.weight_bytes),
+        "weight files": show_size(record.weight_bytes),
         "directory": record.directory.name,
     }
     shown = "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in facts.items())
@@ -87,7 +87,7 @@ def _results(record: RunRecord) -> Iterable[str]:
         [
             str(row["name"]),
             *(_number(row["metrics"].get(name)) for name in names),
-            _size(row["bytes_on_disk"]),
+            show_size(row["bytes_on_disk"]),
             str(row["steps"]),
             "–" if row.get("learning_rate") is None else f"{row['learning_rate']:.3g}",
         ]
@@ -180,7 +180,7 @@ def _bytes(record: RunRecord) -> Iterable[str]:
     drawn = figures.bars({name: size / 2**20 for name, size in found.items()}, "Where the bytes are", "MiB")
     float_size = sum(2 * prod(layer.shape) for layer in record.layers.values())
     codes = sum(size for name, size in found.items() if name != "float weights")
-    text = f"Quantized layers take {_size(codes)}, where 16-bit floats would take {_size(float_size)}."
+    text = f"Quantized layers take {show_size(codes)}, where 16-bit floats would take {show_size(float_size)}."
     yield _section("Where the bytes are", "<div class=grid>", _figure(drawn, text), "</div>")
 
 
@@ -222,7 +222,8 @@ def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.4g}"
 
 
-def _size(count: float) -> str:
+def show_size(count: float) -> str:
+    """Show a number of bytes, as 11.00 MiB."""
     for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if count >= size:
             return f"{count / size:.2f} {unit}"

@@ -209,6 +209,7 @@ class Guard:
         Raises:
             TrainingError: something is degenerate, and the run is to stop.
         """
+        self._batch = None  # whose memory is free until the next
         before, self._last, every = self._last, self._step(), self.settings.every
         if not every or before // every == self._last // every:
             return {}

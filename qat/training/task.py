@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from qat.errors import TrainingError
 from qat.preparation import parameter_groups
+from qat.training.callback import QuantizationAwareTraining
 from qat.training.distillation import Distillation, Distiller, Predictions
 from qat.training.schedule import Decay, planned_steps, rate_factor
 from qat.training.teacher import CachedLogits
@@ -132,7 +133,7 @@ class QuantizedTask(LightningModule):
 
     def on_before_backward(self, loss: Tensor) -> None:
         """Stop before a non-finite loss can reach the weights; of a quantized run the callback's guards decide."""
-        if not any(hasattr(callback, "guards") for callback in self.trainer.callbacks):  # type: ignore[attr-defined]
+        if not any(isinstance(callback, QuantizationAwareTraining) for callback in self.trainer.callbacks):  # type: ignore[attr-defined]
             require_finite(loss, self.global_step)
 
     def on_fit_end(self) -> None:

@@ -19,12 +19,13 @@ import qat
 from qat.files.manifest import CARD_NAME
 from qat.files.whole import whole_file
 from qat.run_report import write_report
+from qat.run_report.page import show_size
 from recipes.common.gate import Comparison
 
 if TYPE_CHECKING:
     from recipes.common.run import Run
 
-__all__ = ["ResultRow", "inspect_totals", "show_end", "show_results", "show_size"]
+__all__ = ["ResultRow", "inspect_totals", "show_end", "show_results"]
 
 
 logger = logging.getLogger("qat")
@@ -107,15 +108,3 @@ def inspect_totals(report: qat.InspectReport) -> str:
         f"{show_size(report.bytes_before)} in {report.spec.dtype} -> {show_size(report.bytes_after)} as exported"
     )
     return "\n".join([totals, *report.notes])
-
-
-def show_size(count: int) -> str:
-    """Show a number of bytes.
-
-    >>> show_size(11_534_336)
-    '11.00 MiB'
-    """
-    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if count >= size:
-            return f"{count / size:.2f} {unit}"
-    return f"{count} B"

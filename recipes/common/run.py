@@ -57,7 +57,7 @@ def begin(recipe: str, config: RecipeConfig) -> Run:
     check_place(output, "output")
     beside = output.with_name(f"{output.name}-checkpoints")
     interrupted = was_interrupted(beside, config)  # whose own export may lie there
-    check_destination(output.absolute(), overwrite or interrupted, "output")
+    check_destination(output, overwrite or interrupted, "output")
     device = device_of(config.trainer)
     resume = begin_run(beside, config)
     _name_file(recipe, types, config)
