@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from os import PathLike
 
-from qat.errors import ExportError, LoadError, shown, told
+from qat.errors import ExportError, LoadError, load_error, shown, told
 from qat.files.directory import as_path
 from qat.files.manifest import CARD_NAME, MANIFEST_NAME
 from qat.files.trusted import regular_file
-from qat.loading import require_exported
-from qat.untrusted import read_trusted
+from qat.untrusted import check_files, read_trusted
 from qat.verification import verify as verify_export
 
 __all__ = ["push_to_hub"]
@@ -57,7 +56,8 @@ def push_to_hub(
     qat.errors.LoadError: ...
     """
     from huggingface_hub import CommitOperationAdd, HfApi, get_token
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # public, yet in no __all__
 
     try:
         validate_repo_id(repo_id)
@@ -72,8 +72,8 @@ def push_to_hub(
         raise ExportError("token: the hub takes files with one, got none: run `hf auth login`, set HF_TOKEN or pass it")
     if verify:
         verify_export(path)
-    else:
-        require_exported(path, manifest, None, hashes=True)
+    elif faults := check_files(path, manifest, hashes=True):
+        raise load_error(f"{str(path)!r} is not what was exported (files)", faults)
     names = [*manifest.files, MANIFEST_NAME]
     card = regular_file(path, CARD_NAME).read_bytes() if (path / CARD_NAME).exists() else b""
     card += b"" if verify else _UNVERIFIED.encode()
