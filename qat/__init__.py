@@ -11,6 +11,7 @@ The verbs, in the order in which they are used::
     qat.verify("out", reference=model)     # proof that what loads is what was trained
     qat.load("out")                        # a model ready for inference
     qat.convert("out", "other", target=...)  # the same values for another loader, where its grid has them
+    qat.push_to_hub("out", "owner/name")     # the verified files, on the hub
 
 Names are imported when they are first used: ``import qat`` loads neither torch nor Lightning nor any model library.
 """
@@ -32,6 +33,7 @@ _HOMES = {
     "qat.exporting": ("ExportReport", "export"),
     "qat.folding": ("FoldReport", "fold_outliers"),
     "qat.freezing": ("FreezeReport", "freeze"),
+    "qat.hub": ("push_to_hub",),
     "qat.inspection": ("InspectReport", "inspect"),
     "qat.layers": ("QLinear",),
     "qat.loading": ("load",),

@@ -16,6 +16,7 @@ from qat.folding import FoldReport as FoldReport
 from qat.folding import fold_outliers as fold_outliers
 from qat.freezing import FreezeReport as FreezeReport
 from qat.freezing import freeze as freeze
+from qat.hub import push_to_hub as push_to_hub
 from qat.inspection import InspectReport as InspectReport
 from qat.inspection import inspect as inspect
 from qat.layers import QLinear as QLinear

@@ -2,7 +2,8 @@
 
 ``qat inspect MODEL`` says what a spec would do to a model, from its configuration alone. ``qat calibrate MODEL``
 makes a quantized export of a float model, without training. ``qat verify DIRECTORY`` checks an export against its
-evidence. ``qat convert DIRECTORY OUTPUT`` writes it for another target, where every value stays. `qat.cli_runs` has the
+evidence. ``qat convert DIRECTORY OUTPUT`` writes it for another target, where every value stays. ``qat push DIRECTORY
+REPO`` uploads it. `qat.cli_runs` has the
 verbs about runs: train, export, report, compare. They print a table; inspect, verify and compare print JSON with
 ``--json``. Exit codes: 0; 1 when a verification failed; 2 for a user's mistake; 3 for an export that nothing can judge
 without its module; 141 when whoever read the output has left. Torch is imported when a verb has work to do, so
@@ -57,6 +58,7 @@ def _main(words: list[str]) -> None:
         "export": cli_runs.export,
         "verify": _verify,
         "convert": _convert,
+        "push": _push,
         "report": cli_runs.report,
         "compare": cli_runs.compare,
     }
@@ -286,6 +288,31 @@ def _convert(directory: Path, output: Path, /, target: _Target, overwrite: bool 
     quiet_libraries()
     print(convert(directory, output, target=target, overwrite=overwrite, progress=True))
     print(verify(output))
+
+
+def _push(
+    directory: Path,
+    repo: str,
+    /,
+    private: bool | None = None,
+    revision: str | None = None,
+    message: str = "Upload an export of qat",
+    verify: bool = True,
+) -> None:
+    """Verify an exported directory, and upload it to the hub with the token of HF_TOKEN or of hf auth login.
+
+    Args:
+        directory: What `qat.export` wrote.
+        repo: The repository, as owner/name; it is made where there is none.
+        private: Whether a new repository is private; none: as the account has it.
+        revision: The branch; none: the main one.
+        message: What the commit says.
+        verify: Whether to load it and compare; without, only hashes are compared, and the uploaded card says that.
+    """
+    from qat.hub import push_to_hub
+
+    quiet_libraries()
+    print(push_to_hub(directory, repo, private=private, revision=revision, commit_message=message, verify=verify))
 
 
 def _show(report: InspectReport | VerifyReport, as_json: bool) -> None:

@@ -48,7 +48,7 @@ ORDER: tuple[frozenset[str], ...] = tuple(
         "agreement allocation blocks calibration checkpoints checks codes_only distributed folding freezing inspection "
         "moments optimizers output_errors packing preparation probing reconstruction runs serving starting",
         "conversion exporting loading untrusted verification",
-        "run_report training",
+        "hub run_report training",
         "integrations",
         "cli cli_runs __main__",
     )
@@ -88,7 +88,7 @@ TYPE_FILES = (
     "qat/formats/compressed_types.py",
 )  # where a type's name is turned into an object
 
-MOST_LIBRARY_LINES = 27_356
+MOST_LIBRARY_LINES = 27_488
 MOST_LINES = 400
 MOST_RECIPE_LINES = 150  # of a recipe itself
 
