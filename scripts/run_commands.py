@@ -35,6 +35,7 @@ NOT_RUN = {
     "-m pytest": "scripts/test runs it",
     "scripts.bad_data": "135 processes; docs/recipes.md says what it shows",
     "scripts.measure_text_memory 5 50 500": "text of 5 GB; docs/recipes.md has what it gave",
+    "~/.": "writes into the home folder; tests/test_newcomer_mistakes.py lets bash complete by what it writes",
     "path/to/cache": "needs a cache of a teacher's logits; docs/distillation.md makes and reads one in Python",
 }
 """Commands that are not run here, by a part of them, and why. Pages below docs/results show what made their rows: hours
