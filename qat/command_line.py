@@ -22,6 +22,7 @@ __all__ = ["parsed", "require_first"]
 Result = TypeVar("Result")
 
 _FAULTS_SHOWN = 3
+_ELSEWHERE = {"lr": "learning-rate", "bits": "weights", "epochs": "steps"}  # what other programs call it
 _RULE = re.compile(r"^ *-{9,} *$", re.MULTILINE)
 
 
@@ -116,11 +117,12 @@ def _meant_option(option: str, known: Sequence[str], text: str) -> str:
     name = option.partition("=")[0].strip("-").replace("_", "-")
     section, _, last = name.rpartition(".")
     others = [other for other in known if other != "--help"]
-    same = [other for other in others if last and re.split(r"--|\.", other)[-1] == last]
+    lasts = {last, _ELSEWHERE.get(last)} - {""}
+    same = [other for other in others if re.split(r"--|\.", other)[-1] in lasts]
     kinds = list(dict.fromkeys(re.findall(rf"(?<![\w-]){re.escape(section)}:[\w-]+", text))) if section else []
     near = get_close_matches(f"--{name}", same, n=3, cutoff=0)
     if near := near or get_close_matches(f"--{name}", others, n=1, cutoff=0.9 if kinds else 0.7):
-        return f"; did you mean {' or '.join(near)}?"
+        return f" (did you mean {' or '.join(near)}?)"
     if kinds:
         return f"; options of {section} come after its kind, one of {', '.join(kinds)}"
     if last and re.search(rf"(?<![\w\[-]){re.escape(name.upper())}(?= )", text):

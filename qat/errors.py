@@ -83,10 +83,10 @@ def meant(value: object, choices: Iterable[str]) -> str:
     """The choice that ``value`` is a misspelling of, as a question for the end of an error; empty if there is none.
 
     >>> meant("transformer", ["quanto", "transformers"])
-    "; did you mean 'transformers'?"
+    " (did you mean 'transformers'?)"
     """
     close = get_close_matches(value, list(choices), n=1) if isinstance(value, str) else []
-    return f"; did you mean {close[0]!r}?" if close else ""
+    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def shown(value: object) -> str:

@@ -43,6 +43,8 @@ COMMAND_LINES: list[tuple[str, tuple[str, ...]]] = [
             ("'--weights'", "did you mean --spec.weights?", "train causal_lm --help"),
         ),
         ("qat train causal_lm --steps 3", ("'--steps'", "did you mean --optimization.steps?")),
+        ("qat train causal_lm --lr 3", ("'--lr'", "did you mean --optimization.learning-rate?")),
+        ("qat inspect REF --bits 4", ("'--bits'", "did you mean --weights?")),
         ("qat train causal_lm --observer.percentile 99", ("observer", "after its kind", "observer:percentile")),
         ("qat train causal_lm --spec.weights q4_0", ("weights", "'q4_0'", "qat convert")),
         ("qat train causal_lm --spec.weights int4_g32", ("weights", "'int4_g32'", "use target 'compressed-tensors'")),

@@ -91,10 +91,10 @@ def test_a_users_mistake_is_one_line_and_code_2(
 @pytest.mark.parametrize(
     ("argv", "expected"),
     [
-        (["inspect", "x", "--weights", "int44"], "got 'int44'; did you mean 'int4'?"),
+        (["inspect", "x", "--weights", "int44"], "got 'int44' (did you mean 'int4'?)"),
         (["inspect", "x", "--overrides", "a"], "--overrides: expected KEY=VALUE"),
         (["inspect"], "Missing from qat inspect: MODEL"),
-        (["inspect", "x", "--wieghts", "int4"], "did you mean --weights?: qat inspect --help"),
+        (["inspect", "x", "--wieghts", "int4"], "did you mean --weights?): qat inspect --help"),
         (["inspect", "x", "--help=1"], "--help=1"),
         (["quantize", "x"], "command: must be one of inspect, calibrate, train, export, verify"),
     ],

@@ -43,18 +43,18 @@ positional = tyro.conf.PositionalMetavarFromFieldName
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        ("go x --kind int44", "--kind: must be one of int8, int4, got 'int44'; did you mean 'int4'?"),
+        ("go x --kind int44", "--kind: must be one of int8, int4, got 'int44' (did you mean 'int4'?)"),
         ("go x --kind float", "--kind: must be one of int8, int4, got 'float'"),
-        ("go x --stepps 3", "'--stepps': there is no such option; did you mean --steps?"),
-        ("go x --stepps=3", "'--stepps=3': there is no such option; did you mean --steps?"),
-        ("go x --section.steps 3", "'--section.steps': there is no such option; did you mean --steps?"),
-        ("go x --a.kind int8", "'--a.kind': there is no such option; did you mean --kind or --later.kind?"),
+        ("go x --stepps 3", "'--stepps': there is no such option (did you mean --steps?)"),
+        ("go x --stepps=3", "'--stepps=3': there is no such option (did you mean --steps?)"),
+        ("go x --section.steps 3", "'--section.steps': there is no such option (did you mean --steps?)"),
+        ("go x --a.kind int8", "'--a.kind': there is no such option (did you mean --kind or --later.kind?)"),
         ("go --model x", "'--model': there is no such option; MODEL is given by its place, without a name"),
-        ("go --stepps 3", "'--stepps': there is no such option; did you mean --steps?"),
+        ("go --stepps 3", "'--stepps': there is no such option (did you mean --steps?)"),
         ("go x --qqq", "'--qqq': there is no such option"),
-        ("go x --qqq --stepps 3", "'--qqq': there is no such option; '--stepps': there is no such option; did you"),
+        ("go x --qqq --stepps 3", "'--qqq': there is no such option; '--stepps': there is no such option (did you"),
         ("go x y", "'y': one word too many, leave it out"),
-        ("go x --flag=3", "'--flag=3': there is no such option; did you mean --flag?"),
+        ("go x --flag=3", "'--flag=3': there is no such option (did you mean --flag?)"),
         ("go x y.yaml", "'y.yaml': a configuration file comes before all options"),
         ("go", "Missing from p go: MODEL What is read"),
         ("go x --steps", "Missing value for argument '--steps'"),
@@ -89,7 +89,7 @@ def test_what_is_right_is_returned_and_help_is_shown(capsys: pytest.CaptureFixtu
 
 def test_a_name_comes_first() -> None:
     require_first("verb", ["go", "--x"], ["go", "stop"], "p")
-    with pytest.raises(QatError, match=r"^verb: must be one of go, stop, got 'sotp'; did you mean 'stop'\?: p --help"):
+    with pytest.raises(QatError, match=r"^verb: must be one of go, stop, got 'sotp' \(did you mean 'stop'\?\): p "):
         require_first("verb", ["sotp"], ["go", "stop"], "p")
     with pytest.raises(QatError, match=r"^verb: must come before its options, got '--x': write p stop --x$"):
         require_first("verb", ["--x", "3", "stop"], ["go", "stop"], "p")

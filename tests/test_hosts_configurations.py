@@ -132,12 +132,12 @@ def test_a_pipeline_with_a_unet_is_its_unet(tmp_path: Path) -> None:
     ("name", "why"),
     [
         ("Qwen/Qwen3-8", "offline mode is enabled"),
-        ("Qwen/Qwen3-8", "; did you mean 'Qwen/Qwen3-8B'?"),
-        ("gpt2", "; did you mean 'openai-community/gpt2'?"),
+        ("Qwen/Qwen3-8", " (did you mean 'Qwen/Qwen3-8B'?)"),
+        ("gpt2", " (did you mean 'openai-community/gpt2'?)"),
         ("gpt2", "no name on the hub, which has the form 'owner/model'"),
         ("./models/a", "no name on the hub, which has the form 'owner/model'"),
-        ("tests/../recipe", "no name on the hub, which has the form 'owner/model'; did you mean 'tests/../recipes'?"),
-        ("recipes/referense", "; did you mean 'recipes/reference'?"),
+        ("tests/../recipe", "no name on the hub, which has the form 'owner/model' (did you mean 'tests/../recipes'?)"),
+        ("recipes/referense", " (did you mean 'recipes/reference'?)"),
         ("recipes/reference/config.json", "is no directory, but a file or the like"),
     ],
 )

@@ -53,7 +53,7 @@ def decisions(model: nn.Module, spec: QuantSpec, prefix: str = "") -> dict[str, 
 
 
 def test_a_misspelt_target_is_asked_back() -> None:
-    with pytest.raises(TargetError, match=r"got 'transformer'; did you mean 'transformers'\?$"):
+    with pytest.raises(TargetError, match=r"got 'transformer' \(did you mean 'transformers'\?\)$"):
         qat.prepare(nn.Sequential(nn.Linear(8, 8)), qat.QuantSpec(), target="transformer")
     with pytest.raises(TargetError, match=r"must be one of \['compressed-tensors', .*'transformers'\], got 3$"):
         qat.prepare(nn.Sequential(nn.Linear(8, 8)), qat.QuantSpec(), target=3)  # type: ignore[arg-type]

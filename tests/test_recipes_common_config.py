@@ -228,7 +228,7 @@ def test_an_unknown_kind_names_those_known(file: Any) -> None:
 @pytest.mark.parametrize(
     ("argv", "expected"),
     [
-        (["--step", "3"], "'--step': there is no such option; did you mean --steps?"),
+        (["--step", "3"], "'--step': there is no such option (did you mean --steps?)"),
         (["--steps", "x"], "--steps"),
         (["--spec.weights", "int3"], "--spec.weights: must be one of int8, "),
         (["other.json"], "'other.json': one word too many, leave it out"),

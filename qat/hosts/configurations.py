@@ -174,7 +174,7 @@ def source_fault(source: str) -> str | None:
 def _like(source: str) -> str:
     """The end of an error: the folder that a path is a misspelling of, or such a name that comes with qat."""
     owned = {full.rpartition("/")[2]: full for full in published()}  # as users call them
-    named = f"; did you mean {owned[source]!r}?" if source in owned else meant(source, published())
+    named = f" (did you mean {owned[source]!r}?)" if source in owned else meant(source, published())
     return like_folder(os.path.expanduser(source)) or named
 
 
