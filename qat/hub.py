@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import re
 from os import PathLike
+from pathlib import Path
+from urllib.parse import unquote
+
+from torch import nn
 
 from qat.errors import ExportError, LoadError, load_error, shown, told
 from qat.files.directory import as_path
@@ -26,26 +32,29 @@ def push_to_hub(
     token: str | None = None,
     revision: str | None = None,
     commit_message: str = "Upload an export of qat",
+    model: nn.Module | None = None,
     verify: bool = True,
 ) -> str:
     """Verify an exported directory, upload its files in one commit, and return the address of the commit.
 
-    The files of the manifest, the manifest and the model card go up, and nothing else that lies in the directory:
-    pictures of an edited card are for you to upload. Files that a repository already has besides these stay there.
+    The files of the manifest, the manifest, the model card and pictures that it shows go up, and nothing else that lies
+    in the directory. Files that a repository already has besides these stay there.
 
     Args:
         directory: what `qat.export` wrote.
         repo_id: the repository, as ``"owner/name"``; it is made where there is none.
-        private: whether a new repository is private; None: as the account has it. One that exists stays as it is.
+        private: whether a new repository is private; None: as the account has it, which may be public. One that exists
+            stays as it is.
         token: a token that may write; default the one of ``HF_TOKEN`` or of ``hf auth login``.
         revision: the branch, made where there is none; default the main one.
         commit_message: what the commit says.
+        model: a float model of the exported architecture, for an export of a plain module, which no file builds.
         verify: False: only the hashes of files are compared, and the uploaded card says that.
 
     Raises:
         LoadError: the directory is no export, or not a whole and unchanged one.
         VerifyError: what loads is not what was frozen.
-        UnjudgedError: no file builds its model, so that `qat.verify` needs its module: then pass verify=False.
+        UnjudgedError: no file builds its model, and none was given.
         ExportError: the name is none, there is no token, or the hub cannot be reached or refuses.
 
     >>> import tempfile, qat
@@ -71,11 +80,11 @@ def push_to_hub(
     if token is None:
         raise ExportError("token: the hub takes files with one, got none: run `hf auth login`, set HF_TOKEN or pass it")
     if verify:
-        verify_export(path)
+        verify_export(path, model=model)
     elif faults := check_files(path, manifest, hashes=True):
         raise load_error(f"{str(path)!r} is not what was exported (files)", faults)
-    names = [*manifest.files, MANIFEST_NAME]
     card = regular_file(path, CARD_NAME).read_bytes() if (path / CARD_NAME).exists() else b""
+    names = dict.fromkeys([*manifest.files, MANIFEST_NAME, *_pictures(path, card)])
     card += b"" if verify else _UNVERIFIED.encode()
     operations = [CommitOperationAdd(name, regular_file(path, name)) for name in names]
     operations += [CommitOperationAdd(CARD_NAME, card)] if card else []
@@ -91,6 +100,12 @@ def push_to_hub(
             "token that may write there"
         ) from error
     return str(commit.commit_url)
+
+
+def _pictures(directory: Path, card: bytes) -> list[str]:
+    """Pictures beside a card that it shows, by the names of their files."""
+    linked = re.findall(r"!\[[^\]]*\]\(([^)/\s]+\.(?:png|jpe?g))\)", card.decode("utf-8", "replace"), re.IGNORECASE)
+    return [name for link in linked if os.path.lexists(directory / (name := unquote(link))) and "/" not in name]
 
 
 def _reason(error: Exception) -> str:

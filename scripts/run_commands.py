@@ -9,6 +9,7 @@ and nothing is written into the checkout. `NOT_RUN` has the exceptions, each wit
 from __future__ import annotations
 
 import csv
+import json
 import os
 import re
 import shlex
@@ -74,7 +75,7 @@ def program(command: str) -> list[str]:
 
 
 def prepare(folder: Path, recipe: str) -> None:
-    """Make `path/to/model` and the like of the pages, with as many classes as the models of the checkout have."""
+    """Make `path/to/model` and the like of the pages, with the classes that the models of the checkout know."""
     (folder / "recipes").symlink_to(ROOT / "recipes")
     for name in ("FOLDER", "my-texts"):
         shutil.copytree(ROOT / "docs" / "decisions", folder / name)
@@ -83,11 +84,13 @@ def prepare(folder: Path, recipe: str) -> None:
     (folder / "my-images").mkdir()
     models = {"image_classification": "reference_vit", "sequence_classification": "reference_encoder"}
     (given / "model").symlink_to(ROOT / "recipes" / models.get(recipe, "reference"))
+    names = json.loads((given / "model" / "config.json").read_text()).get("id2label") or {"0": "a class"}
+    classes = [names[key] for key in sorted(names, key=int)]
     (given / "pipeline").symlink_to(ROOT / "recipes" / "reference_flux")
     for number in range(200):
         name = f"{number}.png"
         (folder / "my-images" / name).write_bytes(png(16))
-        place = given / "images" / (f"kind{number % 10}" if recipe == "image_classification" else "")
+        place = given / "images" / (classes[number % len(classes)] if recipe == "image_classification" else "")
         place.mkdir(exist_ok=True)
         (place / name).write_bytes(png(16))
         if recipe == "text_to_image":
@@ -95,7 +98,7 @@ def prepare(folder: Path, recipe: str) -> None:
     with (folder / "reviews.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["review", "category"])
-        writer.writerows([f"This is review {number}.", f"kind{number % 8}"] for number in range(400))
+        writer.writerows([f"This is review {number}.", classes[number % len(classes)]] for number in range(400))
 
 
 def run(command: str, quick: bool) -> tuple[int, str]:

@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from huggingface_hub import ModelCard
 
 import qat
 from qat.exporting import export
 from qat.hosts.targets import TARGETS
 from qat.verification import verify
 from tests.exports import flux_inputs, frozen, frozen_flux, frozen_layers, frozen_llama, small_llama
+from tests.pipelines import make as make_pipeline
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*[qQ]uanto.*deprecated:FutureWarning")
 
@@ -61,13 +63,63 @@ def test_the_code_of_the_card_loads_the_model(tmp_path: Path, library: str, opti
 
 
 @pytest.mark.parametrize("target", sorted(TARGETS))
-def test_every_block_of_python_on_a_card_is_valid(tmp_path: Path, target: str) -> None:
+def test_every_block_of_python_on_a_card_runs(tmp_path: Path, target: str, pipeline: Path) -> None:
+    """Alone, but for the block that puts the model of the one before into a pipeline."""
     flux, weights = "diffusers" in target, "q8_0" if "gguf" in target else "int8"
-    export((frozen_flux if flux else frozen_llama)(target, weights=weights), tmp_path / "out")
-    blocks = re.findall(r"```python\n(.*?)```", read(tmp_path / "out"), re.DOTALL)
+    model = (frozen_flux if flux else frozen_llama)(target, weights=weights)
+    export(model, tmp_path / "out")
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert card.data.pipeline_tag == (None if flux else "text-generation")
+    blocks = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
     assert blocks
+    before: dict[str, Any] = {}
     for block in blocks:
-        compile(block, "README.md", "exec")
+        given = {"directory": str(tmp_path / "out"), "base_model": str(pipeline)}
+        names: dict[str, Any] = (before if "transformer=model" in block else {}) | given
+        exec(block, names)
+        before = names
+        assert type(names["model"]) is type(model)
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pipeline")
+    make_pipeline("flux").save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("source", "base"),
+    [
+        ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-0.6B"),
+        ("HERE/models--black-forest-labs--FLUX.1-dev/snapshots/3de/transformer", "black-forest-labs/FLUX.1-dev"),
+        ("HERE", None),
+        ("", None),
+    ],
+    ids=["hub", "cache", "directory", "nowhere"],
+)
+def test_metadata_name_the_source_where_it_has_a_name(source: str, base: str | None, tmp_path: Path) -> None:
+    model: Any = frozen_llama("transformers")
+    where = Path(source.replace("HERE", str(tmp_path / "source")))
+    if source.startswith("HERE"):
+        where.mkdir(parents=True)
+        (where / "README.md").write_text("---\nlicense: mit\ntags: [a]\n---\n# Its own\n")
+    model.config._name_or_path = str(where) if source else ""
+    export(model, tmp_path / "out")
+    data = ModelCard.load(tmp_path / "out" / "README.md").data
+    assert data.base_model == base
+    assert data.to_dict().get("base_model_relation") == ("quantized" if base else None)
+    assert data.license == ("mit" if source.startswith("HERE") else None)
+    assert str(tmp_path) not in read(tmp_path / "out")
+
+
+@pytest.mark.parametrize("card", ["---\nlicense: [\n---\n", "---\n- a\n---\n", "\0", "no metadata"])
+def test_a_strange_card_of_the_source_is_left_alone(card: str, tmp_path: Path) -> None:
+    model: Any = frozen_llama("transformers")
+    (tmp_path / "README.md").write_text(card)
+    model.config._name_or_path = str(tmp_path)
+    export(model, tmp_path / "out")
+    assert ModelCard.load(tmp_path / "out" / "README.md").data.license is None
 
 
 def test_a_module_without_configuration_needs_the_float_model(exported: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import huggingface_hub
 import pytest
+from torch import nn
 
 import qat
 from qat.cli import main
@@ -119,7 +120,7 @@ def held(directory: Path) -> dict[str, bytes]:
 def test_the_hub_gets_the_very_bytes_and_no_other_file(hub: Hub, export: Path, tmp_path: Path) -> None:
     wanted = held(export)
     out = Path(shutil.copytree(export, tmp_path / "out"))
-    (out / "notes.png").write_bytes(b"a picture beside it, as the card may have")
+    (out / "notes.png").write_bytes(b"a picture beside it, which the card does not show")
     assert qat.push_to_hub(out, "owner/name", token=TOKEN, private=True) == f"{hub.url}/owner/name/commit/1"
     assert hub.files == wanted
     assert hub.lfs.keys() == {
@@ -140,14 +141,30 @@ def test_without_verifying_the_card_says_so(hub: Hub, export: Path) -> None:
     assert "Not verified" not in (export / "README.md").read_text(encoding="utf-8")
 
 
-def test_a_module_that_no_file_builds_goes_up_unverified_only(hub: Hub, tmp_path: Path) -> None:
+def test_pictures_that_the_card_shows_go_up_too(hub: Hub, export: Path, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(export, tmp_path / "out"))
+    for name in ("loss curve.png", "grid.JPG", "other.png", "secret.txt"):
+        (out / name).write_bytes(name.encode())
+    (tmp_path / "outside.png").write_bytes(b"outside")
+    links = ("loss%20curve.png", "grid.JPG", "missing.png", "../outside.png", "..%2Foutside.png", "secret.txt")
+    with (out / "README.md").open("a") as card:
+        card.write("".join(f"\n![it]({link})\n" for link in (*links, "https://example.org/far.png")))
+    qat.push_to_hub(out, "owner/name", token=TOKEN, verify=False)
+    assert hub.files.keys() - held(export).keys() == {"loss curve.png", "grid.JPG"}
+    assert hub.files["grid.JPG"] == b"grid.JPG"
+    (out / "grid.JPG").unlink()
+    (out / "grid.JPG").symlink_to(tmp_path / "outside.png")
+    with pytest.raises(LoadError, match=r"grid\.JPG"):
+        qat.push_to_hub(out, "owner/name", token=TOKEN, verify=False)
+
+
+def test_a_module_that_no_file_builds_needs_its_model(hub: Hub, tmp_path: Path) -> None:
     qat.export(frozen_layers((16, 32)), tmp_path / "out")
     with pytest.raises(UnjudgedError):
         qat.push_to_hub(tmp_path / "out", "owner/name", token=TOKEN)
     assert not hub.asked
-    qat.push_to_hub(tmp_path / "out", "owner/name", token=TOKEN, verify=False)
-    assert "## Not verified" in hub.files.pop("README.md").decode()
-    assert hub.files == {name: data for name, data in held(tmp_path / "out").items() if name != "README.md"}
+    qat.push_to_hub(tmp_path / "out", "owner/name", token=TOKEN, model=nn.Sequential(nn.Linear(32, 16)))
+    assert hub.files == held(tmp_path / "out")
 
 
 @pytest.mark.parametrize("verify", [True, False])

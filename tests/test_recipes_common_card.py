@@ -1,14 +1,18 @@
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
+from huggingface_hub import ModelCard
 from PIL import Image
 
+import qat
 from qat.errors import ExportError
 from qat.exporting import export
-from recipes.common.card import add_section
-from tests.exports import frozen_layers
+from recipes.common.card import add_results, add_section
+from recipes.common.results import ResultRow
+from tests.exports import frozen_layers, frozen_llama
 
 
 def read(directory: Path) -> str:
@@ -54,3 +58,34 @@ def test_a_directory_without_card_is_refused(tmp_path: Path) -> None:
         ExportError, match=r"has no README.md to add a section to: give a directory that qat.export wrote"
     ):
         add_section(tmp_path, "Results", "text")
+
+
+def row(name: str, **metrics: float) -> ResultRow:
+    return ResultRow(name, metrics, bytes_on_disk=1, steps=1)
+
+
+@pytest.mark.parametrize(
+    ("source", "datasets", "dataset"),
+    [("stanfordnlp/imdb", ["stanfordnlp/imdb"], "stanfordnlp/imdb"), ("./mine.csv", None, "own data")],
+)
+def test_results_are_a_table_and_metadata_of_the_hub(
+    source: str, datasets: list[str] | None, dataset: str, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    export(frozen_llama("transformers"), out)
+    rows = [row("float", loss=1.5, accuracy=0.5), row("quantization-aware training", loss=1.25, accuracy=math.nan)]
+    add_results(out, rows, ("loss", "accuracy"), source)
+    assert "| float | 1.5 | 0.5 |\n| quantization-aware training | 1.25 | nan |" in read(out)
+    data = ModelCard.load(out / "README.md").data
+    (found,) = data.eval_results
+    assert (found.metric_type, found.metric_value, found.task_type) == ("loss", 1.25, "text-generation")
+    assert (found.dataset_name, data.datasets, data.model_name) == (dataset, datasets, "out")
+    assert qat.verify(out).ok
+
+
+def test_a_model_of_no_known_task_has_the_table_alone(exported: Path) -> None:
+    add_results(exported, [row("quantization-aware training", loss=1.0)], ("loss",), None)
+    assert "## Results\n\n| model | loss |\n|---|---|\n| quantization-aware training | 1 |\n" in read(exported)
+    assert ModelCard.load(exported / "README.md").data.eval_results is None
+    add_results(exported, [row("quantization-aware training", loss=2.0)], ("loss",), None, task="text-to-image")
+    assert ModelCard.load(exported / "README.md").data.eval_results[0].metric_value == 2.0

@@ -189,7 +189,7 @@ def _export(
                 *outside_tested(),
             ),
         )
-        for path in (manifest.write(temporary), write_card(temporary, manifest)):
+        for path in (manifest.write(temporary), write_card(temporary, manifest, model)):
             files = files | {path.name: file_record(path)}
     return ExportReport(destination, to.name, files, manifest.notes)
 

@@ -8,18 +8,24 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
+
+from torch import nn
+from yaml import YAMLError
 
 from qat.errors import listed
 from qat.files.evidence import FrozenRecord
 from qat.files.manifest import CARD_NAME, Manifest
-from qat.hosts import HOSTS, MODULE, get_target
+from qat.hosts import HOSTS, MODULE, get_target, host_of
+from qat.hosts.configurations import hub_name, local_directory
 
 __all__ = ["CARD_NAME", "write_card"]
 
 
-def write_card(directory: Path, manifest: Manifest) -> Path:
-    """Write the model card of an export, from what it and freezing say about themselves, and return its path."""
+def write_card(directory: Path, manifest: Manifest, model: nn.Module) -> Path:
+    """Write the card of a model's export, from what the three say about themselves, and return its path."""
     record, target = manifest.frozen, get_target(manifest.target)
     types = sorted({layer.weights for layer in record.layers.values()})
     active = record.spec.activation_type
@@ -33,7 +39,7 @@ def write_card(directory: Path, manifest: Manifest) -> Path:
     ]
     tags = ("qat", *target.format.tags, *types)
     parts = [
-        "\n".join(["---", f"library_name: {library}", "tags:", *(f"- {tag}" for tag in tags), "---"]),
+        f"---\n{_metadata(model, library, tags)}\n---",
         f"# {name} with {' and '.join(types)} weights" + (f" and {active} activations" if active else ""),
         _description(manifest, types, target.format.library),
         "## Load it",
@@ -48,6 +54,34 @@ def write_card(directory: Path, manifest: Manifest) -> Path:
     path = directory / CARD_NAME
     path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     return path
+
+
+def _metadata(model: nn.Module, library: str, tags: Iterable[str]) -> str:
+    """YAML as the Hugging Face Hub reads it; the source is named where it has a name there, no path of this machine.
+
+    https://huggingface.co/docs/hub/model-cards
+    """
+    from huggingface_hub import ModelCardData
+
+    source = host_of(model).source(model) or ""
+    found: dict[str, Any] = {"pipeline_tag": host_of(model).task(type(model)), **_license(source)}
+    if name := hub_name(source):
+        found |= {"base_model": name, "base_model_relation": "quantized"}
+    return str(ModelCardData(library_name=library, tags=list(tags), **found).to_yaml())
+
+
+def _license(source: str) -> dict[str, Any]:
+    """What the card of a source on this machine says of it."""
+    from huggingface_hub import ModelCard
+
+    directory = local_directory(source) if source else None
+    if directory is None or not (directory / CARD_NAME).is_file():
+        return {}
+    try:
+        said = ModelCard.load(directory / CARD_NAME, ignore_metadata_errors=True).data.to_dict()
+    except (OSError, ValueError, YAMLError):  # others write their cards as they like
+        return {}
+    return {key: said[key] for key in ("license", "license_name", "license_link") if key in said}
 
 
 def _description(manifest: Manifest, types: list[str], library: str) -> str:

@@ -187,6 +187,15 @@ class Host:
             "a load needs that code imported, or beside the weights"
         ]
 
+    def source(self, model: Any) -> str | None:
+        """Where a model was loaded from, as it says itself: a directory or a name on the hub."""
+        found = getattr(getattr(model, "config", None), "_name_or_path", None)
+        return found if isinstance(found, str) and found else None
+
+    def task(self, cls: type) -> str | None:
+        """What models of a class are for, as the hub calls it."""
+        return None
+
     def spec_faults(self, spec: QuantSpec) -> list[str]:
         """What the spec asks for that the loader cannot express, each with its remedy."""
         if spec.outputs:

@@ -33,6 +33,7 @@ __all__ = [
     "config_fields",
     "depths",
     "hub_directory",
+    "hub_name",
     "local_directory",
     "published",
     "source_fault",
@@ -43,6 +44,7 @@ PATIENCE = 10.0
 MOST_DEEP = 10_000
 """The most layers that a configuration may name: no model has as many, and all are built one by one."""
 _PARTS = ("transformer", "unet")
+_NAME = r"[A-Za-z0-9][\w.-]{,95}"  # of an owner or a model on the hub
 """The part of a pipeline of diffusers that is built: the first of these that it has."""
 
 
@@ -163,12 +165,23 @@ def source_fault(source: str) -> str | None:
         return None
     if os.path.lexists(os.path.expanduser(source)):
         return "is no directory, but a file or the like"
-    part = r"[A-Za-z0-9][\w.-]{,95}"
-    if re.fullmatch(f"{part}/{part}", source):
+    if re.fullmatch(f"{_NAME}/{_NAME}", source):
         return None
-    if re.fullmatch(part, source) and isinstance(_of_hub(source, cached=True), Path):
+    if re.fullmatch(_NAME, source) and isinstance(_of_hub(source, cached=True), Path):
         return None
     return f"is no directory here, and no name on the hub, which has the form 'owner/model'{_like(source)}"
+
+
+def hub_name(source: str) -> str | None:
+    """The name on the hub that a model was loaded by, from its cache too; None: it came from elsewhere.
+
+    >>> hub_name("owner/model"), hub_name("./model"), hub_name("recipes/reference")
+    ('owner/model', None, None)
+    """
+    if local_directory(source) is None:
+        return source if re.fullmatch(f"{_NAME}/{_NAME}", source) else None
+    cached = re.search(r"(?:^|/)models--([^/]+)--([^/]+)/snapshots/", source)
+    return "/".join(cached.groups()) if cached else None
 
 
 def _like(source: str) -> str:

@@ -128,6 +128,13 @@ class _Transformers(Host):
         config = getattr(cls, "config_class", None)
         return config in mapping and mapping[config] is cls
 
+    def task(self, cls: type) -> str | None:
+        from transformers.modelcard import TASK_MAPPING
+
+        mappings: Mapping[str, Any] = TASK_MAPPING
+        tasks = (name for name, classes in mappings.items() if cls.__name__ in classes.values())
+        return next(tasks, None)
+
     def spec_faults(self, spec: QuantSpec) -> list[str]:
         """None: the plug-in can leave outputs float, too."""
         return []

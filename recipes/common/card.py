@@ -1,17 +1,71 @@
-"""Sections that a recipe adds to the model card of its export: results and pictures."""
+"""What a recipe adds to the model card of its export: results, in a section and as metadata, and pictures."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from math import isfinite
 from os import PathLike
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from qat.errors import ExportError
 from qat.exporting.card import CARD_NAME
 from qat.files.whole import explained, whole_file
+from qat.hosts.configurations import hub_name
 
-__all__ = ["add_section"]
+if TYPE_CHECKING:
+    from recipes.common.results import ResultRow
+
+__all__ = ["add_results", "add_section"]
+
+
+def add_results(
+    directory: Path,
+    rows: Sequence[ResultRow],
+    metrics: Sequence[str],
+    source: str | None,
+    text: str = "",
+    pictures: Mapping[str, str | PathLike[str]] | None = None,
+    task: str | None = None,
+) -> None:
+    """Append the section Results to the card of an export, and its own figures to the metadata that a hub reads.
+
+    Args:
+        directory: of the export.
+        rows: one for each model; the last one is the export.
+        metrics: names of those to show.
+        source: what the run was asked to read; None: the recipe's default. It is named where it is a hub's name.
+        text: before the table.
+        pictures: as for `add_section`.
+        task: what the model is for, as the hub calls it, where its class does not say so.
+
+    Raises:
+        ExportError: as `add_section`.
+    """
+    from huggingface_hub import EvalResult, ModelCard
+
+    lines = [f"| model | {' | '.join(metrics)} |", "|---" * (len(metrics) + 1) + "|"]
+    lines += [f"| {row.name} | {' | '.join(f'{row.metrics[name]:.4g}' for name in metrics)} |" for row in rows]
+    add_section(directory, "Results", "\n".join([*([text, ""] if text else []), *lines]), pictures)
+    path = directory / CARD_NAME
+    card = ModelCard(path.read_text(encoding="utf-8"), ignore_metadata_errors=True)
+    data: Any = card.data
+    data.pipeline_tag = data.pipeline_tag or task
+    name = hub_name(source or "")
+    data.datasets = [name] if name else None
+    if data.pipeline_tag is not None:
+        where = {"task_type": data.pipeline_tag, "dataset_type": name or "custom"}
+        where["dataset_name"] = name or ("own data" if source else "default data of the recipe")
+        found = {metric: rows[-1].metrics[metric] for metric in metrics}
+        data.model_name = directory.name
+        data.eval_results = [
+            EvalResult(**where, metric_type=metric, metric_value=value)
+            for metric, value in found.items()
+            if isfinite(value)
+        ]
+    with whole_file(path, beside=directory) as made:
+        made.write_text(str(card), encoding="utf-8")
 
 
 def add_section(

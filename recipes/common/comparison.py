@@ -14,7 +14,7 @@ from torch import nn
 
 import qat
 from qat.exporting.card import CARD_NAME
-from recipes.common.card import add_section
+from recipes.common.card import add_results
 from recipes.common.diffusion import DiffusionData, move_encoders
 from recipes.common.diffusion_config import DiffusionConfig, sequence, source_of
 from recipes.common.gate import Comparison
@@ -29,6 +29,7 @@ from recipes.tasks import Diffusion, evaluate
 
 __all__ = ["DiffusionComparison"]
 
+_SHOWN = ("loss", "output_mse")
 TEXT = """\
 Each row of images was drawn with the same seeds; the rows differ in the transformer alone, in the serving dtype.
 The loss is that of held-out images at equal noise, by timestep; `output_mse` the squared distance from the outputs of
@@ -146,15 +147,14 @@ class DiffusionComparison:
             replace(row, comparison=compared.get(row.name), bytes_on_disk=row.bytes_on_disk or served)
             for row in self._rows
         ]
-        show_results(rows, run.beside("results.json"), ("loss", "output_mse"))
+        show_results(rows, run.beside("results.json"), _SHOWN)
         print("output_mse: squared distance of the outputs from those of the fine-tuned float model, at equal noise")
         show_grid(self._images, self._data.captions, images)
         bins = [f"loss_bin_{number}" for number in range(self._task.bins)]
         plot_losses({row.name: [row.metrics[part] for part in bins] for row in self._rows}, baseline, losses)
-        lines = ["| model | loss | output_mse |", "|---|---|---|"]
-        lines += [f"| {row.name} | {row.metrics['loss']:.4g} | {row.metrics['output_mse']:.3g} |" for row in self._rows]
         pictures = {"Images of each model": images, "Loss along the timesteps": losses}
-        add_section(run.output, "Results", "\n".join([TEXT, "", *lines]), pictures)
+        found = (rows, _SHOWN, self._config.data.source, TEXT, pictures)
+        add_results(run.output, *found, task="text-to-image")
         print(f"pictures: {images}, {losses}; also in the model card {run.output / CARD_NAME}")
 
 

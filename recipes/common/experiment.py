@@ -22,6 +22,7 @@ from recipes import tasks
 from recipes.common import training
 from recipes.common.batches import TrainingBatches
 from recipes.common.callbacks import LastCheckpoints
+from recipes.common.card import add_results
 from recipes.common.checkpoints import end_run, settings_of, start_run
 from recipes.common.fine_tuned import FineTunedWeights
 from recipes.common.gate import Gate
@@ -163,5 +164,6 @@ def compare(
     }
     rows = [ResultRow(name, scores[name], *facts[name], gate.found.get(name)) for name in scores]
     show_results(rows, run.beside("results.json"), list(scores[FLOAT]))
+    add_results(run.output, rows, list(scores[FLOAT]), resolved["data"]["source"])
     end_run(checkpoints)
     show_end(run, verified)
