@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Callable, Iterable, Sequence
 from importlib import import_module
 from importlib.util import find_spec
+from tempfile import NamedTemporaryFile
 from typing import NoReturn
 
 from qat.errors import QatError, UnjudgedError, VerifyError, shown, told
@@ -63,14 +64,27 @@ def run_command(main: Callable[[list[str]], object], words: Sequence[str] | None
 
 
 def _in_one_message(error: Exception) -> str:
-    """What is told of an exception; of one that is not qat's also where it arose, for a long run is not run again."""
+    """What is told of an exception; of one that is not qat's also where it arose, for a long run is not run again.
+
+    It is called while the exception is handled.
+    """
     if isinstance(error, QatError):
         return str(error)
     place = traceback.extract_tb(error.__traceback__)[-1]
     return (
-        f"{type(error).__name__}: {told(error)} ({place.filename}, line {place.lineno}): this was not expected: run "
-        "again with --debug for the traceback, and report it"
+        f"{type(error).__name__}: {told(error)} ({place.filename}, line {place.lineno}): this was not expected: report "
+        f"it with its traceback, {_where_traceback()}"
     )
+
+
+def _where_traceback() -> str:
+    """Write the traceback of what is handled into a temporary file, and say where it is."""
+    try:
+        with NamedTemporaryFile("w", prefix="qat-error-", suffix=".txt", encoding="utf-8", delete=False) as file:
+            file.write(traceback.format_exc().encode("utf-8", "replace").decode())
+    except OSError:  # of a full disk, among others
+        return "which --debug shows"
+    return f"which is in {file.name}"
 
 
 def require_text(words: Iterable[str]) -> None:

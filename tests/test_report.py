@@ -3,7 +3,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -39,15 +41,22 @@ def test_exit_codes(
 
 @pytest.mark.parametrize("error", [ZeroDivisionError("by zero"), KeyError("a")], ids=lambda e: type(e).__name__)
 def test_a_fault_of_the_program_is_one_line_with_its_place(
-    error: Exception, capsys: pytest.CaptureFixture[str]
+    error: Exception, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     with pytest.raises(SystemExit) as caught:
         run_command(fails(error), [])
     said = capsys.readouterr().err
     assert caught.value.code == 4
     assert said.startswith(f"error: {type(error).__name__}: {error} ({__file__}, line ")
-    assert said.endswith("run again with --debug for the traceback, and report it\n")
+    (kept,) = tmp_path.iterdir()
+    assert said.endswith(f"this was not expected: report it with its traceback, which is in {kept}\n")
     assert said.count("\n") == 1
+    assert kept.read_text().startswith("Traceback (most recent call last):")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "full"))
+    with pytest.raises(SystemExit):
+        run_command(fails(error), [])
+    assert capsys.readouterr().err.endswith("report it with its traceback, which --debug shows\n")
 
 
 @pytest.mark.parametrize(
