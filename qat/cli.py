@@ -116,10 +116,11 @@ def _inspect(
     """
     made = QuantSpec(**dict(spec))  # which is a mapping, by `_spec_rule`
     from qat.hosts import host_of
-    from qat.hosts.configurations import build_on_meta
+    from qat.hosts.configurations import build_on_meta, source_directory
     from qat.inspection import inspect
 
-    quiet_libraries()
+    source_directory(model)
+    quiet_libraries()  # which imports them, in seconds: mistakes are told before
     built = build_on_meta(model)
     if target is None and host_of(built).name == "diffusers":
         target = "quanto" if made.activation_type else "diffusers"  # whose loader has no activations
@@ -186,13 +187,12 @@ def _calibrate(
     from qat.folding import fold_outliers
     from qat.freezing import freeze
     from qat.hosts import get_target, host_of
-    from qat.hosts.pretrained import load_float
+    from qat.hosts.pretrained import check_folder, load_float
     from qat.observers import ObserverChoice
     from qat.preparation import prepare
     from qat.quantizers import AnyAlgorithm
     from qat.verification import verify
 
-    quiet_libraries()
     choices = {
         "algorithm": _chosen("algorithm", algorithm, AnyAlgorithm),
         "observer": _chosen("observer", observer, ObserverChoice),
@@ -204,6 +204,8 @@ def _calibrate(
         raise CalibrationError(f"device: {where!r} cannot compute here: {told(error)}: name another") from error
     get_target(target).check_types(made)
     check_destination(output, overwrite, "output")
+    check_folder(model, "MODEL")
+    quiet_libraries()
     loaded: Any
     loaded, processor = load_float(model, trust_remote_code=trust_remote_code)
     if loaded.main_input_name == "pixel_values":
@@ -260,8 +262,10 @@ def _verify(directory: Path, /, json: bool = False) -> None:
         directory: What `qat.export` wrote.
         json: Print JSON instead of a table.
     """
+    from qat.untrusted import read_trusted
     from qat.verification import verify
 
+    read_trusted(directory)
     quiet_libraries()
     try:
         _show(verify(directory), json)
@@ -283,8 +287,10 @@ def _convert(directory: Path, output: Path, /, target: _Target, overwrite: bool 
         overwrite: Replace an older export.
     """
     from qat.conversion import convert
+    from qat.untrusted import read_trusted
     from qat.verification import verify
 
+    read_trusted(directory)
     quiet_libraries()
     print(convert(directory, output, target=target, overwrite=overwrite, progress=True))
     print(verify(output))
@@ -303,14 +309,16 @@ def _push(
 
     Args:
         directory: What `qat.export` wrote.
-        repo: The repository, as owner/name; it is made where there is none.
+        repo: The repository, as owner/name, or name in your own account; it is made where there is none.
         private: Whether a new repository is private; none: as the account has it.
         revision: The branch; none: the main one.
         message: What the commit says.
         verify: Whether to load it and compare; without, only hashes are compared, and the uploaded card says that.
     """
     from qat.hub import push_to_hub
+    from qat.untrusted import read_trusted
 
+    read_trusted(directory)
     quiet_libraries()
     print(push_to_hub(directory, repo, private=private, revision=revision, commit_message=message, verify=verify))
 

@@ -39,7 +39,8 @@ def run_recipe(words: Sequence[str]) -> None:
     names = sorted(m.name for m in pkgutil.iter_modules(package.__path__) if not m.ispkg)
     recipe, *others = words
     if recipe.endswith((".yaml", ".yml")):
-        raise SpecError(f"recipe: a configuration comes after the recipe: qat train causal_lm {recipe}")
+        there = "" if os.path.isfile(recipe) else ", and no file has this name"
+        raise SpecError(f"recipe: a configuration comes after the recipe{there}: qat train causal_lm {recipe}")
     require_first("recipe", words, names, "qat train")
     os.environ.setdefault("RECIPE_COMMAND", f"qat train {recipe}")  # how its help and its errors name it
     import_module(f"recipes.{recipe}").main(others)
@@ -65,14 +66,9 @@ def export(
         overwrite: Replace an older export.
         trust_remote_code: Run code that comes with the model.
     """
-    from qat.exporting import export as write
     from qat.files.directory import check_destination
-    from qat.freezing import freeze
-    from qat.hosts.pretrained import load_float
-    from qat.training.restoring import restore
-    from qat.verification import verify
+    from qat.hosts.pretrained import check_folder, load_float
 
-    quiet_libraries()
     check_destination(output, overwrite, "output")
     if not os.path.isfile(checkpoint):  # of os, to whom no name is too long
         inside = sorted(checkpoint.glob("*.ckpt"), key=os.path.getmtime) if os.path.isdir(checkpoint) else []
@@ -80,6 +76,13 @@ def export(
         raise LoadError(
             f"checkpoint: {str(checkpoint)!r} is no file: {remedy}, as Lightning's save_checkpoint writes it"
         )
+    check_folder(model, "MODEL")
+    from qat.exporting import export as write  # these take seconds: a mistake is told before
+    from qat.freezing import freeze
+    from qat.training.restoring import restore
+    from qat.verification import verify
+
+    quiet_libraries()
     loaded, processor = load_float(model, trust_remote_code=trust_remote_code)
     restore(loaded, checkpoint)
     freeze(loaded, progress=True)
@@ -98,9 +101,9 @@ def report(run: Path, /, output: Path | None = None, verify: bool = False) -> No
     from qat.run_report import write_report
     from qat.verification import verify as verified
 
-    quiet_libraries()
     found = None
     if verify:
+        quiet_libraries()
         try:
             found = verified(run)
         except VerifyError as error:
@@ -120,6 +123,5 @@ def compare(runs: tuple[Path, ...], /, json: bool = False) -> None:
     """
     from qat.run_report import compare_runs
 
-    quiet_libraries()
     found = compare_runs(runs)
     print(jsonlib.dumps(found.to_json(), indent=1) if json else found)

@@ -76,6 +76,10 @@ def parsed(parse: Callable[[Sequence[str]], Result], words: Sequence[str], progr
         value, argument, names = choice.groups()
         choices = re.findall(r"'([^']*)'", names)
         told = f"{argument}: must be one of {', '.join(choices)}, got {shown(value)}{meant(value, choices)}"
+    elif missing := re.match(r"Missing from .*?: (.*) \(required\)", told):
+        parts = [part.strip().partition(" ") for part in missing[1].split("(required)") if part.strip()]
+        described = [f"{name} ({_lowered(rest.rstrip('. '))})" for name, _, rest in parts]
+        told = f"{' and '.join(described)} must be given"
     else:
         text = _written(parse, [verb, "--help"] if verb else ["--help"])
         known = list(dict.fromkeys(re.findall(r"(?<![\w-])--[a-z][\w.-]*", text)))
@@ -86,6 +90,11 @@ def parsed(parse: Callable[[Sequence[str]], Result], words: Sequence[str], progr
             names = {word: word.partition("=")[0].replace("_", "-") for word in words if word.startswith("--")}
             told = _unknown([word for word, name in names.items() if name not in known], known, text) or told
     raise QatError(f"{told.rstrip('.')}: {program} --help lists what there is")
+
+
+def _lowered(text: str) -> str:
+    """A text that begins with a small letter, unless its first word is written in capitals."""
+    return text[:1].lower() + text[1:] if text[1:2].islower() else text
 
 
 def _is_in(told: str, word: str) -> bool:
@@ -120,7 +129,9 @@ def _meant_option(option: str, known: Sequence[str], text: str) -> str:
     lasts = {last, _ELSEWHERE.get(last)} - {""}
     same = [other for other in others if re.split(r"--|\.", other)[-1] in lasts]
     kinds = list(dict.fromkeys(re.findall(rf"(?<![\w-]){re.escape(section)}:[\w-]+", text))) if section else []
-    near = get_close_matches(f"--{name}", same, n=3, cutoff=0)
+    near = get_close_matches(f"--{name}", others, n=1, cutoff=0.9) or get_close_matches(
+        f"--{name}", same, n=3, cutoff=0
+    )
     if near := near or get_close_matches(f"--{name}", others, n=1, cutoff=0.9 if kinds else 0.7):
         return f" (did you mean {' or '.join(near)}?)"
     if kinds:

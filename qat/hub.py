@@ -42,7 +42,8 @@ def push_to_hub(
 
     Args:
         directory: what `qat.export` wrote.
-        repo_id: the repository, as ``"owner/name"``; it is made where there is none.
+        repo_id: the repository, as ``"owner/name"``, or ``"name"`` in the token's account; it is made where there is
+            none.
         private: whether a new repository is private; None: as the account has it, which may be public. One that exists
             stays as it is.
         token: a token that may write; default the one of ``HF_TOKEN`` or of ``hf auth login``.
@@ -71,7 +72,9 @@ def push_to_hub(
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        raise ExportError(f"repo_id: must be 'owner/name', got {shown(repo_id)}: {told(error)}") from error
+        raise ExportError(
+            f"repo_id: must be 'owner/name', or 'name' in your own account, got {shown(repo_id)}: {told(error)}"
+        ) from error
     if not commit_message:
         raise ExportError("commit_message: must say something, got '': leave it out for the default")
     path = as_path(directory, LoadError)

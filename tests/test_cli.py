@@ -93,7 +93,7 @@ def test_a_users_mistake_is_one_line_and_code_2(
     [
         (["inspect", "x", "--weights", "int44"], "got 'int44' (did you mean 'int4'?)"),
         (["inspect", "x", "--overrides", "a"], "--overrides: expected KEY=VALUE"),
-        (["inspect"], "Missing from qat inspect: MODEL"),
+        (["inspect"], "error: MODEL (a model's or a pipeline's directory"),
         (["inspect", "x", "--wieghts", "int4"], "did you mean --weights?): qat inspect --help"),
         (["inspect", "x", "--help=1"], "--help=1"),
         (["quantize", "x"], "command: must be one of inspect, calibrate, train, export, verify"),
@@ -122,6 +122,7 @@ def test_a_failed_verification_is_code_1(capsys: pytest.CaptureFixture[str], mon
         raise VerifyError("layer 'a': 1 code differs")
 
     monkeypatch.setitem(sys.modules, "qat.verification", SimpleNamespace(verify=fail))
+    monkeypatch.setattr("qat.untrusted.read_trusted", lambda _: None)
     assert run(capsys, "verify", "somewhere") == (1, "", "error: layer 'a': 1 code differs\n")
 
 

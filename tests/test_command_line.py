@@ -56,7 +56,7 @@ positional = tyro.conf.PositionalMetavarFromFieldName
         ("go x y", "'y': one word too many, leave it out"),
         ("go x --flag=3", "'--flag=3': there is no such option (did you mean --flag?)"),
         ("go x y.yaml", "'y.yaml': a configuration file comes before all options"),
-        ("go", "Missing from p go: MODEL What is read"),
+        ("go", "MODEL (what is read) must be given"),
         ("go x --steps", "Missing value for argument '--steps'"),
         ("go x --steps many", "Error parsing --steps: invalid literal"),
     ],
@@ -74,7 +74,7 @@ def test_a_narrow_terminal_breaks_no_word(columns: str | None, monkeypatch: pyte
     monkeypatch.setenv("COLUMNS", columns or "")
     if columns is None:
         monkeypatch.delenv("COLUMNS")
-    with pytest.raises(QatError, match="MODEL What is read"):
+    with pytest.raises(QatError, match=r"^MODEL \(what is read\) must be given: "):
         parsed(parse, ["go"], "p", "go")
     assert os.environ.get("COLUMNS") == columns
 

@@ -36,6 +36,7 @@ __all__ = [
     "hub_name",
     "local_directory",
     "published",
+    "source_directory",
     "source_fault",
 ]
 
@@ -78,7 +79,7 @@ def build_on_meta(source: Any) -> nn.Module:
     """
     directory, what = None, "of the given configuration"
     if isinstance(source, str | PathLike):
-        directory = _directory(str(source))
+        directory = source_directory(str(source))
         what = f"of {str(source if directory is None else directory / 'config.json')!r}"
         source = published()[str(source)]["config"] if directory is None else config_fields(directory, "model")
         if directory is not None:
@@ -116,8 +117,12 @@ def _of_transformers(config: Any, directory: Path | None) -> nn.Module:
         return base.from_config(config, trust_remote_code=False) if chosen is None else chosen(config)  # type: ignore[no-any-return]
 
 
-def _directory(source: str) -> Path | None:
-    """The directory that holds the configuration of ``source``; None: it is one of `published`."""
+def source_directory(source: str) -> Path | None:
+    """The directory that holds the configuration of a model or pipeline; None: it is one of `published`.
+
+    Raises:
+        LoadError: there is no such model.
+    """
     if (directory := local_directory(source)) is None:
         if source in published() and isinstance(_of_hub(source, cached=True), str):
             return None
@@ -148,7 +153,7 @@ def hub_directory(name: str, argument: str) -> Path:
         answer = next(iter(answers), f"no answer in {PATIENCE:g} s")
         if isinstance(answer, Path):
             return answer
-        found = f"is no directory here, and as a name on the hub it cannot be read ({answer}){_like(name)}"
+        found = f"is no directory here, and as a name on the hub it cannot be read: {answer}{_like(name)}"
     raise LoadError(f"{argument}: {shown(name)} {found}: correct the path, or the name")
 
 
