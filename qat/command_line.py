@@ -94,7 +94,7 @@ def parsed(parse: Callable[[Sequence[str]], Result], words: Sequence[str], progr
 
 def _lowered(text: str) -> str:
     """A text that begins with a small letter, unless its first word is written in capitals."""
-    return text[:1].lower() + text[1:] if text[1:2].islower() else text
+    return text if text[1:2].isupper() else text[:1].lower() + text[1:]
 
 
 def _is_in(told: str, word: str) -> bool:
