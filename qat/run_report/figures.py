@@ -15,7 +15,7 @@ from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from qat.run_report.record import Layer
 
@@ -35,7 +35,7 @@ def _style() -> AbstractContextManager[None]:
         "svg.fonttype": "none", "svg.hashsalt": "qat", "text.parse_math": False,
         "font.size": 10, "font.family": "sans-serif",
         "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.linewidth": 0.5,
-        "axes.axisbelow": True, "legend.frameon": False, "figure.constrained_layout.use": True,
+        "axes.axisbelow": True, "legend.frameon": False, "legend.handlelength": 1, "legend.handletextpad": 0.4, "figure.constrained_layout.use": True,
     })  # fmt: skip
 
 
@@ -47,8 +47,9 @@ def _figure(height: float = 2.8) -> tuple[Figure, Any]:
 def _svg(figure: Figure, title: str) -> str:
     """The figure as an ``<svg>`` element, named for those who cannot see it."""
     file = io.StringIO()
-    figure.draw_without_rendering()  # the layout of a first drawing may leave no room for a label
-    figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    # As large as what it holds: the layout alone may leave no room for a label.
+    options: Any = {"bbox_inches": "tight", "pad_inches": 0.1, "metadata": {"Date": None, "Creator": None}}
+    figure.savefig(file, format="svg", transparent=True, **options)
     text = file.getvalue()
     text = text[text.index("<svg") :].replace(_TEXT, "currentColor").replace(_LINE, "var(--line)")
     label = escape(title)
@@ -79,7 +80,9 @@ def bars(values: Mapping[str, float], title: str, x: str) -> str:
     with _style():
         shown = dict(sorted(values.items(), key=lambda item: -item[1])[:_MOST])
         figure, axes = _figure(0.8 + 0.26 * len(shown))
-        axes.barh(range(len(shown)), list(shown.values()), color=_SERIES[0], height=0.7)
+        drawn = axes.barh(range(len(shown)), list(shown.values()), color=_SERIES[0], height=0.7)
+        axes.bar_label(drawn, fmt="%.3g", padding=3)
+        axes.margins(x=0.12)
         axes.set_yticks(range(len(shown)), [_short(name) for name in shown])
         axes.invert_yaxis()
         axes.set_xlabel(x)
@@ -97,7 +100,7 @@ def error_changes(layers: Mapping[str, Layer], title: str) -> str:
         first, last = [[errors[end][1] for errors in shown.values()] for end in (0, -1)]
         rows = range(len(shown))
         axes.hlines(rows, first, last, color=_LINE, linewidth=1)
-        axes.plot(first, rows, "o", color=_SERIES[1], markersize=5, label="at the start")
+        axes.plot(first, rows, "o", color=_SERIES[1], markersize=8, fillstyle="none", label="at the start")
         axes.plot(last, rows, "o", color=_SERIES[0], markersize=5, label="at the end")
         axes.set_yticks(rows, [_short(name) for name in shown])
         axes.invert_yaxis()
@@ -119,7 +122,14 @@ def ranges(layers: Mapping[str, Layer], title: str) -> str:
         outputs = [(value, row) for value, row in outputs if value]
         if outputs:
             axes.plot(*zip(*outputs, strict=True), "D", color=_SERIES[1], markersize=4, label="output")
+        reached = [value for layer in shown.values() for value in (layer.input_range, layer.output_range) if value]
+        first, last = min(reached) / 1.6, max(reached) * 1.6  # so far apart that a tick is between them
         axes.set_xscale("log")
+        axes.set_xlim(first, last)
+        # Plain numbers: matplotlib's own ticks here are formulas, which an SVG without its font shows as their source.
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if last < 100 * first else (1,), numticks=6))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_yticks(rows, [_short(name) for name in shown])
         axes.invert_yaxis()
         axes.set_xlabel("largest value of the range")

@@ -72,10 +72,17 @@ def _figure(drawn: str, caption: str) -> str:
     return f"<figure>{drawn}<figcaption>{escape(caption)}</figcaption></figure>"
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    titles = "".join(f"<th>{escape(cell)}</th>" for cell in head)
-    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<div class=wide><table><thead><tr>{titles}</tr></thead><tbody>{body}</tbody></table></div>"
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: int = 0, exported: int = -1) -> str:
+    """A table; its last ``numbers`` columns stand to the right, and the row ``exported`` is marked."""
+    texts = len(head) - numbers
+
+    def cells(tag: str, row: Sequence[str]) -> str:
+        kinds = [""] * texts + [" class=number"] * numbers
+        return "".join(f"<{tag}{kind}>{escape(cell)}</{tag}>" for kind, cell in zip(kinds, row, strict=True))
+
+    marks = ((" class=exported" if number == exported else "", row) for number, row in enumerate(rows))
+    body = "".join(f"<tr{mark}>{cells('td', row)}</tr>" for mark, row in marks)
+    return f"<div class=wide><table><thead><tr>{cells('th', head)}</tr></thead><tbody>{body}</tbody></table></div>"
 
 
 def _results(record: RunRecord) -> Iterable[str]:
@@ -93,9 +100,9 @@ def _results(record: RunRecord) -> Iterable[str]:
         ]
         for row in rows
     ]
-    table = _table(["model", *names, "size to serve", "steps", "learning rate"], shown)
+    table = _table(["model", *names, "size to serve", "steps", "learning rate"], shown, numbers=len(names) + 3, exported=len(rows) - 1)
     compared = [
-        f"{row['name']}: mean loss {c['difference']:+.4f} ± {c['standard_error']:.4f} beside that of {c['reference']}."
+        f"{row['name']}: mean loss {c['difference']:+.4f} ± {c['standard_error']:.4f} beside that of {c['reference']}.".replace("-0.", "−0.")
         for row in rows
         if (c := row.get("comparison"))
     ]
@@ -126,7 +133,7 @@ def _by_timestep(record: RunRecord) -> Iterable[str]:
 
 def _training(record: RunRecord) -> Iterable[str]:
     drawn = [
-        _figure(figures.curves({stage: points}, f"Loss of {stage}", "step", "loss"), f"Training loss of {stage}.")
+        _figure(figures.curves({stage: points}, f"Loss of {stage}", "step", "loss"), f"Loss at each step of {stage}.")
         for stage, points in record.losses.items()
         if points
     ]
@@ -146,10 +153,10 @@ def _layers(record: RunRecord) -> Iterable[str]:
     worst = sorted(counted, key=lambda name: _badness(counted[name]), reverse=True)[:_WORST]
     for name in worst:
         layer = counted[name]
-        text = f"{name}: {layer.weights}, the codes in use are worth {layer.used:.0%} of all."
+        text = f"{name}: {layer.weights}, as if {layer.used:.0%} of the codes were used evenly."
         drawn.append(_figure(figures.histogram(layer.counts, f"Codes of {name}"), text))
     told = f"<p>Codes are those of the {len(worst)} layers with the {_measure(counted)}.</p>" if worst else ""
-    head = ["layer", "weights", "activations", "shape", "codes in use", "error, start", "error, end"]
+    head = ["layer", "weights", "activations", "shape", "codes in use", "error at the start", "error at the end"]
     rows = [
         [
             name,
@@ -163,7 +170,7 @@ def _layers(record: RunRecord) -> Iterable[str]:
         for name, layer in list(layers.items())[:_SHOWN]
     ]
     more = f"<p>{len(layers) - _SHOWN} more layers are not shown.</p>" if len(layers) > _SHOWN else ""
-    table = f"<details><summary>All layers</summary>{_table(head, rows)}{more}</details>"
+    table = f"<details><summary>All layers</summary>{_table(head, rows, numbers=4)}{more}</details>"
     yield _section("Layers", told, "<div class=grid>", *drawn, "</div>", table)
 
 
@@ -191,14 +198,14 @@ def _floats(record: RunRecord) -> Iterable[str]:
     rows = [[reason, str(count)] for reason, count in Counter(left.values()).most_common()]
     named = _table(["weight", "reason"], list(left.items())[:_SHOWN])
     all_of_them = f"<details><summary>All of them</summary>{named}</details>"
-    yield _section("What stays float, and why", _table(["reason", "weights"], rows), all_of_them)
+    yield _section("What stays float, and why", _table(["reason", "weights"], rows, numbers=1), all_of_them)
 
 
 def _samples(record: RunRecord) -> Iterable[str]:
     """Texts and pictures."""
     shown = []
     for sample in record.samples:
-        texts = "".join(f"<dt>{escape(name)}</dt><dd>{escape(str(text))}</dd>" for name, text in sample.items())
+        texts = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(str(text))}</dd></div>" for name, text in sample.items())
         shown.append(f"<dl class=texts>{texts}</dl>")
     for title, path in record.pictures.items():
         source = f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
@@ -219,7 +226,7 @@ def _settings(record: RunRecord) -> Iterable[str]:
 
 
 def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.4g}"
+    return "–" if value is None else f"{value:#.4g}".rstrip(".")
 
 
 def show_size(count: float) -> str:
