@@ -28,7 +28,7 @@ _LOOK = r"""() => {
   if (root.scrollWidth > root.clientWidth) found.push(`sideways: ${root.scrollWidth} px`);
 
   const scrolls = one => ["auto", "scroll"].includes(getComputedStyle(one).overflowX);
-  const boxes = function* (one) { for (let up = one; up; up = up.parentElement) if (up.getBoundingClientRect) yield up; };
+  const boxes = function* (one) { for (let up = one; up; up = up.parentElement) yield up; };
   const leaves = (rect, one) => {
     for (const up of boxes(one)) {
       if (up.ownerSVGElement) continue;
@@ -39,9 +39,10 @@ _LOOK = r"""() => {
     }
     return false;
   };
-  for (const one of document.body.querySelectorAll("*"))
-    if (!one.ownerSVGElement && one.checkVisibility() && leaves(one.getBoundingClientRect(), one.parentElement))
-      tell("sticks out", one);
+  for (const one of document.body.querySelectorAll("*")) {
+    const seen = !one.ownerSVGElement && one.checkVisibility() && one.offsetWidth !== 0;  // <wbr> has no place
+    if (seen && leaves(one.getBoundingClientRect(), one.parentElement)) tell("sticks out", one);
+  }
 
   const lines = [], texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
   while (texts.nextNode()) {
