@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import csv
 import json
 import math
 import os
@@ -20,33 +19,12 @@ import qat
 from qat.run_report import RunComparison, compare_runs, figures, read_run, write_report
 from qat.run_report.page import show_size
 from tests.exports import frozen_llama
+from tests.left_runs import left_run
 
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run as a recipe leaves it: the export, results, logs of a run that went on, and a picture."""
-    folder = tmp_path_factory.mktemp("runs")
-    qat.export(frozen_llama("transformers", weights="int8", activations="int8"), folder / "run", config={"seed": 1})
-    row = {"steps": 4, "learning_rate": 1e-4, "bytes_on_disk": 2048, "comparison": None}
-    metrics = {"loss": 2.5, "loss_bin_0": 0.5, "loss_bin_1": None}
-    rows = [{"name": "float & <small>", "metrics": metrics, **row}, {"name": "trained", "metrics": metrics, **row}]
-    (folder / "run-results.json").write_text(json.dumps(rows))
-    (folder / "run-samples.json").write_text(json.dumps([{"prompt": "Once <b>", "trained": "upon"}]))
-    layer = next(iter(read_run(folder / "run", codes=False).layers))
-    column = f"quantization/{layer}/int8/error"
-    for stage, steps in (("training", range(4)), ("training-from-2", range(2, 6))):
-        path = folder / "run-logs" / stage / "metrics.csv"
-        path.parent.mkdir(parents=True)
-        with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, ["epoch", "step", "train_loss", column])
-            writer.writeheader()
-            for step in steps:
-                loss = 9.0 if stage == "training" and step >= 2 else 3.0 - step / 10
-                writer.writerow({"epoch": 0, "step": step, "train_loss": loss, column: 0.1 if step % 2 else ""})
-    os.utime(folder / "run-logs" / "training", (2**32, 2**32))  # clocks jump, and copies have other times
-    os.utime(folder / "run-logs" / "training" / "metrics.csv", (2**32, 2**32))
-    Image.new("RGB", (8, 8)).save(folder / "run-images.png")
-    return folder / "run"
+    return left_run(tmp_path_factory.mktemp("runs"))
 
 
 @pytest.fixture(scope="module")
@@ -92,10 +70,13 @@ def test_a_page_shows_all_that_a_run_left(text: str) -> None:
     ):
         assert f"<h2>{title}</h2>" in text
     assert "float &amp; &lt;small&gt;" in text
-    assert "<dt>prompt</dt><dd>Once &lt;b&gt;</dd><dt>trained</dt><dd>upon</dd>" in text
+    assert "trained: mean loss +0.5000 ± 0.0100 beside that of float &amp; &lt;small&gt;." in text
+    assert "<tr class=exported><td>trained</td>" in text
+    assert "<td>another library (peer)</td>" in text
+    assert "<dt>prompt</dt><dd>Once &lt;b&gt;</dd></div><div><dt>trained</dt><dd>upon</dd>" in text
     figures = {attrs["aria-label"] for tag, attrs in page.tags if tag == "svg"}
     expected = {"Loss of training", "Quantization error by layer", "Activation ranges", "Where the bytes are"}
-    assert expected | {"Loss by timestep"} <= figures
+    assert expected | {"Loss by timestep", "Loss above the reference by timestep"} <= figures
     assert sum(label.startswith("Codes of") for label in figures) == 6
 
 

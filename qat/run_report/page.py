@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from importlib.resources import files
 from math import prod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qat.run_report import figures
 from qat.run_report.record import Layer, RunRecord
@@ -72,14 +72,26 @@ def _figure(drawn: str, caption: str) -> str:
     return f"<figure>{drawn}<figcaption>{escape(caption)}</figcaption></figure>"
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    titles = "".join(f"<th>{escape(cell)}</th>" for cell in head)
-    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<div class=wide><table><thead><tr>{titles}</tr></thead><tbody>{body}</tbody></table></div>"
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: int = 0, exported: int = -1) -> str:
+    """A table; its last ``numbers`` columns stand to the right, and the row ``exported`` is marked."""
+    texts = len(head) - numbers
+
+    def cells(tag: str, row: Sequence[str]) -> str:
+        kinds = [""] * texts + [" class=number"] * numbers
+        found = "".join(f"<{tag}{kind}>{escape(cell)}</{tag}>" for kind, cell in zip(kinds, row, strict=True))
+        return found.replace("_", "_<wbr>") if tag == "th" else found  # names of metrics are long
+
+    marks = ((" class=exported" if number == exported else "", row) for number, row in enumerate(rows))
+    body = "".join(f"<tr{mark}>{cells('td', row)}</tr>" for mark, row in marks)
+    return f"<div class=wide><table><thead><tr>{cells('th', head)}</tr></thead><tbody>{body}</tbody></table></div>"
+
+
+def _rows(record: RunRecord) -> list[dict[str, Any]]:
+    return [*record.results, *({**row, "name": f"{row['name']} (peer)"} for row in record.peers)]
 
 
 def _results(record: RunRecord) -> Iterable[str]:
-    rows = record.results
+    rows = _rows(record)
     if not rows:
         return
     names = [name for name in dict.fromkeys(n for row in rows for n in row["metrics"]) if not name.startswith(_BIN)]
@@ -93,7 +105,12 @@ def _results(record: RunRecord) -> Iterable[str]:
         ]
         for row in rows
     ]
-    table = _table(["model", *names, "size to serve", "steps", "learning rate"], shown)
+    table = _table(
+        ["model", *names, "size to serve", "steps", "learning rate"],
+        shown,
+        numbers=len(names) + 3,
+        exported=len(record.results) - 1,
+    )
     compared = [
         f"{row['name']}: mean loss {c['difference']:+.4f} ± {c['standard_error']:.4f} beside that of {c['reference']}."
         for row in rows
@@ -113,20 +130,28 @@ def _checks(verified: VerifyReport | None) -> Iterable[str]:
 def _by_timestep(record: RunRecord) -> Iterable[str]:
     """The loss of a diffusion model along the timesteps, as recipes measure it: in bins of equal width."""
     series = {}
-    for row in record.results:
+    for row in _rows(record):
         names = [f"{_BIN}{number}" for number in range(len(row["metrics"]))]
         found = [row["metrics"][name] for name in names if name in row["metrics"]]
         points = [((number + 0.5) / len(found), value) for number, value in enumerate(found) if value is not None]
         if points:
             series[str(row["name"])] = points
-    if series:
-        drawn = figures.curves(series, "Loss by timestep", "timestep, as a share of all", "loss")
-        yield _figure(drawn, "Loss by timestep: 0 is an image, 1 is noise.")
+    if not series:
+        return
+    axis = "timestep, as a share of all"
+    drawn = figures.curves(series, "Loss by timestep", axis, "loss")
+    yield _figure(drawn, "Loss by timestep: 0 is an image, 1 is noise.")
+    reference = next((c["reference"] for row in record.results if (c := row.get("comparison"))), "")
+    base = dict(series.get(reference, ()))
+    above = {name: [(x, y - base[x]) for x, y in points if x in base] for name, points in series.items()}
+    if above := {name: points for name, points in above.items() if points}:
+        drawn = figures.curves(above, "Loss above the reference by timestep", axis, "difference of losses")
+        yield _figure(drawn, f"By how much each loss is above that of {reference}.")
 
 
 def _training(record: RunRecord) -> Iterable[str]:
     drawn = [
-        _figure(figures.curves({stage: points}, f"Loss of {stage}", "step", "loss"), f"Training loss of {stage}.")
+        _figure(figures.curves({stage: points}, f"Loss of {stage}", "step", "loss"), f"Loss at each step of {stage}.")
         for stage, points in record.losses.items()
         if points
     ]
@@ -136,20 +161,21 @@ def _training(record: RunRecord) -> Iterable[str]:
 
 def _layers(record: RunRecord) -> Iterable[str]:
     layers, drawn = record.layers, []
+    most = f"of all {len(layers)} layers, the {figures.MOST} with the" if len(layers) > figures.MOST else "the"
     if any(layer.errors for layer in layers.values()):
-        text = "Error of quantizing each weight, relative to the weight, when training began and when it ended."
+        text = f"Error of quantizing each weight, when training began and when it ended: {most} largest errors."
         drawn.append(_figure(figures.error_changes(layers, "Quantization error by layer"), text))
     if any(layer.input_range for layer in layers.values()):
-        text = "Ranges of activations: the largest value that the scale of each input and output reaches."
+        text = f"The largest value that the scale of each input and output reaches: {most} largest inputs."
         drawn.append(_figure(figures.ranges(layers, "Activation ranges"), text))
     counted = {name: layer for name, layer in layers.items() if layer.counts}
     worst = sorted(counted, key=lambda name: _badness(counted[name]), reverse=True)[:_WORST]
     for name in worst:
         layer = counted[name]
-        text = f"{name}: {layer.weights}, the codes in use are worth {layer.used:.0%} of all."
+        text = f"{name}: {layer.weights}, as if {layer.used:.0%} of the codes were used evenly."
         drawn.append(_figure(figures.histogram(layer.counts, f"Codes of {name}"), text))
-    told = f"<p>Codes are those of the {len(worst)} layers with the {_measure(counted)}.</p>" if worst else ""
-    head = ["layer", "weights", "activations", "shape", "codes in use", "error, start", "error, end"]
+    told = f"<p>Bars show how often codes are used, in the {len(worst)} layers with the {_measure(counted)}.</p>"
+    head = ["layer", "weights", "activations", "shape", "codes in use", "error at the start", "error at the end"]
     rows = [
         [
             name,
@@ -157,14 +183,13 @@ def _layers(record: RunRecord) -> Iterable[str]:
             layer.activations or "float",
             " × ".join(map(str, layer.shape)),
             "–" if layer.used is None else f"{layer.used:.0%}",
-            _number(layer.errors[0][1]) if layer.errors else "–",
-            _number(layer.errors[-1][1]) if layer.errors else "–",
+            *(f"{100 * layer.errors[end][1]:#.3g}%" if layer.errors else "–" for end in (0, -1)),
         ]
         for name, layer in list(layers.items())[:_SHOWN]
     ]
     more = f"<p>{len(layers) - _SHOWN} more layers are not shown.</p>" if len(layers) > _SHOWN else ""
-    table = f"<details><summary>All layers</summary>{_table(head, rows)}{more}</details>"
-    yield _section("Layers", told, "<div class=grid>", *drawn, "</div>", table)
+    table = f"<details><summary>All layers</summary>{_table(head, rows, numbers=4)}{more}</details>"
+    yield _section("Layers", told if worst else "", "<div class=grid>", *drawn, "</div>", table)
 
 
 def _badness(layer: Layer) -> float:
@@ -191,20 +216,23 @@ def _floats(record: RunRecord) -> Iterable[str]:
     rows = [[reason, str(count)] for reason, count in Counter(left.values()).most_common()]
     named = _table(["weight", "reason"], list(left.items())[:_SHOWN])
     all_of_them = f"<details><summary>All of them</summary>{named}</details>"
-    yield _section("What stays float, and why", _table(["reason", "weights"], rows), all_of_them)
+    yield _section("What stays float, and why", _table(["reason", "weights"], rows, numbers=1), all_of_them)
 
 
 def _samples(record: RunRecord) -> Iterable[str]:
     """Texts and pictures."""
     shown = []
     for sample in record.samples:
-        texts = "".join(f"<dt>{escape(name)}</dt><dd>{escape(str(text))}</dd>" for name, text in sample.items())
+        texts = "".join(
+            f"<div><dt>{escape(name)}</dt><dd>{escape(str(text))}</dd></div>" for name, text in sample.items()
+        )
         shown.append(f"<dl class=texts>{texts}</dl>")
-    for title, path in record.pictures.items():
+    pictures = {title: path for title, path in record.pictures.items() if title != "losses" or not record.results}
+    for title, path in pictures.items():  # losses are drawn anew from results
         source = f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
         shown.append(
             f'<figure class=whole><img src="{source}" alt="{escape(title)}">'
-            f"<figcaption>{escape(title)}</figcaption></figure>"
+            f"<figcaption>{escape(title[:1].upper() + title[1:])}</figcaption></figure>"
         )
     if shown:
         yield _section("Samples", *shown)
@@ -219,7 +247,7 @@ def _settings(record: RunRecord) -> Iterable[str]:
 
 
 def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.4g}"
+    return "–" if value is None else f"{value:#.4g}".rstrip(".") if value else "0"
 
 
 def show_size(count: float) -> str:

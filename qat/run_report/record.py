@@ -103,6 +103,8 @@ class RunRecord:
     layers: dict[str, Layer]
     pictures: dict[str, Path]
     """What each shows, and its PNG file."""
+    peers: list[dict[str, Any]] = field(default_factory=list)
+    """Rows of the same form, of models that others quantized."""
     samples: list[dict[str, str]] = field(default_factory=list)
     """Of a language model: beginnings, under ``prompt``, and by a model's name what it goes on with."""
     notes: list[str] = field(default_factory=list)
@@ -131,7 +133,8 @@ def read_run(run: str | PathLike[str], *, codes: bool = True) -> RunRecord:
     """Gather what a run left.
 
     Args:
-        run: the directory of the export; ``<run>-results.json`` and ``<run>-logs`` beside it belong to it.
+        run: the directory of the export; ``<run>-results.json``, ``<run>-peers.json`` and ``<run>-logs`` beside it
+            belong to it.
         codes: load the model too, and count the codes of its layers.
 
     Raises:
@@ -148,7 +151,8 @@ def read_run(run: str | PathLike[str], *, codes: bool = True) -> RunRecord:
         outputs = last if manifest.frozen.spec.outputs else None
         record.layers[name] = Layer(evidence.weights, evidence.activations, evidence.shape, first, outputs)
     if _is_ended(directory):
-        record.results = [row.model_dump() for row in _rows(directory, "results", _ROWS)]
+        found = [[row.model_dump() for row in _rows(directory, what, _ROWS)] for what in ("results", "peers")]
+        record.results, record.peers = found
         record.samples = _rows(directory, "samples", _SAMPLES)
         _read_logs(directory.with_name(f"{directory.name}-logs"), record)
     else:
@@ -156,8 +160,7 @@ def read_run(run: str | PathLike[str], *, codes: bool = True) -> RunRecord:
     if codes:
         _count_codes(record)
     # Named, as recipes do: any name might be that of a picture of another run beside this one.
-    beside = [directory.with_name(f"{directory.name}-{kind}.png") for kind in ("images", "losses")]
-    for path in sorted((*directory.glob("*.png"), *beside)):
+    for path in sorted((*directory.glob("*.png"), directory.with_name(f"{directory.name}-images.png"))):
         if (
             path.is_file()
             and not path.is_symlink()
