@@ -107,6 +107,8 @@ def run(command: str, quick: bool) -> tuple[int, str]:
     recipe = words[2].removeprefix("recipes.") if words[2].startswith("recipes.") else ""
     if recipe and quick:
         words += ["--optimization.steps", "2", "--optimization.warmup-steps", "1"]
+        if "--data.size" in words:
+            words[words.index("--data.size") + 1] = "32"
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         prepare(folder, recipe)
@@ -126,7 +128,7 @@ def main(quick: bool = False, only: str = "") -> None:
     """Run every command of the pages, and print how each ended.
 
     Args:
-        quick: Two training steps each, whatever the command says.
+        quick: Two training steps each, and images of 32 pixels, whatever the command says.
         only: Run those alone that hold this text.
     """
     failed = 0
