@@ -1,13 +1,11 @@
-"""The ``qat`` command: the verbs that need no training code.
+"""The ``qat`` command.
 
 ``qat inspect MODEL`` says what a spec would do to a model, from its configuration alone. ``qat calibrate MODEL``
 makes a quantized export of a float model, without training. ``qat verify DIRECTORY`` checks an export against its
 evidence. ``qat convert DIRECTORY OUTPUT`` writes it for another target, where every value stays. ``qat push DIRECTORY
-REPO`` uploads it. `qat.cli_runs` has the
-verbs about runs: train, export, report, compare. They print a table; inspect, verify and compare print JSON with
-``--json``. Exit codes: 0; 1 when a verification failed; 2 for a user's mistake; 3 for an export that nothing can judge
-without its module; 141 when whoever read the output has left. Torch is imported when a verb has work to do, so
-``--help`` and a wrong option answer at once.
+REPO`` uploads it. `qat.cli_runs` has the verbs about runs: train, export, report, compare. They print a table; inspect,
+verify and compare print JSON with ``--json``. `qat.report.run_command` has the exit codes. Torch is imported when a
+verb has work to do, so ``--help`` and a wrong option answer at once.
 """
 
 from __future__ import annotations
@@ -17,6 +15,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial, wraps
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
@@ -25,7 +24,7 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 
 from qat import cli_runs
 from qat.command_line import parsed, require_first
-from qat.errors import CalibrationError, SpecError, VerifyError, meant, shown, told
+from qat.errors import CalibrationError, SpecError, UnjudgedError, VerifyError, meant, shown, told
 from qat.report import quiet_libraries, require_text, run_command
 from qat.spec import QuantSpec
 from qat.strict_yaml import parse_yaml
@@ -51,6 +50,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _main(words: list[str]) -> None:
     require_text(words)
     words = words or ["--help"]
+    if words == ["--version"]:
+        print(f"qat {version('qat')}")
+        return
     verbs: dict[str, Callable[..., None]] = {
         "inspect": _inspect,
         "calibrate": _calibrate,
@@ -106,6 +108,8 @@ def _inspect(
 ) -> None:
     """Show what a spec would quantize in a model, without reading its weights.
 
+    Example: qat inspect Qwen/Qwen3-8B --weights int4
+
     Args:
         model: A model's or a pipeline's directory, or a hub's name; only its config.json is read.
         spec: What to quantize.
@@ -151,6 +155,8 @@ def _calibrate(
     trust_remote_code: bool = False,
 ) -> None:
     """Make a verified export with quantized activations from a float model of transformers, without training.
+
+    Example: qat calibrate Qwen/Qwen3-0.6B --data my-texts/ --output my-w8a8
 
     Args:
         model: A directory, or a hub's name, of a model for texts or images, with its tokenizer or image processor.
@@ -258,6 +264,8 @@ def _chosen(option: str, values: dict[str, Any], choices: Any) -> Any:
 def _verify(directory: Path, /, json: bool = False) -> None:
     """Check an exported directory, in a fresh process, with its target's own loader.
 
+    Example: qat verify outputs/causal_lm/int4
+
     Args:
         directory: What `qat.export` wrote.
         json: Print JSON instead of a table.
@@ -279,6 +287,8 @@ def _verify(directory: Path, /, json: bool = False) -> None:
 
 def _convert(directory: Path, output: Path, /, target: _Target, overwrite: bool = False) -> None:
     """Write an exported directory for another target, where every value stays the same, and verify it.
+
+    Example: qat convert my-int8 my-gguf --target gguf
 
     Args:
         directory: What `qat.export` wrote.
@@ -307,6 +317,8 @@ def _push(
 ) -> None:
     """Verify an exported directory, and upload it to the hub with the token of HF_TOKEN or of hf auth login.
 
+    Example: qat push outputs/causal_lm/int4 OWNER/NAME
+
     Args:
         directory: What `qat.export` wrote.
         repo: The repository, as owner/name, or name in your own account; it is made where there is none.
@@ -320,7 +332,11 @@ def _push(
 
     read_trusted(directory)
     quiet_libraries()
-    print(push_to_hub(directory, repo, private=private, revision=revision, commit_message=message, verify=verify))
+    options: dict[str, Any] = {"private": private, "revision": revision, "commit_message": message, "verify": verify}
+    try:
+        print(push_to_hub(directory, repo, **options))
+    except UnjudgedError as error:
+        raise UnjudgedError(f"{error}; or qat push --no-verify, which compares hashes alone") from None
 
 
 def _show(report: InspectReport | VerifyReport, as_json: bool) -> None:

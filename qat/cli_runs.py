@@ -18,7 +18,9 @@ __all__ = ["compare", "export", "report", "run_recipe", "train"]
 
 
 def train(recipe: str, /) -> None:
-    """Train, export and verify by a recipe: qat train causal_lm --spec.weights int4.
+    """Train, export and verify by a recipe.
+
+    Example: qat train causal_lm --spec.weights int4
 
     Args:
         recipe: Its name: causal_lm, sequence_classification, image_classification or text_to_image. A configuration
@@ -35,6 +37,8 @@ def run_recipe(words: Sequence[str]) -> None:
     """
     package = None if find_spec("recipes") is None else import_module("recipes")
     if package is None or not getattr(package, "IS_OF_QAT", False):
+        if package is not None:
+            raise SpecError(f"recipe: another package recipes is in the way, in {list(package.__path__)}: leave it")
         raise SpecError("recipe: recipes are not installed here: install qat as a whole, or run it in a checkout")
     names = sorted(m.name for m in pkgutil.iter_modules(package.__path__) if not m.ispkg)
     recipe, *others = words
@@ -55,6 +59,8 @@ def export(
     trust_remote_code: bool = False,
 ) -> None:
     """Freeze and export the model of a checkpoint, as Lightning wrote it in quantization-aware training, and verify it.
+
+    Example: qat export outputs/causal_lm/int4-checkpoints/step-80.ckpt recipes/reference my-int4
 
     Activation scales are those of the checkpoint. A recipe calibrates once more at its end, so that its own export of a
     model with quantized activations has others.
@@ -93,6 +99,8 @@ def export(
 def report(run: Path, /, output: Path | None = None, verify: bool = False) -> None:
     """Write a page about a run: results, curves, layers, bytes, samples, settings.
 
+    Example: qat report outputs/causal_lm/int4
+
     Args:
         run: The directory of its export; results and logs that a recipe left beside it are shown too.
         output: The file; none: RUN-report.html.
@@ -116,6 +124,8 @@ def report(run: Path, /, output: Path | None = None, verify: bool = False) -> No
 
 def compare(runs: tuple[Path, ...], /, json: bool = False) -> None:
     """Show runs side by side: types, sizes, metrics, and settings that differ.
+
+    Example: qat compare outputs/causal_lm/int4 outputs/causal_lm/int8
 
     Args:
         runs: Directories of exports, two or more.

@@ -23,6 +23,7 @@ Result = TypeVar("Result")
 
 _FAULTS_SHOWN = 3
 _ELSEWHERE = {"lr": "learning-rate", "bits": "weights", "epochs": "steps"}  # what other programs call it
+_METAVAR = re.compile(r"^(?:\{[^}]*\} |[\[\]A-Z .|]+ (?=[A-Z][a-z]))")
 _RULE = re.compile(r"^ *-{9,} *$", re.MULTILINE)
 
 
@@ -40,8 +41,9 @@ def require_first(argument: str, words: Sequence[str], choices: Sequence[str], p
     """
     first = words[0]
     if first.startswith("-"):
-        name = next((word for word in words if word in choices), choices[0])
-        raise QatError(f"{argument}: must come before its options, got {shown(first)}: write {program} {name} {first}")
+        name = next((word for word in words if word in choices), None)
+        remedy = f"{program} --help says more" if name is None else f"write {program} {name} {first}"
+        raise QatError(f"{argument}: must come before its options, got {shown(first)}: {remedy}")
     if first not in choices:
         raise QatError(
             f"{argument}: must be one of {', '.join(choices)}, got {shown(first)}{meant(first, choices)}: "
@@ -78,7 +80,7 @@ def parsed(parse: Callable[[Sequence[str]], Result], words: Sequence[str], progr
         told = f"{argument}: must be one of {', '.join(choices)}, got {shown(value)}{meant(value, choices)}"
     elif missing := re.match(r"Missing from .*?: (.*) \(required\)", told):
         parts = [part.strip().partition(" ") for part in missing[1].split("(required)") if part.strip()]
-        described = [f"{name} ({_lowered(rest.rstrip('. '))})" for name, _, rest in parts]
+        described = [f"{name} ({_lowered(_METAVAR.sub('', rest).rstrip('. '))})" for name, _, rest in parts]
         told = f"{' and '.join(described)} must be given"
     else:
         text = _written(parse, [verb, "--help"] if verb else ["--help"])

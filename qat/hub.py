@@ -22,6 +22,10 @@ __all__ = ["push_to_hub"]
 _UNVERIFIED = (
     "\n\n## Not verified\n\nThis export was uploaded without `qat verify`; its files have the recorded hashes.\n"
 )
+_LINKS = re.compile(
+    r"""!\[[^\]]*\]\(\s*(?:<([^>]+)>|([^)\s]+))[^)]*\)|<img\b[^>]*?\bsrc=["']([^"']+)["']""", re.IGNORECASE
+)
+_PICTURES = (".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp")
 
 
 def push_to_hub(
@@ -79,18 +83,22 @@ def push_to_hub(
         raise ExportError("commit_message: must say something, got '': leave it out for the default")
     path = as_path(directory, LoadError)
     manifest = read_trusted(path)
-    token = token or get_token()
-    if token is None:
+    token = (token or get_token() or "").strip()
+    if not token:
         raise ExportError("token: the hub takes files with one, got none: run `hf auth login`, set HF_TOKEN or pass it")
+    if not (token.isascii() and token.isprintable()):  # it is never shown
+        raise ExportError("token: must be printable ASCII, got other characters in it: copy it again")
+    if not os.path.lexists(path / CARD_NAME):
+        raise LoadError(f"{str(path)!r} has no {CARD_NAME}: restore the model card, or export the model again")
     if verify:
         verify_export(path, model=model)
     elif faults := check_files(path, manifest, hashes=True):
         raise load_error(f"{str(path)!r} is not what was exported (files)", faults)
-    card = regular_file(path, CARD_NAME).read_bytes() if (path / CARD_NAME).exists() else b""
+    card = regular_file(path, CARD_NAME).read_bytes()
     names = dict.fromkeys([*manifest.files, MANIFEST_NAME, *_pictures(path, card)])
     card += b"" if verify else _UNVERIFIED.encode()
     operations = [CommitOperationAdd(name, regular_file(path, name)) for name in names]
-    operations += [CommitOperationAdd(CARD_NAME, card)] if card else []
+    operations += [CommitOperationAdd(CARD_NAME, card)]
     api = HfApi(token=token)
     try:
         name = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
@@ -98,20 +106,23 @@ def push_to_hub(
             api.create_branch(name, branch=revision, exist_ok=True)
         commit = api.create_commit(name, operations, commit_message=commit_message, revision=revision)
     except Exception as error:  # of each release of the client, and of its network library, its own
+        reason = _reason(error).replace(token, "***")
         raise ExportError(
-            f"repo_id: {repo_id!r} was not uploaded to {api.endpoint}: {_reason(error)}: see to the network, and to a "
+            f"repo_id: {repo_id!r} was not uploaded to {api.endpoint}: {reason}: see to the network, and to a "
             "token that may write there"
         ) from error
     return str(commit.commit_url)
 
 
 def _pictures(directory: Path, card: bytes) -> list[str]:
-    """Pictures beside a card that it shows, by the names of their files."""
-    linked = re.findall(r"!\[[^\]]*\]\(([^)/\s]+\.(?:png|jpe?g))\)", card.decode("utf-8", "replace"), re.IGNORECASE)
-    return [name for link in linked if os.path.lexists(directory / (name := unquote(link))) and "/" not in name]
+    """Pictures beside a card that it shows, in Markdown or HTML, by the names of their files."""
+    links = ("".join(found) for found in _LINKS.findall(card.decode("utf-8", "replace")))
+    names = dict.fromkeys(unquote(link).removeprefix("./") for link in links)
+    pictures = [name for name in names if "/" not in name and name.lower().endswith(_PICTURES)]
+    return [name for name in pictures if os.path.lexists(directory / name)]
 
 
 def _reason(error: Exception) -> str:
     """What went wrong first: the client says of an upload only that it failed."""
-    cause = error.__cause__
-    return f"{told(error)}: {told(cause)}" if isinstance(cause, Exception) else told(error)
+    cause, first = error.__cause__, told(error)
+    return f"{first}: {told(cause)}" if isinstance(cause, Exception) and told(cause) not in first else first

@@ -9,10 +9,12 @@ from __future__ import annotations
 import io
 import logging
 import os
+import select
 import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from importlib import import_module
 from importlib.util import find_spec
 from tempfile import NamedTemporaryFile
@@ -48,19 +50,28 @@ def run_command(main: Callable[[list[str]], object], words: Sequence[str] | None
             main([word for word in words if word != "--debug"])
         finally:
             sys.stdout.flush()  # a reader that has left is noticed here rather than when Python ends
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes when it ends
-        sys.exit(128 + signal.SIGPIPE)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _reader_has_left():
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes when it ends
+            sys.exit(128 + signal.SIGPIPE)
         if debug:
             traceback.print_exc()
         print(f"error: {_in_one_message(error)}", file=sys.stderr)
         codes = ((VerifyError, 1), (UnjudgedError, 3), (QatError, 2))
         sys.exit(next((code for kind, code in codes if isinstance(error, kind)), 4))
     sys.exit(0)
+
+
+def _reader_has_left() -> bool:
+    """Whether a standard stream is a pipe that nobody reads any more; others may break, such as a worker's."""
+    poll = select.poll()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # of one that is closed
+            poll.register(stream.fileno(), 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
 
 
 def _in_one_message(error: Exception) -> str:

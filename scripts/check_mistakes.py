@@ -137,10 +137,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="a part of the names of the mistakes to make")
     parser.add_argument("--patience", type=float, default=1.0, help="how much longer answers may take")
+    parser.add_argument("--cold", action="store_true", help="let each process import libraries by itself, as a user's")
     parser.add_argument("--verbose", action="store_true", help="print all answers")
     options = parser.parse_args()
     chosen = [mistake for mistake in CASES if options.only in mistake.name]
-    for module in SLOW:
+    for module in () if options.cold else SLOW:
         importlib.import_module(module)
     kinds: collections.Counter[str] = collections.Counter()
     wrong = 0

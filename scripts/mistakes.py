@@ -391,8 +391,9 @@ WITH_QAT = [
 ]
 
 OF_NEWCOMERS = [
-    Mistake(f"newcomer {line}", "qat", ".*".join(map(re.escape, words)), line.split()[1:], seconds=3.0)
+    Mistake(f"newcomer {line}", "qat", ".*".join(map(re.escape, words)), line.split()[1:], seconds=seconds)
     for line, words in COMMAND_LINES
+    for seconds in (10.0 if "lm_heads" in line else 3.0,)  # to know names of layers a model must be built
 ]
 CASES = [*ON_COMMAND_LINES, *IN_YAML, *WITH_MODELS, *WITH_QAT, *OF_NEWCOMERS]
 QUICK = [*ON_COMMAND_LINES, *IN_YAML][::3]

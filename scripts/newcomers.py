@@ -75,5 +75,6 @@ def fill(folder: Path) -> None:
     for name in ("model", "checkpoints", "export", "running-checkpoints", "full"):
         (folder / name).mkdir(exist_ok=True)
     (folder / "checkpoints" / "step-3.ckpt").touch()
+    (folder / "running-checkpoints" / "run.json").write_text('{"ended": false}')
     (folder / "full" / "thesis.txt").touch()
     (folder / "text.txt").write_text("a b c\n" * 100)

@@ -61,6 +61,8 @@ def reason(command: str) -> str | None:
 def program(command: str) -> list[str]:
     """The same command for this Python, without an installation before it."""
     first, *words = shlex.split(command, comments=True)
+    if operators := {"&&", "||", "|", ">", ">>", "<", ";"}.intersection(words):
+        raise ValueError(f"command: must be one program, got {sorted(operators)} in {command!r}")
     if first == "./scripts/quickstart":
         named = bool(words) and re.fullmatch(r"[a-z_]+", words[0]) is not None
         recipe = words.pop(0) if named else "causal_lm"
@@ -131,13 +133,14 @@ def main(quick: bool = False, only: str = "") -> None:
         quick: Two training steps each, and images of 32 pixels, whatever the command says.
         only: Run those alone that hold this text.
     """
-    failed = 0
+    failed = found = 0
     pages: dict[str, str] = {}
     for page, command in commands():
         pages.setdefault(command, page)
     for command, page in pages.items():
         if only not in command:
             continue
+        found += 1
         if why := reason(command):
             print(f"left out   {page}: {command} ({why})", flush=True)
             continue
@@ -150,8 +153,10 @@ def main(quick: bool = False, only: str = "") -> None:
         )
         if code:
             print(said, flush=True)
+    if not found:
+        raise SystemExit(f"only: no command holds {only!r}")
     sys.exit(1 if failed else 0)
 
 
 if __name__ == "__main__":
-    run_command(lambda _: tyro.cli(main))
+    run_command(lambda words: tyro.cli(main, args=words))

@@ -199,3 +199,17 @@ def test_convert_writes_and_verifies_and_refuses_what_would_change(
     assert (code, out) == (2, "")
     assert "error: model: target 'gguf-diffusers'" in err
     assert not (tmp_path / "c").exists()
+
+
+VERBS = ("inspect", "calibrate", "train", "export", "verify", "convert", "push", "report", "compare")
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_the_help_of_each_verb_has_an_example(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, shown, _ = run(capsys, verb, "--help")
+    assert code == 0
+    assert f"Example: qat {verb} " in shown
+
+
+def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(capsys, "--version") == (0, f"qat {qat.__version__}\n", "")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qat.errors import ExportError
+from qat.errors import ExportError, LoadError
 from qat.exporting import export
 from qat.files.manifest import MANIFEST_NAME, read_manifest
 from tests.exports import (
@@ -63,3 +63,21 @@ class TestManifest:
     def test_something_that_cannot_be_saved_is_no_processor(self, tmp_path: Path) -> None:
         with pytest.raises(ExportError, match="save_pretrained"):
             export(frozen_llama(weights="int8"), tmp_path / "out", processor=object())
+
+
+@pytest.mark.parametrize(
+    ("left", "remedy"),
+    [
+        ('{"ended": false}', "its run has not ended: start it again"),
+        ('{"ended": true}', "name what qat.export wrote"),
+        ("[]", "name what qat.export wrote"),
+        (None, "name what qat.export wrote"),
+    ],
+    ids=["cut short", "ended", "strange", "nothing"],
+)
+def test_a_missing_export_may_be_of_a_run_that_goes_on(left: str | None, remedy: str, tmp_path: Path) -> None:
+    (tmp_path / "out-checkpoints").mkdir()
+    if left is not None:
+        (tmp_path / "out-checkpoints" / "run.json").write_text(left)
+    with pytest.raises(LoadError, match=remedy):
+        read_manifest(tmp_path / "out")

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from qat.errors import ExportError
-from qat.files.places import check_place
+from qat.files.places import check_place, like_folder
 
 
 @pytest.mark.parametrize(
@@ -49,3 +49,10 @@ def test_a_place_that_is_free_is_given_back_and_left_as_it_was(
     Path("there").mkdir()
     assert check_place(place, "output") == tmp_path / place
     assert os.listdir() == ["there"]
+
+
+def test_a_folder_that_is_meant_has_its_whole_path(tmp_path: Path) -> None:
+    (tmp_path / "ann's-model").mkdir()
+    assert like_folder(tmp_path / "ann's-modle") == f' (did you mean "{tmp_path}/ann\'s-model"?)'
+    assert like_folder("/tpm") == " (did you mean '/tmp'?)"
+    assert like_folder(tmp_path / "nothing" / "like") == ""

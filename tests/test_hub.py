@@ -144,14 +144,16 @@ def test_without_verifying_the_card_says_so(hub: Hub, export: Path) -> None:
 
 def test_pictures_that_the_card_shows_go_up_too(hub: Hub, export: Path, tmp_path: Path) -> None:
     out = Path(shutil.copytree(export, tmp_path / "out"))
-    for name in ("loss curve.png", "grid.JPG", "other.png", "secret.txt"):
+    shown = {"loss curve.png", "grid.JPG", "a.webp", "b.png", "c d.svg", "e.gif"}
+    for name in (*shown, "other.png", "secret.txt"):
         (out / name).write_bytes(name.encode())
     (tmp_path / "outside.png").write_bytes(b"outside")
     links = ("loss%20curve.png", "grid.JPG", "missing.png", "../outside.png", "..%2Foutside.png", "secret.txt")
     with (out / "README.md").open("a") as card:
         card.write("".join(f"\n![it]({link})\n" for link in (*links, "https://example.org/far.png")))
+        card.write('![it](./a.webp) ![it](b.png "its title") ![it](<c d.svg>) <img width=3 src="e.gif">')
     qat.push_to_hub(out, "owner/name", token=TOKEN, verify=False)
-    assert hub.files.keys() - held(export).keys() == {"loss curve.png", "grid.JPG"}
+    assert hub.files.keys() - held(export).keys() == shown
     assert hub.files["grid.JPG"] == b"grid.JPG"
     (out / "grid.JPG").unlink()
     (out / "grid.JPG").symlink_to(tmp_path / "outside.png")
@@ -204,6 +206,36 @@ def test_no_token_a_wrong_one_and_no_network(hub: Hub, export: Path, monkeypatch
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(ExportError, match=r"'owner/name' was not uploaded to http://127.0.0.1:9"):
         qat.push_to_hub(export, "owner/name", token=TOKEN, verify=False)
+
+
+@pytest.mark.parametrize("token", ["hf_secret\0", "hf_sécret", "hf_secret\nX-Other: 1"])
+def test_a_token_is_never_shown(hub: Hub, export: Path, token: str) -> None:
+    with pytest.raises(ExportError) as caught:
+        qat.push_to_hub(export, "owner/name", token=token, verify=False)
+    assert "cret" not in str(caught.value)
+    assert caught.value.__cause__ is None
+    assert not hub.asked
+    qat.push_to_hub(export, "owner/name", token=f"{TOKEN}\n", verify=False)  # as a file of one line holds it
+
+
+def test_an_export_without_its_card_is_refused(hub: Hub, export: Path, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(export, tmp_path / "out"))
+    (out / "README.md").unlink()
+    for verify in (True, False):
+        with pytest.raises(LoadError, match=r"has no README\.md: restore"):
+            qat.push_to_hub(out, "owner/name", token=TOKEN, verify=verify)
+    assert not hub.asked
+
+
+def test_the_command_names_its_own_way_for_a_plain_module(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: TOKEN)
+    qat.export(frozen_layers((16, 32)), tmp_path / "out")
+    with pytest.raises(SystemExit) as ended:
+        main(["push", str(tmp_path / "out"), "owner/name"])
+    assert ended.value.code == 3
+    assert "or qat push --no-verify" in capsys.readouterr().err
 
 
 def test_the_command(

@@ -32,7 +32,7 @@ def test_a_directory_is_found_in_the_home_folder(tmp_path: Path, monkeypatch: py
     "source", ["./model", "/no/model", "~/no_model", "~nobody/model", "a/b/c", "model/", "", "gpt2"]
 )
 def test_a_path_that_does_not_exist_is_no_hub_name(source: str) -> None:
-    with pytest.raises(ConfigError, match="model: must be a directory that exists, or a hub name such as"):
+    with pytest.raises(ConfigError, match="model: must be a directory that exists, or a name on the hub"):
         load_config(RecipeConfig, ["--model", source], "A test.")
 
 

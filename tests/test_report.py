@@ -114,3 +114,10 @@ def test_streams_that_are_closed_or_lack_a_character_are_no_fault(closed: str) -
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert (done.returncode, done.stdout, done.stderr) == (0, "" if "1" in closed else "?\n", "")
+
+
+def test_the_broken_pipe_of_a_worker_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run_command(fails(BrokenPipeError("a worker died")), [])
+    assert ended.value.code == 4
+    assert "error: BrokenPipeError: a worker died" in capsys.readouterr().err

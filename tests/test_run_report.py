@@ -237,3 +237,15 @@ def test_names_are_shown_as_they_stand(tmp_path: Path) -> None:
 )
 def test_sizes(count: int, expected: str) -> None:
     assert show_size(count) == expected
+
+
+def test_no_other_file_is_overwritten(exported: Path, tmp_path: Path) -> None:
+    thesis = tmp_path / "thesis.html"
+    thesis.write_text("<html>mine</html>")
+    with pytest.raises(qat.ExportError, match=r"thesis\.html' is there and no report of qat: choose another name"):
+        write_report(exported, thesis)
+    assert thesis.read_text() == "<html>mine</html>"
+    with pytest.raises(qat.ExportError, match=r"is a directory: name a file in it, as .*report\.html"):
+        write_report(exported, tmp_path)
+    page = write_report(exported, tmp_path / "page.html")
+    assert write_report(exported, page) == page

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from qat import cli
+from qat import cli, cli_runs
 from recipes.common.config import load_config
 from scripts import run_commands
 from tests.test_readme import PAGES, ROOT, blocks
@@ -37,14 +37,14 @@ def test_a_command_is_understood(command: str, tmp_path: Path, monkeypatch: pyte
         load_config(import_module(module).Config, words, "")
     elif module == "qat":
         called: list[str] = []
-        name = f"_{words[0]}"
-        verb = getattr(cli, name)
+        place, name = next((m, n) for m in (cli, cli_runs) for n in (f"_{words[0]}", words[0]) if hasattr(m, n))
+        verb = getattr(place, name)
 
         @wraps(verb)
         def noted(*arguments: Any, **options: Any) -> None:
             called.append(name)
 
-        monkeypatch.setattr(cli, name, noted)
+        monkeypatch.setattr(place, name, noted)
         with pytest.raises(SystemExit) as ended:
             cli.main(words)
         assert (called, ended.value.code) == ([name], 0)

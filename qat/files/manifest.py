@@ -175,6 +175,15 @@ class Manifest(_Frozen):
         return path
 
 
+def _is_interrupted(checkpoints: Path) -> bool:
+    """Whether a folder holds what a recipe goes on from."""
+    try:
+        run = json.loads((checkpoints / "run.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(run, dict) and run.get("ended") is False
+
+
 def read_manifest(directory: Path) -> Manifest:
     """Read the manifest of an exported directory.
 
@@ -182,7 +191,7 @@ def read_manifest(directory: Path) -> Manifest:
         LoadError: when the directory or the manifest is missing or unreadable, or the manifest was changed since.
     """
     if not os.path.isdir(directory):  # of os, to whom no name is too long
-        begun = os.path.isdir(f"{directory}-checkpoints")
+        begun = _is_interrupted(Path(f"{directory}-checkpoints"))
         remedy = "its run has not ended: start it again, and it goes on" if begun else "name what qat.export wrote"
         raise LoadError(
             f"directory must be an exported model; {shown(str(directory))} is not a directory{like_folder(directory)}: "

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import tempfile
 from contextlib import suppress
+from difflib import get_close_matches
 from pathlib import Path
 
-from qat.errors import ExportError, meant, shown
+from qat.errors import ExportError, shown
 
 __all__ = ["check_place", "like_folder"]
 
@@ -59,5 +60,5 @@ def like_folder(path: str | os.PathLike[str]) -> str:
             names = [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
     except (OSError, ValueError):  # of a folder that cannot be read, and of a NUL character
         return ""
-    found = meant(name, names)
-    return found.replace("'", f"'{folder}/", 1) if found and folder else found
+    close = get_close_matches(name, names, n=1)
+    return f" (did you mean {shown(os.path.join(folder, close[0]))}?)" if close else ""

@@ -45,8 +45,8 @@ PATIENCE = 10.0
 MOST_DEEP = 10_000
 """The most layers that a configuration may name: no model has as many, and all are built one by one."""
 _PARTS = ("transformer", "unet")
-_NAME = r"[A-Za-z0-9][\w.-]{,95}"  # of an owner or a model on the hub
 """The part of a pipeline of diffusers that is built: the first of these that it has."""
+_NAME = r"[A-Za-z0-9][\w.-]{,95}"  # of an owner or a model on the hub
 
 
 @cache

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 
 from qat.errors import ExportError
 from qat.files.directory import as_path
-from qat.files.whole import whole_file
+from qat.files.whole import explained, whole_file
 from qat.run_report.comparison import RunComparison, compare_runs
-from qat.run_report.record import RunRecord, read_run
+from qat.run_report.record import MARK, RunRecord, read_run
 
 if TYPE_CHECKING:
     from qat.verification import VerifyReport
@@ -37,7 +37,7 @@ def write_report(
 
     Raises:
         LoadError: the directory is no export, or its files are not what the export wrote.
-        ExportError: matplotlib is missing, or the file cannot be written.
+        ExportError: matplotlib is missing, ``output`` is there and no report, or the file cannot be written.
 
     >>> import tempfile, qat
     >>> from torch import nn
@@ -55,9 +55,21 @@ def write_report(
     path = directory.with_name(f"{directory.name}-report.html") if output is None else as_path(output, ExportError)
     if not path.name:
         raise ExportError(f"output: {str(path)!r} names no file: give its name, as report.html")
+    if output is not None:
+        _require_replaceable(path)
     from qat.run_report.page import page
 
     text = page(record, verified)
     with whole_file(path) as made:
         made.write_text(text, encoding="utf-8")
     return path
+
+
+def _require_replaceable(path: Path) -> None:
+    if path.is_dir():
+        raise ExportError(f"output: {str(path)!r} is a directory: name a file in it, as {str(path / 'report.html')!r}")
+    if path.is_file():
+        with explained(path), path.open(encoding="utf-8", errors="replace") as file:
+            begins = file.read(1000)
+        if MARK not in begins:
+            raise ExportError(f"output: {str(path)!r} is there and no report of qat: choose another name, or remove it")

@@ -12,7 +12,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from qat.run_report import figures
-from qat.run_report.record import Layer, RunRecord
+from qat.run_report.record import MARK, Layer, RunRecord
 
 if TYPE_CHECKING:
     from qat.verification import VerifyReport
@@ -42,6 +42,7 @@ def page(record: RunRecord, verified: VerifyReport | None = None) -> str:
     title = escape(f"{name}, {types}")
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f"{MARK}\n"
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{title}</title>\n<style>\n{style}</style>\n</head>\n<body>\n<main>\n"
         + "\n".join(parts)

@@ -27,7 +27,10 @@ from qat.hosts.targets import get_target
 from qat.loading import load
 from qat.numerics import FrozenWeight
 
-__all__ = ["Layer", "RunRecord", "read_run"]
+__all__ = ["MARK", "Layer", "RunRecord", "read_run"]
+
+MARK = '<meta name="generator" content="qat report">'
+"""By which a page is known as a report, that a later one may replace."""
 
 _BITS = {"F64": 64, "F32": 32, "I32": 32, "BF16": 16, "F16": 16, "I64": 64}  # others are bytes
 _MOST = 4 << 30  # bytes of weight files beyond which codes are not read

@@ -50,7 +50,7 @@ FSDP2 = "fsdp2"
 
 def _directory_or_hub_name(source: str) -> str:
     if (fault := source_fault(source)) is not None:
-        raise ValueError(f"must be a directory that exists, or a hub name such as 'owner/model'; it {fault}")
+        raise ValueError(f"must be a directory that exists, or a name on the hub; it {fault}")
     return str(local_directory(source) or source)
 
 
