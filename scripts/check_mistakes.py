@@ -4,7 +4,7 @@ The answer is right when it comes in time, has the documented exit code and the 
 traceback, and leaves no file behind. One process imports the libraries; each mistake is made in a fork of it, in an
 empty folder, with a limit of time and of memory. Prints a line for each answer that is not right, and the count::
 
-    python -m scripts.check_mistakes [--only resume] [--patience 4] [--verbose]
+    python -m scripts.check_mistakes [--only resume] [--patience 4] [--verbose] [--cold]
 """
 
 from __future__ import annotations
@@ -60,12 +60,16 @@ def _run(words: Sequence[str]) -> None:
     importlib.import_module("qat.report").run_command(recipe.main, words[1:])
 
 
-def _be(words: Sequence[str], folder: Path, output: Path) -> None:
+def _be(words: Sequence[str], folder: Path, output: Path, cold: bool) -> None:
     os.chdir(folder)
     os.setpgid(0, 0)
     with output.open("wb") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    if cold:
+        module = "qat" if words[0] == "qat" else f"recipes.{words[0]}"
+        os.environ["PYTHONPATH"] = str(Path(__file__).parents[1])
+        os.execv(sys.executable, [sys.executable, "-m", module, *words[1:]])
     sys.stdout = os.fdopen(1, "w")
     sys.stderr = os.fdopen(2, "w", errors="backslashreplace")
     mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
@@ -93,8 +97,8 @@ def _names(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in (*folder.glob("*"), *folder.glob("[!t]*/*"))}
 
 
-def make(mistake: Mistake, folder: Path, patience: float = 1.0) -> Answer:
-    """Make a mistake in a fork, with the files that `scripts._mistaken_files` put into a folder."""
+def make(mistake: Mistake, folder: Path, patience: float = 1.0, *, cold: bool = False) -> Answer:
+    """Make a mistake in a fork, or in a new program, with the files of `scripts._mistaken_files` in a folder."""
     known = _names(folder)
     with tempfile.TemporaryDirectory(dir=folder) as place:
         empty = Path(place, "empty")
@@ -104,7 +108,7 @@ def make(mistake: Mistake, folder: Path, patience: float = 1.0) -> Answer:
         began = time.monotonic()
         process = os.fork()
         if process == 0:
-            _be(argv, empty, output)
+            _be(argv, empty, output, cold)
         while not (ended := os.waitpid(process, os.WNOHANG))[0]:
             time.sleep(0.005)
             if time.monotonic() - began > patience * mistake.seconds + 1:
@@ -137,7 +141,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="a part of the names of the mistakes to make")
     parser.add_argument("--patience", type=float, default=1.0, help="how much longer answers may take")
-    parser.add_argument("--cold", action="store_true", help="let each process import libraries by itself, as a user's")
+    parser.add_argument("--cold", action="store_true", help="a new program for each, as a user starts it")
     parser.add_argument("--verbose", action="store_true", help="print all answers")
     options = parser.parse_args()
     chosen = [mistake for mistake in CASES if options.only in mistake.name]
@@ -150,7 +154,7 @@ def main() -> None:
         prepare_models(Path(directory))
         fill(Path(directory))
         for mistake in chosen:
-            answer = make(mistake, Path(directory), options.patience)
+            answer = make(mistake, Path(directory), options.patience, cold=options.cold)
             found = faults(mistake, answer, options.patience)
             wrong += bool(found)
             kinds.update(re.sub(r"\d+|left.*", "N", fault) for fault in found)
