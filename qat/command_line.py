@@ -131,10 +131,9 @@ def _meant_option(option: str, known: Sequence[str], text: str) -> str:
     lasts = {last, _ELSEWHERE.get(last)} - {""}
     same = [other for other in others if re.split(r"--|\.", other)[-1] in lasts]
     kinds = list(dict.fromkeys(re.findall(rf"(?<![\w-]){re.escape(section)}:[\w-]+", text))) if section else []
-    near = get_close_matches(f"--{name}", others, n=1, cutoff=0.9) or get_close_matches(
-        f"--{name}", same, n=3, cutoff=0
-    )
-    if near := near or get_close_matches(f"--{name}", others, n=1, cutoff=0.9 if kinds else 0.7):
+    typed = f"--{name}"
+    near = get_close_matches(typed, others, n=1, cutoff=0.9) or get_close_matches(typed, same, n=3, cutoff=0)
+    if near := near or get_close_matches(typed, [] if kinds else others, n=1, cutoff=0.7):
         return f" (did you mean {' or '.join(near)}?)"
     if kinds:
         return f"; options of {section} come after its kind, one of {', '.join(kinds)}"

@@ -88,7 +88,7 @@ TYPE_FILES = (
     "qat/formats/compressed_types.py",
 )  # where a type's name is turned into an object
 
-MOST_LIBRARY_LINES = 27_730
+MOST_LIBRARY_LINES = 27_729
 MOST_LINES = 400
 MOST_RECIPE_LINES = 150  # of a recipe itself
 
